@@ -1,0 +1,255 @@
+"""The sizes of a MiniCPM-o 4.5 checkpoint, parsed once from its `config.json` and frozen.
+
+Rule: no other file reads `config.json`, and no other file carries a size of its own: each module takes its dataclass.
+The defaults are the released values (vocabulary and token ids excepted, which come with the tokenizer).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from model_shards.errors import ModelError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LlmConfig:
+    """Qwen3 decoder (`llm.`)."""
+
+    vocab_size: int = 151748
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 40960
+
+
+@dataclass(frozen=True, slots=True)
+class SliceConfig:
+    """How a picture is cut into cells."""
+
+    max_slice_nums: int = 1
+    patch_size: int = 14
+    scale_resolution: int = 448
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """SigLIP tower (`vpm.`) and resampler (`resampler.`).
+
+    `num_hidden_layers` counts the layers which the checkpoint holds: with `drop_vision_last_layer` one less than in
+    `config.json`.
+    """
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 980
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    query_num: int = 64
+    embed_dim: int = 4096  # width of the LLM
+    resampler_head_dim: int = 128  # heads of the resampler = embed_dim // this
+    vision_batch_size: int = 16
+    slices: SliceConfig = field(default_factory=SliceConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class AudioConfig:
+    """Whisper encoder (`apm.`), projector (`audio_projection_layer.`) and pooling."""
+
+    d_model: int = 1024
+    encoder_layers: int = 24
+    encoder_attention_heads: int = 16
+    encoder_ffn_dim: int = 4096
+    num_mel_bins: int = 80
+    max_source_positions: int = 1500
+    embed_dim: int = 4096  # width of the LLM
+    pool_step: int = 5
+    chunk_length_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TtsConfig:
+    """Talker (`tts.`): Llama backbone over speech codes."""
+
+    llm_dim: int = 4096
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 20
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 12
+    max_position_embeddings: int = 4096
+    num_audio_tokens: int = 6562  # the last one is EOS
+    num_text_tokens: int = 152064
+    audio_bos_token_id: int = 151687
+    text_eos_token_id: int = 151692
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_type: str = "sliding_recompute"
+    window_size: int = 2
+    recomputed_chunks: int = 1
+    sliding_window_tokens: int = 300
+    top_p: float = 0.85
+    top_k: int = 25
+    repetition_penalty: float = 1.05
+    temperature: float = 0.8
+    normalize_projected_hidden: bool = True
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FlowConfig:
+    """Flow encoder and DiT of the vocoder (`assets/token2wav`, flow)."""
+
+    vocab_size: int = 6561
+    input_size: int = 512
+    output_size: int = 80
+    spk_embed_dim: int = 192
+    encoder_attention_heads: int = 8
+    encoder_linear_units: int = 2048
+    encoder_num_blocks: int = 6
+    encoder_num_up_blocks: int = 4
+    pre_lookahead_len: int = 3
+    up_stride: int = 2
+    dit_hidden_size: int = 512
+    dit_depth: int = 16
+    dit_num_heads: int = 8
+    dit_head_dim: int = 64
+    dit_mlp_ratio: float = 4.0
+    inference_cfg_rate: float = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class HiftConfig:
+    """HiFT of the vocoder (`assets/token2wav`, hift). `causal` is the variant of minicpmo-utils 1.0.7 ("cv3")."""
+
+    in_channels: int = 80
+    base_channels: int = 512
+    nb_harmonics: int = 8
+    sampling_rate_hz: int = 24000
+    nsf_alpha: float = 0.1
+    nsf_sigma: float = 0.003
+    nsf_voiced_threshold: float = 10.0
+    upsample_rates: tuple[int, ...] = (8, 5, 3)
+    upsample_kernel_sizes: tuple[int, ...] = (16, 11, 7)
+    istft_n_fft: int = 16
+    istft_hop_len: int = 4
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    source_resblock_kernel_sizes: tuple[int, ...] = (7, 7, 11)
+    source_resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    lrelu_slope: float = 0.1
+    audio_limit: float = 0.99
+    f0_cond_channels: int = 512
+    causal: bool = False
+    conv_pre_look_right: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class VocoderConfig:
+    """Flow and HiFT; `num_steps` are the Euler steps (10: official package default, 5: official demo)."""
+
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    hift: HiftConfig = field(default_factory=HiftConfig)
+    num_steps: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole checkpoint. A component that is switched off (`init_vision: false` …) is None."""
+
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    audio: AudioConfig | None = field(default_factory=AudioConfig)
+    tts: TtsConfig | None = field(default_factory=TtsConfig)
+    vocoder: VocoderConfig | None = field(default_factory=VocoderConfig)
+    untrained: bool = False  # written by `pipeline shards init`: random weights, for trying the machinery
+
+
+RELEASED = ModelConfig()
+"""The released checkpoint: reference/minicpmo-4.5.md §1."""
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Parse `path/config.json` (and `path/assets/token2wav/config.json` where it exists).
+
+    Raises ModelError when a file is missing, is not JSON, or is not a MiniCPM-o 4.5 config.
+    """
+    raw = _read_json(path / "config.json")
+    vocoder_json = path / "assets" / "token2wav" / "config.json"
+    vocoder = _read_json(vocoder_json) if vocoder_json.is_file() else {}
+    try:
+        return parse_config(raw, vocoder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'}: not a MiniCPM-o 4.5 config: {error!r}") from error
+
+
+def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelConfig:
+    """Build the frozen config from the official nested dicts; absent keys take the released values."""
+    hidden = int(raw.get("hidden_size", RELEASED.llm.hidden_size))
+    return ModelConfig(
+        llm=_pick(LlmConfig, raw),
+        vision=_parse_vision(raw, hidden) if raw.get("init_vision", True) else None,
+        audio=_parse_audio(raw, hidden) if raw.get("init_audio", True) else None,
+        tts=_pick(TtsConfig, raw.get("tts_config", {})) if raw.get("init_tts", True) else None,
+        vocoder=_parse_vocoder(vocoder) if raw.get("init_tts", True) else None,
+        untrained=bool(raw.get("untrained", False)),
+    )
+
+
+def _parse_vision(raw: Mapping[str, Any], hidden: int) -> VisionConfig:
+    sizes = dict(raw.get("vision_config", {}))
+    if raw.get("drop_vision_last_layer", True):
+        sizes["num_hidden_layers"] = sizes.get("num_hidden_layers", 27) - 1
+    sizes |= {"embed_dim": hidden, "slices": _pick(SliceConfig, raw.get("slice_config") or {})}
+    sizes |= {key: raw[key] for key in ("query_num", "vision_batch_size", "resampler_head_dim") if key in raw}
+    return _pick(VisionConfig, sizes)
+
+
+def _parse_audio(raw: Mapping[str, Any], hidden: int) -> AudioConfig:
+    sizes = dict(raw.get("audio_config", {})) | {"embed_dim": hidden}
+    sizes |= {"pool_step": raw.get("audio_pool_step", 5), "chunk_length_s": raw.get("audio_chunk_length", 1.0)}
+    return _pick(AudioConfig, sizes)
+
+
+def _parse_vocoder(raw: Mapping[str, Any]) -> VocoderConfig:
+    return VocoderConfig(
+        flow=_pick(FlowConfig, raw.get("flow", {})),
+        hift=_pick(HiftConfig, {key: _frozen(value) for key, value in raw.get("hift", {}).items()}),
+        num_steps=int(raw.get("num_steps", 10)),
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _pick(kind: type[T], raw: Mapping[str, Any]) -> T:
+    """Take the fields that `kind` knows; the official config carries many more."""
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in raw.items() if key in names})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; a checkpoint folder holds a config.json") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
