@@ -1,0 +1,219 @@
+"""An actor process: one stage replica, or several light stages, and the loop that runs them.
+
+Ray calls come in on Ray's threads and are handed to the loop's thread, which alone touches sockets and stages. They
+are control only: wiring, opening and closing sessions, asking. No chunk ever travels by a Ray call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+from prometheus_client import CollectorRegistry
+
+from deploy.build import build_stage
+from deploy.measure import StageMeter
+from deploy.packages import check_packages
+from deploy.plan import ActorPlan, Address
+from deploy.runner import ActorLoop, SessionPlan, StageRunner, StageSnapshot
+from graph.bus import Bus, EdgeRule, Receiver, Sender
+from graph.chunk import SessionId
+from graph.ledger import Account, merge
+from graph.metrics import EdgeMetrics, Metrics, serve_metrics
+from graph.spec import StageSpec
+from stages.feed import Feeds
+
+T = TypeVar("T")
+GAUGE_PERIOD_S = 1.0
+INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
+
+
+class Actor:
+    """The process behind a Ray actor handle (deploy/coordinator.py makes it one)."""
+
+    def __init__(self, plan: ActorPlan) -> None:
+        check_packages()
+        _log_to(plan.log)
+        self._plan = plan
+        self._registry = CollectorRegistry()
+        self._metrics = Metrics(self._registry)
+        self._server = serve_metrics(self._registry, host=_node_ip())
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._runners: dict[str, StageRunner] = {}
+        self._receivers: dict[str, Receiver] = {}
+        self._senders: dict[str, list[Sender]] = {}
+        self._observers: dict[str, EdgeMetrics] = {}
+        self._failure: str | None = None
+        self._gauges_at = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+        self._thread.start()
+
+    # ---- wiring ------------------------------------------------------------------------------------------------------
+
+    def address(self) -> Address:
+        """Returns once the process is up (not yet its models: see `load`)."""
+        return Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
+
+    def bind(self, over_tcp: Mapping[str, bool]) -> dict[str, str]:
+        """Open the receiving ends of this actor's edges; returns the endpoints. over_tcp: by edge."""
+        return self._do(lambda: {edge: self._bind(edge, tcp) for edge, tcp in over_tcp.items()})
+
+    def connect(self, endpoints: Mapping[str, list[str]]) -> None:
+        """Open the sending ends: per edge the endpoints of all replicas of the other stage."""
+        self._do(lambda: self._connect(endpoints))
+
+    def load(self) -> None:
+        """Build the stages, with their weights. Raises what they raise."""
+        self._do(self._load)
+
+    def open_session(self, stage: str, plan: SessionPlan) -> None:
+        """Raises StageError when there is no room."""
+        self._do(lambda: self._runners[stage].open_session(plan))
+
+    def end_session(self, stage: str, session: SessionId) -> None:
+        """Let a source stop: its stream ends now."""
+        self._do(lambda: self._runners[stage].end_session(session))
+
+    def close_session(self, stage: str, session: SessionId) -> None:
+        self._do(lambda: self._runners[stage].close_session(session))
+
+    # ---- asking ------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, StageSnapshot]:
+        """What each stage here is doing. Raises RuntimeError when the loop has failed, with its reason."""
+        return self._do(lambda: {name: runner.snapshot() for name, runner in self._runners.items()})
+
+    def accounts(self) -> dict[str, Account]:
+        """This actor's ends of its edges, summed over replicas of the other end."""
+        return self._do(self._accounts)
+
+    def stop(self) -> None:
+        """End the loop, close sockets and decoders."""
+        for runner in self._runners.values():
+            for session in runner.snapshot().sessions:
+                self._do(lambda r=runner, s=session: r.close_session(s))  # type: ignore[misc]
+        self._stopping.set()
+        self._thread.join(timeout=5)
+        self._server.stop()
+
+    # ---- the loop's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._feeds = Feeds()
+        self._bus = Bus(self._plan.name, self._plan.directory, self._metrics.bus(INVALID_REASONS).invalid)
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as error:
+            logging.exception("%s: the loop has failed", self._plan.name)
+            self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"
+        finally:
+            self._fail_waiting()
+            self._bus.close()
+
+    def _turn(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()
+        if not self._runners:
+            time.sleep(0.002)  # nothing to run yet: only commands
+            return
+        self._loop.turn()
+        if time.monotonic() >= self._gauges_at:
+            self._gauges_at = time.monotonic() + GAUGE_PERIOD_S
+            self._set_gauges()
+
+    def _bind(self, edge: str, over_tcp: bool) -> str:
+        rule = self._rule(edge)
+        receiver, endpoint = self._bus.bind(rule, _node_ip() if over_tcp else None, self._observer(edge))
+        self._receivers[edge] = receiver
+        return endpoint
+
+    def _connect(self, endpoints: Mapping[str, list[str]]) -> None:
+        for edge, replicas in endpoints.items():
+            rule, observer = self._rule(edge), self._observer(edge)
+            self._senders[edge] = [self._bus.connect(rule, endpoint, observer) for endpoint in replicas]
+
+    def _load(self) -> None:
+        runners = [self._runner(name, spec) for name, spec in self._plan.stages.items()]
+        self._loop = ActorLoop(self._bus, runners)
+        self._runners = {runner.name: runner for runner in runners}
+
+    def _runner(self, name: str, spec: StageSpec) -> StageRunner:
+        stage = build_stage(name, spec, self._plan.checkpoint, self._feeds)
+        return StageRunner(
+            name,
+            stage,
+            {e.id: self._receivers[e.id] for e in self._plan.edges if e.target.stage == name},
+            {e.id: self._senders[e.id] for e in self._plan.edges if e.source.stage == name},
+            StageMeter(self._metrics, name, stage, self._plan.all_stages),
+            max_units=spec.batch,
+            wait_s=spec.wait_ns * 1e-9,
+        )
+
+    def _accounts(self) -> dict[str, Account]:
+        ends: dict[str, list[Account]] = {edge: [end.account()] for edge, end in self._receivers.items()}
+        for edge, senders in self._senders.items():
+            ends.setdefault(edge, []).extend(sender.account() for sender in senders)
+        return {edge: merge(accounts) for edge, accounts in ends.items()}
+
+    def _set_gauges(self) -> None:
+        for edge, senders in self._senders.items():
+            capacity = senders[0].rule.limit.chunks if senders else 0
+            self._observers[edge].queue(sum(s.num_waiting for s in senders), capacity)
+            self._observers[edge].in_flight(sum(s.num_in_flight for s in senders))
+
+    def _rule(self, edge: str) -> EdgeRule:
+        spec = next(e for e in self._plan.edges if e.id == edge)
+        return EdgeRule(edge, spec.credit, spec.when_full)
+
+    def _observer(self, edge: str) -> EdgeMetrics:
+        if edge not in self._observers:
+            self._observers[edge] = self._metrics.edge(edge)
+        return self._observers[edge]
+
+    # ---- from Ray's threads into the loop's --------------------------------------------------------------------------
+
+    def _do(self, work: Callable[[], T]) -> T:
+        """Run `work` in the loop's thread and return what it returns, or raise what it raises."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        self._commands.put(command)
+        while True:
+            try:
+                return future.result(timeout=0.2)
+            except TimeoutError:
+                if self._failure is not None and not future.done():
+                    raise RuntimeError(self._failure) from None
+
+    def _fail_waiting(self) -> None:
+        for runner in self._runners.values():
+            for session in runner.snapshot().sessions:
+                runner.stage.close_session(session)
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )

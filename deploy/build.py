@@ -1,0 +1,169 @@
+"""Stages from their descriptions: which class, with which part of which checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graph.spec import LlmSpec, SpeakerSpec, StageSpec, TtsSpec, VisionEncoderSpec, VocoderSpec
+from stages.stage import Stage, StageError
+
+if TYPE_CHECKING:
+    from stages.feed import Feeds
+
+
+def build_stage(name: str, spec: StageSpec, checkpoint: Path, feeds: Feeds) -> Stage:
+    """Build a stage and load its component; nothing else of the checkpoint is read.
+
+    feeds: the media of this process, shared by its camera and its microphone.
+    Raises StageError or ModelError; says what is wrong and what instead.
+    """
+    if spec.gpus and not _has_cuda():
+        raise StageError(
+            f"{name}: gpus is {spec.gpus:g}, but torch sees no CUDA device here; set stages.{name}.gpus: 0"
+        )
+    builders: dict[str, Callable[[], Stage]] = {
+        "camera": lambda: _camera(feeds),
+        "microphone": lambda: _microphone(feeds),
+        "vision_encoder": lambda: _vision_encoder(spec, checkpoint),
+        "audio_encoder": lambda: _audio_encoder(spec, checkpoint),
+        "llm": lambda: _llm(spec, checkpoint),
+        "tts": lambda: _tts(spec, checkpoint),
+        "vocoder": lambda: _vocoder(spec, checkpoint),
+        "speaker": lambda: _speaker(spec),
+        "events": _events,
+    }
+    if name in MODEL_STAGES:
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        torch.manual_seed(0)
+    return builders[name]()
+
+
+MODEL_STAGES = {
+    "vision_encoder": "vision",
+    "audio_encoder": "audio",
+    "llm": "llm",
+    "tts": "tts",
+    "vocoder": "vocoder",
+}
+"""Stages with a component of the checkpoint."""
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _camera(feeds: Feeds) -> Stage:
+    from stages.camera import Camera
+
+    return Camera(feeds)
+
+
+def _microphone(feeds: Feeds) -> Stage:
+    from stages.microphone import Microphone
+
+    return Microphone(feeds)
+
+
+def _vision_encoder(spec: StageSpec, checkpoint: Path) -> Stage:
+    from model_shards.checkpoint import load_shard
+    from stages.tensors import runtime
+    from stages.vision_encoder import VisionEncoder
+
+    assert isinstance(spec, VisionEncoderSpec)
+    where = runtime(spec.device, spec.dtype)
+    return VisionEncoder(load_shard(checkpoint, "vision", dtype=where.dtype, device=where.device), spec.max_slices)
+
+
+def _audio_encoder(spec: StageSpec, checkpoint: Path) -> Stage:
+    from model_shards.checkpoint import load_ref_audio, load_shard
+    from stages.audio_encoder import AudioEncoder
+    from stages.tensors import runtime
+
+    where = runtime(spec.device, spec.dtype)
+    voice = load_ref_audio(checkpoint)
+    model = load_shard(checkpoint, "audio", dtype=where.dtype, device=where.device)
+    return AudioEncoder(model, None if voice is None else voice.numpy())
+
+
+def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
+    from model_shards.checkpoint import load_shard
+    from model_shards.context import WindowConfig
+    from model_shards.decoding import SamplingConfig
+    from model_shards.duplex import DuplexConfig, DuplexEngine
+    from model_shards.kv_cache import KvCache, KvShape
+    from model_shards.tokenizer import Tokenizer
+    from stages.llm import Llm, session_tokens
+    from stages.tensors import runtime
+
+    assert isinstance(spec, LlmSpec)
+    where = runtime(spec.device, spec.dtype)
+    model = load_shard(checkpoint, "llm", dtype=where.dtype, device=where.device)
+    tokenizer = Tokenizer.load(checkpoint)
+    window = WindowConfig(mode=spec.context.mode, high_tokens=spec.context.high, low_tokens=spec.context.low)
+    config = DuplexConfig(
+        sampling=SamplingConfig(mode=spec.decoding), window=window, force_listen_count=spec.force_listen
+    )
+    cache = KvCache.of_bytes(KvShape.of(model.config), spec.kv_memory_bytes, dtype=where.dtype, device=where.device)
+    return Llm(
+        DuplexEngine(model, cache, tokenizer, config),
+        cache,
+        tokenizer,
+        where,
+        system_prompt=spec.system_prompt,
+        seed=spec.seed,
+        max_session_tokens=session_tokens(spec.context.high, config.max_unit_tokens),
+    )
+
+
+def _tts(spec: StageSpec, checkpoint: Path) -> Stage:
+    from model_shards.checkpoint import load_shard
+    from stages.tensors import runtime
+    from stages.tts import Tts
+
+    assert isinstance(spec, TtsSpec)
+    where = runtime(spec.device, spec.dtype)
+    model = load_shard(checkpoint, "tts", dtype=where.dtype, device=where.device)
+    return Tts(model, where, spec.seed if spec.decoding == "sampling" else None)
+
+
+def _vocoder(spec: StageSpec, checkpoint: Path) -> Stage:
+    import torch
+
+    from model_shards.checkpoint import load_shard, load_voice
+    from stages.tensors import runtime
+    from stages.vocoder import Vocoder
+
+    assert isinstance(spec, VocoderSpec)
+    where = runtime(spec.device, "float32")  # the official vocoder computes in float32
+    model = load_shard(checkpoint, "vocoder", dtype=where.dtype, device=where.device)
+    voice = load_voice(checkpoint)
+    if voice is None:
+        raise StageError(f"vocoder: {checkpoint} holds no voice; put prompt.safetensors into its assets/token2wav")
+    model.config = dataclasses.replace(model.config, num_steps=spec.steps)
+    with torch.inference_mode():
+        cache = model.prepare(voice)
+    return Vocoder(model, cache, spec.seed)
+
+
+def _speaker(spec: StageSpec) -> Stage:
+    from stages.speaker import Speaker
+
+    assert isinstance(spec, SpeakerSpec)
+    if spec.sink == "virtual":
+        return Speaker()
+    from stages.sound_device import SoundDevice
+
+    return Speaker(SoundDevice)
+
+
+def _events() -> Stage:
+    from stages.events import Events
+
+    return Events()

@@ -1,0 +1,92 @@
+"""The checkpoint a pipeline runs on: found, or made; and what it lacks is switched off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from graph.chunk import NS_PER_S
+from graph.errors import GraphError
+from graph.spec import TINY, PipelineSpec
+
+if TYPE_CHECKING:
+    from model_shards.config import ModelConfig
+
+STAGE_OF = {"vision": "vision_encoder", "audio": "audio_encoder", "llm": "llm", "tts": "tts", "vocoder": "vocoder"}
+ACTOR_BYTES = 250 * 1024**2  # a process with torch in it, before its weights
+UNTRAINED = "UNTRAINED: random weights, for trying the machinery; what it says means nothing"
+
+
+class CheckpointError(GraphError):
+    """The checkpoint does not fit the pipeline or the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint folder. bytes_of: by stage, as the weights lie in the files."""
+
+    path: Path
+    config: ModelConfig
+    bytes_of: dict[str, int]
+
+    @property
+    def trained(self) -> bool:
+        return not self.config.untrained
+
+    def fit(self, spec: PipelineSpec) -> PipelineSpec:
+        """The pipeline without the stages whose component the checkpoint switches off (`init_vision: false` …)."""
+        config = self.config
+        parts = {"vision": config.vision, "audio": config.audio, "tts": config.tts, "vocoder": config.vocoder}
+        off = {STAGE_OF[name] for name, part in parts.items() if part is None} & spec.stages.keys()
+        if config.audio is not None and "audio_encoder" in spec.stages:
+            window_ns = round(config.audio.chunk_length_s * NS_PER_S)
+            if spec.window.length_ns != window_ns:
+                raise CheckpointError(
+                    f"window.length is {spec.window.length_ns / NS_PER_S:g}s, but the model of {self.path} works in "
+                    f"windows of {window_ns / NS_PER_S:g}s; set window.length: {window_ns / NS_PER_S:g}s"
+                )
+        return spec.without(off) if off else spec
+
+    def check_memory(self) -> None:
+        """Raises CheckpointError when this machine can't hold weights and processes."""
+        needed = sum(self.bytes_of.values()) + len(self.bytes_of) * ACTOR_BYTES
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise CheckpointError(
+                f"{self.path} needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; "
+                "close other programs, take a smaller checkpoint, or spread the stages over a cluster (--address)"
+            )
+
+
+def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint of `spec.model`; `tiny` is made on first use. Raises ModelError or CheckpointError."""
+    from model_shards.checkpoint import inspect
+    from model_shards.config import load_config
+
+    path = _tiny(tell) if spec.model == TINY else Path(spec.model)
+    config = load_config(path)
+    sizes = {STAGE_OF[info.component]: info.num_bytes for info in inspect(path)}
+    checkpoint = Checkpoint(path, config, sizes)
+    tell(f"model {spec.model}" + ("" if checkpoint.trained else f": {UNTRAINED}"))
+    return checkpoint
+
+
+def cache_folder() -> Path:
+    """Where made checkpoints are kept: $XDG_CACHE_HOME/omni-pipeline."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni-pipeline"
+
+
+def _tiny(tell: Callable[[str], None]) -> Path:
+    from model_shards.init import init_checkpoint
+
+    path = cache_folder() / "tiny"
+    if not (path / "config.json").is_file():
+        tell(f"making the tiny checkpoint in {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        init_checkpoint(path, "tiny")
+    return path

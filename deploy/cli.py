@@ -1,0 +1,387 @@
+"""The command line. Data goes to stdout, talk to stderr.
+
+Exit codes: 0 ok · 1 runtime · 2 usage or configuration · 3 objective missed · 4 missing dependency · 130 interrupted.
+Rule: nothing heavy is imported at the top; `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from graph.spec import PipelineSpec
+    from stages.stage import ListenerAction
+
+EXIT_RUNTIME, EXIT_USAGE, EXIT_DEPENDENCY, EXIT_INTERRUPTED = 1, 2, 4, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Run a full-duplex omni-modal model over many cameras: every component an actor, in order, throttled by the "
+    "listener.\n\nExamples:\n\n  pipeline up --camera door=clip.mp4 --for 20s --out run/\n\n  pipeline up -d && "
+    "pipeline ps\n\n  pipeline validate -f pipeline.yaml",
+)
+shards = typer.Typer(no_args_is_help=True, help="Look at checkpoints, and make them.")
+app.add_typer(shards, name="shards")
+
+File = Annotated[Path | None, typer.Option("-f", "--file", help="The pipeline's description (default: pipeline.yaml).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the description.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point of the `pipeline` command."""
+    from deploy.packages import PackageCollision, check_packages
+
+    try:
+        check_packages()
+    except PackageCollision as error:
+        _fail(str(error), EXIT_DEPENDENCY)
+    app()
+
+
+@app.command()
+def up(
+    file: File = None,
+    overrides: Set = None,
+    camera: Annotated[
+        list[str] | None,
+        typer.Option("--camera", metavar="NAME=SOURCE", help="A camera instead of the file's; repeat it."),
+    ] = None,
+    duration: Annotated[
+        str | None, typer.Option("--for", metavar="20s", help="Stop the sources after this time.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Leave transcript, WAV, events, traces.")
+    ] = None,
+    speed: Annotated[
+        str, typer.Option("--speed", metavar="real|max", help="Real time, or as fast as it goes.")
+    ] = "real",
+    listener: Annotated[
+        list[str] | None,
+        typer.Option("--listener", metavar="paused@5s:10s", help="The listener pauses from 5 s to 10 s; repeat it."),
+    ] = None,
+    barge_in: Annotated[
+        list[str] | None, typer.Option("--barge-in", metavar="7s", help="The listener interrupts at 7 s; repeat it.")
+    ] = None,
+    speaker: Annotated[
+        str | None, typer.Option("--speaker", metavar="virtual|device", help="Where speech is heard.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Join this Ray cluster (default: RAY_ADDRESS, else a Ray of our own)."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="Run in the background; see ps, logs and down.")
+    ] = False,
+) -> None:
+    """Start the pipeline, run it until its sources end or Ctrl-C, and stop it cleanly."""
+    from deploy.up import UpError, UpOptions, parse_cameras, run_up
+    from graph.units import parse_duration
+
+    if detach:
+        _detach()
+        return
+    with _clear_errors():
+        with _usage():
+            sets = [*(overrides or []), *([f"stages.speaker.sink={speaker}"] if speaker else [])]
+            if speed not in ("real", "max"):
+                raise UpError(f"--speed {speed}: expected real or max")
+            actions = parse_listener(listener or [], barge_in or [])
+            duration_ns = parse_duration(duration) if duration else None
+            spec = _with_cameras(_load(file, sets), parse_cameras(camera or []))
+        options = UpOptions(duration_ns, out, speed == "real", actions, address)
+        outcome = run_up(spec, options, _tell)
+    for line in _summary(outcome.ledger):
+        _tell(line)
+    if outcome.out is not None:
+        _tell(f"left in {outcome.out}: transcript.txt, events.jsonl, windows.jsonl, ledger.json, one WAV per session")
+    if outcome.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def down(timeout: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 20.0) -> None:
+    """Stop the pipeline that runs in the background of this folder."""
+    import os
+    import signal
+    import time
+
+    state, running = _running()
+    os.kill(running.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + timeout
+    while state.read() is not None:
+        if time.monotonic() > deadline_s:
+            _fail(f"pid {running.pid} has not ended within {timeout:g} s; `pipeline logs` may say why", EXIT_RUNTIME)
+        time.sleep(0.1)
+    _tell("stopped")
+
+
+@app.command()
+def ps(as_json: Json = False) -> None:
+    """Show stages and sessions of the running pipeline. --json: {model, ready, uptime_s, stages, sessions, edges}."""
+    import json
+    import urllib.request
+
+    _, running = _running()
+    try:
+        with urllib.request.urlopen(f"{running.url}/api/v1/ps", timeout=5) as answer:
+            status = json.load(answer)
+    except OSError as error:
+        _fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
+    if as_json:
+        print(json.dumps(status, indent=2))
+        return
+    trained = "" if status["trained"] else "  (UNTRAINED)"
+    print(f"model {status['model']}{trained}  up {status['uptime_s']:.0f} s  {status['problem'] or 'ready'}")
+    _table(status["stages"], ("stage", "replica", "state", "process", "pid", "node", "sessions", "units", "waiting"))
+    _table(status["sessions"], ("session", "state", "windows", "late", "source"))
+    _table(
+        [{"edge": edge, **row, "dropped": sum(row["dropped"].values())} for edge, row in status["edges"].items()],
+        ("edge", "accepted", "delivered", "dropped", "in_flight"),
+    )
+
+
+@app.command()
+def logs(
+    process: Annotated[str | None, typer.Argument(help="Only this process, like llm.0 or up.")] = None,
+    tail: Annotated[int, typer.Option("--tail", help="Lines per process.")] = 50,
+) -> None:
+    """Print the logs of this folder's pipeline, running or not."""
+    from deploy.state import StateFolder
+
+    found = sorted(StateFolder(Path.cwd()).logs.glob(f"{process or '*'}.log"))
+    if not found:
+        _fail("no logs here; `pipeline up` makes them" + (f" (none of {process!r})" if process else ""), EXIT_RUNTIME)
+    for path in found:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-tail:]:
+            print(f"{path.stem:<18} {line}")
+
+
+@app.command()
+def validate(file: File = None, overrides: Set = None) -> None:
+    """Check the description and print it as it was understood, secrets masked."""
+    from graph.spec import render
+
+    with _clear_errors(), _usage():
+        print(render(_load(file, overrides or [])), end="")
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(help="Which benchmark; without it they are listed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark beside its rival and print the ratios. --json: {machine, versions, rows: [{name, value, unit,
+    rival, rival_value, ratio, command}]}."""
+    from deploy.bench import run_bench  # type: ignore[import-untyped,unused-ignore]
+
+    with _clear_errors():
+        run_bench(name, as_json)
+
+
+@shards.command("init")
+def shards_init(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet, or is empty.")],
+    size: Annotated[str, typer.Option(help="tiny.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Write an UNTRAINED checkpoint in the released file layout."""
+    from deploy.checkpoints import UNTRAINED
+    from model_shards.init import init_checkpoint
+
+    with _clear_errors():
+        init_checkpoint(out, size, seed)
+    _tell(f"{out}: {size}, {UNTRAINED}")
+
+
+@shards.command("inspect")
+def shards_inspect(path: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
+    """List the components of a checkpoint. --json: [{component, tensors, parameters, bytes, dtypes}]."""
+    import json
+
+    from model_shards.checkpoint import inspect
+    from model_shards.config import load_config
+
+    with _clear_errors():
+        config = load_config(path)
+        rows: list[dict[str, Any]] = [
+            {
+                "component": info.component,
+                "tensors": info.num_tensors,
+                "parameters": info.num_parameters,
+                "bytes": info.num_bytes,
+                "dtypes": ",".join(info.dtypes),
+            }
+            for info in inspect(path)
+        ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    if config.untrained:
+        print("UNTRAINED: random weights")
+    _table(rows, ("component", "tensors", "parameters", "bytes", "dtypes"))
+
+
+def parse_listener(pauses: list[str], barge_ins: list[str]) -> tuple[ListenerAction, ...]:
+    """`paused@5s:10s` and `7s` as what the listener does. Raises UpError."""
+    from deploy.up import UpError
+    from graph.units import parse_duration
+    from stages.stage import ListenerAction
+
+    actions = [ListenerAction(parse_duration(text), "barge_in") for text in barge_ins]
+    for text in pauses:
+        kind, _, times = text.partition("@")
+        start, _, end = times.partition(":")
+        if kind != "paused" or not start:
+            raise UpError(f"--listener {text}: expected paused@START:END, like paused@5s:10s")
+        actions.append(ListenerAction(parse_duration(start), "pause"))
+        if end:
+            if parse_duration(end) <= parse_duration(start):
+                raise UpError(f"--listener {text}: the end must come after the start")
+            actions.append(ListenerAction(parse_duration(end), "resume"))
+    return tuple(sorted(actions, key=lambda action: action.at_ns))
+
+
+def _load(file: Path | None, overrides: list[str]) -> PipelineSpec:
+    from graph.spec import default_spec_path, load_spec
+
+    return load_spec(file or default_spec_path(), overrides)
+
+
+def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
+    """`--camera` replaces the file's cameras; checked like the file's."""
+    import dataclasses
+    import json
+
+    from graph.errors import Problem, SpecError
+    from graph.spec import parse_spec
+
+    if not sources:
+        return spec
+    text = "version: 1\ncameras: " + json.dumps({name: {"source": source} for name, source in sources.items()})
+    try:
+        cameras = parse_spec(text, "--camera").cameras
+    except SpecError as error:
+        raise SpecError(Problem("--camera", problem.message) for problem in error.problems) from None
+    return dataclasses.replace(spec, cameras=cameras)
+
+
+def _detach() -> None:
+    """Start the same command in the background, and wait until it runs or fails."""
+    import subprocess
+    import time
+
+    from deploy.state import StateFolder
+
+    state = StateFolder(Path.cwd())
+    if (other := state.read()) is not None:
+        _fail(f"a pipeline of this folder is running already (pid {other.pid}); `pipeline down` stops it", EXIT_RUNTIME)
+    state.create()
+    log = state.logs / "up.log"
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("-d", "--detach")]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deploy", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    while process.poll() is None:
+        if (running := state.read()) is not None and _is_ready(running.url):
+            _tell(f"running in the background (pid {running.pid}), {running.url}; pipeline ps | logs | down")
+            return
+        time.sleep(0.2)
+    sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
+    raise typer.Exit(process.returncode)
+
+
+def _is_ready(url: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def _running() -> Any:
+    """(state folder, what runs there), or the end."""
+    from deploy.state import StateFolder
+
+    state = StateFolder(Path.cwd())
+    running = state.read()
+    if running is None:
+        _fail("no pipeline of this folder is running; `pipeline up -d` starts one", EXIT_RUNTIME)
+    return state, running
+
+
+def _summary(ledger: Any) -> Iterator[str]:
+    for edge, account in ledger.items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items() if count)
+        dropped = f"{sum(account.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+        yield (
+            f"  {edge:<34} {account.accepted:>6} accepted = {account.delivered} delivered + "
+            f"{dropped} + {account.in_flight} in flight"
+        )
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Aligned columns; plain text, so that it can be piped."""
+    cells = [[name.upper() for name in columns]]
+    cells += [
+        [f"{row[n]:,}" if isinstance(row[n], int) and n in ("parameters", "bytes") else str(row[n]) for n in columns]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print()
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What goes wrong in here is the user's command or description."""
+    from deploy.up import UpError
+    from graph.errors import GraphError
+
+    try:
+        yield
+    except (GraphError, UpError, ValueError) as error:
+        _fail(str(error), EXIT_USAGE)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """One clear message and an exit code instead of a traceback, for everything that the world may do wrong."""
+    from graph.errors import GraphError
+    from model_shards.errors import ModelError
+    from stages.stage import StageError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except (GraphError, ModelError, StageError, OSError) as error:
+        _fail(str(error), EXIT_RUNTIME)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int) -> Any:
+    for line in message.splitlines():
+        _tell(f"pipeline: {line}")
+    raise typer.Exit(code)

@@ -1,0 +1,122 @@
+"""Ray, started or joined: the control plane of a pipeline."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from deploy.actor import Actor
+from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
+from deploy.plan import ActorPlan
+
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
+PLACEMENT_TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A Ray that was started here (`owned`) or joined."""
+
+    owned: bool
+    groups: list[PlacementGroup]
+
+    def place(self, processes: Iterable[Process], plans: Iterable[ActorPlan]) -> dict[str, Any]:
+        """Create the actors; returns their handles by name, before they are up.
+
+        Raises PlacementError when the cluster lacks resources, or has them but they stay taken.
+        """
+        processes = list(processes)
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        check_fits(processes, [node["Resources"] for node in nodes])
+        elsewhere = [process for process in processes if not _stays_here(process)]
+        group = self._reserve(elsewhere)
+        handles: dict[str, Any] = {}
+        for process, plan in zip(processes, plans, strict=True):
+            strategy: Any
+            if _stays_here(process):
+                here = ray.get_runtime_context().get_node_id()
+                strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+            else:
+                strategy = PlacementGroupSchedulingStrategy(group, elsewhere.index(process))
+            handles[process.name] = _create(process, plan, strategy)
+        return handles
+
+    def close(self) -> None:
+        """Give the placement back; shut Ray down if it is ours."""
+        for group in self.groups:
+            remove_placement_group(group)
+        ray.shutdown()
+
+    def _reserve(self, processes: list[Process]) -> PlacementGroup:
+        group = placement_group([dict(process.resources) or {"CPU": 0.001} for process in processes], strategy="PACK")
+        self.groups.append(group)
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            free = ray.available_resources()  # type: ignore[no-untyped-call]
+            told = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU"))
+            raise PlacementError(
+                f"the cluster could hold the pipeline, but its resources are taken: {told} free; "
+                "stop something, or wait and try again"
+            )
+        return group  # type: ignore[no-any-return]
+
+
+def connect(processes: Iterable[Process], address: str | None) -> Cluster:
+    """Join the cluster at `address`, or start a Ray of our own, which only this machine uses.
+
+    The environment must have been prepared (deploy/ray_environment.py) before Ray was imported.
+    Raises PlacementError when there is no cluster at the address.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PlacementError(f"no Ray cluster can be joined at {address}: {error}") from error
+        return Cluster(owned=False, groups=[])
+    ray.init(
+        address="local",
+        num_cpus=num_cpus_for(processes, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(_short_folder()),
+        **quiet,
+    )
+    return Cluster(owned=True, groups=[])
+
+
+def _create(process: Process, plan: ActorPlan, strategy: Any) -> Any:
+    resources: Resources = process.resources
+    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return (
+        ray.remote(Actor)
+        .options(
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            resources=custom or None,
+            max_concurrency=8,
+            max_restarts=0,
+            scheduling_strategy=strategy,
+        )
+        .remote(plan)
+    )
+
+
+def _stays_here(process: Process) -> bool:
+    return process.is_local and not (process.resources.keys() - {"CPU", "GPU"})
+
+
+def _short_folder() -> Path:
+    """Ray's sockets lie in it, and a socket's path has 107 bytes."""
+    folder = Path(tempfile.gettempdir()) / f"omni-ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

@@ -1,0 +1,252 @@
+"""The coordinator: which actors there are, how they are wired, which session lives where. Never on a chunk's way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from deploy.cluster import Cluster
+from deploy.placement import LOCAL_STAGES, Process, processes_of
+from deploy.plan import ActorPlan, Address
+from deploy.runner import SessionPlan, StageSnapshot
+from graph.chunk import NS_PER_MS, SessionId
+from graph.errors import GraphError
+from graph.ledger import Account, merge
+from graph.spec import EdgeSpec, PipelineSpec
+from graph.streams import camera_stream
+from graph.window import Late
+from stages.stage import Session, StageError
+
+START_TIMEOUT_S = 300.0  # a 9 B checkpoint from a slow disk takes minutes
+CALL_TIMEOUT_S = 60.0
+HEAD_START_NS = 300 * NS_PER_MS  # from the opening of a session to its event time 0: the decoder starts meanwhile
+
+
+class CoordinatorError(GraphError):
+    """An actor did not start, or has died; says which and why."""
+
+
+@dataclass(slots=True)
+class _Placed:
+    """An actor that runs."""
+
+    process: Process
+    handle: Any
+    address: Address
+
+
+@dataclass(slots=True)
+class _Placement:
+    """Where a session lives: per stage the replica."""
+
+    session: Session
+    replicas: Mapping[str, int]
+    opened: list[str] = field(default_factory=list)
+
+
+class Coordinator:
+    """Owns the session table and the wiring of one pipeline."""
+
+    def __init__(self, spec: PipelineSpec, checkpoint: Path, directory: Path) -> None:
+        """directory: for sockets and logs, mode 0700."""
+        self._spec = spec
+        self._checkpoint = checkpoint
+        self._directory = directory
+        self._actors: dict[str, _Placed] = {}
+        self._sessions: dict[SessionId, _Placement] = {}
+
+    @property
+    def actors(self) -> Mapping[str, Address]:
+        """Where each actor runs, by its name."""
+        return {name: placed.address for name, placed in self._actors.items()}
+
+    @property
+    def processes(self) -> list[Process]:
+        return [placed.process for placed in self._actors.values()]
+
+    @property
+    def sessions(self) -> list[SessionId]:
+        """The sessions that are open."""
+        return list(self._sessions)
+
+    # ---- start and stop ----------------------------------------------------------------------------------------------
+
+    def start(self, cluster: Cluster, tell: Callable[[str], None]) -> None:
+        """Place the actors, wire them, load their models. tell: called with each actor's name when it is ready.
+
+        Raises PlacementError, CoordinatorError, or what a stage raises when it can't be built.
+        """
+        processes = processes_of(self._spec)
+        plans = [self._plan(process) for process in processes]
+        handles = cluster.place(processes, plans)
+        addresses = {name: handle.address.remote() for name, handle in handles.items()}
+        for process in processes:
+            address = self._get(process.name, addresses[process.name], START_TIMEOUT_S)
+            self._actors[process.name] = _Placed(process, handles[process.name], address)
+        self._wire()
+        loading = {name: placed.handle.load.remote() for name, placed in self._actors.items()}
+        while loading:
+            done, _ = ray.wait(list(loading.values()), num_returns=1, timeout=START_TIMEOUT_S)
+            if not done:
+                raise CoordinatorError(f"{', '.join(loading)} did not load within {START_TIMEOUT_S:g} s")
+            name = next(name for name, reference in loading.items() if reference == done[0])
+            self._get(name, loading.pop(name), CALL_TIMEOUT_S)
+            tell(name)
+
+    def stop(self) -> None:
+        """Stop every actor; one that is gone already is no error."""
+        calls = [placed.handle.stop.remote() for placed in self._actors.values()]
+        for call in calls:
+            try:
+                ray.get(call, timeout=10)
+            except RayError:
+                continue
+        for placed in self._actors.values():
+            ray.kill(placed.handle)
+        self._actors.clear()
+
+    # ---- sessions ----------------------------------------------------------------------------------------------------
+
+    def open_session(self, session: Session) -> None:
+        """Open a session at every stage it passes, sources last. Raises StageError when a stage has no room for it."""
+        replicas = {name: self._least_loaded(name) for name in self._spec.stages}
+        placement = _Placement(session, replicas)
+        self._sessions[session.id] = placement
+        origin_ns = time.time_ns() + HEAD_START_NS
+        try:
+            for stage in self._opening_order():
+                plan = self._session_plan(stage, session, origin_ns, replicas)
+                self._call(stage, replicas[stage], "open_session", stage, plan)
+                placement.opened.append(stage)
+        except BaseException:
+            self.close_session(session.id)
+            raise
+
+    def close_session(self, session: SessionId) -> None:
+        """End a session at once, sources first; what is under way is dropped and counted."""
+        placement = self._sessions.pop(session, None)
+        if placement is None:
+            return
+        for stage in reversed(placement.opened):
+            self._call(stage, placement.replicas[stage], "close_session", stage, session)
+
+    def end_session(self, session: SessionId) -> None:
+        """Let a session's sources stop now; it then runs to its end by itself."""
+        placement = self._sessions[session]
+        for stage in ("camera", "microphone"):
+            if stage in placement.opened:
+                self._call(stage, placement.replicas[stage], "end_session", stage, session)
+
+    def poll(self) -> dict[str, dict[str, StageSnapshot]]:
+        """What every actor is doing: by actor name and stage. Sessions that came to their end leave the table.
+
+        Raises CoordinatorError when an actor has died.
+        """
+        asked = {name: placed.handle.snapshot.remote() for name, placed in self._actors.items()}
+        snapshots = {name: self._get(name, reference, CALL_TIMEOUT_S) for name, reference in asked.items()}
+        alive = {session for stages in snapshots.values() for stage in stages.values() for session in stage.sessions}
+        for session in [session for session in self._sessions if session not in alive]:
+            del self._sessions[session]
+        return snapshots
+
+    def ledger(self) -> dict[str, Account]:
+        """The account of every edge, both ends and all replicas put together."""
+        ends: dict[str, list[Account]] = {edge.id: [] for edge in self._spec.edges}
+        asked = {name: placed.handle.accounts.remote() for name, placed in self._actors.items()}
+        for name, reference in asked.items():
+            for edge, account in self._get(name, reference, CALL_TIMEOUT_S).items():
+                ends[edge].append(account)
+        return {edge: merge(accounts) for edge, accounts in ends.items()}
+
+    def load_of(self, stage: str) -> list[int]:
+        """Sessions per replica of a stage."""
+        counts = [0] * max(self._spec.stages[stage].replicas, 1)
+        for placement in self._sessions.values():
+            counts[placement.replicas[stage]] += 1
+        return counts
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _plan(self, process: Process) -> ActorPlan:
+        edges = tuple(e for e in self._spec.edges if {e.source.stage, e.target.stage} & process.stages.keys())
+        return ActorPlan(
+            name=process.name,
+            replica=process.replica,
+            stages=process.stages,
+            edges=edges,
+            all_stages=tuple(self._spec.stages),
+            checkpoint=self._checkpoint,
+            directory=self._directory / "bus",
+            log=self._directory / "logs" / f"{process.name}.log",
+        )
+
+    def _wire(self) -> None:
+        """Every receiver binds, over tcp where one of its senders is on another node; then every sender connects."""
+        endpoints: dict[str, list[str]] = {}
+        for edge in self._spec.edges:
+            for target in self._replicas_of(edge.target.stage):
+                over_tcp = any(
+                    source.address.node_id != target.address.node_id for source in self._replicas_of(edge.source.stage)
+                )
+                bound = self._get(target.process.name, target.handle.bind.remote({edge.id: over_tcp}), CALL_TIMEOUT_S)
+                endpoints.setdefault(edge.id, []).append(bound[edge.id])
+        for name, placed in self._actors.items():
+            outgoing = {e.id: endpoints[e.id] for e in self._spec.edges if e.source.stage in placed.process.stages}
+            self._get(name, placed.handle.connect.remote(outgoing), CALL_TIMEOUT_S)
+
+    def _replicas_of(self, stage: str) -> list[_Placed]:
+        placed = [placed for placed in self._actors.values() if stage in placed.process.stages]
+        return sorted(placed, key=lambda p: p.process.replica)
+
+    def _least_loaded(self, stage: str) -> int:
+        counts = self.load_of(stage)
+        return counts.index(min(counts))
+
+    def _opening_order(self) -> list[str]:
+        """Who only computes, then who listens, then who begins to send."""
+        sources = [name for name in ("microphone", "camera") if name in self._spec.stages]
+        sinks = [name for name in ("events", "speaker") if name in self._spec.stages]
+        rest = [name for name in self._spec.stages if name not in LOCAL_STAGES]
+        return rest + sinks + sources
+
+    def _session_plan(self, stage: str, session: Session, origin_ns: int, replicas: Mapping[str, int]) -> SessionPlan:
+        inputs = [edge for edge in self._spec.edges if edge.target.stage == stage and edge.kind != "playback"]
+        outputs = [edge for edge in self._spec.edges if edge.source.stage == stage]
+        streams: dict[str, Late] = {_stream(edge, session): edge.late for edge in inputs if edge.kind != "events"}
+        if not session.microphone:
+            streams = {stream: late for stream, late in streams.items() if stream not in ("mic", "audio")}
+        return SessionPlan(
+            session=session,
+            origin_unix_ns=origin_ns,
+            streams=streams,
+            num_inputs=len(inputs),
+            peers={edge.id: replicas[edge.target.stage] for edge in outputs},
+        )
+
+    def _call(self, stage: str, replica: int, method: str, *args: object) -> Any:
+        placed = self._replicas_of(stage)[replica]
+        return self._get(placed.process.name, getattr(placed.handle, method).remote(*args), CALL_TIMEOUT_S)
+
+    def _get(self, name: str, reference: Any, timeout_s: float) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, GraphError | StageError) or type(cause).__name__ == "ModelError":
+                raise cause from None
+            raise CoordinatorError(f"{name}: {cause or error}; see {self._directory / 'logs' / name}.log") from error
+        except RayActorError as error:
+            raise CoordinatorError(f"{name} has died: {error}") from error
+        except RayError as error:
+            raise CoordinatorError(f"{name} does not answer: {error}") from error
+
+
+def _stream(edge: EdgeSpec, session: Session) -> str:
+    """The stream that comes in on an edge."""
+    return {"frames": camera_stream(session.camera), "sound": "mic"}.get(edge.kind, edge.kind)

@@ -1,0 +1,122 @@
+"""What is counted of a stage: derived from what it takes and makes, so that no stage counts itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
+from graph.streams import AUDIO, CODES, EVENTS, IMAGE, TEXT, is_raw
+from graph.tail import Ack
+from stages.stage import Session, Stage
+
+RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "crashed", "limit")
+
+
+@runtime_checkable
+class LlmReadings(Protocol):
+    """What can be read off the LLM stage."""
+
+    def kv_usage(self) -> float: ...
+    def text_budget(self, session: SessionId) -> int: ...
+
+
+@dataclass(slots=True)
+class _Camera:
+    """The bound metrics of one session at this stage; those which the stage does not feed are None."""
+
+    camera: CameraMetrics | None
+    turns: TurnMetrics | None
+    playback: PlaybackMetrics | None
+    windows: WindowMetrics | None
+    heard_ns: int = 0
+    num_spoken: int = 0
+
+
+class StageMeter:
+    """Counts for one stage replica."""
+
+    def __init__(self, metrics: Metrics, name: str, stage: Stage, stages: tuple[str, ...]) -> None:
+        """stages: the names of all stages of the pipeline, for the attribution of late windows."""
+        self._metrics = metrics
+        self._name = name
+        self._stage = metrics.stage(name)
+        self._stages = stages
+        self._tokens = metrics.tokens() if name in ("llm", "tts") else None
+        self._readings = stage if isinstance(stage, LlmReadings) else None
+        self._llm = metrics.llm() if self._readings is not None else None
+        self._sessions: dict[SessionId, _Camera] = {}
+
+    def opened(self, session: Session) -> None:
+        metrics, camera, name = self._metrics, session.camera, self._name
+        self._sessions[session.id] = _Camera(
+            camera=metrics.camera(camera, RECONNECT_REASONS) if name == "camera" else None,
+            turns=metrics.turns(camera) if name == "llm" else None,
+            playback=metrics.playback(camera) if name == "speaker" else None,
+            windows=metrics.windows(camera, (IMAGE, AUDIO), self._stages) if name == "speaker" else None,
+        )
+
+    def closed(self, session: Session) -> None:
+        bound = self._sessions.pop(session.id, None)
+        if bound is not None and bound.camera is not None:
+            bound.camera.up(False)
+
+    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
+        """A batch left the stage."""
+        self._stage.processed(num_units, queue_s, compute_s)
+        if self._llm is not None and self._readings is not None:
+            self._llm.kv_cache_usage(self._readings.kv_usage())
+
+    def made(self, session: Session, chunk: Chunk) -> None:
+        """The stage made a data chunk."""
+        bound = self._sessions[session.id]
+        if bound.camera is not None and is_raw(chunk.stream):
+            bound.camera.frame(time.time())
+        elif chunk.stream == TEXT and self._tokens is not None:
+            bound.num_spoken += 1
+            self._tokens.add("text", len(chunk.arrays["token_ids"]))
+        elif chunk.stream == CODES and self._tokens is not None:
+            self._tokens.add("codes", len(chunk.arrays["codes"]))
+        elif chunk.stream == EVENTS:
+            _count_event(bound, chunk)
+
+    def unit_done(self, session: Session, end_ns: int) -> None:
+        """The stage is through with one unit."""
+        bound = self._sessions[session.id]
+        if bound.turns is not None and self._readings is not None:
+            spoke, bound.num_spoken = bound.num_spoken > 0, 0
+            bound.turns.decided("speak" if spoke else "listen")
+            bound.turns.text_budget(self._readings.text_budget(session.id))
+            bound.turns.parked(session.paced and session.playback.parked(end_ns))
+
+    def played(self, session: Session, ack: Ack) -> None:
+        """The sink says how far the listener has heard."""
+        bound = self._sessions[session.id]
+        if bound.playback is not None:
+            bound.playback.lead((ack.received_ns - ack.heard_ns) / NS_PER_S)
+            bound.playback.heard((ack.heard_ns - bound.heard_ns) / NS_PER_S)
+            bound.heard_ns = ack.heard_ns
+
+    def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None:
+        """A window has come to its end at the sink."""
+        windows = self._sessions[session.id].windows
+        if windows is not None:
+            windows.finished(latency_s, late_stage or None)
+            for stream in missing:
+                windows.missing(stream)
+
+
+def _count_event(bound: _Camera, event: Chunk) -> None:
+    kind = event.attrs.get("type")
+    if bound.camera is not None and kind == "camera_up":
+        bound.camera.up(True)
+    elif bound.camera is not None and kind in ("camera_lost", "camera_ended"):
+        bound.camera.up(False)
+        if kind == "camera_lost":
+            bound.camera.reconnected(str(event.attrs.get("reason", "")))
+    elif bound.playback is not None and kind == "underrun":
+        bound.playback.underrun(float(event.attrs.get("seconds") or 0.0))
+    elif bound.playback is not None and kind == "barge_in":
+        bound.playback.interrupted()

@@ -1,0 +1,430 @@
+"""The one loop of an actor: receive → join → gather a batch → process → send. No Ray here: deploy/actor.py hosts it.
+
+Rule: stages compute, graph/ decides, the bus carries; this file is where they meet, and the only one that measures.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from deploy.measure import StageMeter
+from graph.bus import Arrival, Bus, Receiver, Sender
+from graph.chunk import NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
+from graph.epoch import EpochFence
+from graph.streams import EVENTS, port_of
+from graph.tail import ack_of
+from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
+from graph.window import Joined, Late, Unit, WindowJoin
+from stages.events import WINDOW_EVENT
+from stages.stage import Session, Stage
+
+TICK_S = 0.01
+"""How often a stage that follows the clock looks at it: a hundredth of a window."""
+IDLE_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlan:
+    """How one stage replica takes part in a session.
+
+    origin_unix_ns: when event time 0 is, on the wall clock.
+    streams:        what the join waits for, with what happens to late chunks; empty for a source.
+    num_inputs:     input edges; a stage without windows ends with the last of them.
+    peers:          per output edge the replica that this session goes to.
+    """
+
+    session: Session
+    origin_unix_ns: int
+    streams: Mapping[str, Late] = field(default_factory=dict)
+    num_inputs: int = 0
+    peers: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSnapshot:
+    """A session at one stage: windows that are through, and how many of them came late (known at the sink only)."""
+
+    num_windows: int
+    num_late: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageSnapshot:
+    """What a stage replica has done and has before it."""
+
+    num_units: int
+    num_ready: int
+    sessions: Mapping[SessionId, SessionSnapshot]
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A unit that is complete, with the chunks' arrivals, whose credit goes back when it has been processed."""
+
+    unit: Unit
+    since_ns: int  # session time
+    since_s: float  # monotonic
+
+
+@dataclass(slots=True)
+class _Open:
+    """A session, at this stage."""
+
+    plan: SessionPlan
+    offset_ns: int  # session time = monotonic + this
+    join: WindowJoin | None
+    lanes: dict[str, Sender]
+    fence: EpochFence = field(default_factory=EpochFence)
+    ready: deque[_Ready] = field(default_factory=deque)
+    arrivals: dict[tuple[str, int, str], Arrival] = field(default_factory=dict)
+    seqs: dict[str, int] = field(default_factory=dict)
+    num_ended: int = 0
+    num_units: int = 0
+    num_late: int = 0
+
+    @property
+    def session(self) -> Session:
+        return self.plan.session
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns() + self.offset_ns
+
+
+class StageRunner:
+    """One replica of one stage.
+
+    receivers: by edge. senders: by edge, one per replica of the other end.
+    max_units, wait_s: a batch takes so many units, and waits so long for peers once one is there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        receivers: Mapping[str, Receiver],
+        senders: Mapping[str, list[Sender]],
+        meter: StageMeter,
+        *,
+        max_units: int,
+        wait_s: float,
+    ) -> None:
+        self.name = name
+        self.stage = stage
+        self._receivers = receivers
+        self._senders = senders
+        self._meter = meter
+        self._max_units = max_units
+        self._wait_s = wait_s
+        self.num_units = 0
+        self._open: dict[SessionId, _Open] = {}
+        self._follows_clock = type(stage).advance is not Stage.advance
+
+    # ---- sessions ----------------------------------------------------------------------------------------------------
+
+    def open_session(self, plan: SessionPlan) -> None:
+        """Raises StageError when the stage has no room; then nothing has changed."""
+        session = plan.session
+        self.stage.open_session(session)
+        lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
+        for sender in lanes.values():
+            sender.open_session(session.id, lossless=not session.paced)
+        offset_ns = time.time_ns() - time.monotonic_ns() - plan.origin_unix_ns
+        self._open[session.id] = _Open(plan, offset_ns, self._join(plan), lanes)
+        self._meter.opened(session)
+
+    def close_session(self, session: SessionId) -> None:
+        """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
+        state = self._open.pop(session, None)
+        if state is None:
+            return
+        for arrival in state.arrivals.values():
+            self._receivers[arrival.edge].drop(arrival, "shed")
+        for sender in state.lanes.values():
+            sender.close_session(session)
+        for receiver in self._receivers.values():
+            receiver.close_session(session)
+        self.stage.close_session(session)
+        self._meter.closed(state.session)
+
+    def end_session(self, session: SessionId) -> None:
+        """Let a source stop now."""
+        state = self._open.get(session)
+        if state is not None:
+            self.stage.end(session, state.now_ns())
+
+    def snapshot(self) -> StageSnapshot:
+        """What this replica is doing."""
+        sessions = {name: SessionSnapshot(state.num_units, state.num_late) for name, state in self._open.items()}
+        return StageSnapshot(self.num_units, self.num_ready, sessions)
+
+    @property
+    def num_ready(self) -> int:
+        """Units that wait to be processed."""
+        return sum(len(state.ready) for state in self._open.values())
+
+    def _join(self, plan: SessionPlan) -> WindowJoin | None:
+        if not plan.streams:
+            return None
+        session = plan.session
+        # The sources keep `lateness`; a window more is given to the stages in between, whose watermarks always come.
+        lateness_ns = session.lateness_ns + session.window_ns if session.paced else None
+        return WindowJoin(
+            session.id, plan.streams, window_ns=session.window_ns, lateness_ns=lateness_ns, late=plan.streams
+        )
+
+    # ---- what comes in -----------------------------------------------------------------------------------------------
+
+    def take(self, arrival: Arrival) -> None:
+        """One chunk from the bus."""
+        chunk = arrival.chunk
+        state = self._open.get(chunk.session)
+        if state is None:  # the session was closed here while the chunk was under way
+            if not chunk.is_control:
+                self._receivers[arrival.edge].drop(arrival, "shed")
+        elif chunk.is_control:
+            self._control(state, chunk)
+        elif self._is_stale(state, chunk):
+            self._receivers[arrival.edge].drop(arrival, "stale")
+        elif not self.stage.windowed:
+            self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
+            self.stage.process([_single(state, chunk)])
+        else:
+            state.arrivals[(chunk.stream, chunk.seq, arrival.edge)] = arrival
+            self._joined(state, _of(state.join).add(chunk))
+
+    def _control(self, state: _Open, chunk: Chunk) -> None:
+        if chunk.kind is Kind.WATERMARK:
+            self._joined(state, _of(state.join).advance(chunk.stream, chunk.start_ns, chunk.trace))
+        elif chunk.kind is Kind.END and state.join is not None:
+            self._joined(state, state.join.end(chunk.stream, chunk.start_ns))
+        elif chunk.kind is Kind.END:
+            state.num_ended += 1
+        else:
+            if chunk.kind is Kind.PLAYBACK:
+                state.session.playback.ack(ack_of(chunk))
+            self._raise_epoch(state, chunk.epoch)
+
+    def _is_stale(self, state: _Open, chunk: Chunk) -> bool:
+        self._raise_epoch(state, chunk.epoch)
+        return state.fence.is_stale(chunk)
+
+    def _raise_epoch(self, state: _Open, epoch: int) -> None:
+        """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
+        if state.fence.raise_to(epoch):
+            self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
+
+    def _joined(self, state: _Open, joined: Joined) -> None:
+        for chunk in joined.late:
+            self._settle(state, chunk, "late")
+        now_ns, now_s = state.now_ns(), time.monotonic()
+        state.ready.extend(_Ready(unit, now_ns, now_s) for unit in joined.units)
+
+    def _settle(self, state: _Open, chunk: Chunk, reason: str | None) -> None:
+        """Give a chunk's credit back: used, or dropped for a reason."""
+        for edge in self._receivers:
+            arrival = state.arrivals.pop((chunk.stream, chunk.seq, edge), None)
+            if arrival is None:
+                continue
+            if reason is None:
+                self._receivers[edge].deliver(arrival, self._age_s(state, chunk))
+            else:
+                self._receivers[edge].drop(arrival, reason)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _age_s(state: _Open, chunk: Chunk) -> float:
+        return max(state.now_ns() - chunk.end_ns, 0) / NS_PER_S
+
+    # ---- what goes out -----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Do what is due; True when there is more to do at once."""
+        for state in list(self._open.values()):
+            self._advance(state)
+            if state.join is not None:
+                self._joined(state, state.join.expire(state.now_ns()))
+        batch = self._gather()
+        if batch:
+            self._process(batch)
+        for state in list(self._open.values()):
+            self._finish(state)
+        return bool(batch) and self.num_ready > 0
+
+    def due_s(self) -> float:
+        """How long the loop may sleep if nothing comes."""
+        if self._follows_clock and self._open:
+            return TICK_S
+        waiting = [self._wait_s - (time.monotonic() - s.ready[0].since_s) for s in self._open.values() if s.ready]
+        return max(min([*waiting, IDLE_S]), 0.001)
+
+    def _advance(self, state: _Open) -> None:
+        if self._follows_clock and self._has_room(state):
+            self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
+
+    def _gather(self) -> list[tuple[_Open, _Ready]]:
+        """The most urgent units, one per session; none while it is worth waiting for peers."""
+        candidates = [(state, state.ready[0]) for state in self._open.values() if state.ready and self._may_go(state)]
+        if not candidates:
+            return []
+        oldest_s = min(ready.since_s for _, ready in candidates)
+        peers = sum(1 for state in self._open.values() if not state.ready)
+        if peers and len(candidates) < self._max_units and time.monotonic() - oldest_s < self._wait_s:
+            return []
+        candidates.sort(key=lambda c: c[0].plan.origin_unix_ns + c[1].unit.end_ns)  # earliest deadline first
+        return candidates[: self._max_units]
+
+    def _may_go(self, state: _Open) -> bool:
+        if not self._has_room(state):
+            return False
+        if state.session.paced or not self.stage.paced_by_listener:
+            return True
+        # Virtual time: the listener's clock must have come to the window's end, as it always has in real time.
+        return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
+
+    def _has_room(self, state: _Open) -> bool:
+        return all(sender.has_room(state.session.id) for sender in state.lanes.values())
+
+    def _process(self, batch: list[tuple[_Open, _Ready]]) -> None:
+        for state, ready in batch:
+            state.ready.popleft()
+            self._advance(state)
+            ready.unit = self._without_stale(state, ready.unit)
+        started = [state.now_ns() for state, _ in batch]
+        started_s = time.monotonic()
+        chunks = self.stage.process([ready.unit for _, ready in batch])
+        compute_s = time.monotonic() - started_s
+        self._meter.processed(
+            len(batch), queue_s=started_s - min(ready.since_s for _, ready in batch), compute_s=compute_s
+        )
+        for chunk in chunks:
+            self._send(self._open[chunk.session], chunk)
+        for (state, ready), started_ns in zip(batch, started, strict=True):
+            self._leave(state, ready, started_ns)
+
+    def _without_stale(self, state: _Open, unit: Unit) -> Unit:
+        """A barge-in may have come after the unit was complete."""
+        kept: dict[str, tuple[Chunk, ...]] = {}
+        for stream, chunks in unit.chunks.items():
+            for chunk in chunks:
+                if state.fence.is_stale(chunk):
+                    self._settle(state, chunk, "stale")
+            kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk))
+        return replace(unit, chunks=kept)
+
+    def _leave(self, state: _Open, ready: _Ready, started_ns: int) -> None:
+        """The unit is done: its chunks' credit goes back, its watermark goes on with its trace."""
+        unit = ready.unit
+        for chunks in unit.chunks.values():
+            for chunk in chunks:
+                self._settle(state, chunk, None)
+        state.num_units += 1
+        self.num_units += 1
+        self._meter.unit_done(state.session, unit.end_ns)
+        trace = leave_stage(unit, Span(self.name, ready.since_ns, started_ns, state.now_ns()))
+        if self.stage.is_sink:
+            self._window_done(state, unit, ready.since_ns, trace)
+        for stream in self.stage.outputs:
+            self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
+
+    def _window_done(self, state: _Open, unit: Unit, received_ns: int, trace: Trace) -> None:
+        """At the sink: say how long the window took, and where."""
+        before = [span for span in trace.spans if span.stage != self.name]
+        parts = waterfall(unit.end_ns, max(received_ns, unit.end_ns), before)
+        latency_ns = max(received_ns - unit.end_ns, 0)
+        paced = state.session.paced
+        late = paced and latency_ns > state.session.window_ns
+        state.num_late += late
+        late_stage = slowest_stage(parts) if late else ""
+        self._meter.window(state.session, latency_ns / NS_PER_S, late_stage, trace.missing)
+        attrs: dict[str, Scalar] = {
+            "type": WINDOW_EVENT,
+            "index": unit.index,
+            "start_s": unit.start_ns / NS_PER_S,
+            "end_s": unit.end_ns / NS_PER_S,
+            "digest": trace.digest,
+            "missing": ",".join(trace.missing),
+            "latency_s": round(latency_ns / NS_PER_S, 6) if paced else None,
+            "on_time": not late if paced else None,
+            "late_stage": late_stage,
+            "stages": json.dumps({**stage_seconds(parts), **_work_seconds(before)} if paced else _work_seconds(before)),
+        }
+        self._send(state, Chunk(unit.session, EVENTS, unit.start_ns, attrs=attrs))
+
+    def _finish(self, state: _Open) -> None:
+        """End the session here once its inputs have ended and everything is processed and sent."""
+        if state.ready or not self._has_room(state) or not self._inputs_ended(state):
+            return
+        if not self.stage.finished(state.session.id):
+            return
+        self._send_all(state, self.stage.drain(state.session.id))
+        end_ns = state.num_units * state.session.window_ns
+        for stream in {*self.stage.outputs, *([EVENTS] if self._edges_of(state, EVENTS) else [])}:
+            self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
+        self.close_session(state.session.id)
+
+    def _inputs_ended(self, state: _Open) -> bool:
+        if state.join is not None:
+            return state.join.finished
+        return state.num_ended >= state.plan.num_inputs
+
+    def _send_all(self, state: _Open, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self._send(state, chunk)
+
+    def _send(self, state: _Open, chunk: Chunk) -> None:
+        if not chunk.is_control:
+            seq = state.seqs.get(chunk.stream, 0)
+            state.seqs[chunk.stream] = seq + 1
+            chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
+            self._meter.made(state.session, chunk)
+        elif chunk.kind is Kind.PLAYBACK:
+            self._meter.played(state.session, ack_of(chunk))
+        elif chunk.kind is Kind.BARGE_IN:
+            state.fence.raise_to(chunk.epoch)
+        for edge in self._edges_of(state, chunk.stream):
+            state.lanes[edge].send(chunk)
+
+    def _edges_of(self, state: _Open, stream: str) -> list[str]:
+        start = f"{self.name}.{port_of(stream)}->"
+        return [edge for edge in state.lanes if edge.startswith(start)]
+
+
+class ActorLoop:
+    """The loop of one actor process: its bus, and the stages that live in it."""
+
+    def __init__(self, bus: Bus, runners: list[StageRunner]) -> None:
+        self._bus = bus
+        self._runners = {runner.name: runner for runner in runners}
+
+    def turn(self) -> None:
+        """Wait for something to come or to be due, and do it."""
+        files = {descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes()}
+        due_s = min(runner.due_s() for runner in self._runners.values())
+        arrivals = self._bus.wait(due_s, files)
+        for arrival in sorted(arrivals, key=lambda a: a.chunk.kind < Kind.PLAYBACK):  # what overtakes, overtakes
+            self._runner_of(arrival.edge).take(arrival)
+        for runner in self._runners.values():
+            while runner.step():
+                pass
+
+    def _runner_of(self, edge: str) -> StageRunner:
+        return self._runners[edge.partition("->")[2].partition(".")[0]]
+
+
+def _work_seconds(spans: Iterable[Span]) -> dict[str, float]:
+    """What each stage computed, on the critical path or beside it."""
+    return {f"{s.stage}.compute": round((s.finished_ns - s.started_ns) / NS_PER_S, 6) for s in spans}
+
+
+def _single(state: _Open, chunk: Chunk) -> Unit:
+    window_ns = state.session.window_ns
+    index = chunk.start_ns // window_ns
+    return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={chunk.stream: (chunk,)})
+
+
+def _of(join: WindowJoin | None) -> WindowJoin:
+    assert join is not None, "a stage with inputs has a join"
+    return join

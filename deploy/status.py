@@ -1,0 +1,88 @@
+"""What a running pipeline says of itself, to the gateway and to `pipeline ps`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deploy.observe import Target
+from deploy.placement import Process
+from deploy.plan import Address
+from deploy.runner import StageSnapshot
+from graph.ledger import Account
+
+
+@dataclass(slots=True)
+class Status:
+    """Written by the thread that runs the pipeline, read by the gateway's; each field is replaced as a whole.
+
+    problem: why it is not ready (yet, or any more); "" when it is.
+    """
+
+    model: str
+    trained: bool
+    problem: str = "starting"
+    dead: bool = False
+    started_s: float = field(default_factory=time.monotonic)
+    processes: Sequence[Process] = ()
+    addresses: Mapping[str, Address] = field(default_factory=dict)
+    snapshots: Mapping[str, Mapping[str, StageSnapshot]] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)  # by session; masked
+    ledger: Mapping[str, Account] = field(default_factory=dict)
+
+    def targets(self) -> Sequence[Target]:
+        return [
+            Target(
+                self.addresses[process.name].node_ip,
+                self.addresses[process.name].metrics_port,
+                stage=",".join(process.stages),
+                replica=process.replica,
+                process=process.name.rpartition(".")[0],
+            )
+            for process in self.processes
+            if process.name in self.addresses
+        ]
+
+    def alive(self) -> bool:
+        return not self.dead
+
+    def ready(self) -> tuple[bool, list[str]]:
+        return not self.problem, [self.problem] if self.problem else []
+
+    def snapshot(self) -> Mapping[str, object]:
+        return {
+            "model": self.model,
+            "trained": self.trained,
+            "ready": not self.problem,
+            "problem": self.problem,
+            "uptime_s": round(time.monotonic() - self.started_s, 1),
+            "stages": [self._stage_row(process, stage) for process in self.processes for stage in process.stages],
+            "sessions": [self._session_row(session, source) for session, source in self.sources.items()],
+            "edges": {edge: account.as_dict() for edge, account in self.ledger.items()},
+        }
+
+    def _stage_row(self, process: Process, stage: str) -> Mapping[str, object]:
+        address = self.addresses.get(process.name)
+        snapshot = self.snapshots.get(process.name, {}).get(stage)
+        return {
+            "stage": stage,
+            "replica": process.replica,
+            "process": process.name,
+            "pid": address.pid if address else None,
+            "node": address.node_ip if address else None,
+            "state": "ready" if snapshot else "starting",
+            "sessions": len(snapshot.sessions) if snapshot else 0,
+            "units": snapshot.num_units if snapshot else 0,
+            "waiting": snapshot.num_ready if snapshot else 0,
+        }
+
+    def _session_row(self, session: str, source: str) -> Mapping[str, object]:
+        at = [
+            found
+            for stages in self.snapshots.values()
+            if (stage := stages.get("speaker")) and (found := stage.sessions.get(session))  # type: ignore[call-overload]
+        ]
+        state = "running" if at else "ended"
+        windows, late = (at[0].num_windows, at[0].num_late) if at else (0, 0)
+        return {"session": session, "source": source, "state": state, "windows": windows, "late": late}

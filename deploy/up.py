@@ -1,0 +1,276 @@
+"""`pipeline up`: from a checked description to running sessions, and cleanly back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from deploy import ray_environment
+from deploy.checkpoints import Checkpoint, open_checkpoint
+from deploy.observe import GatewayServer, build_gateway
+from deploy.state import Running, StateFolder
+from deploy.status import Status
+from graph.chunk import NS_PER_S, SessionId
+from graph.errors import GraphError
+from graph.ledger import Account
+from graph.spec import CameraSpec, PipelineSpec
+from stages.media import Ended, Failed, MediaReader, MediaRequest
+from stages.stage import ListenerAction, Session
+
+if TYPE_CHECKING:
+    from deploy.coordinator import Coordinator
+
+POLL_S = 0.25
+DRAIN_S = 8.0  # after the first Ctrl-C; the listener may still have a lead and a window to hear
+PROBE_S = 12.0
+
+
+class UpError(GraphError):
+    """The pipeline can't start; says what, where and what instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What the command line adds to the description. duration_ns None: as long as the sources can."""
+
+    duration_ns: int | None = None
+    out: Path | None = None
+    paced: bool = True
+    listener: tuple[ListenerAction, ...] = ()
+    address: str | None = None
+    state: StateFolder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    interrupted: bool
+    ledger: Mapping[str, Account]
+    out: Path | None
+
+
+class Interrupts:
+    """SIGINT and SIGTERM: the first asks for a graceful end, the second for an end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.event = threading.Event()
+
+    def __enter__(self) -> Interrupts:
+        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.event.set()
+        if self.count > 1:
+            raise KeyboardInterrupt
+
+
+def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) -> Outcome:
+    """Run the pipeline until its sources end, or until it is interrupted. tell: one line for the user.
+
+    Raises UpError, GraphError, StageError, ModelError or GatewayError with one clear message; whatever was started
+    before has been stopped then.
+    """
+    _check_output(options.out)
+    checkpoint = open_checkpoint(spec, tell)
+    spec = checkpoint.fit(spec)
+    cameras = check_cameras(spec, tell)
+    checkpoint.check_memory()
+    state = options.state or StateFolder(Path.cwd())
+    if (other := state.read()) is not None:
+        raise UpError(
+            f"a pipeline of this folder is running already (pid {other.pid}, {other.url}); `pipeline down` it"
+        )
+    status = Status(model=spec.model, trained=checkpoint.trained)
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        state.create()
+        gateway = GatewayServer(build_gateway(status), spec.console.host, spec.console.port)
+        gateway.start()
+        stack.callback(gateway.stop)
+        state.write(Running(os.getpid(), time.time(), gateway.url))
+        stack.callback(state.forget)
+        return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, tell).run(cameras)
+
+
+class _Run:
+    """One run, from the cluster to the last ledger."""
+
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        options: UpOptions,
+        checkpoint: Checkpoint,
+        state: StateFolder,
+        status: Status,
+        url: str,
+        interrupts: Interrupts,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._spec = spec
+        self._options = options
+        self._checkpoint = checkpoint
+        self._state = state
+        self._status = status
+        self._url = url
+        self._interrupts = interrupts
+        self._tell = tell
+
+    def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
+        # Ray is imported here: what can be refused without it has been refused by now, and its environment is set.
+        address = self._options.address or os.environ.get("RAY_ADDRESS")
+        ray_environment.prepare(address)
+        from deploy.cluster import connect
+        from deploy.coordinator import Coordinator
+        from deploy.placement import processes_of
+
+        with ExitStack() as stack:
+            cluster = connect(processes_of(self._spec), address)
+            stack.callback(cluster.close)
+            coordinator = Coordinator(self._spec, self._checkpoint.path, self._state.path)
+            stack.callback(coordinator.stop)
+            coordinator.start(cluster, lambda name: self._tell(f"  {name} ready"))
+            self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
+            for name, camera in cameras.items():
+                coordinator.open_session(self._session(name, camera))
+            self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
+            self._status.problem = ""
+            self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
+            interrupted = self._wait(coordinator)
+            ledger = coordinator.ledger()
+            self._status.problem = "stopping"
+            self._tell("stopping")
+        self._write_ledger(ledger)
+        return Outcome(interrupted, ledger, self._options.out)
+
+    def _wait(self, coordinator: Coordinator) -> bool:
+        """Until every session has ended; True when that was asked for."""
+        deadline_s = float("inf")
+        asked = False
+        while coordinator.sessions:
+            if self._interrupts.count and not asked:
+                asked = True
+                self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
+                deadline_s = time.monotonic() + DRAIN_S
+                for session in coordinator.sessions:
+                    coordinator.end_session(session)
+            if time.monotonic() > deadline_s:
+                for session in coordinator.sessions:
+                    coordinator.close_session(session)
+            self._status.snapshots = coordinator.poll()
+            self._status.ledger = coordinator.ledger()
+            if coordinator.sessions:
+                self._interrupts.event.wait(POLL_S)
+                if asked:
+                    time.sleep(POLL_S)  # the event stays set
+        return asked
+
+    def _session(self, name: str, camera: CameraSpec) -> Session:
+        options, spec = self._options, self._spec
+        return Session(
+            id=SessionId(name),
+            camera=name,
+            source=camera.source.reveal(),
+            fps=camera.fps,
+            max_pixels=camera.max_pixels,
+            microphone=camera.microphone == "embedded" and "microphone" in spec.stages,
+            window_ns=spec.window.length_ns,
+            lateness_ns=spec.window.lateness_ns,
+            lead_ns=spec.tail.lead_ns,
+            delay_ns=spec.tail.delay_ns,
+            duration_ns=options.duration_ns,
+            paced=options.paced,
+            listener=options.listener,
+            out=options.out,
+        )
+
+    def _write_ledger(self, ledger: Mapping[str, Account]) -> None:
+        if self._options.out is not None:
+            rows = {edge: account.as_dict() for edge, account in ledger.items()}
+            (self._options.out / "ledger.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def check_cameras(spec: PipelineSpec, tell: Callable[[str], None]) -> Mapping[str, CameraSpec]:
+    """Open every source once, before anything is started. A broken file is an error; a live camera that does not
+    answer is told, and looked for again while the pipeline runs, unless it is the only one.
+
+    Raises UpError with all that is wrong.
+    """
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        failures = dict(zip(spec.cameras, pool.map(probe, spec.cameras.values()), strict=True))
+    broken = {name: why for name, (why, live) in failures.items() if why and not live}
+    absent = {name: why for name, (why, live) in failures.items() if why and live}
+    if broken or (absent and len(absent) == len(spec.cameras)):
+        raise UpError("\n".join(f"camera {name}: {why}" for name, why in (broken | absent).items()))
+    for name, why in absent.items():
+        tell(f"camera {name}: {why}; it will be looked for while the others run")
+    return spec.cameras
+
+
+def probe(camera: CameraSpec) -> tuple[str, bool]:
+    """(why the source can't be read, or ""; whether it is a live one)."""
+    from stages.media import MediaError
+
+    request = MediaRequest(
+        source=camera.source.reveal(),
+        fps=camera.fps,
+        max_pixels=camera.max_pixels,
+        want_video=True,
+        want_audio=camera.microphone == "embedded",
+        window_ns=NS_PER_S,
+        duration_ns=None,
+    )
+    try:
+        with MediaReader(request) as reader:
+            deadline_s = time.monotonic() + PROBE_S
+            while time.monotonic() < deadline_s:
+                item = reader.read(1.0)
+                if isinstance(item, Failed):
+                    return item.message, reader.is_live
+                if isinstance(item, Ended):
+                    return "holds neither picture nor sound", False
+                if item is not None:
+                    return "", reader.is_live
+            return f"gave nothing within {PROBE_S:g} s", reader.is_live
+    except MediaError as error:
+        return str(error), False
+
+
+def parse_cameras(texts: Sequence[str]) -> dict[str, str]:
+    """`--camera name=source` options. Raises UpError."""
+    cameras: dict[str, str] = {}
+    for text in texts:
+        name, equals, source = text.partition("=")
+        if not equals or not name or not source:
+            raise UpError(f"--camera {text}: expected name=source, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
+        if name in cameras:
+            raise UpError(f"--camera {name}: given twice")
+        cameras[name] = source
+    return cameras
+
+
+def _check_output(out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "ledger.json").touch()
+    except OSError as error:
+        raise UpError(f"--out {out}: can't be written to: {error.strerror}") from error

@@ -1,0 +1,93 @@
+"""The values on the edges: what a camera saw, what was heard, what is said, and the control words between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import NewType
+
+import numpy as np
+
+SessionId = NewType("SessionId", str)
+Scalar = int | float | str | bool | None
+Array = np.ndarray
+
+NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+
+
+class Kind(IntEnum):
+    """What a chunk is. Everything but DATA is control: it takes no credit and stands in no ledger."""
+
+    DATA = 0
+    WATERMARK = 1  # nothing before `start_ns` will come on this stream
+    END = 2  # nothing will come on this stream any more; `start_ns` is its end
+    PLAYBACK = 3  # how far the listener has heard (graph/tail.py: Ack)
+    BARGE_IN = 4  # the listener interrupts: raises the session's epoch to `epoch`
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A window's stay in one stage, in ns on the session's axis: received, then (queue) started, then finished."""
+
+    stage: str
+    received_ns: int
+    started_ns: int
+    finished_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What is known of a window when it leaves a stage; travels with its watermark.
+
+    digest:  hash of what was seen and heard in it (hex), equal for equal input at any speed; "" when unknown.
+    missing: streams which gave nothing.
+    spans:   the stages on the window's critical path, in order.
+    """
+
+    digest: str = ""
+    missing: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of one stream on the session's event-time axis; covers [start_ns, start_ns + duration_ns).
+
+    seq counts the data chunks of a (session, stream) without holes: a hole is a loss. Arrays are read-only. attrs are
+    small scalars. epoch grows at each barge-in (0 on streams that a barge-in does not touch).
+    """
+
+    session: SessionId
+    stream: str
+    start_ns: int
+    duration_ns: int = 0
+    seq: int = 0
+    epoch: int = 0
+    kind: Kind = Kind.DATA
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+    attrs: Mapping[str, Scalar] = field(default_factory=dict)
+    trace: Trace | None = None
+
+    @property
+    def end_ns(self) -> int:
+        return self.start_ns + self.duration_ns
+
+    @property
+    def is_control(self) -> bool:
+        return self.kind is not Kind.DATA
+
+    def numbered(self, seq: int, epoch: int) -> Chunk:
+        """The same chunk with its place in the stream."""
+        return replace(self, seq=seq, epoch=epoch)
+
+
+def watermark(session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None) -> Chunk:
+    """A promise: nothing before `at_ns` will come on `stream`."""
+    return Chunk(session, stream, at_ns, epoch=epoch, kind=Kind.WATERMARK, trace=trace)
+
+
+def end_of_stream(session: SessionId, stream: str, at_ns: int, epoch: int = 0) -> Chunk:
+    """The last word of a stream."""
+    return Chunk(session, stream, at_ns, epoch=epoch, kind=Kind.END)

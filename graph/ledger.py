@@ -1,0 +1,71 @@
+"""The ledger of an edge: every chunk accepted is delivered, or dropped for a named reason, or in flight. Exactly.
+
+The sender counts what it accepted and dropped, the receiver what it delivered and dropped; `merge` puts both ends of
+an edge together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Reason = Literal["late", "shed", "stale", "overflow", "crash"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The sums of one edge. `in_flight` is what is not accounted for yet: 0 once the edge is drained."""
+
+    accepted: int = 0
+    delivered: int = 0
+    dropped: Mapping[Reason, int] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> int:
+        return self.accepted - self.delivered - sum(self.dropped.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """For ledger.json."""
+        dropped = {reason: self.dropped.get(reason, 0) for reason in REASONS}
+        return {
+            "accepted": self.accepted,
+            "delivered": self.delivered,
+            "dropped": dropped,
+            "in_flight": self.in_flight,
+        }
+
+
+class Ledger:
+    """One end's running sums for one edge."""
+
+    def __init__(self) -> None:
+        self._accepted = 0
+        self._delivered = 0
+        self._dropped: dict[Reason, int] = dict.fromkeys(REASONS, 0)
+
+    def accept(self) -> None:
+        self._accepted += 1
+
+    def deliver(self) -> None:
+        self._delivered += 1
+
+    def drop(self, reason: Reason) -> None:
+        self._dropped[reason] += 1
+
+    def account(self) -> Account:
+        """A frozen copy of the sums."""
+        return Account(self._accepted, self._delivered, dict(self._dropped))
+
+
+def merge(accounts: Iterable[Account]) -> Account:
+    """Add up the ends (and replicas) of one edge."""
+    accepted = delivered = 0
+    dropped: dict[Reason, int] = dict.fromkeys(REASONS, 0)
+    for account in accounts:
+        accepted += account.accepted
+        delivered += account.delivered
+        for reason, count in account.dropped.items():
+            dropped[reason] += count
+    return Account(accepted, delivered, dropped)

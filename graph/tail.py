@@ -1,0 +1,312 @@
+"""TAIL: no text is made further ahead than the listener hears.
+
+Rule: everything that decides how far speech may run ahead of the ear is in this file. All of it is pure: it takes
+event times and returns numbers.
+
+    sink   Player        what the listener has heard; speaks Acks
+    LLM    TextBudget    n text tokens for a window:  B = L + T - ((G - P) + E),  n = clamp(B // r, 0, 18)
+    TTS, vocoder
+           SpeechCredit  a piece of d ns may be made when  G - P + d <= L + T
+
+P is what was heard, G what was synthesised, E the speech estimated for text not yet synthesised, r the ns of speech
+per text token (a moving average), L the lead, T the window. Decisions for window k are taken as of its end, (k+1)·T:
+an Ack made later does not count. So a run on time decides the same however its messages were jittered.
+
+The budget extrapolates P along the sink's own playing schedule; the credit uses acknowledged playback only, which
+makes the bound hold whatever happens to the Acks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graph.chunk import NS_PER_S, Chunk, Kind, SessionId
+from graph.streams import PLAYBACK
+
+MAX_TEXT_TOKENS = 18  # the official loop samples at most 19 tokens per unit, the first of which is <|speak|>
+FIRST_NS_PER_TOKEN = 270_000_000  # 3.7 tokens per second of speech, until a turn has been measured
+NS_PER_TOKEN_RANGE = (50_000_000, 2_000_000_000)
+RATE_WEIGHT = 0.25  # of a new turn in the moving average
+ACK_TIMEOUT_NS = 5 * NS_PER_S  # a listener unheard of for so long is taken to be gone: the session parks
+MAX_ACKS = 64  # acks come every 100 ms and at each event; a decision looks back at most one window
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What the sink says of its listener, as of event time `at_ns`. Totals count from the session's start.
+
+    heard_ns:    speech really heard.                 received_ns: speech received and not flushed.
+    through_ns:  speech of all windows that end at or before this has been received.
+    num_turns:   turns whose last piece has been received.
+    queue:       (start_ns, duration_ns) of what is still to be heard, as scheduled; empty while paused.
+    """
+
+    at_ns: int
+    heard_ns: int = 0
+    received_ns: int = 0
+    through_ns: int = 0
+    num_turns: int = 0
+    epoch: int = 0
+    queue: tuple[tuple[int, int], ...] = ()
+
+    def heard_at(self, now_ns: int) -> int:
+        """P at `now_ns`, if all goes on as scheduled. Never more than was received."""
+        return self.heard_ns + sum(min(max(now_ns - start, 0), length) for start, length in self.queue)
+
+
+class Playback:
+    """A distant listener, as the Acks describe it. Acks may be lost, doubled and come late or out of order."""
+
+    def __init__(self) -> None:
+        self._acks: deque[Ack] = deque([Ack(0)], maxlen=MAX_ACKS)
+
+    @property
+    def latest(self) -> Ack:
+        return self._acks[-1]
+
+    def ack(self, ack: Ack) -> None:
+        """Take an Ack. One that is older than the latest changes nothing."""
+        if ack.at_ns >= self.latest.at_ns:
+            self._acks.append(ack)
+
+    def as_of(self, now_ns: int) -> Ack:
+        """The newest Ack that was made at or before `now_ns`."""
+        for ack in reversed(self._acks):
+            if ack.at_ns <= now_ns:
+                return ack
+        return self._acks[0]
+
+    def parked(self, now_ns: int) -> bool:
+        """True when nothing has been heard of the listener for 5 s."""
+        return now_ns - self.as_of(now_ns).at_ns > ACK_TIMEOUT_NS
+
+
+class TextBudget:
+    """How many text tokens the LLM may make in a window, for one session."""
+
+    def __init__(self, playback: Playback, *, lead_ns: int, window_ns: int) -> None:
+        self._playback = playback
+        self._allowed_ns = lead_ns + window_ns
+        self._num_tokens = 0
+        self._num_turns = 0  # ended by the LLM
+        self._turn_open = False
+        self._settled = (0, 0)  # (tokens, ns of speech) up to the last moment when all text was spoken
+        self.ns_per_token = FIRST_NS_PER_TOKEN
+
+    @property
+    def turn_open(self) -> bool:
+        return self._turn_open
+
+    def tokens(self, now_ns: int) -> int:
+        """n for the window that ends at `now_ns`: 0 … 18."""
+        if self._playback.parked(now_ns):
+            return 0
+        ack = self._playback.as_of(now_ns)
+        self._settle(ack)
+        unheard_ns = ack.received_ns - ack.heard_at(now_ns)
+        left_ns = self._allowed_ns - unheard_ns - self._estimate_ns(ack)
+        return min(max(left_ns // self.ns_per_token, 0), MAX_TEXT_TOKENS)
+
+    def generated(self, num_tokens: int, *, end_of_turn: bool) -> None:
+        """Account for a speaking unit's text."""
+        self._num_tokens += num_tokens
+        self._turn_open = not end_of_turn
+        self._num_turns += end_of_turn
+
+    def interrupted(self, ack: Ack) -> None:
+        """The listener barged in: what was not heard will never be."""
+        self._settled = (self._num_tokens, ack.received_ns)
+        self._turn_open = False
+        self._num_turns = ack.num_turns
+
+    def _estimate_ns(self, ack: Ack) -> int:
+        tokens, speech_ns = self._settled
+        return max((self._num_tokens - tokens) * self.ns_per_token - (ack.received_ns - speech_ns), 0)
+
+    def _settle(self, ack: Ack) -> None:
+        """When every ended turn has been synthesised and none is open, nothing is owed; the rate is measured anew."""
+        if self._turn_open or ack.num_turns < self._num_turns:
+            return
+        tokens, speech_ns = self._num_tokens - self._settled[0], ack.received_ns - self._settled[1]
+        if tokens > 0 and speech_ns > 0:
+            low, high = NS_PER_TOKEN_RANGE
+            measured = min(max(speech_ns // tokens, low), high)
+            self.ns_per_token += round(RATE_WEIGHT * (measured - self.ns_per_token))
+        self._settled = (self._num_tokens, ack.received_ns)
+
+
+class SpeechCredit:
+    """Whether a piece of speech may be made now, for one session; one each in TTS and vocoder."""
+
+    def __init__(self, playback: Playback, *, lead_ns: int, window_ns: int) -> None:
+        self._playback = playback
+        self._allowed_ns = lead_ns + window_ns
+        self._under_way: deque[tuple[int, int]] = deque()  # (end of window, ns) made here, not yet received
+
+    def unheard_ns(self, now_ns: int) -> int:
+        """G - P: speech made and not acknowledged as heard, at most."""
+        ack = self._playback.as_of(now_ns)
+        while self._under_way and self._under_way[0][0] <= ack.through_ns:
+            self._under_way.popleft()
+        return ack.received_ns - ack.heard_ns + sum(length for _, length in self._under_way)
+
+    def allows(self, duration_ns: int, now_ns: int) -> bool:
+        """May `duration_ns` more be made, as of `now_ns`?"""
+        return self.unheard_ns(now_ns) + duration_ns <= self._allowed_ns
+
+    def made(self, duration_ns: int, window_end_ns: int) -> None:
+        """Account for a piece that leaves with the window which ends at `window_end_ns`."""
+        self._under_way.append((window_end_ns, duration_ns))
+
+    def interrupted(self) -> None:
+        """What was under way will be dropped as stale."""
+        self._under_way.clear()
+
+
+@dataclass(slots=True)
+class _Piece:
+    start_ns: int
+    duration_ns: int
+    heard_ns: int = 0  # of duration_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A stretch of a received piece that the listener has heard: `piece` counts the pieces received, from 0."""
+
+    piece: int
+    offset_ns: int
+    duration_ns: int
+    at_ns: int
+
+
+class Player:
+    """The listener's end: pieces are heard one after the other, in real time.
+
+    Speech of a window is played from `delay` after the window's end on: that much jitter is absorbed, and a run on
+    time sounds the same every time. A piece that arrives later is played at once (an underrun, counted by the caller
+    from `late_ns`).
+    """
+
+    def __init__(self, *, delay_ns: int) -> None:
+        self._delay_ns = delay_ns
+        self._now_ns = 0
+        self._pieces: deque[_Piece] = deque()
+        self._first = 0  # number of the piece at the head of the queue
+        self._ack = Ack(0)
+        self._paused = False
+
+    @property
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @property
+    def unheard_ns(self) -> int:
+        """Speech received and not heard."""
+        return self._ack.received_ns - self._ack.heard_ns
+
+    @property
+    def last_end_ns(self) -> int:
+        """When the last piece will have been heard, as scheduled; now when nothing is queued."""
+        return self._pieces[-1].start_ns + self._pieces[-1].duration_ns if self._pieces else self._now_ns
+
+    def receive(self, duration_ns: int, window_end_ns: int, *, end_of_turn: bool) -> int:
+        """Queue a piece that has arrived now. Returns by how much it is late for its playing time (0: on time)."""
+        planned_ns = max(window_end_ns + self._delay_ns, self.last_end_ns if self._pieces else 0)
+        start_ns = max(planned_ns, self._now_ns)
+        self._pieces.append(_Piece(start_ns, duration_ns))
+        self._ack = replace(
+            self._ack,
+            received_ns=self._ack.received_ns + duration_ns,
+            num_turns=self._ack.num_turns + end_of_turn,
+        )
+        return start_ns - planned_ns
+
+    def settled(self, through_ns: int) -> None:
+        """All speech of windows that end at or before `through_ns` has been received."""
+        self._ack = replace(self._ack, through_ns=max(self._ack.through_ns, through_ns))
+
+    def advance(self, now_ns: int) -> list[Heard]:
+        """Let time pass; returns what was heard meanwhile, in order. Time never runs backwards."""
+        heard: list[Heard] = []
+        while self._pieces and not self._paused:
+            piece = self._pieces[0]
+            until_ns = min(max(now_ns - piece.start_ns, 0), piece.duration_ns)
+            if until_ns > piece.heard_ns:
+                at_ns = piece.start_ns + piece.heard_ns
+                heard.append(Heard(self._first, piece.heard_ns, until_ns - piece.heard_ns, at_ns))
+                self._ack = replace(self._ack, heard_ns=self._ack.heard_ns + until_ns - piece.heard_ns)
+                piece.heard_ns = until_ns
+            if piece.heard_ns < piece.duration_ns:
+                break
+            self._pieces.popleft()
+            self._first += 1
+        self._now_ns = max(self._now_ns, now_ns)
+        return heard
+
+    def pause(self) -> None:
+        """The listener stops listening; call `advance` first."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """The listener goes on where it stopped; what is queued moves."""
+        if not self._paused:
+            return
+        self._paused = False
+        next_ns = self._now_ns
+        for piece in self._pieces:
+            rest_ns = piece.duration_ns - piece.heard_ns
+            piece.start_ns = max(piece.start_ns, next_ns - piece.heard_ns)
+            next_ns = piece.start_ns + piece.heard_ns + rest_ns
+
+    def flush(self, epoch: int) -> int:
+        """Barge-in: drop what was not heard and return how many ns that is; call `advance` first."""
+        unheard_ns = self.unheard_ns
+        self._first += len(self._pieces)
+        self._pieces.clear()
+        self._ack = replace(self._ack, received_ns=self._ack.heard_ns, epoch=epoch)
+        return unheard_ns
+
+    def ack(self) -> Ack:
+        """What to tell the other end, as of now."""
+        pieces = () if self._paused else tuple(self._pieces)
+        queue = tuple((p.start_ns + p.heard_ns, p.duration_ns - p.heard_ns) for p in pieces)
+        return replace(self._ack, at_ns=self._now_ns, queue=queue)
+
+
+def ack_chunk(session: SessionId, ack: Ack) -> Chunk:
+    """An Ack as it travels on the playback edges."""
+    attrs = {
+        "heard_ns": ack.heard_ns,
+        "received_ns": ack.received_ns,
+        "through_ns": ack.through_ns,
+        "num_turns": ack.num_turns,
+    }
+    queue = np.array(ack.queue, dtype=np.int64).reshape(-1, 2)
+    return Chunk(
+        session, PLAYBACK, ack.at_ns, epoch=ack.epoch, kind=Kind.PLAYBACK, arrays={"queue": queue}, attrs=attrs
+    )
+
+
+def ack_of(chunk: Chunk) -> Ack:
+    """The Ack in a control chunk of the playback stream. Raises KeyError when it holds none."""
+    return Ack(
+        at_ns=chunk.start_ns,
+        heard_ns=_total(chunk, "heard_ns"),
+        received_ns=_total(chunk, "received_ns"),
+        through_ns=_total(chunk, "through_ns"),
+        num_turns=_total(chunk, "num_turns"),
+        epoch=chunk.epoch,
+        queue=tuple((int(start), int(length)) for start, length in chunk.arrays["queue"]),
+    )
+
+
+def _total(chunk: Chunk, name: str) -> int:
+    return int(chunk.attrs[name] or 0)

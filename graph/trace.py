@@ -1,0 +1,101 @@
+"""What a window went through: its digest, and where its time was spent. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from graph.chunk import Chunk, Span, Trace
+from graph.epoch import FENCED_STREAMS
+from graph.streams import is_raw
+from graph.window import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a window's latency: the way to a stage (hop), its wait there (queue), or its work (compute)."""
+
+    stage: str
+    phase: str
+    duration_ns: int
+
+
+def leave_stage(unit: Unit, span: Span) -> Trace:
+    """The trace of a unit that has been processed: what came with it, and this stage's span."""
+    spans = {s for trace in unit.traces.values() for s in trace.spans} | {span}
+    sensed_missing = unit.missing - FENCED_STREAMS
+    inherited = {name for trace in unit.traces.values() for name in trace.missing}
+    return Trace(
+        digest=digest_of(unit),
+        missing=tuple(sorted(sensed_missing or (inherited if _is_said(unit) else ()))),
+        spans=tuple(sorted(spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))),
+    )
+
+
+def digest_of(unit: Unit) -> str:
+    """Hash of what was seen and heard in this window: equal content and times give an equal digest."""
+    parts = {stream: _digest_stream(unit, stream) for stream in sorted({*unit.chunks, *unit.traces, *unit.missing})}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return _hash(f"{stream}={digest}\n".encode() for stream, digest in parts.items())
+
+
+def waterfall(start_ns: int, end_ns: int, spans: Iterable[Span]) -> list[Part]:
+    """Where the time from `start_ns` to `end_ns` went, along the critical path. The parts sum to it exactly."""
+    parts: list[Part] = []
+    cursor_ns = end_ns
+    for span in sorted(spans, key=lambda s: s.finished_ns, reverse=True):
+        if span.finished_ns > cursor_ns or span.finished_ns <= start_ns:
+            continue  # ran beside the critical path, or before the window's end
+        started_ns, received_ns = max(span.started_ns, start_ns), max(span.received_ns, start_ns)
+        stretches = [
+            Part(span.stage, "queue", started_ns - received_ns),
+            Part(span.stage, "compute", span.finished_ns - started_ns),
+            Part(parts[0].stage if parts else "", "hop", cursor_ns - span.finished_ns),
+        ]
+        parts = stretches + parts
+        cursor_ns = received_ns
+    return [Part(parts[0].stage if parts else "", "hop", cursor_ns - start_ns), *parts]
+
+
+def slowest_stage(parts: Iterable[Part]) -> str:
+    """The stage on which most time was spent; "" when nothing is known."""
+    totals: dict[str, int] = {}
+    for part in parts:
+        totals[part.stage] = totals.get(part.stage, 0) + part.duration_ns
+    return max(totals, key=lambda stage: totals[stage], default="")
+
+
+def stage_seconds(parts: Iterable[Part]) -> Mapping[str, float]:
+    """Seconds per "stage.phase", for windows.jsonl; parts of no length are left out."""
+    totals: dict[str, int] = {}
+    for part in parts:
+        name = f"{part.stage}.{part.phase}"
+        totals[name] = totals.get(name, 0) + part.duration_ns
+    return {name: round(total * 1e-9, 6) for name, total in totals.items() if total}
+
+
+def _is_said(unit: Unit) -> bool:
+    return bool(FENCED_STREAMS & ({*unit.chunks, *unit.traces, *unit.missing}))
+
+
+def _digest_stream(unit: Unit, stream: str) -> str:
+    if is_raw(stream):
+        return _hash(part for chunk in unit.of(stream) for part in _content(chunk))
+    return unit.traces[stream].digest if stream in unit.traces else ""
+
+
+def _content(chunk: Chunk) -> Iterable[bytes]:
+    yield f"{chunk.stream}@{chunk.start_ns}+{chunk.duration_ns}".encode()
+    for name, array in sorted(chunk.arrays.items()):
+        yield f"{name}:{array.dtype}:{array.shape}".encode()
+        yield array.tobytes()
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()[:32]

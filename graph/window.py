@@ -1,0 +1,176 @@
+"""Omni-Flow order: what was seen and heard in a window leaves together, window by window.
+
+Rule: which chunk belongs to which unit, and when a unit may leave, is decided in this file and nowhere else. It takes
+values and times and returns values: no clock, no socket.
+
+Window k is [k·T, (k+1)·T). A unit leaves when the watermark of every stream has passed its end, or `lateness` after
+it. Units leave with k = 0, 1, 2 … exactly once, and their content does not depend on the order of arrival between
+streams (per stream, chunks arrive in seq order: the bus keeps that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from graph.chunk import Chunk, SessionId, Trace
+
+Late = Literal["drop", "carry"]
+FOREVER_NS = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """All chunks of one session and window, per stream ordered by time; `missing` names the streams that gave nothing.
+
+    closed_by is the stream whose watermark came last, "" when the window was given up by lateness. traces are what the
+    streams' watermarks brought along.
+    """
+
+    session: SessionId
+    index: int
+    start_ns: int
+    end_ns: int
+    chunks: Mapping[str, tuple[Chunk, ...]] = field(default_factory=dict)
+    missing: frozenset[str] = frozenset()
+    traces: Mapping[str, Trace] = field(default_factory=dict)
+    closed_by: str = ""
+
+    def of(self, stream: str) -> tuple[Chunk, ...]:
+        """The chunks of one stream; empty when it gave nothing."""
+        return self.chunks.get(stream, ())
+
+    def emit(self, stream: str, **fields: object) -> Chunk:
+        """A chunk of `stream` which covers this unit's window."""
+        return Chunk(self.session, stream, self.start_ns, self.end_ns - self.start_ns, **fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What came out of the join: units that are complete, and chunks that were too late to be in any."""
+
+    units: tuple[Unit, ...] = ()
+    late: tuple[Chunk, ...] = ()
+
+
+NOTHING = Joined()
+
+
+class WindowJoin:
+    """Event-time join of one session's streams in tumbling windows.
+
+    lateness_ns: a window is given up this long after its end; None waits for ever (virtual time).
+    late:        per stream, what happens to a chunk whose window has left: dropped, or carried into the next unit.
+    """
+
+    def __init__(
+        self,
+        session: SessionId,
+        streams: Iterable[str],
+        *,
+        window_ns: int,
+        lateness_ns: int | None,
+        late: Mapping[str, Late] | None = None,
+    ) -> None:
+        self._session = session
+        self._window_ns = window_ns
+        self._lateness_ns = lateness_ns
+        self._late = dict(late or {})
+        self._watermarks = dict.fromkeys(streams, 0)
+        self._pending: dict[str, list[Chunk]] = {stream: [] for stream in self._watermarks}
+        self._traces: dict[int, dict[str, Trace]] = {}
+        self._last_stream = ""
+        self._ended_ns = 0  # the latest END of any stream
+        self._index = 0  # the next unit to leave
+        self.num_carried = 0
+
+    @property
+    def next_end_ns(self) -> int:
+        """End of the window that leaves next."""
+        return (self._index + 1) * self._window_ns
+
+    @property
+    def num_pending(self) -> int:
+        """Chunks held back."""
+        return sum(len(chunks) for chunks in self._pending.values())
+
+    @property
+    def finished(self) -> bool:
+        """True once every stream has ended, every window up to the latest end has left and no chunk is held back.
+
+        A picture taken where its stream ends, or a chunk carried past the end, has a window of its own.
+        """
+        all_ended = min(self._watermarks.values()) == FOREVER_NS
+        return all_ended and self._index * self._window_ns >= self._ended_ns and not self.num_pending
+
+    @property
+    def expires_ns(self) -> int | None:
+        """When `expire` will next give up a window; None when it never will."""
+        if self._lateness_ns is None or self.finished:
+            return None
+        return self.next_end_ns + self._lateness_ns
+
+    def add(self, chunk: Chunk) -> Joined:
+        """Take a data chunk. It never completes a window by itself: a watermark does.
+
+        Raises KeyError when the stream is not one of this join's.
+        """
+        start_of_next_ns = self._index * self._window_ns
+        pending = self._pending[chunk.stream]
+        if chunk.start_ns < start_of_next_ns:
+            if self._late.get(chunk.stream, "drop") == "drop":
+                return Joined(late=(chunk,))
+            self.num_carried += 1
+        pending.append(chunk)
+        return NOTHING
+
+    def advance(self, stream: str, watermark_ns: int, trace: Trace | None = None) -> Joined:
+        """Nothing before `watermark_ns` will come on `stream`. A watermark never moves back."""
+        if trace is not None:
+            index = watermark_ns // self._window_ns - 1
+            if index >= self._index:
+                self._traces.setdefault(index, {}).setdefault(stream, trace)  # a second one may be too late
+        if watermark_ns > self._watermarks[stream]:
+            self._watermarks[stream] = watermark_ns
+            self._last_stream = stream
+        return self._leave(min(self._watermarks.values()), given_up=False)
+
+    def end(self, stream: str, at_ns: int) -> Joined:
+        """The stream is over; its last chunk ended at `at_ns` at the latest."""
+        self._ended_ns = max(self._ended_ns, at_ns)
+        return self.advance(stream, FOREVER_NS)
+
+    def expire(self, now_ns: int) -> Joined:
+        """Give up every window whose end is more than `lateness` ago."""
+        if self._lateness_ns is None:
+            return NOTHING
+        return self._leave(now_ns - self._lateness_ns, given_up=True)
+
+    def _leave(self, settled_ns: int, *, given_up: bool) -> Joined:
+        units = []
+        while self.next_end_ns <= settled_ns and not self.finished:
+            units.append(self._close(given_up and min(self._watermarks.values()) < self.next_end_ns))
+        return Joined(units=tuple(units))
+
+    def _close(self, given_up: bool) -> Unit:
+        end_ns = self.next_end_ns
+        chunks: dict[str, tuple[Chunk, ...]] = {}
+        for stream, pending in self._pending.items():
+            # Between streams the order of arrival must not show; inside a stream it is seq order already.
+            taken = sorted((c for c in pending if c.start_ns < end_ns), key=lambda c: (c.start_ns, c.seq))
+            if taken:
+                chunks[stream] = tuple(taken)
+                self._pending[stream] = [c for c in pending if c.start_ns >= end_ns]
+        unit = Unit(
+            session=self._session,
+            index=self._index,
+            start_ns=end_ns - self._window_ns,
+            end_ns=end_ns,
+            chunks=chunks,
+            missing=frozenset(self._pending) - frozenset(chunks),
+            traces=self._traces.pop(self._index, {}),
+            closed_by="" if given_up else self._last_stream,
+        )
+        self._index += 1
+        return unit

@@ -1,0 +1,374 @@
+"""The duplex loop: each second a session sees, hears, and then listens or speaks.
+
+A unit in the cache, one per window:
+
+    <unit> (<image> 64 </image> (<slice> 64 </slice>)*)* audio   then   <|listen|>
+                                                                 or     <|speak|> text … [<|turn_eos|>] <|chunk_eos|>
+    </unit>
+
+All sessions whose unit is ready go together: one ragged prefill, then shared decode steps, which a session leaves when
+its unit ends. The last tokens of a unit are only fed with the next unit's prefill (they need no logits), which saves a
+forward per unit; the order of tokens is the official one.
+
+Rule: turns are opened and closed in `_open`, `_take` and `_advance` only.
+
+Source: MiniCPM-o 4.5 demo (DuplexCapability), reference/minicpmo-4.5.md §0 (demo variant), §4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model_shards.context import Context, SlidingWindow, UnitSpan, WindowConfig, is_due
+from model_shards.decoding import Choice, DecisionRule, SamplingConfig
+from model_shards.errors import ModelError
+from model_shards.kv_cache import KvCache, KvSequence
+from model_shards.llm import LanguageModel, SequenceInput
+from model_shards.tokenizer import Tokenizer
+
+MAX_TEXT_TOKENS = 18  # the official loop takes 20 steps: one for <|speak|>, one for <|chunk_eos|>
+MAX_ENDING = 3  # <|turn_eos|> <|listen|> </unit>
+MAX_GENERATED = 1 + MAX_TEXT_TOKENS + MAX_ENDING  # <|speak|> first
+MAX_CUT = 3  # tokens that can hold a part of one character: UTF-8 has at most 4 bytes
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # how bytes are decoded that are no character
+
+
+@dataclass(frozen=True, slots=True)
+class DuplexConfig:
+    """How sessions behave; the defaults are the official demo's, save the window.
+
+    max_text_chars: a token with which the unit's text would reach so many characters isn't said; None: no limit.
+    force_listen_count: so many first units of a session listen, whatever the model wants.
+    max_unit_tokens: what a unit may bring (16 unsliced pictures and a second of sound are 1067 tokens), so that
+    a session's memory has a bound.
+    listen_discards_speech: the official loop throws away what a unit said before it ended with <|listen|>; its speech
+    is lost, though the model has it in its context. False lets it be heard.
+    """
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    window: WindowConfig = field(default_factory=WindowConfig)
+    max_text_chars: int | None = 28
+    force_listen_count: int = 3
+    max_unit_tokens: int = 1100
+    listen_discards_speech: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A session's system prompt: prefix, reference voice as embeddings [n, hidden_size], suffix."""
+
+    prefix_ids: Sequence[int]
+    suffix_ids: Sequence[int] = ()
+    ref_audio: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prefix_ids) + len(self.suffix_ids) + (0 if self.ref_audio is None else len(self.ref_audio))
+
+
+@dataclass(frozen=True, slots=True)
+class UnitInput:
+    """One window of one session.
+
+    images: per picture its embeddings [64, hidden_size], the whole picture first, then its slices.
+    audio: embeddings [n, hidden_size], 10 for a second, or None.
+    max_text_tokens: how much may be said (TAIL), cut to 0 .. 18. 0 says nothing now: inside a turn the speech that is
+    still running goes on, outside the session listens. A unit with neither images nor audio is taken as if this were 0.
+    force_listen: close an open turn, and listen.
+    """
+
+    images: Sequence[Sequence[Tensor]] = ()
+    audio: Tensor | None = None
+    max_text_tokens: int = MAX_TEXT_TOKENS
+    force_listen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOutput:
+    """What a session did in a unit.
+
+    token_ids, hidden: what the talker is to say, with the final-norm hidden states [n, hidden_size] at these tokens'
+    own positions. The unit's first token (<|speak|>) is never among them, <|turn_eos|> and <|tts_bos|> are. n may be 0
+    inside a turn: the talker goes on by itself.
+    text: the same decoded, without special tokens; bytes of a character cut in two wait for the next unit.
+    turn_start: the talker begins anew. end_of_turn: and it ends here. turn_cut: force_listen closed an open turn.
+    A unit that neither listens nor stands in a turn (<|chunk_eos|> at once) has nothing to say and no turn_start.
+    """
+
+    is_listen: bool
+    token_ids: list[int]
+    hidden: Tensor
+    text: str
+    turn_start: bool
+    end_of_turn: bool
+    turn_cut: bool
+    num_sampled: int
+
+
+class DuplexSession:
+    """What one session carries from unit to unit. Owned by the caller, changed by DuplexEngine only.
+
+    turn_open: the model is inside a turn (it can't listen then). speaking: the talker is, i.e. it was given a turn's
+    start and not yet its end. The two differ when a token after <|turn_eos|> was sampled but not fed.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.context = Context()
+        self.recent: list[int] = []  # sampled tokens, for the repetition penalty
+        self.ending: list[int] = []  # last tokens of the last unit, not yet fed
+        self.spoken_ids: tuple[int, ...] = ()  # of the last unit
+        self.unit_start = 0  # where the last unit begins in the cache
+        self.num_units = 0
+        self.turn_open = False
+        self.speaking = False
+        self.cut_ids: list[int] = []  # tokens whose text waits for the rest of a character
+
+    @property
+    def sequence(self) -> KvSequence:
+        return self.context.sequence
+
+
+@dataclass(slots=True)
+class OpenUnit:
+    """A unit from its prefill to its end. `ending` tells how it ended; None: it goes on."""
+
+    session: DuplexSession
+    last_hidden: Tensor  # [1, hidden_size]
+    max_text_tokens: int
+    ending: list[int] | None = None
+    is_listen: bool = False
+    end_of_turn: bool = False
+    turn_cut: bool = False
+    last_token: int = -1
+    num_sampled: int = 0
+    num_fed: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+
+
+Parts = list[list[int] | Tensor]
+"""What is fed in one go: token ids, and embeddings [n, hidden_size]."""
+
+
+class DuplexEngine:
+    """Runs units of many sessions on one model and one cache. Callers set torch.inference_mode.
+
+    A session's outputs are the same alone and in any batch: greedy ones up to ties within float rounding, sampled ones
+    because, besides, each session draws from its own generator.
+    """
+
+    def __init__(self, model: LanguageModel, cache: KvCache, tokenizer: Tokenizer, config: DuplexConfig) -> None:
+        self.config = config
+        self._model = model
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._special = tokenizer.special
+        self._terminators = {self._special.listen, self._special.chunk_eos, self._special.chunk_tts_eos}
+        self._rule = DecisionRule(config.sampling, tokenizer.special, tokenizer.bad_token_ids, cache.device)
+        marker_ids = tokenizer.encode(config.window.previous_marker)
+        self._window = SlidingWindow(config.window, model, cache, marker_ids, tokenizer.special_ids)
+
+    def new_session(self, seed: int) -> DuplexSession:
+        """An empty session; the same seed and inputs give the same outputs."""
+        return DuplexSession(torch.Generator(self._cache.device).manual_seed(seed))
+
+    def max_session_tokens(self, prompt_length: int) -> int | None:
+        """What a session with such a prompt takes of the cache at most, however long it lives; None: no bound."""
+        window, unit = self.config.window, self.config.max_unit_tokens + MAX_GENERATED
+        if window.mode == "basic":
+            return window.high_tokens + unit
+        if window.mode == "context":
+            previous = len(self._tokenizer.encode(window.previous_marker)) + window.max_previous_tokens
+            return prompt_length + previous + (window.max_units + 1) * unit
+        return None
+
+    def begin(self, batch: Sequence[tuple[DuplexSession, Prompt]]) -> None:
+        """Feed the system prompts of new sessions, in one forward.
+
+        Raises ModelError when a prompt leaves no room for units in the window, KvCacheFull when pages are missing;
+        then no session has changed.
+        """
+        low = self.config.window.low_tokens
+        feeds: list[tuple[DuplexSession, Parts]] = []
+        for session, prompt in batch:
+            assert session.sequence.length == 0
+            if self.config.window.mode == "basic" and len(prompt) >= low:
+                raise ModelError(f"system prompt: {len(prompt)} tokens leave no room below low_tokens {low}")
+            voice = [] if prompt.ref_audio is None else [prompt.ref_audio]
+            feeds.append((session, [list(prompt.prefix_ids), *voice, list(prompt.suffix_ids)]))
+        self._feed([(session, parts) for session, parts in feeds if _length(parts)])
+        for session, prompt in batch:
+            session.context.prefix_length = len(prompt) - len(prompt.suffix_ids)
+            session.context.suffix_ids = list(prompt.suffix_ids)
+
+    def end(self, session: DuplexSession) -> None:
+        """Give the session's pages back."""
+        self._cache.free(session.sequence)
+
+    def step(self, batch: Sequence[tuple[DuplexSession, UnitInput]]) -> list[UnitOutput]:
+        """Run one unit of every session to its end. A session may appear once.
+
+        Raises ModelError for a unit that is too large, and KvCacheFull, both before any unit has begun.
+        """
+        units = self.prefill(batch)
+        while decoding := [unit for unit in units if unit.ending is None]:
+            self.decode_step(decoding)
+        return [self.close(unit) for unit in units]
+
+    def prefill(self, batch: Sequence[tuple[DuplexSession, UnitInput]]) -> list[OpenUnit]:
+        """First part of a step: the end of the last units and all that was seen and heard, in one ragged forward.
+
+        Only the sessions whose window has to slide have the end of their last unit fed by a forward of its own.
+        """
+        seen = [self._unit_parts(unit) for _, unit in batch]
+        self.finalize([s for s, _ in batch if is_due(self.config.window, s.context, len(s.ending))])
+        feeds: list[tuple[DuplexSession, Parts]] = [
+            (session, [list(session.ending), *parts]) for (session, _), parts in zip(batch, seen, strict=True)
+        ]
+        self._cache.reserve([(session.sequence, _length(parts) + MAX_GENERATED) for session, parts in feeds])
+        hidden = self._feed(feeds)
+        for (session, _), parts in zip(batch, seen, strict=True):
+            start = session.sequence.length - _length(parts)
+            self._register(session, start)
+            session.unit_start = start
+        return [self._open(session, unit, rows[-1:]) for (session, unit), rows in zip(batch, hidden, strict=True)]
+
+    def decode_step(self, units: Sequence[OpenUnit]) -> None:
+        """One token for every one of these units: choose it, and feed it unless it ends the unit."""
+        logits = self._model.logits(torch.cat([unit.last_hidden for unit in units]))
+        sessions = [unit.session for unit in units]
+        choices = self._rule.choose(logits, [s.recent for s in sessions], [s.generator for s in sessions])
+        fed = [unit for unit, choice in zip(units, choices, strict=True) if self._take(unit, choice)]
+        hidden = self._feed([(unit.session, [[unit.last_token]]) for unit in fed])
+        for unit, rows in zip(fed, hidden, strict=True):
+            self._advance(unit, rows)
+
+    def close(self, unit: OpenUnit) -> UnitOutput:
+        """Last part of a step: what the unit says, now that it has ended."""
+        assert unit.ending is not None
+        session = unit.session
+        was_speaking = session.speaking and not unit.turn_cut
+        lost = unit.is_listen and self.config.listen_discards_speech
+        silent = lost or (unit.is_listen and not unit.token_ids and not was_speaking)
+        ids = [] if silent else unit.token_ids
+        turn_start = not silent and not was_speaking and unit.num_fed > 0
+        end_of_turn = not silent and unit.end_of_turn
+        session.ending = [*unit.ending, self._special.unit_end]
+        session.spoken_ids = tuple(ids)
+        session.num_units += 1
+        session.speaking = not silent and not end_of_turn and (was_speaking or turn_start)
+        hidden = torch.cat([unit.last_hidden[:0], *unit.hidden[: len(ids)]])
+        text = self._text(session, ids)
+        return UnitOutput(silent, ids, hidden, text, turn_start, end_of_turn, unit.turn_cut, unit.num_sampled)
+
+    def finalize(self, sessions: Sequence[DuplexSession]) -> None:
+        """Feed the ends of the last units and slide the windows that are due.
+
+        `step` does so by itself, and cheaper; this is for those who have time to spare between two units.
+        """
+        waiting = [session for session in sessions if session.ending]
+        self._feed([(session, [list(session.ending)]) for session in waiting])
+        for session in waiting:
+            self._register(session, session.sequence.length)
+        self._window.slide([session.context for session in sessions])
+
+    def _register(self, session: DuplexSession, end: int) -> None:
+        """Note the last unit, of which now everything has been fed, up to position `end`."""
+        if session.ending:
+            session.context.units.append(UnitSpan(end - session.unit_start, session.spoken_ids))
+            session.ending = []
+
+    def _unit_parts(self, unit: UnitInput) -> Parts:
+        special = self._special
+        parts: Parts = [[special.unit]]
+        for picture in unit.images:
+            for index, embeds in enumerate(picture):
+                start, end = (special.slice, special.slice_end) if index else (special.image, special.image_end)
+                parts += [[start], embeds, [end]]
+        if unit.audio is not None:
+            parts.append(unit.audio)
+        if _length(parts) > self.config.max_unit_tokens:
+            raise ModelError(f"unit: {_length(parts)} tokens, max_unit_tokens is {self.config.max_unit_tokens}")
+        return parts
+
+    def _open(self, session: DuplexSession, unit: UnitInput, last_hidden: Tensor) -> OpenUnit:
+        """Decide what is decided without the model: forced listening, and a budget of nothing."""
+        budget = min(max(unit.max_text_tokens, 0), MAX_TEXT_TOKENS) if unit.images or unit.audio is not None else 0
+        opened = OpenUnit(session, last_hidden, budget)
+        if unit.force_listen or session.num_units < self.config.force_listen_count or not (budget or session.turn_open):
+            opened.is_listen = True
+            opened.turn_cut = session.turn_open
+            opened.ending = [self._special.turn_eos] * session.turn_open + [self._special.listen]
+            session.turn_open = False
+        elif not budget:
+            opened.ending = [self._special.chunk_eos]
+        return opened
+
+    def _take(self, unit: OpenUnit, choice: Choice) -> bool:
+        """Take a sampled token into the unit; returns whether it is to be fed."""
+        special, session, token = self._special, unit.session, choice.token
+        unit.num_sampled += 1
+        if choice.counts:
+            session.recent.append(token)
+            del session.recent[: -self.config.sampling.repetition_window]
+        if token == special.listen and session.turn_open:
+            token = special.tts_bos
+        if token in self._terminators:
+            unit.ending, unit.is_listen = [token], token == special.listen
+            return False
+        session.turn_open = True  # officially also by a token that is then too long to be said
+        if unit.num_fed and self._is_too_long([*unit.token_ids, token]):
+            unit.ending = [special.chunk_eos]
+            return False
+        unit.last_token = token
+        return True
+
+    def _advance(self, unit: OpenUnit, hidden: Tensor) -> None:
+        """Note that the unit's last token has been fed: hidden [1, hidden_size] is at its position."""
+        unit.last_hidden = hidden
+        if unit.num_fed:
+            unit.token_ids.append(unit.last_token)
+            unit.hidden.append(hidden)
+        unit.num_fed += 1
+        unit.end_of_turn = unit.last_token == self._special.turn_eos
+        unit.session.turn_open = not unit.end_of_turn
+        if unit.num_fed > unit.max_text_tokens:
+            unit.ending = [self._special.chunk_eos]
+
+    def _is_too_long(self, ids: list[int]) -> bool:
+        limit = self.config.max_text_chars
+        return limit is not None and len(self._tokenizer.decode(ids, skip_special=True)) >= limit
+
+    def _text(self, session: DuplexSession, ids: list[int]) -> str:
+        """Decode what was said; inside a turn, half a character at the end waits for its other half."""
+        ids = session.cut_ids + ids
+        cut = self._num_cut(ids) if session.speaking else 0
+        whole, session.cut_ids = ids[: len(ids) - cut], ids[len(ids) - cut :]
+        return self._tokenizer.decode(whole, skip_special=True)
+
+    def _num_cut(self, ids: list[int]) -> int:
+        """How many of the last tokens hold the first bytes of a character and nothing else; 0 if that isn't why."""
+        for count in range(min(MAX_CUT, len(ids)) + 1):
+            if not self._tokenizer.decode(ids[: len(ids) - count], skip_special=True).endswith(REPLACEMENT):
+                return count
+        return 0
+
+    def _feed(self, feeds: Sequence[tuple[DuplexSession, Parts]]) -> list[Tensor]:
+        """Feed all sessions in one forward; returns the hidden states [n, hidden_size] of each."""
+        ids = [part for _, parts in feeds for part in parts if isinstance(part, list)]
+        flat = torch.tensor([token for part in ids for token in part], dtype=torch.int64, device=self._cache.device)
+        embeds = iter(torch.split(self._model.embed(flat), [len(part) for part in ids]))
+        inputs = []
+        for session, parts in feeds:
+            rows = [next(embeds) if isinstance(part, list) else part for part in parts]
+            inputs.append(SequenceInput(session.sequence, rows[0] if len(rows) == 1 else torch.cat(rows)))
+        hidden: list[Tensor] = self._model(self._cache, inputs)
+        return hidden
+
+
+def _length(parts: Parts) -> int:
+    return sum(len(part) for part in parts)

@@ -1,0 +1,605 @@
+"""Flow model of the vocoder: speech codes (25 Hz) become mel frames (50 Hz) in the voice of a prompt.
+
+Rules:
+- A cache is immutable. A chunk gives a new one; nothing here writes into a tensor that a cache holds, so that sessions
+  share the voice's part, and going back to it costs nothing.
+- A chunk's frames see the whole history and each other. Sessions with unequal histories share a forward: histories are
+  right-aligned, so that relative positions agree, and the padding on the left is masked.
+- Whole utterances are one chunk with an empty history: there is one code path.
+
+Source: minicpmo-utils 1.0.6, `stepaudio2` (Token2wav, CausalMaskedDiffWithXvec, UpsampleConformerEncoderV2,
+CausalConditionalCFM, DiT); reference/minicpmo-4.5.md §6.3 and §6.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_shards.config import FlowConfig
+from model_shards.errors import ModelError
+
+HISTORY_FRAMES = 100  # mel frames of a turn that are kept besides as many as the prompt has (stepaudio2 `stream`)
+NOISE_FRAMES = 30_000  # 600 s at 50 Hz
+NOISE_SEED = 20_260_107
+CONV_HISTORY = 2  # both convolutions with a kernel of 3 look two frames back
+
+
+class Release(Enum):
+    """Which minicpmo-utils the streaming follows where they differ."""
+
+    V1_0_6 = "1.0.6"  # and 1.0.5: silence as the prompt's look-ahead; code-rate layers trimmed as if at mel rate
+    V1_0_7 = "1.0.7"  # the prompt's first codes as its look-ahead; each rate trimmed for itself
+
+
+@dataclass(frozen=True, slots=True)
+class FlowHistory:
+    """What a stretch of speech leaves for later chunks. Frames are in order of time, but for `dit_kv`.
+
+    code_kv:      (blocks, 2, heads, codes, head_dim), keys and values of the encoder at code rate.
+    mel_kv:       (up_blocks, 2, heads, frames, head_dim), at mel rate.
+    encoder_conv: (hidden, 2 + 2 * up_stride): inputs of the look-ahead and of the up-sampling convolution.
+    dit_kv:       (steps, depth, 2, branches, heads, frames, head_dim). Branches: with and without condition. The
+                  newest chunk is first, and in it the oldest frame: the official trimming depends on it.
+    dit_conv:     (steps, depth, branches, 2 * hidden, 2): inputs of a block's two convolutions.
+    """
+
+    code_kv: Tensor
+    mel_kv: Tensor
+    encoder_conv: Tensor
+    dit_kv: Tensor
+    dit_conv: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FlowCache:
+    """What a session's next chunk sees: the voice, shared by all who speak with it, and the turn so far."""
+
+    voice: FlowHistory
+    turn: FlowHistory  # its convolution inputs are the current ones, also before the turn's first chunk
+    num_frames: int  # mel frames of this turn, also those which are no longer kept
+
+    @property
+    def num_steps(self) -> int:
+        return self.voice.dit_kv.shape[0]
+
+    def code_kv(self) -> tuple[Tensor, ...]:
+        return self.voice.code_kv, self.turn.code_kv
+
+    def mel_kv(self) -> tuple[Tensor, ...]:
+        return self.voice.mel_kv, self.turn.mel_kv
+
+    def dit_kv(self, step: int) -> tuple[Tensor, ...]:
+        """Pieces of one Euler step's history, in any order, as the DiT knows no positions.
+
+        As the turn grows, it takes the place of the prompt, from the frame before the last HISTORY_FRAMES on.
+        """
+        voice = self.voice.dit_kv[step]
+        num_prompt = voice.shape[-2]
+        first_end = max(0, num_prompt - max(HISTORY_FRAMES, self.num_frames))
+        last_start = max(0, num_prompt - HISTORY_FRAMES)
+        return voice[..., :first_end, :], voice[..., last_start:, :], self.turn.dit_kv[step]
+
+
+class Past(NamedTuple):
+    """Keys and values of a batch, with room for the chunk's own at the end; see `gather`."""
+
+    kv: Tensor
+    visible: Tensor | None
+
+
+def gather(histories: Sequence[Sequence[Tensor]], num_new: int) -> Past:
+    """Right-align histories of unequal length in one buffer.
+
+    histories: per session the pieces of its history, in order, each (..., heads, frames, head_dim).
+    returns:   kv (..., sessions, heads, longest + num_new, head_dim): padding is zero, the last `num_new` are not set;
+               visible (sessions, longest + num_new) bool, or None where every session sees everything.
+    """
+    lengths = [sum(piece.shape[-2] for piece in pieces) for pieces in histories]
+    longest = max(lengths)
+    like = histories[0][0]
+    *lead, heads, _, dim = like.shape
+    kv = like.new_empty(*lead, len(histories), heads, longest + num_new, dim)
+    for index, (pieces, length) in enumerate(zip(histories, lengths, strict=True)):
+        row, start = kv[..., index, :, :, :], longest - length
+        row[..., :start, :] = 0.0
+        for piece in pieces:
+            row[..., start : start + piece.shape[-2], :] = piece
+            start += piece.shape[-2]
+    if min(lengths) == longest:
+        return Past(kv, None)
+    first_visible = torch.tensor([longest - length for length in lengths], device=kv.device)
+    return Past(kv, torch.arange(longest + num_new, device=kv.device) >= first_visible[:, None])
+
+
+def extend(cache: FlowCache, new: FlowHistory, release: Release) -> FlowCache:
+    """Append a chunk to a session's cache and forget what the official streaming forgets.
+
+    Bound: the turn keeps HISTORY_FRAMES frames in the encoder and max(HISTORY_FRAMES, prompt frames) in the DiT.
+    """
+    num_prompt = cache.voice.mel_kv.shape[-2]
+    mel_kv = torch.cat((cache.turn.mel_kv, new.mel_kv), dim=-2)
+    turn = FlowHistory(
+        code_kv=_trim_codes(cache, new, num_prompt + mel_kv.shape[-2], release),
+        mel_kv=_newest(mel_kv, HISTORY_FRAMES),
+        encoder_conv=new.encoder_conv,
+        dit_kv=_trim_dit(torch.cat((new.dit_kv, cache.turn.dit_kv), dim=-2), num_prompt),
+        dit_conv=new.dit_conv,
+    )
+    return FlowCache(cache.voice, turn, cache.num_frames + new.mel_kv.shape[-2])
+
+
+def _trim_codes(cache: FlowCache, new: FlowHistory, num_frames: int, release: Release) -> Tensor:
+    """The turn's part of the code-rate history, after a chunk which made the mel-rate history `num_frames` long.
+
+    1.0.6 stores the code-rate layers twice in a row, so that they are as long as the mel-rate layers, cuts both as mel
+    frames, and reads the first half back: they see the oldest codes from then on (reference §6.4).
+    """
+    turn = torch.cat((cache.turn.code_kv, new.code_kv), dim=-2)
+    num_prompt = cache.voice.mel_kv.shape[-2]
+    if num_frames <= num_prompt + HISTORY_FRAMES:
+        return turn
+    num_voice = cache.voice.code_kv.shape[-2]
+    num_kept = num_prompt + HISTORY_FRAMES
+    up_stride = num_prompt // num_voice
+    if release is Release.V1_0_7:
+        return _newest(turn, HISTORY_FRAMES // up_stride)
+    cut = [*range(num_prompt), *range(num_frames - HISTORY_FRAMES, num_frames)]
+    read_back = [index % (num_frames // up_stride) for index in cut[: num_kept // up_stride]]
+    codes = torch.cat((cache.voice.code_kv, turn), dim=-2)
+    return codes[..., torch.tensor(read_back[num_voice:], device=turn.device), :]  # the rest is the voice
+
+
+def _trim_dit(turn: Tensor, num_prompt: int) -> Tensor:
+    """The turn's part of the DiT history. Official: of turn and prompt in this order, the first `num_prompt` and the
+    last HISTORY_FRAMES frames stay; the turn begins with its newest chunk.
+    """
+    if turn.shape[-2] <= HISTORY_FRAMES:
+        return turn
+    num_last = max(0, HISTORY_FRAMES - num_prompt)
+    return torch.cat((turn[..., :num_prompt, :], turn[..., turn.shape[-2] - num_last :, :]), dim=-2)
+
+
+def _newest(history: Tensor, limit: int) -> Tensor:
+    """The last `limit` frames, in memory of their own."""
+    num_dropped = max(0, history.shape[-2] - limit)
+    return history[..., num_dropped:, :].clone() if num_dropped else history
+
+
+class RelPosAttention(nn.Module):
+    """Self-attention with relative positions (Transformer-XL); the relative position of a key is at most ours."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.linear_q = nn.Linear(hidden_size, hidden_size)
+        self.linear_k = nn.Linear(hidden_size, hidden_size)
+        self.linear_v = nn.Linear(hidden_size, hidden_size)
+        self.linear_out = nn.Linear(hidden_size, hidden_size)
+        self.linear_pos = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.pos_bias_u = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, hidden_size // num_heads)))
+        self.pos_bias_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, hidden_size // num_heads)))
+
+    def forward(self, x: Tensor, positions: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
+        """Attend to `kv` (2, batch, heads, keys, head_dim), whose last frames become those of x (batch, new, hidden).
+
+        positions: (keys + new - 1, hidden), from the largest distance query − key to the smallest.
+        """
+        num_new, num_keys = x.shape[1], kv.shape[-2]
+        q = _split_heads(self.linear_q(x), self.num_heads)
+        kv[0, ..., -num_new:, :] = _split_heads(self.linear_k(x), self.num_heads)
+        kv[1, ..., -num_new:, :] = _split_heads(self.linear_v(x), self.num_heads)
+        position_keys = _split_heads(self.linear_pos(positions)[None], self.num_heads)
+        by_distance = (q + self.pos_bias_v[:, None]) @ position_keys.transpose(-2, -1)
+        # Row i, key j is distance index j + new - 1 - i: in flat memory each row starts one earlier than the last.
+        bias = by_distance.flatten(-2)[..., num_new - 1 :].unfold(-1, num_keys, num_keys + num_new - 2)
+        bias = bias * q.shape[-1] ** -0.5
+        if visible is not None:
+            bias = bias.masked_fill(~visible[:, None, None], -math.inf)
+        out = F.scaled_dot_product_attention(q + self.pos_bias_u[:, None], kv[0], kv[1], attn_mask=bias)
+        return self.linear_out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(batch, frames, heads * dim) as (batch, heads, frames, dim)."""
+    return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def distance_embedding(num_keys: int, num_new: int, like: Tensor) -> Tensor:
+    """Sinusoids of the distances query − key, from num_keys − 1 down to 1 − num_new: (keys + new − 1, hidden).
+
+    like: any tensor with `hidden` as its last size; gives device and dtype.
+    """
+    hidden = like.shape[-1]
+    distance = torch.arange(num_keys - 1, -num_new, -1.0, device=like.device)
+    rate = torch.exp(torch.arange(0, hidden, 2.0, device=like.device) * (-math.log(10000.0) / hidden))
+    angle = distance[:, None] * rate
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(like.dtype)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, hidden_size: int, linear_units: int) -> None:
+        super().__init__()
+        self.w_1 = nn.Linear(hidden_size, linear_units)
+        self.w_2 = nn.Linear(linear_units, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_2(F.silu(self.w_1(x)))  # type: ignore[no-any-return]
+
+
+class ConformerLayer(nn.Module):
+    """A pre-norm transformer layer; the official one has neither convolution nor macaron part."""
+
+    def __init__(self, hidden_size: int, num_heads: int, linear_units: int) -> None:
+        super().__init__()
+        self.self_attn = RelPosAttention(hidden_size, num_heads)
+        self.feed_forward = FeedForward(hidden_size, linear_units)
+        self.norm_mha = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.norm_ff = nn.LayerNorm(hidden_size, eps=1e-12)
+
+    def forward(self, x: Tensor, positions: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.norm_mha(x), positions, kv, visible)
+        return x + self.feed_forward(self.norm_ff(x))  # type: ignore[no-any-return]
+
+
+class InputLayer(nn.Module):
+    """Linear and LayerNorm, scaled by sqrt(hidden) as the relative positions expect it."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.out = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x) * math.sqrt(x.shape[-1])  # type: ignore[no-any-return]
+
+
+class PreLookahead(nn.Module):
+    """Let each code see the next `lookahead` ones, which are consumed."""
+
+    def __init__(self, hidden_size: int, lookahead: int) -> None:
+        super().__init__()
+        self.lookahead = lookahead
+        self.conv1 = nn.Conv1d(hidden_size, hidden_size, lookahead + 1)
+        self.conv2 = nn.Conv1d(hidden_size, hidden_size, CONV_HISTORY + 1)
+
+    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, n + lookahead, hidden), history (batch, hidden, 2): (batch, n, hidden), next history."""
+        seen = torch.cat((history, F.leaky_relu(self.conv1(x.transpose(1, 2)))), dim=2)
+        out = self.conv2(seen).transpose(1, 2) + x[:, : x.shape[1] - self.lookahead]
+        return out, seen[..., -CONV_HISTORY:]
+
+
+class UpSample(nn.Module):
+    """Repeat each code `stride` times, then smooth causally."""
+
+    def __init__(self, hidden_size: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv1d(hidden_size, hidden_size, 2 * stride + 1)
+
+    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, n, hidden), history (batch, hidden, 2 * stride): (batch, stride * n, hidden), next history."""
+        seen = torch.cat((history, x.transpose(1, 2).repeat_interleave(self.stride, dim=2)), dim=2)
+        return self.conv(seen).transpose(1, 2), seen[..., -2 * self.stride :]
+
+
+class FlowEncoder(nn.Module):
+    """Embedded codes at 25 Hz become hidden states at 50 Hz."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        hidden, heads, units = config.input_size, config.encoder_attention_heads, config.encoder_linear_units
+        self.embed = InputLayer(hidden)
+        self.pre_lookahead_layer = PreLookahead(hidden, config.pre_lookahead_len)
+        self.encoders = nn.ModuleList(ConformerLayer(hidden, heads, units) for _ in range(config.encoder_num_blocks))
+        self.up_layer = UpSample(hidden, config.up_stride)
+        self.up_embed = InputLayer(hidden)
+        self.up_encoders = nn.ModuleList(
+            ConformerLayer(hidden, heads, units) for _ in range(config.encoder_num_up_blocks)
+        )
+        self.after_norm = nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor, codes: Past, frames: Past, conv: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Encode a chunk; its keys and values go to the end of `codes.kv` and `frames.kv`.
+
+        x:       (batch, n, hidden), embedded codes. The last `lookahead` are only looked at, unless `last`.
+        codes:   kv (blocks, 2, batch, heads, past + n', head_dim), n' = n or n − lookahead.
+        frames:  kv (up_blocks, 2, batch, heads, past + t, head_dim), t = up_stride * n'.
+        conv:    (batch, hidden, 2 + 2 * up_stride), the convolutions' last inputs.
+        returns: (batch, t, hidden), and the next `conv`.
+        """
+        x = self.embed(x)
+        if last:
+            x = F.pad(x, (0, 0, 0, self.pre_lookahead_layer.lookahead))
+        x, conv1 = self.pre_lookahead_layer(x, conv[..., :CONV_HISTORY])
+        x = _run_layers(self.encoders, x, codes)
+        x, conv2 = self.up_layer(x, conv[..., CONV_HISTORY:])
+        x = _run_layers(self.up_encoders, self.up_embed(x), frames)
+        return self.after_norm(x), torch.cat((conv1, conv2), dim=2)
+
+
+def _run_layers(layers: nn.ModuleList, x: Tensor, past: Past) -> Tensor:
+    positions = distance_embedding(past.kv.shape[-2], x.shape[1], x)
+    for layer, kv in zip(layers, past.kv, strict=True):
+        x = layer(x, positions, kv, past.visible)
+    return x
+
+
+class TimeEmbedding(nn.Module):
+    """Euler time in [0, 1] as a hidden vector."""
+
+    NUM_FREQUENCIES = 128
+    SCALE = 1000.0
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * self.NUM_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, time: Tensor) -> Tensor:
+        """(batch,) as (batch, hidden)."""
+        step = -math.log(10000.0) / self.NUM_FREQUENCIES
+        rate = torch.exp(step * torch.arange(self.NUM_FREQUENCIES, device=time.device)).to(time.dtype)
+        angle = (time * self.SCALE)[:, None] * rate
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))  # type: ignore[no-any-return]
+
+
+class DitAttention(nn.Module):
+    """Attention without positions; queries and keys are normalised per head."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.num_heads = config.dit_num_heads
+        inner = config.dit_num_heads * config.dit_head_dim
+        self.to_q = nn.Linear(config.dit_hidden_size, inner)
+        self.to_k = nn.Linear(config.dit_hidden_size, inner)
+        self.to_v = nn.Linear(config.dit_hidden_size, inner)
+        self.q_norm = nn.LayerNorm(config.dit_head_dim)
+        self.k_norm = nn.LayerNorm(config.dit_head_dim)
+        self.proj = nn.Linear(inner, config.dit_hidden_size)
+
+    def forward(self, x: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
+        """Attend to `kv` (2, batch, heads, keys, head_dim), whose last frames become those of x (batch, new, dim)."""
+        num_new = x.shape[1]
+        q = self.q_norm(_split_heads(self.to_q(x), self.num_heads))
+        kv[0, ..., -num_new:, :] = self.k_norm(_split_heads(self.to_k(x), self.num_heads))
+        kv[1, ..., -num_new:, :] = _split_heads(self.to_v(x), self.num_heads)
+        mask = None if visible is None else visible[:, None, None]
+        out = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class DitConv(nn.Module):
+    """Two causal convolutions. The keys are the official positions in a Sequential: conv, norm, conv."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict(
+            {
+                "1": nn.Conv1d(hidden_size, hidden_size, CONV_HISTORY + 1),
+                "3": nn.LayerNorm(hidden_size),
+                "6": nn.Conv1d(hidden_size, hidden_size, CONV_HISTORY + 1),
+            }
+        )
+
+    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, t, hidden), history (batch, 2 * hidden, 2): the same of this chunk."""
+        history1, history2 = history.chunk(2, dim=1)
+        seen1 = torch.cat((history1, x.transpose(1, 2)), dim=2)
+        x = F.mish(self.block["3"](self.block["1"](seen1).transpose(1, 2)))
+        seen2 = torch.cat((history2, x.transpose(1, 2)), dim=2)
+        x = self.block["6"](seen2).transpose(1, 2)
+        return x, torch.cat((seen1[..., -CONV_HISTORY:], seen2[..., -CONV_HISTORY:]), dim=1)
+
+
+class DitMlp(nn.Module):
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class DitBlock(nn.Module):
+    """Attention, convolution, MLP; each shifted, scaled and gated by the time (adaLN-zero)."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        hidden = config.dit_hidden_size
+        self.attn = DitAttention(config)
+        self.mlp = DitMlp(hidden, int(hidden * config.dit_mlp_ratio))
+        self.conv = DitConv(hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 9 * hidden))
+
+    def forward(
+        self, x: Tensor, time: Tensor, kv: Tensor, visible: Tensor | None, conv: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x (batch, t, hidden), time (batch or 1, 1, hidden), conv (batch, 2 * hidden, 2): x, next conv."""
+        att_shift, att_scale, att_gate, mlp_shift, mlp_scale, mlp_gate, conv_shift, conv_scale, conv_gate = (
+            self.adaLN_modulation(time).chunk(9, dim=-1)
+        )
+        x = x + att_gate * self.attn(_modulate(x, att_shift, att_scale), kv, visible)
+        convolved, conv = self.conv(_modulate(x, conv_shift, conv_scale), conv)
+        x = x + conv_gate * convolved
+        return x + mlp_gate * self.mlp(_modulate(x, mlp_shift, mlp_scale)), conv
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class DitFinal(nn.Module):
+    def __init__(self, hidden_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(hidden_size, out_channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(time).chunk(2, dim=-1)
+        return self.linear(_modulate(x, shift, scale))  # type: ignore[no-any-return]
+
+
+class Dit(nn.Module):
+    """Velocity of the flow at one time."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.t_embedder = TimeEmbedding(config.dit_hidden_size)
+        self.in_proj = nn.Linear(4 * config.output_size, config.dit_hidden_size)
+        self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.dit_depth))
+        self.final_layer = DitFinal(config.dit_hidden_size, config.output_size)
+
+    def forward(self, x: Tensor, time: Tensor, past: Past, conv: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity of a chunk; its keys and values go to the end of `past.kv`.
+
+        x:       (batch, t, 4 * mels): noisy mel, encoder output, speaker, condition.
+        time:    (batch or 1,) in [0, 1].
+        past:    kv (depth, 2, batch, heads, past + t, head_dim).
+        conv:    (depth, batch, 2 * hidden, 2), the convolutions' last inputs.
+        returns: (batch, t, mels), and the next `conv`.
+        """
+        embedded_time = self.t_embedder(time)[:, None]
+        x = self.in_proj(x)
+        new_conv = []
+        for block, block_kv, block_conv in zip(self.blocks, past.kv, conv, strict=True):
+            x, seen = block(x, embedded_time, block_kv, past.visible, block_conv)
+            new_conv.append(seen)
+        return self.final_layer(x, embedded_time), torch.stack(new_conv)
+
+
+class FlowMatching(nn.Module):
+    """Euler integration from noise to mel, with classifier-free guidance."""
+
+    rand_noise: Tensor
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.estimator = Dit(config)
+        self.guidance = config.inference_cfg_rate
+        # The official buffer is drawn anew in every process and never saved. A fixed seed makes speech reproducible.
+        # It is on the CPU even where the weights are built on `meta`, as no checkpoint fills it.
+        source = torch.Generator(device="cpu").manual_seed(NOISE_SEED)
+        noise = torch.randn(1, config.output_size, NOISE_FRAMES, generator=source, device="cpu")
+        self.register_buffer("rand_noise", noise, persistent=False)
+
+    @property
+    def num_branches(self) -> int:
+        """With and, where there is guidance, without condition."""
+        return 2 if self.guidance > 0 else 1
+
+    def forward(
+        self, mu: Tensor, speakers: Tensor, cond: Tensor, caches: Sequence[FlowCache]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Integrate one chunk for a batch of sessions whose caches have the same number of Euler steps.
+
+        mu, cond: (batch, t, mels); speakers (batch, mels).
+        returns:  mel (batch, t, mels), and per session the chunk's `dit_kv` and `dit_conv` (see FlowHistory).
+        """
+        num_new, num_steps = mu.shape[1], caches[0].num_steps
+        conditioned = torch.cat((mu, speakers[:, None].expand(-1, num_new, -1), cond), dim=-1)
+        condition = torch.stack((conditioned, torch.zeros_like(conditioned))[: self.num_branches])
+        times = 1 - torch.cos(torch.linspace(0, 1, num_steps + 1, device=mu.device, dtype=mu.dtype) * 0.5 * torch.pi)
+        x = torch.cat([self._noise(cache, num_new) for cache in caches])
+        new_kv, new_conv = [], []
+        for step in range(num_steps):
+            velocity, step_kv, step_conv = self._velocity(x, condition, times[step], caches, step)
+            x = x + (times[step + 1] - times[step]) * velocity
+            new_kv.append(step_kv)
+            new_conv.append(step_conv)
+        sessions = range(len(caches))
+        kv = [torch.stack([step_kv[..., i, :, :, :] for step_kv in new_kv]) for i in sessions]
+        conv = [torch.stack([step_conv[..., i, :, :] for step_conv in new_conv]) for i in sessions]
+        return x, kv, conv
+
+    def _noise(self, cache: FlowCache, num_new: int) -> Tensor:
+        """(1, num_new, mels), starting at the cached length: once a history is trimmed, it no longer moves on."""
+        start = sum(piece.shape[-2] for piece in cache.mel_kv())
+        if start + num_new > self.rand_noise.shape[2]:
+            raise ModelError(f"flow: {start + num_new} mel frames at once; the noise has {self.rand_noise.shape[2]}")
+        return self.rand_noise[:, :, start : start + num_new].transpose(1, 2)
+
+    def _velocity(
+        self, x: Tensor, condition: Tensor, time: Tensor, caches: Sequence[FlowCache], step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Guided velocity (batch, t, mels), and the chunk's (depth, 2, branches, batch, heads, t, head_dim) and
+        (depth, branches, batch, 2 * hidden, 2).
+        """
+        num_new, branches = x.shape[1], condition.shape[0]
+        kv, visible = gather([cache.dit_kv(step) for cache in caches], num_new)
+        past = Past(kv.flatten(2, 3), None if visible is None else visible.repeat(branches, 1))
+        conv = torch.stack([cache.turn.dit_conv[step] for cache in caches], dim=2)
+        rows = torch.cat((x.expand(branches, *x.shape), condition), dim=-1).flatten(0, 1)
+        velocity, new_conv = self.estimator(rows, time[None], past, conv.flatten(1, 2))
+        velocity = velocity.unflatten(0, (branches, -1))
+        guided = velocity[0] if branches == 1 else (1 + self.guidance) * velocity[0] - self.guidance * velocity[1]
+        return guided, kv[..., -num_new:, :].clone(), new_conv.unflatten(1, (branches, -1))
+
+
+class Flow(nn.Module):
+    """Codes to mel. The module holds weights only; see FlowCache for a session's state."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_embedding = nn.Embedding(config.vocab_size, config.input_size)
+        self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
+        self.encoder = FlowEncoder(config)
+        self.encoder_proj = nn.Linear(config.input_size, config.output_size)
+        self.decoder = FlowMatching(config)
+
+    def num_frames(self, num_codes: int, last: bool) -> int:
+        """Mel frames of a chunk: all but a turn's last one look ahead."""
+        return self.config.up_stride * (num_codes - (0 if last else self.config.pre_lookahead_len))
+
+    def empty_history(self, num_steps: int) -> FlowHistory:
+        """The history of a session that has not begun; convolutions see zeros before the first frame."""
+        c, weight = self.config, self.encoder_proj.weight
+        head_dim, branches = c.input_size // c.encoder_attention_heads, self.decoder.num_branches
+        return FlowHistory(
+            code_kv=weight.new_zeros(c.encoder_num_blocks, 2, c.encoder_attention_heads, 0, head_dim),
+            mel_kv=weight.new_zeros(c.encoder_num_up_blocks, 2, c.encoder_attention_heads, 0, head_dim),
+            encoder_conv=weight.new_zeros(c.input_size, CONV_HISTORY + 2 * c.up_stride),
+            dit_kv=weight.new_zeros(num_steps, c.dit_depth, 2, branches, c.dit_num_heads, 0, c.dit_head_dim),
+            dit_conv=weight.new_zeros(num_steps, c.dit_depth, branches, 2 * c.dit_hidden_size, CONV_HISTORY),
+        )
+
+    def forward(
+        self, codes: Tensor, speakers: Tensor, cond: Tensor, caches: Sequence[FlowCache], last: bool
+    ) -> tuple[Tensor, list[FlowHistory]]:
+        """Turn one chunk of codes into mel, for a batch of sessions with chunks of the same length.
+
+        codes:    (batch, n) int; the last `pre_lookahead_len` are only looked at, unless `last`.
+        speakers: (batch, spk_embed_dim), not normalised.
+        cond:     (batch, t, mels), the known mel (of the prompt), zeros where there is none; t = num_frames(n, last).
+        caches:   per session what the chunk sees; histories may differ in length, but not in Euler steps.
+        returns:  mel (batch, mels, t), and per session what this chunk adds to its history.
+        """
+        speakers = self.spk_embed_affine_layer(F.normalize(speakers, dim=1))
+        mu, code_kv, mel_kv, conv = self.encode(codes, caches, last)
+        mel, dit_kv, dit_conv = self.decoder(mu, speakers, cond, caches)
+        new = [
+            FlowHistory(code_kv[..., i, :, :, :], mel_kv[..., i, :, :, :], conv[i].clone(), dit_kv[i], dit_conv[i])
+            for i in range(len(caches))
+        ]
+        return mel.transpose(1, 2), new
+
+    def encode(self, codes: Tensor, caches: Sequence[FlowCache], last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """mu (batch, t, mels), and the chunk's code_kv, mel_kv and encoder_conv (see FlowHistory), batched."""
+        num_new = self.num_frames(codes.shape[1], last)
+        num_new_codes = num_new // self.config.up_stride
+        code_past = gather([cache.code_kv() for cache in caches], num_new_codes)
+        mel_past = gather([cache.mel_kv() for cache in caches], num_new)
+        conv = torch.stack([cache.turn.encoder_conv for cache in caches])
+        hidden, conv = self.encoder(self.input_embedding(codes), code_past, mel_past, conv, last)
+        new_code_kv, new_mel_kv = code_past.kv[..., -num_new_codes:, :], mel_past.kv[..., -num_new:, :]
+        return self.encoder_proj(hidden), new_code_kv, new_mel_kv, conv

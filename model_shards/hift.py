@@ -1,0 +1,275 @@
+"""HiFT: mel frames (50 Hz) become samples (24 kHz), by a neural source filter and an inverse STFT.
+
+Rules:
+- All randomness of a session comes from its own generator, so that no session's speech depends on its neighbours.
+- Consecutive chunks of a turn overlap by OVERLAP_FRAMES: the overlap is synthesised again from the cached source and
+  cross-faded with what was held back.
+
+Source: minicpmo-utils 1.0.6, `stepaudio2` (Token2wav.stream, HiFTGenerator, SourceModuleHnNSF2);
+reference/minicpmo-4.5.md §6.4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from model_shards.config import HiftConfig
+
+OVERLAP_FRAMES = 8  # 160 ms, the official hold-back
+MAX_MAGNITUDE = 1e2
+POST_SLOPE = 0.01  # the last leaky_relu has torch's default slope
+
+
+@dataclass(frozen=True, slots=True)
+class HiftCache:
+    """End of what was synthesised in this turn; all empty before its first chunk.
+
+    mel: (mels, frames); source, speech: (samples,), the last OVERLAP_FRAMES of each.
+    """
+
+    mel: Tensor
+    source: Tensor
+    speech: Tensor
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Sessions may share a `stream` call when their keys are equal."""
+        return self.mel.shape[1]
+
+
+class Snake(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = self.alpha[:, None]
+        return x + (x * alpha).sin().square() / (alpha + 1e-9)
+
+
+class Layers(NamedTuple):
+    """The convolutions in which the standard and the causal generator differ."""
+
+    conv: Callable[[int, int, int, int], nn.Module]  # channels in, out, kernel, dilation: keeps the length
+    up: Callable[[int, int, int, int], nn.Module]  # channels in, out, kernel, rate: multiplies the length
+    down: Callable[[int, int, int], nn.Module]  # channels in, out, rate: divides the length
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
+    return nn.Conv1d(channels_in, channels_out, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
+
+
+def _up(channels_in: int, channels_out: int, kernel: int, rate: int) -> nn.ConvTranspose1d:
+    return nn.ConvTranspose1d(channels_in, channels_out, kernel, rate, padding=(kernel - rate) // 2)
+
+
+def _down(channels_in: int, channels_out: int, rate: int) -> nn.Conv1d:
+    if rate == 1:
+        return nn.Conv1d(channels_in, channels_out, 1)
+    return nn.Conv1d(channels_in, channels_out, 2 * rate, rate, padding=rate // 2)
+
+
+STANDARD = Layers(_conv, _up, _down)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int, kernel: int, dilations: Sequence[int], layers: Layers) -> None:
+        super().__init__()
+        self.convs1 = nn.ModuleList(weight_norm(layers.conv(channels, channels, kernel, d)) for d in dilations)
+        self.convs2 = nn.ModuleList(weight_norm(layers.conv(channels, channels, kernel, 1)) for _ in dilations)
+        self.activations1 = nn.ModuleList(Snake(channels) for _ in dilations)
+        self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (self.activations1, self.convs1, self.activations2, self.convs2)
+        for activation1, conv1, activation2, conv2 in zip(*parts, strict=True):
+            x = x + conv2(activation2(conv1(activation1(x))))
+        return x
+
+
+class F0Predictor(nn.Module):
+    """Fundamental frequency in Hz, of each mel frame. The keys are positions in the official Sequential."""
+
+    def __init__(self, config: HiftConfig) -> None:
+        super().__init__()
+        sizes = [config.in_channels] + [config.f0_cond_channels] * 5
+        layers: list[nn.Module] = []
+        for channels_in, channels_out in itertools.pairwise(sizes):
+            layers += [weight_norm(_conv(channels_in, channels_out, 3)), nn.ELU()]
+        self.condnet = nn.Sequential(*layers)
+        self.classifier = nn.Linear(config.f0_cond_channels, 1)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """(batch, mels, frames) as (batch, frames)."""
+        return self.classifier(self.condnet(mel).transpose(1, 2)).squeeze(-1).abs()  # type: ignore[no-any-return]
+
+
+class Source(nn.Module):
+    """Excitation: harmonics of F0 where there is a voice, noise elsewhere."""
+
+    def __init__(self, config: HiftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.l_linear = nn.Linear(config.nb_harmonics + 1, 1)
+
+    def mix(self, f0: Tensor, sines: Tensor, noise: Tensor) -> Tensor:
+        """f0 (batch, samples), sines and noise (batch, samples, harmonics): (batch, samples), in (-1, 1)."""
+        c = self.config
+        voiced = (f0 > c.nsf_voiced_threshold).to(f0.dtype)[..., None]
+        level = voiced * c.nsf_sigma + (1 - voiced) * c.nsf_alpha / 3
+        return torch.tanh(self.l_linear(sines * c.nsf_alpha * voiced + level * noise)).squeeze(-1)
+
+
+class HiftDecoder(nn.Module):
+    """What the standard and the causal generator have in common: from the first hidden layer to the wave."""
+
+    window: Tensor
+
+    def __init__(self, config: HiftConfig, layers: Layers) -> None:
+        super().__init__()
+        self.config = config
+        self.hop = math.prod(config.upsample_rates) * config.istft_hop_len  # samples per mel frame
+        self.overlap = OVERLAP_FRAMES * self.hop
+        widths = [config.base_channels >> i for i in range(len(config.upsample_rates) + 1)]
+        num_bands = config.istft_n_fft + 2  # real and imaginary parts, or magnitudes and phases
+        steps = zip(widths[:-1], widths[1:], config.upsample_kernel_sizes, config.upsample_rates, strict=True)
+        self.m_source = Source(config)
+        self.ups = nn.ModuleList(weight_norm(layers.up(*step)) for step in steps)
+        down_rates = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
+        self.source_downs = nn.ModuleList(
+            layers.down(num_bands, width, rate) for width, rate in zip(widths[1:], down_rates, strict=True)
+        )
+        source_blocks = (widths[1:], config.source_resblock_kernel_sizes, config.source_resblock_dilation_sizes)
+        self.source_resblocks = nn.ModuleList(ResBlock(*block, layers) for block in zip(*source_blocks, strict=True))
+        blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
+        self.resblocks = nn.ModuleList(ResBlock(width, *block, layers) for width in widths[1:] for block in blocks)
+        self.conv_post = weight_norm(layers.conv(widths[-1], num_bands, 7, 1))
+        # On the CPU even where the weights are built on `meta`, as no checkpoint fills it.
+        window = torch.hann_window(config.istft_n_fft, dtype=torch.float64, device="cpu").float()
+        self.register_buffer("window", window, persistent=False)
+
+    def spectrum(self, source: Tensor) -> Tensor:
+        """(batch, samples) as (batch, n_fft + 2, samples / hop_len + 1): real parts, then imaginary parts."""
+        c = self.config
+        bands = torch.stft(source, c.istft_n_fft, c.istft_hop_len, window=self.window, return_complex=True)
+        return torch.cat((bands.real, bands.imag), dim=1)
+
+    def synthesise(self, hidden: Tensor, spectrum: Tensor) -> Tensor:
+        """hidden (batch, base_channels, frames), spectrum of the source: (batch, samples), not yet limited."""
+        num_kernels = len(self.config.resblock_kernel_sizes)
+        for index, (up, down, source_block) in enumerate(
+            zip(self.ups, self.source_downs, self.source_resblocks, strict=True)
+        ):
+            hidden = up(F.leaky_relu(hidden, self.config.lrelu_slope))
+            if index == len(self.ups) - 1:
+                hidden = F.pad(hidden, (1, 0), mode="reflect")  # the STFT has one frame more
+            hidden = hidden + source_block(down(spectrum))
+            blocks = self.resblocks[index * num_kernels : (index + 1) * num_kernels]
+            hidden = torch.stack([block(hidden) for block in blocks]).sum(dim=0) / num_kernels
+        return self._inverse(self.conv_post(F.leaky_relu(hidden, POST_SLOPE)))
+
+    def limit(self, wave: Tensor) -> Tensor:
+        return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
+
+    def _inverse(self, bands: Tensor) -> Tensor:
+        c = self.config
+        log_magnitude, angle = bands.chunk(2, dim=1)
+        polar = torch.polar(log_magnitude.exp().clamp(max=MAX_MAGNITUDE), angle.sin())
+        return torch.istft(polar, c.istft_n_fft, c.istft_hop_len, window=self.window)
+
+
+class HiftGenerator(HiftDecoder):
+    """The generator of minicpmo-utils 1.0.5 and 1.0.6."""
+
+    fade: Tensor
+
+    def __init__(self, config: HiftConfig) -> None:
+        super().__init__(config, STANDARD)
+        self.conv_pre = weight_norm(_conv(config.in_channels, config.base_channels, 7))
+        self.f0_predictor = F0Predictor(config)
+        # In double, as the official cross-fade. The two Hamming halves sum to 1.08.
+        fade = torch.hamming_window(2 * self.overlap, periodic=False, dtype=torch.float64, device="cpu")
+        self.register_buffer("fade", fade, persistent=False)
+
+    def forward(self, mel: Tensor, noise: Tensor, known_source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Synthesise a batch.
+
+        mel:          (batch, mels, frames).
+        noise:        (batch, samples, harmonics), see `draw_noise`; samples = frames * hop.
+        known_source: (batch, n): takes the place of the first n samples of the source.
+        returns:      wave (batch, samples) in [-audio_limit, audio_limit], and its source (batch, samples).
+        """
+        source = self.source(self.f0_predictor(mel), noise)
+        if known_source is not None:
+            source = torch.cat((known_source, source[:, known_source.shape[1] :]), dim=1)
+        return self.decode(mel, source), source
+
+    def decode(self, mel: Tensor, source: Tensor) -> Tensor:
+        """(batch, mels, frames) and its source (batch, samples) as a wave (batch, samples)."""
+        return self.limit(self.synthesise(self.conv_pre(mel), self.spectrum(source)))
+
+    def source(self, f0: Tensor, noise: Tensor) -> Tensor:
+        """Excitation (batch, samples) for F0 (batch, frames) in Hz. The phase starts at zero."""
+        harmonics = torch.arange(1, self.config.nb_harmonics + 2, device=f0.device, dtype=f0.dtype)
+        turns = (f0[..., None] * harmonics / self.config.sampling_rate_hz).remainder(1)
+        phase = turns.cumsum(dim=1) * 2 * math.pi * self.hop  # at the middle of each frame
+        phase = F.interpolate(phase.transpose(1, 2), scale_factor=self.hop, mode="linear").transpose(1, 2)
+        return self.m_source.mix(f0.repeat_interleave(self.hop, dim=1), phase.sin(), noise)
+
+    def draw_noise(self, generator: torch.Generator, num_frames: int) -> Tensor:
+        """Noise of one session, (samples, harmonics).
+
+        The official code draws two more things, which never reach the wave: initial phases, as the phase is read in
+        the middle of a frame, and a noise branch. They are drawn too, so that a seed gives the official speech.
+        """
+        num_harmonics, num_samples = self.config.nb_harmonics + 1, num_frames * self.hop
+        device = generator.device
+        torch.rand(1, num_harmonics, generator=generator, device=device)
+        # Transposed, as the official tensor is: torch fills such memory by another sequence of draws.
+        noise = torch.empty(num_harmonics, num_samples, device=device).T.normal_(generator=generator)
+        torch.randn(num_samples, generator=generator, device=device)
+        return noise
+
+    def empty_cache(self) -> HiftCache:
+        weight = self.conv_post.bias
+        none = weight.new_zeros(0)
+        return HiftCache(mel=weight.new_zeros(self.config.in_channels, 0), source=none, speech=none)
+
+    def stream(
+        self, mel: Tensor, caches: Sequence[HiftCache], generators: Sequence[torch.Generator], last: bool
+    ) -> tuple[list[Tensor], list[HiftCache]]:
+        """Continue the speech of a batch of sessions by one chunk.
+
+        mel:     (batch, mels, frames), frames >= OVERLAP_FRAMES unless `last`. All caches have the same `batch_key`.
+        returns: per session its samples, and its next cache. The end is held back for the next chunk's cross-fade,
+                 unless `last`; the turn's first chunk gets as much silence in front, unless it is also the last.
+        """
+        mel = torch.cat((torch.stack([cache.mel for cache in caches]), mel), dim=2)
+        noise = torch.stack([self.draw_noise(generator, mel.shape[2]) for generator in generators])
+        wave, source = self(mel, noise, torch.stack([cache.source for cache in caches]))
+        wave = self._cross_fade(wave, torch.stack([cache.speech for cache in caches]))
+        next_caches = [
+            HiftCache(mel[i, :, -OVERLAP_FRAMES:].clone(), source[i, -self.overlap :].clone(), end.clone())
+            for i, end in enumerate(wave[:, -self.overlap :])
+        ]
+        if not last:
+            is_first = caches[0].mel.shape[1] == 0
+            wave = F.pad(wave, (self.overlap if is_first else 0, -self.overlap))
+        return list(wave.clone()), next_caches
+
+    def _cross_fade(self, wave: Tensor, held_back: Tensor) -> Tensor:
+        num_held = held_back.shape[1]
+        if num_held == 0:
+            return wave
+        rising, falling = self.fade[: self.overlap], self.fade[self.overlap :]
+        faded = wave[:, : self.overlap] * rising + held_back * falling
+        return torch.cat((faded.to(wave.dtype), wave[:, self.overlap :]), dim=1)

@@ -1,0 +1,94 @@
+"""Camera: pictures of one camera, each stamped with the moment it was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graph.chunk import Chunk, SessionId, end_of_stream, watermark
+from graph.streams import EVENTS, camera_stream
+from graph.window import FOREVER_NS
+from stages.feed import Feed, Feeds, Notice
+from stages.stage import Session, Stage
+
+
+@dataclass(slots=True)
+class _Open:
+    session: Session
+    feed: Feed
+    watermark_ns: int = 0
+    ended: bool = False
+
+
+class Camera(Stage):
+    """Source of `camera/<name>`.
+
+    The watermark runs ahead of the clock: after a picture it stands at the next sampling instant, so that a window
+    does not wait for its end when its picture has come. Without pictures it follows the clock, `lateness` behind.
+    """
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds = feeds
+        self._open: dict[SessionId, _Open] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._open[session.id] = _Open(session, self._feeds.open(session))
+
+    def close_session(self, session: SessionId) -> None:
+        if self._open.pop(session, None) is not None:
+            self._feeds.close(session)
+
+    def wakes(self) -> Sequence[int]:
+        return self._feeds.wakes()
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state = self._open[session]
+        state.feed.pump(now_ns)
+        stream = camera_stream(state.session.camera)
+        chunks = [_event(session, notice) for notice in state.feed.take_notices()]
+        reached_ns = now_ns if state.session.paced else FOREVER_NS
+        for frame in state.feed.take_frames(reached_ns):
+            chunks.append(Chunk(session, stream, frame.start_ns, arrays={"image": frame.image}))
+            state.watermark_ns = max(state.watermark_ns, _next_sample_ns(frame.start_ns, state.session.fps))
+            chunks.append(watermark(session, stream, state.watermark_ns))
+        chunks += self._settle(state, stream, now_ns)
+        return chunks
+
+    def end(self, session: SessionId, now_ns: int) -> None:
+        self._open[session].feed.stop(now_ns)
+
+    def finished(self, session: SessionId) -> bool:
+        return self._open[session].ended
+
+    def _settle(self, state: _Open, stream: str, now_ns: int) -> list[Chunk]:
+        feed, session = state.feed, state.session
+        if state.ended:
+            return []
+        over = feed.over and feed.next_frame_ns is None and (not session.paced or now_ns >= (feed.end_ns or 0))
+        if over or feed.video_ns >= FOREVER_NS:
+            state.ended = True
+            return [end_of_stream(session.id, stream, feed.end_ns or 0)]
+        settled_ns = _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns)
+        if settled_ns <= state.watermark_ns:
+            return []
+        state.watermark_ns = settled_ns
+        return [watermark(session.id, stream, settled_ns)]
+
+
+def _settled_ns(session: Session, read_ns: int, waiting_ns: int | None, now_ns: int) -> int:
+    """Up to where nothing more will come: what has been read and handed out, or given up by the clock."""
+    read_ns = min(read_ns, waiting_ns) if waiting_ns is not None else read_ns
+    if not session.paced:
+        return read_ns
+    given_up_ns = (now_ns - session.lateness_ns) // session.window_ns * session.window_ns
+    return max(min(read_ns, now_ns), given_up_ns)
+
+
+def _next_sample_ns(start_ns: int, fps: float) -> int:
+    """The earliest time of the next picture; one sampling period later, less rounding."""
+    return start_ns + int(1e9 / fps) - 1
+
+
+def _event(session: SessionId, notice: Notice) -> Chunk:
+    attrs = {"type": notice.type, "reason": notice.reason, "message": notice.message}
+    return Chunk(session, EVENTS, notice.at_ns, attrs=attrs)

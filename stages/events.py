@@ -1,0 +1,94 @@
+"""Events: what is worth telling, written as it comes: events.jsonl, windows.jsonl and the transcript."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from graph.chunk import NS_PER_S, Chunk, Scalar, SessionId
+from graph.streams import EVENTS
+from graph.window import Unit
+from stages.stage import Session, Stage
+
+WINDOW_EVENT = "window"
+HEARD_EVENT = "heard"
+
+
+class Events(Stage):
+    """Sink of `events`.
+
+    events.jsonl    one line per event: session, time_s (event time), type, and its fields
+    windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, latency_s, on_time, stages
+    transcript.txt  one line per word chunk: when it was heard, of which session, what was said
+
+    out: the folder they are written to, None: nowhere (a session may run without).
+    """
+
+    windowed = False
+
+    def __init__(self) -> None:
+        self._files: dict[Path, TextIO] = {}
+        self._out: dict[SessionId, Path | None] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._out[session.id] = session.out
+        if session.out is not None:
+            session.out.mkdir(parents=True, exist_ok=True)
+            for name in ("events.jsonl", "windows.jsonl", "transcript.txt"):
+                self._write(session.out / name, "")
+
+    def close_session(self, session: SessionId) -> None:
+        """Close the files with the last session that writes to their folder."""
+        out = self._out.pop(session, None)
+        if out is None or out in self._out.values():
+            return
+        for path in [path for path in self._files if path.parent == out]:
+            self._files.pop(path).close()
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        for unit in units:
+            out = self._out.get(unit.session)
+            for chunk in unit.of(EVENTS) if out is not None else ():
+                self._record(out, chunk)  # type: ignore[arg-type]
+        return []
+
+    def _record(self, out: Path, chunk: Chunk) -> None:
+        kind = chunk.attrs.get("type")
+        if kind == WINDOW_EVENT:
+            self._write(out / "windows.jsonl", _json_line(chunk.session, window_row(chunk.attrs)))
+            return
+        row: dict[str, object] = {"time_s": chunk.start_ns / NS_PER_S, **chunk.attrs}
+        self._write(out / "events.jsonl", _json_line(chunk.session, row))
+        if kind == HEARD_EVENT:
+            self._write(out / "transcript.txt", _spoken_line(chunk))
+
+    def _write(self, path: Path, text: str) -> None:
+        if path not in self._files:
+            self._files[path] = path.open("w", encoding="utf-8")
+        self._files[path].write(text)
+        self._files[path].flush()
+
+
+def window_row(attrs: Mapping[str, Scalar]) -> dict[str, object]:
+    """A row of windows.jsonl from the attrs of a window event (deploy/runner.py makes them)."""
+    row: dict[str, object] = {key: value for key, value in attrs.items() if key != "type"}
+    row["missing"] = [name for name in str(attrs.get("missing", "")).split(",") if name]
+    row["stages"] = json.loads(str(attrs.get("stages", "{}")))
+    return row
+
+
+def clock(at_ns: int) -> str:
+    """12.345 s as 00:12.345."""
+    minutes, rest_ns = divmod(max(at_ns, 0), 60 * NS_PER_S)
+    return f"{minutes:02d}:{rest_ns / NS_PER_S:06.3f}"
+
+
+def _spoken_line(chunk: Chunk) -> str:
+    end_ns = chunk.start_ns + round(float(chunk.attrs.get("seconds") or 0.0) * NS_PER_S)
+    return f"{clock(chunk.start_ns)} - {clock(end_ns)}  [{chunk.session}] {chunk.attrs.get('text')}\n"
+
+
+def _json_line(session: SessionId, row: Mapping[str, object]) -> str:
+    return json.dumps({"session": session, **row}, ensure_ascii=False) + "\n"

@@ -1,0 +1,227 @@
+"""One camera's media on the session's axis: what the decoder process reads ahead, handed out when its time has come.
+
+Camera and microphone of a session share a feed, so that one connection serves both. The feed never holds more than
+`MAX_AHEAD_NS` of media: what it does not read waits in the decoder's pipe, and the decoder waits with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from graph.chunk import NS_PER_S, SessionId
+from graph.streams import SOUND_RATE_HZ
+from graph.window import FOREVER_NS
+from stages.media import Ended, Failed, Frame, MediaReader, MediaRequest, Progress, Sound
+from stages.stage import Session
+
+MAX_AHEAD_NS = 2 * NS_PER_S
+FIRST_RETRY_NS, LAST_RETRY_NS = NS_PER_S, 30 * NS_PER_S  # a camera that is gone is looked for again, ever less often
+
+Open = Callable[[MediaRequest], MediaReader]
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that happened to a camera: it delivers, it was lost, it ended."""
+
+    type: str
+    at_ns: int
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(slots=True)
+class _Sides:
+    """What the two readers of a feed have not taken yet."""
+
+    frames: deque[Frame] = field(default_factory=deque)
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    first_sample: int = 0
+    notices: deque[Notice] = field(default_factory=deque)
+
+
+class Feed:
+    """The media of one session, from one decoder process at a time."""
+
+    def __init__(self, session: Session, open_reader: Open) -> None:
+        self._session = session
+        self._open = open_reader
+        self._reader: MediaReader | None = None
+        self._base_ns = 0  # event time at which the current reader's axis begins
+        self._retry_ns = FIRST_RETRY_NS
+        self._retry_at_ns = 0
+        self._sides = _Sides()
+        self.video_ns = 0  # nothing before this will come
+        self.audio_ns = 0
+        self.end_ns: int | None = None  # set when the source has ended for good
+
+    @property
+    def over(self) -> bool:
+        return self.end_ns is not None
+
+    def start(self) -> None:
+        """Start the decoder. Raises nothing: a source that can't be opened is a lost camera."""
+        self._connect(0)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def stop(self, now_ns: int) -> None:
+        """End the source with the last whole window before `now_ns`; what was read beyond it is forgotten."""
+        if self.over:
+            return
+        self.close()
+        end_ns = max(now_ns, 0) // self._session.window_ns * self._session.window_ns
+        self._sides.frames = deque(frame for frame in self._sides.frames if frame.start_ns < end_ns)
+        self.audio_ns = min(self.audio_ns, end_ns) if self.audio_ns < FOREVER_NS else FOREVER_NS
+        self.end_ns = end_ns
+
+    def wakes(self) -> list[int]:
+        """The descriptor to wait on while there is room to read ahead."""
+        return [self._reader.fileno()] if self._reader is not None and self._has_room() else []
+
+    def pump(self, now_ns: int) -> None:
+        """Read ahead what there is, without waiting; find a lost camera again."""
+        if self._reader is None and not self.over and now_ns >= self._retry_at_ns:
+            self._connect(now_ns)
+        while self._reader is not None and self._has_room():
+            item = self._reader.read(0)
+            if item is None:
+                return
+            self._take(item, now_ns)
+
+    def take_frames(self, until_ns: int) -> list[Frame]:
+        """The pictures whose time has come."""
+        taken = []
+        frames = self._sides.frames
+        while frames and frames[0].start_ns <= until_ns:
+            taken.append(frames.popleft())
+        return taken
+
+    def take_sound(self, end_ns: int) -> tuple[int, np.ndarray]:
+        """The sound up to `end_ns`: (number of its first sample, samples float32 [n]); n = 0 when there is none."""
+        sides = self._sides
+        count = max(min(end_ns * SOUND_RATE_HZ // NS_PER_S - sides.first_sample, len(sides.samples)), 0)
+        first, taken = sides.first_sample, sides.samples[:count]
+        sides.samples = sides.samples[count:]
+        sides.first_sample += count
+        return first, taken
+
+    def take_notices(self) -> list[Notice]:
+        notices = list(self._sides.notices)
+        self._sides.notices.clear()
+        return notices
+
+    @property
+    def next_frame_ns(self) -> int | None:
+        return self._sides.frames[0].start_ns if self._sides.frames else None
+
+    def _has_room(self) -> bool:
+        frames, session = self._sides.frames, self._session
+        ahead_frames = max(int(session.fps * MAX_AHEAD_NS // NS_PER_S), 2)
+        ahead_samples = MAX_AHEAD_NS * SOUND_RATE_HZ // NS_PER_S
+        return len(frames) < ahead_frames and len(self._sides.samples) < ahead_samples
+
+    def _connect(self, now_ns: int) -> None:
+        session = self._session
+        duration_ns = None if session.duration_ns is None else session.duration_ns - now_ns
+        request = MediaRequest(
+            source=session.source,
+            fps=session.fps,
+            max_pixels=session.max_pixels,
+            want_video=True,
+            want_audio=session.microphone,
+            window_ns=session.window_ns,
+            duration_ns=duration_ns,
+        )
+        # A reconnected camera goes on at a whole window, so that its pictures keep their place in the windows.
+        self._base_ns = -(-now_ns // session.window_ns) * session.window_ns
+        self._reader = self._open(request)
+        self._reader.start()
+
+    def _take(self, item: Frame | Sound | Progress | Ended | Failed, now_ns: int) -> None:
+        if isinstance(item, Frame):
+            self._take_frame(item)
+        elif isinstance(item, Sound):
+            self._take_sound(item)
+        elif isinstance(item, Progress):
+            self.video_ns = max(self.video_ns, min(item.video_ns + self._base_ns, FOREVER_NS))
+            self.audio_ns = max(self.audio_ns, min(item.audio_ns + self._base_ns, FOREVER_NS))
+        elif isinstance(item, Ended):
+            self._finish(Notice("camera_ended", self._media_end_ns(), reason=item.reason))
+        else:
+            self._lose(item, now_ns)
+
+    def _take_frame(self, frame: Frame) -> None:
+        if self._retry_ns != FIRST_RETRY_NS or self.video_ns == 0:
+            self._sides.notices.append(Notice("camera_up", frame.start_ns + self._base_ns))
+        self._retry_ns = FIRST_RETRY_NS
+        start_ns = frame.start_ns + self._base_ns
+        self._sides.frames.append(Frame(start_ns, frame.image))
+        self.video_ns = max(self.video_ns, start_ns + 1)
+
+    def _take_sound(self, sound: Sound) -> None:
+        sides = self._sides
+        first = sound.first_sample + self._base_ns * SOUND_RATE_HZ // NS_PER_S
+        if len(sides.samples) == 0:
+            sides.first_sample = max(first, sides.first_sample)
+        gap = np.zeros(max(first - sides.first_sample - len(sides.samples), 0), np.float32)
+        sides.samples = np.concatenate([sides.samples, gap, sound.samples])
+        self.audio_ns = max(self.audio_ns, (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ)
+
+    def _media_end_ns(self) -> int:
+        ends = [t for t in (self.video_ns, self.audio_ns) if t < FOREVER_NS]
+        return max(ends, default=0)
+
+    def _lose(self, failed: Failed, now_ns: int) -> None:
+        live = self._reader is not None and self._reader.is_live
+        self.close()
+        if not live:
+            self._finish(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
+            return
+        self._sides.notices.append(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
+        self._retry_at_ns = now_ns + self._retry_ns
+        self._retry_ns = min(self._retry_ns * 2, LAST_RETRY_NS)
+
+    def _finish(self, notice: Notice) -> None:
+        self.close()
+        self._sides.notices.append(notice)
+        duration_ns = self._session.duration_ns
+        lost = notice.type == "camera_lost"
+        # A lost file still owes its windows, as missing, until the time that was asked for is over.
+        self.end_ns = duration_ns if lost and duration_ns is not None else self._media_end_ns()
+
+
+class Feeds:
+    """The feeds of one process, by session; owned by the process, read by its camera and microphone stages."""
+
+    def __init__(self, open_reader: Open = MediaReader) -> None:
+        self._open = open_reader
+        self._feeds: dict[SessionId, Feed] = {}
+        self._users: dict[SessionId, int] = {}
+
+    def open(self, session: Session) -> Feed:
+        """The session's feed; started by its first user."""
+        if session.id not in self._feeds:
+            self._feeds[session.id] = Feed(session, self._open)
+            self._feeds[session.id].start()
+        self._users[session.id] = self._users.get(session.id, 0) + 1
+        return self._feeds[session.id]
+
+    def close(self, session: SessionId) -> None:
+        """Closed by its last user."""
+        if session not in self._users:
+            return
+        self._users[session] -= 1
+        if self._users[session] == 0:
+            del self._users[session]
+            self._feeds.pop(session).close()
+
+    def wakes(self) -> list[int]:
+        return [descriptor for feed in self._feeds.values() for descriptor in feed.wakes()]

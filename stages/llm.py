@@ -1,0 +1,146 @@
+"""LLM: what was seen and heard in a window, in this order, and then: listen, or say so much as TAIL allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graph.chunk import Chunk, SessionId
+from graph.streams import AUDIO, IMAGE, TEXT
+from graph.tail import Ack, TextBudget
+from graph.window import Unit
+from model_shards.duplex import MAX_ENDING, MAX_TEXT_TOKENS, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
+from model_shards.kv_cache import KvCache
+from model_shards.tokenizer import Tokenizer
+from stages.audio_encoder import VOICE_ROLE
+from stages.stage import Session, Stage, StageError, session_seed
+from stages.tensors import Runtime, to_arrays, to_tensor
+
+
+@dataclass(slots=True)
+class _Open:
+    session: Session
+    duplex: DuplexSession
+    budget: TextBudget
+    begun: bool = False
+    cut: bool = False  # the listener barged in: close the turn with the next unit
+    speaking: bool = False
+    num_tokens: int = 0  # allowed in the last window
+
+
+class Llm(Stage):
+    """`image`, `audio` → `text`: token_ids [n], hidden [n, dim], and what they read, for each window in a turn.
+
+    system_prompt: the text of it; the voice comes from the audio encoder with a session's first window.
+    max_session_tokens: what a session may hold in the KV cache; one for which there is no room is refused when it
+    opens, never later.
+    """
+
+    outputs = (TEXT,)
+    paced_by_listener = True
+
+    def __init__(
+        self,
+        engine: DuplexEngine,
+        cache: KvCache,
+        tokenizer: Tokenizer,
+        where: Runtime,
+        *,
+        system_prompt: str,
+        seed: int,
+        max_session_tokens: int,
+    ) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._where = where
+        self._system_prompt = system_prompt
+        self._seed = seed
+        self._session_pages = cache.pages_for(max_session_tokens)
+        self._open: dict[SessionId, _Open] = {}
+
+    def open_session(self, session: Session) -> None:
+        if (len(self._open) + 1) * self._session_pages > self._cache.num_pages:
+            raise StageError(
+                f"llm: no room for session {session.id!r}: a session may take {self._session_pages} pages of the KV "
+                f"cache, {len(self._open)} sessions are open, and it has {self._cache.num_pages}; "
+                "raise stages.llm.kv_memory or lower stages.llm.context.high"
+            )
+        budget = TextBudget(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        duplex = self._engine.new_session(session_seed(self._seed, session.id))
+        self._open[session.id] = _Open(session, duplex, budget)
+
+    def close_session(self, session: SessionId) -> None:
+        state = self._open.pop(session, None)
+        if state is not None:
+            self._engine.end(state.duplex)
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        state = self._open[session]
+        state.budget.interrupted(ack)
+        state.cut = True
+        return []
+
+    @torch.inference_mode()
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self._begin([unit for unit in units if not self._open[unit.session].begun])
+        outputs = self._engine.step([(self._open[unit.session].duplex, self._input(unit)) for unit in units])
+        chunks = [self._say(unit, output) for unit, output in zip(units, outputs, strict=True)]
+        return [chunk for chunk in chunks if chunk is not None]
+
+    def text_budget(self, session: SessionId) -> int:
+        """Tokens that were allowed in the session's last window."""
+        return self._open[session].num_tokens
+
+    def kv_usage(self) -> float:
+        """Share of the KV cache's pages in use."""
+        return self._cache.num_used_pages / self._cache.num_pages
+
+    def _begin(self, units: list[Unit]) -> None:
+        self._engine.begin([(self._open[unit.session].duplex, self._prompt(unit)) for unit in units])
+        for unit in units:
+            self._open[unit.session].begun = True
+
+    def _prompt(self, unit: Unit) -> Prompt:
+        special = self._tokenizer.special
+        voices = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") == VOICE_ROLE]
+        text = self._tokenizer.encode(f"system\n{self._system_prompt}")
+        if not voices:
+            return Prompt([special.im_start, *text, special.im_end])
+        line_break = self._tokenizer.encode("\n")
+        prefix = [special.im_start, *text, *line_break, special.audio_start]
+        return Prompt(prefix, [special.audio_end, special.im_end], voices[0])
+
+    def _input(self, unit: Unit) -> UnitInput:
+        state = self._open[unit.session]
+        state.num_tokens = state.budget.tokens(unit.end_ns)
+        cut, state.cut = state.cut, False
+        heard = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") != VOICE_ROLE]
+        return UnitInput(
+            images=[list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(IMAGE)],
+            audio=torch.cat(heard) if heard else None,
+            max_text_tokens=state.num_tokens,
+            force_listen=cut,
+        )
+
+    def _say(self, unit: Unit, output: UnitOutput) -> Chunk | None:
+        state = self._open[unit.session]
+        if output.is_listen:
+            state.speaking = False
+            return None
+        state.speaking = state.speaking or output.turn_start
+        if not state.speaking:
+            return None
+        state.speaking = not output.end_of_turn
+        state.budget.generated(len(output.token_ids), end_of_turn=output.end_of_turn)
+        hidden, dtype = to_arrays("hidden", output.hidden)
+        arrays = {"token_ids": np.array(output.token_ids, dtype=np.int64), **hidden}
+        attrs = {"text": output.text, "turn_start": output.turn_start, "end_of_turn": output.end_of_turn, **dtype}
+        return unit.emit(TEXT, arrays=arrays, attrs=attrs)
+
+
+def session_tokens(high: int, max_unit_tokens: int) -> int:
+    """The most a session can hold: a full window, one more unit, and what is said in it."""
+    return high + max_unit_tokens + MAX_TEXT_TOKENS + 1 + MAX_ENDING

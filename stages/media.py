@@ -1,0 +1,354 @@
+"""Pictures and sound of one source, decoded in a process of its own which can be killed.
+
+    with MediaReader(MediaRequest("rtsp://…", fps=1, …)) as reader:
+        while not isinstance(item := reader.read(1.0), (Ended, Failed)):
+            ...
+
+Rule: nothing which a file or a server does reaches the caller as anything but a Failed. FFmpeg's CVEs are loops and
+overruns in C (PyAV 18.1 bundles 8.1.2, see reference/product-anchors.md §0.4), so the process, not the call, is what
+we give up on.
+
+The pipe is the only buffer. Files and test patterns are decoded ahead until it is full, and whoever reads sets the
+pace by the items' times. A live source must be read as fast as it comes; what waits too long in its socket is lost.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import parse_qs, urlsplit
+
+from stages.media_wire import (
+    FOREVER_NS,
+    LIVE_KINDS,
+    Ended,
+    Failed,
+    FailKind,
+    Frame,
+    ItemParser,
+    MediaError,
+    MediaItem,
+    MediaRequest,
+    Order,
+    Progress,
+    Sound,
+    SourceKind,
+    WireError,
+    mask_source,
+)
+
+__all__ = [
+    "FOREVER_NS",
+    "Ended",
+    "Failed",
+    "Frame",
+    "MediaError",
+    "MediaItem",
+    "MediaReader",
+    "MediaRequest",
+    "Progress",
+    "Sound",
+    "check_source",
+    "mask_source",
+]
+
+# The decoder gives up by itself after the time-outs it is told; so much later it is taken to hang.
+WATCHDOG_GRACE_S: Final = 2.0
+GOODBYE_S: Final = 0.3  # for telling a camera that we go
+PIPE_BYTES: Final = 1 << 18  # a kernel buffer which holds 4 s of sound, or 40 % of a 448x448 frame
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_KINDS: Final[dict[str, SourceKind]] = {
+    "rtsp": "rtsp",
+    "rtsps": "rtsp",
+    "http": "http",
+    "https": "http",
+    "test": "test",
+}
+_NEEDS_CONSENT: Final = ("http", "https")
+_PATTERN_SEED: Final = re.compile(r"\d{1,9}")
+_PATTERN_SIZE: Final = re.compile(r"\d{2,5}x\d{2,5}")
+
+
+def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
+    """What kind of source this is, without opening it; MediaError when it can't or may not be read.
+
+    allow: schemes which are read only on request: "http", "https".
+    """
+    if not source or not source.isprintable():
+        raise MediaError("blocked", "a source is empty or holds control characters; give a URL, a file or a folder")
+    match = _SCHEME.match(source)
+    if match is None:
+        return _check_path(source)
+    scheme = match[1].lower()
+    kind = _KINDS.get(scheme)
+    if kind is None or (scheme in _NEEDS_CONSENT and scheme not in allow):
+        readable = ", ".join(f"{s}://" for s in _KINDS if s not in _NEEDS_CONSENT or s in allow)
+        raise MediaError(
+            "blocked",
+            f"{mask_source(source)}: '{scheme}:' sources are not read here; use {readable}, a file, a folder or "
+            f"/dev/video0. A file whose name has a colon is written with its folder: ./name",
+        )
+    if kind == "test":
+        _check_pattern(source)
+    else:
+        _check_url(source)
+    return kind
+
+
+def _check_url(source: str) -> None:
+    try:
+        url = urlsplit(source)
+        host, _ = url.hostname, url.port
+    except ValueError as error:
+        raise MediaError("blocked", f"{mask_source(source)}: not a URL ({error}); escape @ : / in passwords") from error
+    if not host or not url.netloc:
+        raise MediaError("blocked", f"{mask_source(source)}: has no host; write {url.scheme}://host/path")
+
+
+def _check_pattern(source: str) -> None:
+    url = urlsplit(source)
+    query = parse_qs(url.query, keep_blank_values=True)
+    sound = (
+        url.netloc == "pattern"
+        and url.path in ("", "/")
+        and set(query) <= {"seed", "size"}
+        and all(_PATTERN_SEED.fullmatch(value) for value in query.get("seed", ()))
+        and all(_PATTERN_SIZE.fullmatch(value) for value in query.get("size", ()))
+    )
+    if not sound:
+        raise MediaError("missing", f"{source}: no such test source; write test://pattern?seed=1&size=640x480")
+
+
+def _check_path(source: str) -> SourceKind:
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise MediaError("refused", f"{source}: may not be read by this user") from error
+        raise MediaError("missing", f"{source}: {error.strerror}{_suggestion(path)}") from error
+    if not os.access(path, os.R_OK):
+        raise MediaError("refused", f"{source}: may not be read by this user; check its permissions")
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if stat.S_ISCHR(mode) and path.resolve().name.startswith("video"):
+        return "webcam"
+    if not stat.S_ISREG(mode):
+        raise MediaError("blocked", f"{source}: is no file, folder or camera; pipes and sockets are not read")
+    if path.stat().st_size == 0:
+        raise MediaError("unreadable", f"{source}: the file is empty")
+    return "file"
+
+
+def _suggestion(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f"; the folder {path.parent} can't be read either"
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+class MediaReader:
+    """One source, read. `start()` it, `read()` until Ended or Failed, `close()` it; or use `with`. One task owns it.
+
+    allow: see check_source. open_timeout_s: until the source must be open. silence_timeout_s: how long it may give
+    nothing (measured while somebody waits in `read()`, or looks in later and finds nothing).
+    """
+
+    def __init__(
+        self,
+        request: MediaRequest,
+        *,
+        allow: Collection[str] = (),
+        open_timeout_s: float = 10.0,
+        silence_timeout_s: float = 4.0,
+    ) -> None:
+        """MediaError as by check_source: a source is judged before anything starts."""
+        kind = check_source(request.source, allow)
+        self._order = Order(kind, _with_absolute_path(request, kind), open_timeout_s, silence_timeout_s)
+        self._parser = ItemParser(request)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._poll = select.poll()
+        self._quiet_since: float | None = None  # the pipe was first found empty; None: bytes have come since
+        self._opened = False
+        self._last: Ended | Failed | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the source sets the pace; files and test patterns wait for their reader."""
+        return self._order.kind in LIVE_KINDS
+
+    @property
+    def pid(self) -> int | None:
+        """The decoder's process, while it runs."""
+        return self._process.pid if self._process is not None else None
+
+    def fileno(self) -> int:
+        """The pipe's descriptor: readable when `read(0)` has something to give. Only between start() and close()."""
+        assert self._process is not None and self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def start(self) -> None:
+        """Start the decoder. MediaError "limit" when the system gives no process or pipe."""
+        assert self._process is None, "a MediaReader is started once"
+        try:
+            self._process = _spawn()
+        except OSError as error:
+            raise MediaError("limit", f"{self._name}: no decoder could be started: {error.strerror}") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._poll.register(self._process.stdout.fileno(), select.POLLIN)
+        self._quiet_since = time.monotonic()
+        try:
+            self._process.stdin.write(self._order.to_line())
+        except BrokenPipeError:
+            return  # it died at birth: read() finds the end of the pipe and says so
+
+    def read(self, timeout_s: float) -> MediaItem | None:
+        """The next item; None when none came within timeout_s (0 just looks). Ended or Failed stay the answer."""
+        deadline = time.monotonic() + timeout_s
+        while self._last is None:
+            if (item := self._pump()) is not None:
+                return self._settle(item)
+            now = time.monotonic()
+            self._quiet_since = now if self._quiet_since is None else self._quiet_since
+            patience_s = self._quiet_since + self._patience_s - now
+            if self._last is None and patience_s <= 0:
+                self._fail("timeout", "gave nothing for too long; its decoder was stopped")
+            elif now >= deadline:
+                break
+            else:
+                self._poll.poll(1000 * max(0.001, min(deadline - now, patience_s)))
+        return self._last
+
+    @property
+    def _patience_s(self) -> float:
+        limit_s = self._order.silence_timeout_s if self._opened else self._order.open_timeout_s
+        return limit_s + WATCHDOG_GRACE_S
+
+    @property
+    def _name(self) -> str:
+        return mask_source(self._order.request.source)
+
+    def _pump(self) -> MediaItem | None:
+        """Take bytes out of the pipe until an item is complete or the pipe is empty."""
+        assert self._process is not None, "start() comes before read()"
+        assert self._process.stdout is not None
+        fd = self._process.stdout.fileno()
+        try:
+            while num_bytes := os.readv(fd, [self._parser.space()]):
+                self._quiet_since = None
+                if (item := self._parser.filled(num_bytes)) is not None:
+                    return item
+        except BlockingIOError:
+            return None
+        except WireError as error:
+            self._fail("crashed", f"made its decoder talk nonsense, which was stopped: {error}")
+            return None
+        self._fail("crashed", f"made its decoder end {self._death()}; it may be opened again")
+        return None
+
+    def _settle(self, item: MediaItem) -> MediaItem:
+        self._opened = True
+        if isinstance(item, (Ended, Failed)):
+            self._last = item
+            self.close()
+        return item
+
+    def _fail(self, kind: FailKind, what: str) -> None:
+        self._last = Failed(kind, f"{self._name} {what}")
+        self._stop(goodbye_s=0.0)
+
+    def _death(self) -> str:
+        """How the decoder ended, whose pipe has closed already."""
+        assert self._process is not None
+        try:
+            status = self._process.wait(timeout=GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            return "its output"
+        return f"with {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+
+    def close(self) -> None:
+        """Stop the decoder and free everything; harmless when repeated."""
+        self._stop(goodbye_s=GOODBYE_S)
+
+    def _stop(self, goodbye_s: float) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._poll.unregister(process.stdout.fileno())
+        process.stdout.close()
+        process.stdin.close()
+        if goodbye_s:
+            process.terminate()
+            try:
+                process.wait(timeout=goodbye_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        else:
+            process.kill()
+        process.wait()
+        self._last = self._last or Ended("it was closed")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, of_type: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _with_absolute_path(request: MediaRequest, kind: SourceKind) -> MediaRequest:
+    if kind not in ("file", "folder", "webcam"):
+        return request
+    return MediaRequest(
+        str(Path(request.source).absolute()),
+        request.fps,
+        request.max_pixels,
+        request.want_video,
+        request.want_audio,
+        request.window_ns,
+        request.duration_ns,
+    )
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    """A decoder in a session of its own, with nothing of our environment: no proxies, no tokens."""
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        # -P: a file called av.py in the working directory is not the PyAV we want.
+        [sys.executable, "-P", "-s", "-m", "stages.media_decoder"],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pipesize=PIPE_BYTES,
+        close_fds=True,
+        start_new_session=True,
+        cwd="/",
+        env=environment | {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ},
+    )

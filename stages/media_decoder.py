@@ -1,0 +1,457 @@
+"""The process which touches foreign bytes: `python -m stages.media_decoder` decodes one source, then it is gone.
+
+An order comes in as one line on stdin, messages of stages/media_wire.py go out on stdout. Starts in about 0.2 s, for
+it imports PyAV and numpy only. stdin stays open as a lifeline: when it closes, the parent is gone or has had enough.
+
+What it sends, and with which times, is decided in stages/media_tracks.py; this file opens sources and runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import math
+import os
+import re
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+from urllib.parse import parse_qs, urlsplit
+
+import av
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Discard, Disposition
+from av.video.stream import VideoStream
+
+from graph.chunk import NS_PER_S
+from stages.media_tracks import (
+    MAX_PICTURE_PIXELS,
+    FileAxis,
+    FrameGrid,
+    LiveAxis,
+    Scaler,
+    SoundTrack,
+    Track,
+    VideoTrack,
+    check_size,
+    to_ns,
+)
+from stages.media_wire import (
+    FOREVER_NS,
+    LIVE_KINDS,
+    Ended,
+    Failed,
+    FailKind,
+    Frame,
+    MediaError,
+    MediaItem,
+    MediaRequest,
+    Order,
+    Progress,
+    mask_source,
+    to_bytes,
+)
+
+MAX_MEMORY_BYTES: Final = 3 << 29  # address space. H.264 with 4 reference pictures takes 0.36 GiB in 4K, 0.62 in 8K
+MAX_FILES: Final = 32
+MAX_STREAMS: Final = 32
+MAX_IMAGES: Final = 100_000
+MAX_BAD_IN_A_ROW: Final = 300  # 10 s of a 30 fps camera
+
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
+_IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
+# Containers only: no playlist (hls, dash, concat, sdp), no device, no script (lavfi), no pattern (image2).
+_FILE_FORMATS: Final = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,ogg,wav,w64,aiff,au,mp3,flac,aac,ac3,eac3,caf,amr,"
+    "h264,hevc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,apng,yuv4mpegpipe,webp_pipe,bmp_pipe," + _IMAGE_FORMATS
+)
+_PROTOCOLS: Final = {
+    "rtsp": "rtsp,rtp,tcp",
+    "rtsps": "rtsps,rtp,tcp,tls",
+    "http": "http,tcp",
+    "https": "https,tcp,tls",
+}
+
+
+class ParentGone(Exception):
+    """Nobody reads any more."""
+
+
+class Outlet:
+    """The pipe to the parent. A full pipe blocks: it is the only buffer between decoding and playing."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def put(self, item: MediaItem) -> None:
+        for part in to_bytes(item):
+            view = memoryview(part)
+            while view:
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BrokenPipeError as error:
+                    raise ParentGone from error
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+Feed: TypeAlias = tuple[InputContainer, dict[int, Track]]  # one connection, its tracks by stream index
+
+
+def open_container(order: Order, source: str, format_name: str | None, options: dict[str, str]) -> InputContainer:
+    limits = {"max_streams": str(MAX_STREAMS), "max_pixels": str(MAX_PICTURE_PIXELS), "threads": "1"}
+    return av.open(
+        source,
+        "r",
+        format=format_name,
+        options=limits | options,
+        metadata_errors="replace",
+        timeout=(order.open_timeout_s, order.silence_timeout_s),
+    )
+
+
+def open_all(order: Order) -> list[InputContainer]:
+    """One connection for live sources. Files are opened once per stream, so that a badly interleaved one, all video
+    first, costs a second index and not the memory of its whole video."""
+    source = order.request.source
+    num_wanted = order.request.want_video + order.request.want_audio
+    match order.kind:
+        case "file":
+            return [open_container(order, source, None, _file_options("file")) for _ in range(num_wanted)]
+        case "http":
+            return [open_container(order, source, None, _file_options(_PROTOCOLS[urlsplit(source).scheme.lower()]))]
+        case "rtsp":
+            return [open_camera(order)]
+        case "webcam":
+            return [open_container(order, source, "v4l2", {"protocol_whitelist": "file"})]
+        case "test":
+            return [open_container(order, graph, "lavfi", {}) for graph in pattern_graphs(source, order.request.fps)]
+        case _:
+            raise AssertionError(f"a {order.kind} has no container")
+
+
+def open_camera(order: Order) -> InputContainer:
+    """TimeoutError as such: libav says "invalid data" of a server which is silent or leads in circles, and calls one
+    open which has sent a byte per second."""
+    start = time.monotonic()
+    patience_s = order.open_timeout_s
+    try:
+        container = open_container(order, order.request.source, "rtsp", _rtsp_options(order))
+    except av.error.InvalidDataError:
+        patience_s = min(order.open_timeout_s, order.silence_timeout_s)
+        if time.monotonic() - start < patience_s:
+            raise
+    if time.monotonic() - start >= patience_s:
+        raise TimeoutError
+    return container
+
+
+def _file_options(protocols: str) -> dict[str, str]:
+    return {"protocol_whitelist": protocols, "format_whitelist": _FILE_FORMATS}
+
+
+def _rtsp_options(order: Order) -> dict[str, str]:
+    return {
+        "rtsp_transport": "tcp",
+        "protocol_whitelist": _PROTOCOLS[urlsplit(order.request.source).scheme.lower()],
+        "timeout": str(int(order.silence_timeout_s * 1_000_000)),  # us, of the socket
+        "allowed_media_types": "+".join(["video"] * order.request.want_video + ["audio"] * order.request.want_audio),
+        # The SDP has told nearly all. Without these two a camera opens in 1.1 s instead of 0.3 s, and what it sends
+        # meanwhile comes in a burst.
+        "fpsprobesize": "0",
+        "analyzeduration": "1000000",  # us
+    }
+
+
+def pattern_graphs(source: str, fps: float) -> list[str]:
+    """libavfilter's description of test://pattern: a moving picture, and a tone which beeps every second."""
+    query = parse_qs(urlsplit(source).query)
+    seed = int(query.get("seed", ["0"])[0])
+    size = query.get("size", ["640x480"])[0]
+    if not re.fullmatch(r"\d{2,5}x\d{2,5}", size):
+        raise MediaError("blocked", f"size={size}: write it like 640x480")
+    check_size(*map(int, size.split("x")))
+    rate_hz = max(10, min(60, 5 * math.ceil(fps)))  # so that the grid's instants, at 4/5 of a period, have a picture
+    turn = f",hue=h={seed * 47 % 360}" if seed else ""
+    return [
+        f"testsrc2=size={size}:rate={rate_hz}{turn}",
+        f"sine=frequency={220 + seed * 110 % 660}:beep_factor=4:sample_rate=48000",
+    ]
+
+
+def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet) -> list[Feed]:
+    """The first real video and audio stream, if wanted, each from the last container which has it."""
+    request = order.request
+    video = [s for c in containers for s in c.streams.video if not s.disposition & Disposition.attached_pic]
+    audio = [s for c in containers[::-1] for s in c.streams.audio]
+    streams: list[VideoStream | AudioStream] = [*video[: request.want_video], *audio[: request.want_audio]]
+    starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
+    feeds: list[Feed] = [(container, {}) for container in containers]
+    for stream in streams:
+        axis = LiveAxis() if order.kind in LIVE_KINDS else FileAxis(min(starts, default=None))
+        tracks = next(tracks for container, tracks in feeds if container is stream.container)
+        stream.codec_context.thread_count = 1  # 30 cameras share a core; more threads buy delay and memory only
+        if isinstance(stream, VideoStream):
+            stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
+            tracks[stream.index] = VideoTrack(stream, request, axis, outlet.put)
+        else:
+            tracks[stream.index] = SoundTrack(request, axis, outlet.put)
+    for container, tracks in feeds:
+        for other in container.streams:
+            other.discard = Discard.default if other.index in tracks else Discard.all
+    return [feed for feed in feeds if feed[1]]
+
+
+def packets(feed: Feed) -> Iterator[tuple[int, Track, Packet[Any]]]:
+    """The packets of one connection with their decoding time; the last one per track is empty and flushes it."""
+    container, tracks = feed
+    time_ns = 0
+    for packet in container.demux([container.streams[index] for index in tracks]):
+        dts_ns = to_ns(packet.dts, packet.time_base)
+        time_ns = time_ns if dts_ns is None else dts_ns
+        yield time_ns, tracks[packet.stream.index], packet
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+class Teller:
+    """Sends Progress whenever a stream enters a new window: also the sign of life while nothing else is sent."""
+
+    def __init__(self, request: MediaRequest, tracks: list[Track], outlet: Outlet) -> None:
+        self._window_ns = request.window_ns
+        self._tracks = tracks
+        self._outlet = outlet
+        self._told: tuple[int, int] | None = None
+
+    def tell(self) -> None:
+        video_ns = min((t.position_ns for t in self._tracks if isinstance(t, VideoTrack)), default=FOREVER_NS)
+        audio_ns = min((t.position_ns for t in self._tracks if isinstance(t, SoundTrack)), default=FOREVER_NS)
+        windows = (video_ns // self._window_ns, audio_ns // self._window_ns)
+        if windows != self._told:
+            self._told = windows
+            num_gaps = sum(t.num_gaps for t in self._tracks)
+            self._outlet.put(Progress(video_ns, audio_ns, num_gaps, sum(t.num_bad for t in self._tracks)))
+
+
+def run_streams(order: Order, outlet: Outlet) -> MediaItem:
+    """Decode to the end; the last item to send."""
+    with contextlib.ExitStack() as stack:
+        containers = [stack.enter_context(container) for container in open_all(order)]
+        feeds = make_feeds(order, containers, outlet)
+        tracks = [track for _, by_index in feeds for track in by_index.values()]
+        if not tracks:
+            raise MediaError("unreadable", f"has no {_wanted(order.request)} stream")
+        teller = Teller(order.request, tracks, outlet)
+        teller.tell()
+        finished = play(feeds, tracks, teller, LiveWatch(order))
+    if not any(track.num_decoded for track in tracks):
+        raise MediaError("unreadable", "holds nothing which could be decoded")
+    if finished:
+        return Ended("the duration asked for is over")
+    if order.kind in LIVE_KINDS:
+        return Failed("closed", f"{mask_source(order.request.source)} closed the connection; it may be opened again")
+    return Ended("the source is at its end")
+
+
+class LiveWatch:
+    """When a live source is given up: files have all the time in the world, and their parent's watchdog."""
+
+    def __init__(self, order: Order) -> None:
+        is_live = order.kind in LIVE_KINDS
+        self._silence_ns = int(order.silence_timeout_s * NS_PER_S) if is_live else FOREVER_NS
+        duration_ns = order.request.duration_ns
+        self._until_ns = FOREVER_NS if duration_ns is None or not is_live else duration_ns + NS_PER_S
+        self._last_ns = 0
+
+    def is_over(self, arrival_ns: int) -> bool:
+        """Whether the duration has passed, though a stream which died never reaches it.
+
+        TimeoutError after a silence: libav answers its own time-out with the last packet, and waits once more.
+        """
+        if arrival_ns - self._last_ns >= self._silence_ns:
+            raise TimeoutError
+        self._last_ns = arrival_ns
+        return arrival_ns > self._until_ns
+
+
+def play(feeds: list[Feed], tracks: list[Track], teller: Teller, watch: LiveWatch) -> bool:
+    """Decode packets of all feeds in the order of their time; True when the duration was reached, False at the end."""
+    epoch_ns: int | None = None
+    for _, track, packet in heapq.merge(*map(packets, feeds), key=itemgetter(0)):
+        now_ns = time.monotonic_ns()
+        epoch_ns = now_ns if epoch_ns is None else epoch_ns
+        over = watch.is_over(now_ns - epoch_ns)
+        decode(packet, track, now_ns - epoch_ns)
+        teller.tell()
+        if over or all(track.done for track in tracks):
+            return not all(track.ended for track in tracks)
+    return False
+
+
+def decode(packet: Packet[Any], track: Track, arrival_ns: int) -> None:
+    """Decode one packet into its track; an empty one flushes and finishes it. Damaged packets are counted."""
+    if track.done:
+        return
+    try:
+        frames: list[Any] = packet.decode()  # of the track's own kind
+        for frame in frames:
+            track.add(frame, arrival_ns)
+    except av.error.InvalidDataError:
+        track.num_bad += 1
+        if track.num_bad >= MAX_BAD_IN_A_ROW and not track.num_decoded:
+            raise
+    if packet.size == 0:
+        track.finish()
+
+
+def run_folder(order: Order, outlet: Outlet) -> MediaItem:
+    """The images of a folder by name, each for one frame period; damaged ones leave their period empty."""
+    request = order.request
+    grid, scaler, num_bad = FrameGrid(request.fps), Scaler(request.max_pixels), 0
+    names = image_names(Path(request.source))
+    outlet.put(Progress(0, FOREVER_NS))
+    for index, path in enumerate(names):
+        start_ns = grid.instant_ns(index)
+        if request.duration_ns is not None and start_ns >= request.duration_ns:
+            return Ended("the duration asked for is over")
+        try:
+            with open_container(
+                order, str(path), None, _file_options("file") | {"format_whitelist": _IMAGE_FORMATS}
+            ) as f:
+                outlet.put(Frame(start_ns, scaler.to_rgb(next(f.decode(video=0)))))
+        except (FFmpegError, StopIteration, IndexError):
+            num_bad += 1
+        outlet.put(Progress(grid.instant_ns(index + 1), FOREVER_NS, 0, num_bad))
+    if num_bad == len(names):
+        raise MediaError("unreadable", f"has {num_bad} images, and none of them can be decoded")
+    return Ended("the last image has been shown")
+
+
+def image_names(folder: Path) -> list[Path]:
+    """JPEG and PNG files of the folder, by name; links which lead out of it are left out."""
+    home = folder.resolve()
+    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    inside = sorted(path for path in images if path.is_file() and path.resolve().is_relative_to(home))
+    if not 0 < len(inside) <= MAX_IMAGES:
+        raise MediaError("missing" if not inside else "limit", f"has {len(inside)} images; 1 to {MAX_IMAGES} are read")
+    return inside
+
+
+def _wanted(request: MediaRequest) -> str:
+    return " or ".join(["video"] * request.want_video + ["audio"] * request.want_audio)
+
+
+_REASONS: Final[tuple[tuple[type[BaseException], FailKind, str], ...]] = (
+    (av.error.HTTPUnauthorizedError, "refused", "refused the login: check user name and password"),
+    (av.error.HTTPForbiddenError, "refused", "forbids it: check what this user may see"),
+    (av.error.HTTPNotFoundError, "missing", "does not exist on this server: check the path"),
+    (av.error.HTTPError, "refused", "was refused by the server"),
+    (av.error.HTTPClientError, "refused", "was refused by the server"),
+    (FileNotFoundError, "missing", "does not exist"),
+    (PermissionError, "refused", "may not be read by this user: check its permissions"),
+    (ConnectionRefusedError, "refused", "refused the connection: check host and port, and that it is switched on"),
+    (TimeoutError, "timeout", "said nothing in time: check that it is switched on and not overloaded"),
+    (av.error.ExitError, "timeout", "said nothing in time: check that it is switched on and not overloaded"),
+    (ConnectionError, "closed", "broke the connection; it may be opened again"),
+    (EOFError, "closed", "broke off while it was read"),
+    (MemoryError, "limit", f"needs more than {MAX_MEMORY_BYTES >> 20} MiB of memory to decode"),
+    (av.error.ProtocolNotFoundError, "blocked", "leads to a protocol which is not allowed here"),
+    (av.error.InvalidDataError, "unreadable", "is not a media file which can be read: damaged, or of another type"),
+    (av.error.LookupError, "unreadable", "is of a type which can't be decoded here"),
+    (FFmpegError, "unreadable", "can't be read"),
+    (OSError, "unreadable", "can't be read"),
+)
+
+
+def explain(error: FFmpegError | OSError | MemoryError, source: str) -> Failed:
+    """The failure in the owner's words; libav's own text would show the URL with its password."""
+    kind, what = next((kind, what) for of_type, kind, what in _REASONS if isinstance(error, of_type))
+    detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
+    return Failed(kind, f"{mask_source(source)} {what}{detail}")
+
+
+def decode_order(order: Order, outlet: Outlet) -> MediaItem:
+    """Do what was ordered; the last item to send, whatever happened."""
+    try:
+        return (run_folder if order.kind == "folder" else run_streams)(order, outlet)
+    except MediaError as error:
+        return Failed(error.kind, f"{mask_source(order.request.source)} {error.message}")
+    except (FFmpegError, OSError, MemoryError) as error:
+        return explain(error, order.request.source)
+    except ParentGone:
+        raise
+    except Exception as error:  # the process's last words: the parent sees no traceback
+        frames = traceback.extract_tb(error.__traceback__)
+        where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
+        return Failed(
+            "crashed", f"{mask_source(order.request.source)} met a bug of ours: {type(error).__name__} in {where}"
+        )
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def limit_resources() -> None:
+    """After the imports: no core, no file, little memory. Processor time is the parent's watchdog's business."""
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, MAX_FILES),
+        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
+    ):
+        resource.setrlimit(limit, (value, value))
+
+
+def watch_lifeline(fd: int) -> None:
+    """End this process when the parent's end of `fd` closes, or another one adopts us.
+
+    Not PR_SET_PDEATHSIG: that fires when the *thread* which started us ends, and actors start us from thread pools.
+    """
+    parent = os.getppid()
+    poll = select.poll()
+    poll.register(fd, 0)  # hang-up only
+    while os.getppid() == parent and not poll.poll(500):
+        pass
+    os._exit(0)
+
+
+def read_order(fd: int) -> Order:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(fd, 65_536)
+        if not part:
+            raise ParentGone
+        line += part
+    return Order.from_line(line)
+
+
+def main() -> int:
+    outlet = Outlet(os.dup(1))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)  # a library which prints would break the messages
+    os.close(quiet)
+    try:
+        order = read_order(0)
+        threading.Thread(target=watch_lifeline, args=(0,), daemon=True).start()
+        limit_resources()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that a camera is told goodbye
+        outlet.put(decode_order(order, outlet))
+    except ParentGone:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

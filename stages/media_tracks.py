@@ -1,0 +1,340 @@
+"""Packets in, items out: the tracks of a decoder, and the time which they give to pictures and samples.
+
+Rule: event time is made in this file. Zero is the first media of the source. A file's time is its PTS; a live
+source's time is PTS too, moved onto the clock of arrival whenever the two drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Final, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from av.audio.frame import AudioFrame
+from av.audio.resampler import AudioResampler
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.streams import SOUND_RATE_HZ
+from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest, Sound
+
+MAX_SIDE: Final = 16_384
+MAX_PICTURE_PIXELS: Final = 1 << 26  # 64 Mpixel, twice 8K
+MAX_SOURCE_FPS: Final = 1000
+DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea
+
+GAP_NS: Final = 50 * NS_PER_MS  # smaller differences between PTS and sample count are jitter
+LIVE_DRIFT_NS: Final = 300 * NS_PER_MS
+LIVE_LOST_NS: Final = 10 * NS_PER_S
+LIVE_CHECK_NS: Final = 5 * NS_PER_S
+FILE_BACK_NS: Final = 10 * NS_PER_S
+FILE_AHEAD_NS: Final = 3600 * NS_PER_S  # a screen recording may stand still for so long
+
+
+Put: TypeAlias = Callable[[MediaItem], None]  # where items go; may block
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+
+class FrameGrid:
+    """Which pictures become frames: frame i is the first one at or after (i + 0.8) / fps.
+
+    Frame 0.2 periods before the window's end, so that it is encoded when the window closes. After a hole the grid
+    goes on behind the picture which ended it: no frames are made up, none come in a burst.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self._rate = Fraction(fps).limit_denominator(1000)
+        self._index = 0
+
+    def instant_ns(self, index: int) -> int:
+        return (10 * index + 8) * NS_PER_S * self._rate.denominator // (10 * self._rate.numerator)
+
+    @property
+    def next_ns(self) -> int:
+        return self.instant_ns(self._index)
+
+    def take(self, time_ns: int) -> bool:
+        """Whether the picture of this time becomes a frame; times must not go back."""
+        if time_ns < self.next_ns:
+            return False
+        self._index = max(self._index, int(self._rate * time_ns / NS_PER_S - 1))
+        while self.next_ns <= time_ns:
+            self._index += 1
+        return True
+
+
+class Axis(Protocol):
+    """Puts a stream's PTS on the session's axis."""
+
+    num_jumps: int
+
+    def place(self, pts_ns: int | None, expected_ns: int, arrival_ns: int) -> int:
+        """Event time of media with this PTS, which would follow seamlessly at expected_ns."""
+        ...
+
+
+class FileAxis:
+    """PTS minus the file's start. A jump which no recording makes (a day, or back) continues seamlessly instead."""
+
+    def __init__(self, origin_ns: int | None) -> None:
+        self._origin_ns = origin_ns
+        self.num_jumps = 0
+
+    def place(self, pts_ns: int | None, expected_ns: int, arrival_ns: int) -> int:
+        if pts_ns is None:
+            return expected_ns
+        if self._origin_ns is None:
+            self._origin_ns = pts_ns
+        time_ns = pts_ns - self._origin_ns
+        if expected_ns - FILE_BACK_NS <= time_ns <= expected_ns + FILE_AHEAD_NS:
+            return time_ns
+        self._origin_ns += time_ns - expected_ns
+        self.num_jumps += 1
+        return expected_ns
+
+
+class LiveAxis:
+    """PTS moved onto the clock of arrival, with the least delay seen as zero.
+
+    PTS keeps the distances between pictures, which jitter of the network doesn't. Its clock is not ours: where media
+    comes before its time, or never closer than LIVE_DRIFT_NS to it for a while, the clock is set anew.
+    """
+
+    def __init__(self) -> None:
+        self._shift_ns: int | None = None
+        self._least_delay_ns = FOREVER_NS
+        self._set_ns = 0  # arrival time at which the clock was last set
+        self.num_jumps = 0
+
+    def place(self, pts_ns: int | None, expected_ns: int, arrival_ns: int) -> int:
+        if pts_ns is None:
+            return max(expected_ns, arrival_ns)
+        if self._shift_ns is None:
+            self._shift_ns = arrival_ns - pts_ns
+            self._set_ns = arrival_ns
+        delay_ns = arrival_ns - pts_ns - self._shift_ns
+        self._least_delay_ns = min(self._least_delay_ns, delay_ns)
+        if not -LIVE_DRIFT_NS <= delay_ns <= LIVE_LOST_NS:
+            self._set_anew(self._shift_ns + delay_ns, arrival_ns)
+        elif arrival_ns >= self._set_ns + LIVE_CHECK_NS:
+            drift_ns = self._least_delay_ns if self._least_delay_ns > LIVE_DRIFT_NS else 0
+            self._set_anew(self._shift_ns + drift_ns, arrival_ns)
+        return pts_ns + self._shift_ns
+
+    def _set_anew(self, shift_ns: int, arrival_ns: int) -> None:
+        # A backlog sets it with every packet: that is one jump, or none when it comes with the connection.
+        self.num_jumps += shift_ns != self._shift_ns and arrival_ns - self._set_ns >= NS_PER_S
+        self._shift_ns, self._set_ns = shift_ns, arrival_ns
+        self._least_delay_ns = FOREVER_NS
+
+
+def to_ns(count: int | None, time_base: Fraction | None) -> int | None:
+    if count is None or time_base is None:
+        return None
+    return count * time_base.numerator * NS_PER_S // time_base.denominator
+
+
+# --- tracks: packets in, items out --------------------------------------------------------------------------------
+
+
+class VideoTrack:
+    """One video stream: decodes every picture, sends those on the grid."""
+
+    def __init__(self, stream: VideoStream, request: MediaRequest, axis: Axis, put: Put) -> None:
+        self.axis = axis
+        self.num_bad = 0
+        self.num_decoded = 0
+        self.ended = False
+        self._put = put
+        self._grid = FrameGrid(request.fps)
+        self._scaler = Scaler(request.max_pixels)
+        self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
+        self._period_ns = NS_PER_S / (stream.average_rate or DEFAULT_FPS)  # for pictures without PTS
+        self._time_ns = 0
+        self._anchor_ns = 0  # time of the last picture which had a PTS, and the pictures since
+        self._num_since = 0
+
+    @property
+    def position_ns(self) -> int:
+        """Nothing earlier will be sent."""
+        return FOREVER_NS if self.ended else max(self._time_ns, self._grid.next_ns)
+
+    @property
+    def done(self) -> bool:
+        return self.position_ns >= self._until_ns
+
+    @property
+    def num_gaps(self) -> int:
+        return self.axis.num_jumps
+
+    def add(self, frame: VideoFrame, arrival_ns: int) -> None:
+        expected_ns = self._anchor_ns + int(self._num_since * self._period_ns)
+        pts_ns = to_ns(frame.dts if frame.pts is None else frame.pts, frame.time_base)
+        self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
+        if pts_ns is not None:
+            self._anchor_ns, self._num_since = self._time_ns, 0
+        self._num_since += 1
+        self.num_decoded += 1
+        if self.num_decoded > MAX_SOURCE_FPS * (self._time_ns // NS_PER_S + 1):
+            raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
+        if self._time_ns < self._until_ns and self._grid.take(self._time_ns):
+            self._put(Frame(self._time_ns, self._scaler.to_rgb(frame)))
+
+    def finish(self) -> None:
+        self.ended = True
+
+
+class SoundTrack:
+    """One audio stream as gapless 16 kHz mono, one window per item.
+
+    The running sample count is the time. Holes in PTS are filled with zeros, sound which comes twice is left out,
+    so that count and PTS never differ by more than GAP_NS.
+    """
+
+    def __init__(self, request: MediaRequest, axis: Axis, put: Put) -> None:
+        self.axis = axis
+        self.num_bad = 0
+        self.num_decoded = 0
+        self.ended = False
+        self._put = put
+        self._window_ns = request.window_ns
+        self._limit = FOREVER_NS if request.duration_ns is None else _samples(request.duration_ns)
+        self._parts: list[npt.NDArray[np.float32]] = []
+        self._num_sent = 0
+        self._num_samples = 0  # sent, and waiting in _parts
+        self._num_holes = 0
+        self._overlaps = False  # the sound which comes now has been before
+        self._resampler: AudioResampler | None = None
+        self._source_format: tuple[int, str, str] | None = None
+        self._anchor_ns = 0  # start of the present stretch without holes, and the source's samples since
+        self._num_source_samples = 0
+
+    @property
+    def position_ns(self) -> int:
+        """Nothing earlier will be sent."""
+        return FOREVER_NS if self.ended else self._num_sent * NS_PER_S // SOUND_RATE_HZ
+
+    @property
+    def done(self) -> bool:
+        return self.ended or self._num_sent >= self._limit
+
+    @property
+    def num_gaps(self) -> int:
+        return self.axis.num_jumps + self._num_holes
+
+    def add(self, frame: AudioFrame, arrival_ns: int) -> None:
+        if frame.sample_rate <= 0 or frame.samples <= 0:
+            return
+        expected_ns = self._anchor_ns + self._num_source_samples * NS_PER_S // frame.sample_rate
+        time_ns = self.axis.place(to_ns(frame.pts, frame.time_base), expected_ns, arrival_ns)
+        self.num_decoded += 1
+        if time_ns < expected_ns - GAP_NS:
+            self._num_holes += not self._overlaps
+            self._overlaps = True
+            return
+        self._overlaps = False
+        source_format = (frame.sample_rate, frame.layout.name, frame.format.name)
+        if time_ns > expected_ns + GAP_NS or self._source_format != source_format:
+            self._num_holes += self._source_format is not None
+            self._start_stretch(max(time_ns, 0))
+            self._source_format = source_format
+        self._num_source_samples += frame.samples
+        self._resample(frame)
+
+    def _start_stretch(self, time_ns: int) -> None:
+        """Zeros up to time_ns, and a fresh resampler: the old one's tail belongs before them."""
+        self._drain()
+        self._silence(_samples(time_ns) - self._num_samples)
+        self._anchor_ns = max(time_ns, self._num_samples * NS_PER_S // SOUND_RATE_HZ)
+        self._num_source_samples = 0
+        self._resampler = AudioResampler(format="flt", layout="mono", rate=SOUND_RATE_HZ)
+
+    def _resample(self, frame: AudioFrame | None) -> None:
+        if frame is not None:
+            frame.pts = None  # the count is the time; a resampler which sees PTS may act on it
+        for out in self._resampler.resample(frame) if self._resampler is not None else ():
+            if out is not None:  # flushing a resampler which had nothing to do gives [None]
+                self._append(np.asarray(out.to_ndarray(), np.float32).reshape(-1))
+
+    def _drain(self) -> None:
+        if self._resampler is not None:
+            self._resample(None)
+            self._resampler = None
+
+    def _silence(self, num_samples: int) -> None:
+        while num_samples > 0 and not self.done:
+            self._append(np.zeros(min(num_samples, SOUND_RATE_HZ), np.float32))
+            num_samples -= SOUND_RATE_HZ
+
+    def _append(self, samples: npt.NDArray[np.float32]) -> None:
+        while samples.size and self._num_samples < self._limit:
+            window = self._num_sent * NS_PER_S // SOUND_RATE_HZ // self._window_ns
+            end = min(self._window_end(window), self._limit)
+            if end <= self._num_sent:  # the window's length is no whole number of samples
+                end = min(self._window_end(window + 1), self._limit)
+            part = samples[: end - self._num_samples]
+            samples = samples[part.size :]
+            self._parts.append(part)
+            self._num_samples += part.size
+            if self._num_samples == end:
+                self._send()
+
+    def _window_end(self, window: int) -> int:
+        return _samples((window + 1) * self._window_ns)
+
+    def _send(self) -> None:
+        if self._parts:
+            whole = np.nan_to_num(np.concatenate(self._parts), copy=False)
+            self._put(Sound(self._num_sent, whole))
+            self._num_sent, self._parts = self._num_samples, []
+
+    def finish(self) -> None:
+        self._drain()
+        self._send()
+        self.ended = True
+
+
+Track: TypeAlias = VideoTrack | SoundTrack
+
+
+def _samples(time_ns: int) -> int:
+    return time_ns * SOUND_RATE_HZ // NS_PER_S
+
+
+class Scaler:
+    """Pictures to RGB of at most max_pixels: aspect kept, even sizes, turned upright as the camera was held."""
+
+    # Bit-exact: frames of one file are the same bytes on every CPU.
+    HOW = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._reformatter = VideoReformatter()
+
+    def to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
+        check_size(picture.width, picture.height)
+        width, height = scaled_size(picture.width, picture.height, self._max_pixels)
+        rgb = self._reformatter.reformat(picture, width, height, "rgb24", interpolation=int(self.HOW), threads=1)
+        image = np.asarray(rgb.to_ndarray(), np.uint8)
+        return np.ascontiguousarray(np.rot90(image, picture.rotation // 90))
+
+
+def check_size(width: int, height: int) -> None:
+    """MediaError "limit" for a picture which nobody filmed."""
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PICTURE_PIXELS):
+        raise MediaError(
+            "limit", f"has pictures of {width}x{height}; at most {MAX_PICTURE_PIXELS >> 20} Mpixel are read"
+        )
+
+
+def scaled_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Even width and height, at least 2, with the same aspect and at most max_pixels."""
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    short = max(2, int(min(width, height) * scale) // 2 * 2)
+    long = max(2, min(int(max(width, height) * scale), max_pixels // short) // 2 * 2)
+    return (long, short) if width >= height else (short, long)

@@ -1,0 +1,307 @@
+"""What the decoder process and its parent say to each other: the values, and their bytes on a pipe.
+
+Rule: the parent believes nothing that comes out of the pipe. A decoder has read hostile bytes; every field of its
+messages is held against what was asked for before memory is taken for it, and the first odd one ends the decoder.
+
+A message is a header (magic, kind, length, time, height, width) and `length` bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Final, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.streams import SOUND_RATE_HZ
+
+FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended, holds nobody up
+
+FPS_RANGE: Final = (0.01, 60.0)
+PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message
+WINDOW_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
+MAX_TEXT_BYTES: Final = 4096
+
+SourceKind: TypeAlias = Literal["file", "folder", "rtsp", "http", "webcam", "test"]
+LIVE_KINDS: Final[tuple[SourceKind, ...]] = ("rtsp", "webcam")  # these set the pace themselves
+FailKind: TypeAlias = Literal["missing", "unreadable", "refused", "blocked", "timeout", "closed", "crashed", "limit"]
+# missing: not there · unreadable: no media in it · refused: by its owner · blocked: by us · closed: live, and cut off
+
+
+class MediaError(Exception):
+    """A source which will not be opened; `kind` as in Failed, the message says what, where and what instead."""
+
+    def __init__(self, kind: FailKind, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind: FailKind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class WireError(Exception):
+    """Bytes which no honest decoder sends."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRequest:
+    """What is wanted of one source. MediaError "limit" when a number is outside what a decoder may be asked for."""
+
+    source: str  # URL, path, folder, /dev/video0 or test://pattern[?seed=&size=WxH]
+    fps: float  # frames per second of event time, not of the source
+    max_pixels: int  # per frame; larger pictures are scaled down, smaller ones never up
+    want_video: bool
+    want_audio: bool
+    window_ns: int
+    duration_ns: int | None  # None: to the source's end
+
+    def __post_init__(self) -> None:
+        _check_range("fps", self.fps, FPS_RANGE)
+        _check_range("max_pixels", self.max_pixels, PIXELS_RANGE)
+        _check_range("window_ns", self.window_ns, WINDOW_RANGE_NS)
+        if self.duration_ns is not None and self.duration_ns <= 0:
+            raise MediaError("limit", f"duration_ns is {self.duration_ns}; it must be above 0, or None for no end")
+        if not (self.want_video or self.want_audio):
+            raise MediaError("limit", "neither video nor audio is wanted: there is nothing to read")
+
+
+def _check_range(name: str, value: float, allowed: tuple[float, float]) -> None:
+    low, high = allowed
+    if not (math.isfinite(value) and low <= value <= high):
+        raise MediaError("limit", f"{name} is {value}; it must be between {low} and {high}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One sampled picture: start_ns is its event time, image uint8 [H, W, 3] RGB, read-only."""
+
+    start_ns: int
+    image: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sound:
+    """16 kHz mono, float32 [n] in about [-1, 1], read-only: one window, fewer only where the stream ends.
+
+    first_sample is the running count of samples before: items follow each other without gap.
+    """
+
+    first_sample: int
+    samples: npt.NDArray[np.float32]
+
+    @property
+    def start_ns(self) -> int:
+        return self.first_sample * NS_PER_S // SOUND_RATE_HZ
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Nothing before these times will come any more; FOREVER_NS for a stream which is absent or has ended.
+
+    The first item of every source is a Progress: it is open, and the streams at FOREVER_NS do not exist.
+    """
+
+    video_ns: int
+    audio_ns: int
+    num_gaps: int = 0  # running total of holes filled with zeros, overlaps cut and clocks set anew
+    num_bad: int = 0  # running total of packets and pictures which could not be decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The clean end: of the source, or of the duration which was asked for."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The source gave out; message is one sentence for its owner, without passwords."""
+
+    kind: FailKind
+    message: str
+
+
+MediaItem: TypeAlias = Frame | Sound | Progress | Ended | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The line which starts a decoder; it goes through stdin, since URLs hold passwords and argv is public."""
+
+    kind: SourceKind
+    request: MediaRequest
+    open_timeout_s: float
+    silence_timeout_s: float
+
+    def to_line(self) -> bytes:
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @staticmethod
+    def from_line(line: bytes) -> Order:
+        fields = json.loads(line)
+        return Order(**{**fields, "request": MediaRequest(**fields["request"])})
+
+
+# Passwords in cheap cameras' paths: rtsp://10.0.0.7/user=admin_password=tlJwpbo6_channel=1
+_SECRET_FIELD: Final = re.compile(r"(?i)((?:pass(?:wor[dt]|wd)?|pwd|token|key|secret)=)[^&/_\s]*")
+_URL: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>\S*)")
+
+
+def mask_source(source: str) -> str:
+    """The source as it may be shown: user, password and query of a URL are stars.
+
+    A password may hold an unescaped @ or /: everything up to the last @ is taken for it when in doubt.
+    """
+    return _SECRET_FIELD.sub(r"\1***", _URL.sub(_mask_url, source))
+
+
+def _mask_url(match: re.Match[str]) -> str:
+    rest, query, _ = match["rest"].partition("?")
+    authority = rest.partition("/")[0]
+    login, at, host = rest.rpartition("@")
+    odd_port = ":" in authority and not authority.startswith("[") and not authority.rpartition(":")[2].isdigit()
+    if at and ("@" in authority or odd_port):
+        return f"{match['scheme']}***@{host}" + (query and "?***")
+    if not at and "@" in match["rest"]:  # a password with a question mark
+        return f"{match['scheme']}***@{match['rest'].rpartition('@')[2]}"
+    return f"{match['scheme']}{login + at + host}" + (query and "?***")
+
+
+MAGIC: Final = b"omw1"
+HEADER: Final = struct.Struct("<4sIIqII")  # magic, kind, payload bytes, start_ns or first_sample, height, width
+_PROGRESS: Final = struct.Struct("<qqqq")
+_FRAME, _SOUND, _PROGRESS_KIND, _ENDED, _FAILED = range(1, 6)
+
+
+def to_bytes(item: MediaItem) -> list[bytes | memoryview]:
+    """The buffers of one message, in order; pictures and samples are not copied."""
+    match item:
+        case Frame(start_ns, image):
+            height, width, _ = image.shape
+            return _message(_FRAME, image.data.cast("B"), start_ns, height, width)
+        case Sound(first_sample, samples):
+            return _message(_SOUND, samples.data.cast("B"), first_sample)
+        case Progress(video_ns, audio_ns, num_gaps, num_bad):
+            return _message(_PROGRESS_KIND, _PROGRESS.pack(video_ns, audio_ns, num_gaps, num_bad))
+        case Ended(reason):
+            return _message(_ENDED, reason.encode()[:MAX_TEXT_BYTES])
+        case Failed(kind, message):
+            return _message(_FAILED, f"{kind}\n{message}".encode()[:MAX_TEXT_BYTES])
+
+
+def _message(
+    kind: int, payload: bytes | memoryview, time: int = 0, height: int = 0, width: int = 0
+) -> list[bytes | memoryview]:
+    return [HEADER.pack(MAGIC, kind, len(payload), time, height, width), payload]
+
+
+class ItemParser:
+    """Bytes from a decoder become items; WireError at the first byte which doesn't fit the request.
+
+    Put bytes into `space()`, then say how many to `filled()`. Takes memory for one message of checked size at a time.
+    """
+
+    def __init__(self, request: MediaRequest) -> None:
+        self._max_pixels = request.max_pixels
+        self._max_samples = request.window_ns * SOUND_RATE_HZ // NS_PER_S + 1
+        self._next_sample = 0
+        self._last_frame_ns = 0
+        self._last_progress = Progress(0, 0)
+        self._header: tuple[int, int, int, int, int] | None = None  # kind, length, time, height, width
+        self._expect(HEADER.size)
+
+    def _expect(self, num_bytes: int) -> None:
+        self._buffer = np.empty(num_bytes, np.uint8)
+        self._num_filled = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        return self._buffer.data[self._num_filled :]
+
+    def filled(self, num_bytes: int) -> MediaItem | None:
+        """Account for bytes put into `space()`; the item which they complete, if they do."""
+        self._num_filled += num_bytes
+        if self._num_filled < self._buffer.size:
+            return None
+        if self._header is None:
+            self._header = self._read_header(self._buffer.tobytes())
+            self._expect(self._header[1])
+            if self._buffer.size:
+                return None
+        item = self._read_item(*self._header, self._buffer)
+        self._header = None
+        self._expect(HEADER.size)
+        return item
+
+    def _read_header(self, header: bytes) -> tuple[int, int, int, int, int]:
+        magic, kind, length, time, height, width = HEADER.unpack(header)
+        if magic != MAGIC:
+            raise WireError(f"a message begins with {magic!r}, not {MAGIC!r}")
+        allowed: Mapping[int, bool] = {
+            _FRAME: 0 < height * width <= self._max_pixels and length == 3 * height * width,
+            _SOUND: 0 < length <= 4 * self._max_samples and length % 4 == 0,
+            _PROGRESS_KIND: length == _PROGRESS.size,
+            _ENDED: length <= MAX_TEXT_BYTES,
+            _FAILED: length <= MAX_TEXT_BYTES,
+        }
+        if not allowed.get(kind, False):
+            raise WireError(f"a message of kind {kind} with {length} bytes, {height}x{width}")
+        return kind, length, time, height, width
+
+    def _read_item(
+        self, kind: int, length: int, time: int, height: int, width: int, payload: npt.NDArray[np.uint8]
+    ) -> MediaItem:
+        match kind:
+            case 1:
+                return self._read_frame(time, payload.reshape(height, width, 3))
+            case 2:
+                return self._read_sound(time, payload.view(np.float32))
+            case 3:
+                return self._read_progress(Progress(*_PROGRESS.unpack(payload.tobytes())))
+            case 4:
+                return Ended(_printable(payload))
+            case _:
+                return _read_failed(payload)
+
+    def _read_frame(self, start_ns: int, image: npt.NDArray[np.uint8]) -> Frame:
+        if start_ns < self._last_frame_ns:
+            raise WireError(f"a frame of {start_ns} ns after one of {self._last_frame_ns} ns")
+        self._last_frame_ns = start_ns
+        image.flags.writeable = False
+        return Frame(start_ns, image)
+
+    def _read_sound(self, first_sample: int, samples: npt.NDArray[np.float32]) -> Sound:
+        if first_sample != self._next_sample or not np.isfinite(samples).all():
+            raise WireError(f"sound which begins at sample {first_sample}, not {self._next_sample}, or isn't finite")
+        self._next_sample += samples.size
+        samples.flags.writeable = False
+        return Sound(first_sample, samples)
+
+    def _read_progress(self, now: Progress) -> Progress:
+        last = self._last_progress
+        if now.video_ns < last.video_ns or now.audio_ns < last.audio_ns or now.num_gaps < 0 or now.num_bad < 0:
+            raise WireError(f"progress went back: {now} after {last}")
+        self._last_progress = now
+        return now
+
+
+def _read_failed(payload: npt.NDArray[np.uint8]) -> Failed:
+    kind, _, message = payload.tobytes().decode(errors="replace").partition("\n")
+    if kind not in get_args(FailKind):
+        raise WireError("a failure of a kind which does not exist")
+    return Failed(cast(FailKind, kind), _printable(message))
+
+
+def _printable(text: npt.NDArray[np.uint8] | str) -> str:
+    """Text of a decoder as a log may hold it: one line, no control characters."""
+    decoded = text if isinstance(text, str) else text.tobytes().decode(errors="replace")
+    return "".join(c if c.isprintable() else " " for c in decoded)

@@ -1,0 +1,100 @@
+"""Microphone: the sound beside a camera, one chunk per window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
+from graph.streams import MIC, SOUND_RATE_HZ
+from graph.window import FOREVER_NS
+from stages.feed import Feed, Feeds
+from stages.stage import Session, Stage
+
+
+@dataclass(slots=True)
+class _Open:
+    session: Session
+    feed: Feed
+    index: int = 0  # the window that leaves next
+    ended: bool = False
+
+    @property
+    def end_ns(self) -> int:
+        return (self.index + 1) * self.session.window_ns
+
+
+class Microphone(Stage):
+    """Source of `mic`: float32 samples, 16 kHz mono, cut at the windows' ends; times come from running sample counts.
+
+    A muted or dead microphone's watermark goes on, `lateness` behind the clock, and its windows carry no chunk.
+    """
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds = feeds
+        self._open: dict[SessionId, _Open] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._open[session.id] = _Open(session, self._feeds.open(session))
+
+    def close_session(self, session: SessionId) -> None:
+        if self._open.pop(session, None) is not None:
+            self._feeds.close(session)
+
+    def wakes(self) -> Sequence[int]:
+        return self._feeds.wakes()
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state = self._open[session]
+        if state.ended:
+            return []
+        state.feed.pump(now_ns)
+        chunks: list[Chunk] = []
+        while _is_due(state, now_ns):
+            chunks += _cut(state)
+            state.index += 1
+        if _is_over(state, now_ns):
+            chunks += _cut(state)
+            chunks.append(end_of_stream(session, MIC, _end_of_sound_ns(state.feed)))
+            state.ended = True
+        return chunks
+
+    def end(self, session: SessionId, now_ns: int) -> None:
+        self._open[session].feed.stop(now_ns)
+
+    def finished(self, session: SessionId) -> bool:
+        return self._open[session].ended
+
+
+def _is_due(state: _Open, now_ns: int) -> bool:
+    """May the next window leave: its sound is complete, and in real time its end has come?"""
+    session, feed = state.session, state.feed
+    if feed.audio_ns >= FOREVER_NS:
+        return False
+    complete = feed.audio_ns >= state.end_ns
+    if not session.paced:
+        return complete
+    return now_ns >= state.end_ns and (complete or (now_ns >= state.end_ns + session.lateness_ns and not feed.over))
+
+
+def _is_over(state: _Open, now_ns: int) -> bool:
+    feed = state.feed
+    if feed.audio_ns >= FOREVER_NS:
+        return True
+    return feed.over and (not state.session.paced or now_ns >= _end_of_sound_ns(feed))
+
+
+def _end_of_sound_ns(feed: Feed) -> int:
+    ends = [t for t in (feed.audio_ns, feed.end_ns) if t is not None and t < FOREVER_NS]
+    return min(ends, default=0)
+
+
+def _cut(state: _Open) -> list[Chunk]:
+    session = state.session
+    first, samples = state.feed.take_sound(state.end_ns)
+    chunks = [watermark(session.id, MIC, state.end_ns)]
+    if len(samples):
+        start_ns = first * NS_PER_S // SOUND_RATE_HZ
+        duration_ns = (first + len(samples)) * NS_PER_S // SOUND_RATE_HZ - start_ns
+        chunks.insert(0, Chunk(session.id, MIC, start_ns, duration_ns, arrays={"samples": samples}))
+    return chunks

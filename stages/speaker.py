@@ -1,0 +1,228 @@
+"""Speaker: where speech is heard, and where it is known how much of it was heard.
+
+The default is a virtual listener: it plays in real time, acknowledges what it heard, and writes the speech as one WAV
+on the session's time axis. `--speaker device` plays it on a sound device as well.
+"""
+
+from __future__ import annotations
+
+import wave
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, SessionId
+from graph.streams import EVENTS, PLAYBACK, SPEECH, SPEECH_RATE_HZ
+from graph.tail import Heard, Player, ack_chunk
+from graph.window import Unit
+from stages.stage import ListenerAction, Session, Stage
+
+ACK_PERIOD_NS = 100 * NS_PER_MS
+"""How often the listener is heard of, beside every event: the TTS spends acknowledged playback only, and a tenth of
+a window is well below the lead."""
+
+
+class Output(Protocol):
+    """Where samples go when they are heard."""
+
+    def write(self, at_ns: int, samples: np.ndarray) -> None: ...
+    def close(self, end_ns: int) -> None: ...
+
+
+class WavOutput:
+    """16-bit mono WAV on the session's axis; silence where nothing was heard."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = wave.open(str(path), "wb")  # noqa: SIM115 - closed by close()
+        self._file.setnchannels(1)
+        self._file.setsampwidth(2)
+        self._file.setframerate(SPEECH_RATE_HZ)
+        self._num_samples = 0
+
+    def write(self, at_ns: int, samples: np.ndarray) -> None:
+        self._pad(at_ns)
+        pcm = np.clip(samples * 32767.0, -32768, 32767).astype("<i2")
+        self._file.writeframes(pcm.tobytes())
+        self._num_samples += len(samples)
+
+    def close(self, end_ns: int) -> None:
+        self._pad(end_ns)
+        self._file.close()
+
+    def _pad(self, at_ns: int) -> None:
+        missing = round(at_ns * SPEECH_RATE_HZ / NS_PER_S) - self._num_samples
+        if missing > 0:
+            self._file.writeframes(bytes(2 * missing))
+            self._num_samples += missing
+
+
+@dataclass(slots=True)
+class _Speech:
+    """A received piece, as long as it may still be heard."""
+
+    samples: np.ndarray
+    text: str
+    end_of_turn: bool
+    started: bool = False
+
+
+@dataclass(slots=True)
+class _Open:
+    session: Session
+    player: Player
+    outputs: list[Output]
+    actions: deque[ListenerAction]
+    epoch: int = 0
+    pieces: deque[_Speech] = field(default_factory=deque)
+    first_piece: int = 0
+    next_ack_ns: int = 0
+    in_turn: bool = False
+    end_ns: int = 0
+
+
+class Speaker(Stage):
+    """Sink of `speech`, source of `playback`.
+
+    open_device: makes the second output of a session, for a real sound device; None: the virtual listener only.
+    """
+
+    is_sink = True
+
+    def __init__(self, open_device: Callable[[], Output] | None = None) -> None:
+        self._open_device = open_device
+        self._open: dict[SessionId, _Open] = {}
+
+    def open_session(self, session: Session) -> None:
+        outputs: list[Output] = [] if session.out is None else [WavOutput(session.out / f"{session.id}.wav")]
+        if self._open_device is not None:
+            outputs.append(self._open_device())
+        actions = deque(sorted(session.listener, key=lambda action: action.at_ns))
+        self._open[session.id] = _Open(session, Player(delay_ns=session.delay_ns), outputs, actions)
+
+    def close_session(self, session: SessionId) -> None:
+        state = self._open.pop(session, None)
+        for output in state.outputs if state else ():
+            output.close(max(state.end_ns, state.player.now_ns) if state else 0)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        """Queue each unit's speech; in virtual time, let the listener hear up to the end of the next window.
+
+        Speech of the next window can't be heard before that window's end, so nothing can come in between.
+        """
+        chunks: list[Chunk] = []
+        for unit in units:
+            state = self._open[unit.session]
+            if not state.session.paced:
+                chunks += self._listen(state, unit.end_ns)
+            for chunk in unit.of(SPEECH):
+                chunks += self._receive(state, chunk, unit)
+            state.player.settled(unit.end_ns)
+            state.end_ns = max(state.end_ns, unit.end_ns)
+            if not state.session.paced:
+                chunks += self._listen(state, unit.end_ns + state.session.window_ns)
+            chunks.append(_ack(state))
+        return chunks
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state = self._open[session]
+        if state.session.paced:
+            return self._listen(state, now_ns)
+        if state.next_ack_ns == 0:  # virtual time starts: no speech can come before the end of window 0
+            return self._listen(state, state.session.window_ns)
+        return []
+
+    def finished(self, session: SessionId) -> bool:
+        """True once everything queued has been heard, or nobody will listen any more. In virtual time: at once."""
+        state = self._open[session]
+        gone = state.player.paused and not state.actions
+        return not state.session.paced or gone or state.player.unheard_ns == 0
+
+    def drain(self, session: SessionId) -> list[Chunk]:
+        """The last words of a session whose speech is over."""
+        state = self._open[session]
+        chunks: list[Chunk] = []
+        if not state.session.paced:
+            for at_ns in [action.at_ns for action in state.actions]:
+                chunks += self._listen(state, at_ns)
+            chunks += self._listen(state, state.player.last_end_ns)
+        return [*chunks, _ack(state)]
+
+    def _receive(self, state: _Open, chunk: Chunk, unit: Unit) -> list[Chunk]:
+        samples = chunk.arrays["samples"]
+        end_of_turn = bool(chunk.attrs.get("end_of_turn"))
+        in_turn, state.in_turn = state.in_turn, not end_of_turn
+        late_ns = state.player.receive(chunk.duration_ns, unit.end_ns, end_of_turn=end_of_turn)
+        state.pieces.append(_Speech(samples, str(chunk.attrs.get("text", "")), end_of_turn))
+        if late_ns and in_turn:
+            return [_event(state, state.player.now_ns, "underrun", window=unit.index, seconds=late_ns / NS_PER_S)]
+        return []
+
+    def _listen(self, state: _Open, now_ns: int) -> list[Chunk]:
+        """Let the listener hear, and act when it is time to."""
+        chunks: list[Chunk] = []
+        while state.actions and state.actions[0].at_ns <= now_ns:
+            action = state.actions.popleft()
+            chunks += self._hear(state, action.at_ns)
+            chunks += self._act(state, action)
+        chunks += self._hear(state, now_ns)
+        if now_ns >= state.next_ack_ns:
+            state.next_ack_ns = (now_ns // ACK_PERIOD_NS + 1) * ACK_PERIOD_NS
+            chunks.append(_ack(state))
+        return chunks
+
+    def _hear(self, state: _Open, now_ns: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for heard in state.player.advance(now_ns):
+            piece = self._piece(state, heard)
+            first, last = (
+                ns * SPEECH_RATE_HZ // NS_PER_S for ns in (heard.offset_ns, heard.offset_ns + heard.duration_ns)
+            )
+            for output in state.outputs:
+                output.write(heard.at_ns, piece.samples[first:last])
+            if not piece.started:
+                piece.started = True
+                if piece.text:
+                    duration_s = len(piece.samples) / SPEECH_RATE_HZ
+                    chunks.append(_event(state, heard.at_ns, "heard", text=piece.text, seconds=duration_s))
+        return chunks
+
+    def _piece(self, state: _Open, heard: Heard) -> _Speech:
+        while state.first_piece < heard.piece:
+            state.pieces.popleft()
+            state.first_piece += 1
+        return state.pieces[0]
+
+    def _act(self, state: _Open, action: ListenerAction) -> list[Chunk]:
+        if action.kind == "pause":
+            state.player.pause()
+        elif action.kind == "resume":
+            state.player.resume()
+        else:
+            return self._barge_in(state, action.at_ns)
+        return [_event(state, action.at_ns, f"listener_{action.kind}"), _ack(state)]
+
+    def _barge_in(self, state: _Open, at_ns: int) -> list[Chunk]:
+        state.epoch += 1
+        state.in_turn = False
+        unheard_ns = state.player.flush(state.epoch)
+        state.first_piece += len(state.pieces)
+        state.pieces.clear()
+        control = Chunk(state.session.id, PLAYBACK, at_ns, epoch=state.epoch, kind=Kind.BARGE_IN)
+        return [
+            control,
+            _ack(state),
+            _event(state, at_ns, "barge_in", seconds=unheard_ns / NS_PER_S, epoch=state.epoch),
+        ]
+
+
+def _ack(state: _Open) -> Chunk:
+    return ack_chunk(state.session.id, state.player.ack())
+
+
+def _event(state: _Open, at_ns: int, kind: str, **attrs: int | float | str) -> Chunk:
+    return Chunk(state.session.id, EVENTS, at_ns, attrs={"type": kind, **attrs})

@@ -1,0 +1,109 @@
+"""What a stage is: plain compute on units of many sessions.
+
+Rule: a stage has no clock, socket, thread or metric of its own. The actor (deploy/actor.py) measures, waits and sends;
+it hands in units and times and sends on what comes back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from graph.chunk import Chunk, SessionId
+from graph.tail import Ack, Playback
+from graph.window import Unit
+
+
+class StageError(Exception):
+    """A stage can't do what it is asked to; says what, where and what instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerAction:
+    """Something the listener does, at an event time: stop listening, go on, or interrupt."""
+
+    at_ns: int
+    kind: Literal["pause", "resume", "barge_in"]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a stage is told when a session opens. All times are ns on the session's event-time axis.
+
+    id:          usually one camera with its microphone.
+    playback:    the listener as the sink's Acks describe it; kept up to date by the actor, read by the stage.
+    duration_ns: how long the sources run; None: as long as they can.
+    paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
+    """
+
+    id: SessionId
+    camera: str
+    source: str
+    fps: float = 1.0
+    max_pixels: int = 448 * 448 * 2
+    microphone: bool = True
+    window_ns: int = 1_000_000_000
+    lateness_ns: int = 150_000_000
+    lead_ns: int = 1_000_000_000
+    delay_ns: int = 300_000_000
+    duration_ns: int | None = None
+    paced: bool = True
+    listener: tuple[ListenerAction, ...] = ()
+    out: Path | None = None
+    playback: Playback = field(default_factory=Playback)
+
+
+class Stage:
+    """Base of all stages; `process` and the hooks a stage needs are overridden.
+
+    `outputs` are the streams whose windows this stage advances: the actor sends their watermark after each unit.
+    `paced_by_listener`: in virtual time a unit waits until the listener's clock has come to its end.
+    `is_sink`: windows end here; the actor tells how long they took.
+    `windowed`: False for a stage that takes each chunk as it comes.
+    """
+
+    outputs: Sequence[str] = ()
+    paced_by_listener: bool = False
+    windowed: bool = True
+    is_sink: bool = False
+
+    def open_session(self, session: Session) -> None:
+        """Make room for a session. Raises StageError when there is none; nothing is kept then."""
+
+    def close_session(self, session: SessionId) -> None:
+        """Free what the session holds. May be called twice."""
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        """Work on one unit each of several sessions, as one batch; returns what leaves, in order per session."""
+        return []
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        """For sources and sinks: what is due by event time `now_ns`, control chunks included."""
+        return []
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        """The listener barged in: forget what was to be said. ack tells what was heard."""
+        return []
+
+    def finished(self, session: SessionId) -> bool:
+        """May the session end, now that its inputs have ended and all units are processed?"""
+        return True
+
+    def end(self, session: SessionId, now_ns: int) -> None:
+        """For sources: stop now; the stream ends with the last whole window."""
+
+    def drain(self, session: SessionId) -> list[Chunk]:
+        """What a session still has to say when it ends."""
+        return []
+
+    def wakes(self) -> Sequence[int]:
+        """File descriptors that become readable when `advance` has something to do."""
+        return ()
+
+
+def session_seed(seed: int, session: SessionId) -> int:
+    """A seed of a session's own: what it draws depends on `seed` and its name, not on who else is there."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{session}".encode()).digest()[:7], "little")

@@ -1,0 +1,46 @@
+"""Tensors on the edges: numpy arrays on the wire, torch in the model stages. bfloat16 travels as uint16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graph.chunk import Chunk, Scalar
+
+BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where a component computes, and in what."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+def runtime(device: str, dtype: str) -> Runtime:
+    """Resolve "auto": CUDA where there is one, bfloat16 there and float32 on a CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = BFLOAT16 if device.startswith("cuda") else "float32"
+    return Runtime(device, torch.bfloat16 if dtype == BFLOAT16 else torch.float32)
+
+
+def to_arrays(name: str, tensor: Tensor) -> tuple[dict[str, np.ndarray], dict[str, Scalar]]:
+    """(arrays, attrs) for a chunk; the tensor's memory is copied to the host."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return {name: tensor.view(torch.uint16).cpu().numpy()}, {"dtype": BFLOAT16}
+    return {name: tensor.to(torch.float32).cpu().numpy()}, {}
+
+
+def to_tensor(chunk: Chunk, name: str, where: Runtime) -> Tensor:
+    """The array `name` of a chunk as a tensor of `where`'s dtype, on its device."""
+    array = torch.from_numpy(np.array(chunk.arrays[name]))  # a copy: the frame's memory is read-only
+    if chunk.attrs.get("dtype") == BFLOAT16:
+        array = array.view(torch.bfloat16)
+    return array.to(where.device, where.dtype)

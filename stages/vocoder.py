@@ -1,0 +1,89 @@
+"""Vocoder: speech codes become sound, 24 kHz, for all speaking sessions in shared forwards."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
+from graph.streams import CODES, CODES_PER_S, SPEECH, SPEECH_RATE_HZ
+from graph.tail import Ack, SpeechCredit
+from graph.window import Unit
+from model_shards.vocoder import Vocoder as VocoderModel
+from model_shards.vocoder import VocoderInput, VocoderState, VoiceCache
+from stages.stage import Session, Stage, session_seed
+
+HELD_BACK_NS = 280 * NS_PER_MS
+"""What the end of a turn adds to its last codes: 3 codes of look-ahead (120 ms) and 8 mel frames (160 ms)."""
+
+
+@dataclass(slots=True)
+class _Open:
+    credit: SpeechCredit
+    vocoder: VocoderState
+    backlog: deque[Chunk] = field(default_factory=deque)  # codes that the listener is not ready for
+
+
+class Vocoder(Stage):
+    """`codes` → `speech`: at most one chunk per window and session, and only as far as TAIL allows."""
+
+    outputs = (SPEECH,)
+    paced_by_listener = True
+
+    def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:
+        self._model = model
+        self._voice = voice
+        self._seed = seed
+        self._open: dict[SessionId, _Open] = {}
+
+    @torch.inference_mode()
+    def open_session(self, session: Session) -> None:
+        credit = SpeechCredit(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        state = self._model.open(self._voice, noise_seed=session_seed(self._seed, session.id))
+        self._open[session.id] = _Open(credit, state)
+
+    def close_session(self, session: SessionId) -> None:
+        self._open.pop(session, None)
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        state = self._open[session]
+        state.backlog.clear()
+        self._model.reset(state.vocoder)
+        state.credit.interrupted()
+        return []
+
+    @torch.inference_mode()
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]
+        batch = [(self._open[unit.session].vocoder, _input(codes)) for unit, codes in speaking]
+        waves = self._model.stream(batch)
+        return [self._say(unit, codes, wave) for (unit, codes), wave in zip(speaking, waves, strict=True)]
+
+    def _next_codes(self, unit: Unit) -> Chunk | None:
+        state = self._open[unit.session]
+        state.backlog.extend(unit.of(CODES))
+        if state.backlog and state.credit.allows(_longest_ns(state.backlog[0]), unit.end_ns):
+            return state.backlog.popleft()
+        return None
+
+    def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk:
+        samples = wave.to(torch.float32).cpu().numpy()
+        duration_ns = len(samples) * NS_PER_S // SPEECH_RATE_HZ
+        self._open[unit.session].credit.made(duration_ns, unit.end_ns)
+        return Chunk(
+            unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=dict(codes.attrs)
+        )
+
+
+def _input(codes: Chunk) -> VocoderInput:
+    return VocoderInput(codes.arrays["codes"].tolist(), bool(codes.attrs.get("end_of_turn")))
+
+
+def _longest_ns(codes: Chunk) -> int:
+    """What these codes can sound for: a whole second where the turn goes on, since silence fills it up."""
+    num_codes = len(codes.arrays["codes"])
+    if not codes.attrs.get("end_of_turn"):
+        return max(num_codes * NS_PER_S // CODES_PER_S, NS_PER_S)
+    return num_codes * NS_PER_S // CODES_PER_S + HELD_BACK_NS

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from graph.chunk import Chunk, Kind, SessionId, Span, Trace
+from graph.codec import (
+    DTYPES,
+    MAX_ARRAYS,
+    MAX_ATTRS,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_NAME_CHARS,
+    MAX_SPANS,
+    CodecError,
+    Frame,
+    decode,
+    encode,
+)
+
+LARGEST = 2**63 - 1
+VERSION, KIND, SESSION, STREAM, SEQ, EPOCH, START, DURATION, LAYOUT, ATTRS, TRACE = range(11)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_NAME_CHARS)
+times = st.integers(-LARGEST, LARGEST)
+totals = st.integers(0, LARGEST)
+scalars = st.none() | st.booleans() | times | st.floats() | texts
+shapes = st.lists(st.integers(0, 4), max_size=MAX_DIMENSIONS).map(tuple)
+arrays = st.sampled_from(sorted(DTYPES)).flatmap(lambda dtype: hnp.arrays(dtype, shapes))
+spans = st.builds(Span, names, times, times, times)
+traces = st.builds(
+    Trace, texts, st.lists(names, max_size=4).map(tuple), st.lists(spans, max_size=4).map(tuple)
+)  # fmt: skip
+chunks = st.builds(
+    Chunk,
+    session=names.map(SessionId),
+    stream=names,
+    start_ns=times,
+    duration_ns=totals,
+    seq=totals,
+    epoch=totals,
+    kind=st.sampled_from(Kind),
+    arrays=st.dictionaries(names, arrays, max_size=3),
+    attrs=st.dictionaries(names, scalars, max_size=4),
+    trace=st.none() | traces,
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts | st.binary(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts | st.binary(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def bare(chunk: Chunk) -> tuple[object, ...]:
+    """A chunk as a value which compares: arrays by their bytes, floats by their spelling (nan is nan)."""
+    contents = {name: (a.dtype, a.shape, a.tobytes()) for name, a in chunk.arrays.items()}
+    attrs = {name: repr(value) for name, value in chunk.attrs.items()}
+    fields = (chunk.session, chunk.stream, chunk.start_ns, chunk.duration_ns, chunk.seq, chunk.epoch, chunk.kind)
+    return (*fields, contents, attrs, chunk.trace)
+
+
+def as_bytes(frames: Sequence[Frame]) -> list[bytes]:
+    return [bytes(frame) for frame in frames]
+
+
+def decode_or_refuse(frames: Sequence[Frame]) -> Chunk | CodecError:
+    """What decode answers; any exception but CodecError goes through and fails the test."""
+    try:
+        return decode(frames)
+    except CodecError as error:
+        return error
+
+
+def is_legal_or_refused(frames: Sequence[Frame]) -> bool:
+    """True when `frames` are refused by name, or are a chunk that travels on unchanged."""
+    answer = decode_or_refuse(frames)
+    if isinstance(answer, CodecError):
+        return bool(answer.reason.isidentifier())
+    return bare(decode(as_bytes(encode(answer)))) == bare(answer)
+
+
+def header_of(chunk: Chunk) -> list[Any]:
+    return list(msgpack.unpackb(encode(chunk)[0]))
+
+
+def with_field(index: int, value: object) -> list[bytes]:
+    """Frames of a plain chunk with one field of its header replaced."""
+    header = header_of(Chunk(SessionId("s"), "mic", 0))
+    header[index] = value
+    return [msgpack.packb(header)]
+
+
+def with_array(dtype: object, shape: object, frame: bytes) -> list[bytes]:
+    return [*with_field(LAYOUT, [["a", dtype, shape]]), frame]
+
+
+def replaced(tree: Any, path: Sequence[int], value: object) -> Any:
+    """`tree` with the node that `path` leads to replaced by `value`."""
+    if not path or not isinstance(tree, list) or not tree:
+        return value
+    index = path[0] % len(tree)
+    return [*tree[:index], replaced(tree[index], path[1:], value), *tree[index + 1 :]]
+
+
+def reason_of(frames: Sequence[Frame]) -> str:
+    with pytest.raises(CodecError) as caught:
+        decode(frames)
+    return caught.value.reason
+
+
+@given(chunks)
+def test_a_chunk_comes_out_as_it_went_in(chunk: Chunk) -> None:
+    assert bare(decode(encode(chunk))) == bare(chunk)
+
+
+@given(chunks)
+def test_what_was_decoded_can_be_sent_on(chunk: Chunk) -> None:
+    assert bare(decode(encode(decode(as_bytes(encode(chunk)))))) == bare(chunk)
+
+
+@given(chunks, st.sampled_from([bytes, bytearray, memoryview]))
+def test_arrays_are_read_only_whatever_memory_they_came_in(chunk: Chunk, memory: Any) -> None:
+    decoded = decode([memory(bytes(frame)) for frame in encode(chunk)])
+    assert not any(array.flags.writeable for array in decoded.arrays.values())
+
+
+def test_a_view_with_gaps_travels_like_its_copy() -> None:
+    every_other = np.arange(24, dtype=np.int32).reshape(4, 6)[:, ::2]
+    decoded = decode(encode(Chunk(SessionId("s"), "codes", 0, arrays={"codes": every_other})))
+    assert np.array_equal(decoded.arrays["codes"], every_other)
+
+
+def test_an_array_is_not_copied_on_its_way_out() -> None:
+    pixels = np.zeros((448, 448, 3), dtype=np.uint8)
+    frames = encode(Chunk(SessionId("s"), "camera/door", 0, arrays={"image": pixels}))
+    assert np.shares_memory(np.frombuffer(frames[1], dtype=np.uint8), pixels)
+
+
+def test_an_array_is_not_copied_on_its_way_in() -> None:
+    frames = as_bytes(encode(Chunk(SessionId("s"), "mic", 0, arrays={"samples": np.zeros(16000, np.float32)})))
+    decoded = decode(frames)
+    assert np.shares_memory(decoded.arrays["samples"], np.frombuffer(frames[1], dtype=np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex64", "bool", "object", "U4", ">f4", ">i2"])
+def test_a_dtype_the_wire_does_not_know_is_refused_by_the_sender(dtype: str) -> None:
+    with pytest.raises(CodecError) as caught:
+        encode(Chunk(SessionId("s"), "mic", 0, arrays={"samples": np.zeros(3, dtype)}))
+    assert caught.value.reason == "dtype"
+
+
+@given(st.lists(st.binary(max_size=64), max_size=4))
+def test_random_frames_are_refused_by_name(frames: list[bytes]) -> None:
+    assert is_legal_or_refused(frames)
+
+
+@given(anything, st.lists(st.binary(max_size=16), max_size=2))
+def test_a_random_header_is_refused_by_name(header: object, frames: list[bytes]) -> None:
+    assert is_legal_or_refused([msgpack.packb(header), *frames])
+
+
+@given(chunks, st.lists(st.integers(0, 99), min_size=1, max_size=4), anything)
+def test_a_header_with_anything_anywhere_is_legal_or_refused(chunk: Chunk, path: list[int], value: object) -> None:
+    frames = as_bytes(encode(chunk))
+    header = replaced(header_of(chunk), path, value)
+    assert is_legal_or_refused([msgpack.packb(header), *frames[1:]])
+
+
+@given(chunks, st.data())
+def test_a_flipped_byte_is_legal_or_refused(chunk: Chunk, data: st.DataObject) -> None:
+    frames = [bytearray(frame) for frame in encode(chunk)]
+    frame = data.draw(st.sampled_from([frame for frame in frames if frame]))
+    frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
+    assert is_legal_or_refused(frames)
+
+
+@given(chunks, st.data())
+def test_a_truncated_frame_is_refused(chunk: Chunk, data: st.DataObject) -> None:
+    frames = as_bytes(encode(chunk))
+    index = data.draw(st.sampled_from([i for i, frame in enumerate(frames) if frame]))
+    frames[index] = frames[index][: data.draw(st.integers(0, len(frames[index]) - 1))]
+    assert isinstance(decode_or_refuse(frames), CodecError)
+
+
+@given(chunks, st.binary(max_size=8))
+def test_a_frame_too_many_is_refused(chunk: Chunk, frame: bytes) -> None:
+    assert reason_of([*encode(chunk), frame]) == "arrays"
+
+
+def test_no_frame_at_all_is_refused() -> None:
+    assert reason_of([]) == "header"
+
+
+def test_a_lost_array_is_refused() -> None:
+    frames = encode(Chunk(SessionId("s"), "mic", 0, arrays={"samples": np.zeros(4, np.float32)}))
+    assert reason_of(frames[:1]) == "arrays"
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "reason"),
+    [
+        (VERSION, 2, "version"),
+        (KIND, 5, "kind"),
+        (KIND, -1, "kind"),
+        (KIND, True, "kind"),
+        (KIND, "0", "kind"),
+        (KIND, [], "kind"),
+        (SESSION, "", "name"),
+        (SESSION, b"s", "name"),
+        (SESSION, None, "name"),
+        (STREAM, "x" * (MAX_NAME_CHARS + 1), "name"),
+        (SEQ, True, "number"),
+        (SEQ, -1, "number"),
+        (SEQ, 1.0, "number"),
+        (EPOCH, -1, "number"),
+        (EPOCH, None, "number"),
+        (START, "0", "number"),
+        (DURATION, -1, "number"),
+        (DURATION, float("nan"), "number"),
+        (LAYOUT, None, "arrays"),
+        (LAYOUT, {}, "arrays"),
+        (ATTRS, [], "attrs"),
+        (ATTRS, {"a": [1]}, "attrs"),
+        (ATTRS, {"a": {}}, "attrs"),
+        (ATTRS, {"a": b"bytes"}, "attrs"),
+        (ATTRS, {b"a": 1}, "attrs"),
+        (ATTRS, {"": 1}, "attrs"),
+        (ATTRS, {"a": msgpack.Timestamp(1)}, "attrs"),
+        (TRACE, [], "trace"),
+        (TRACE, ["", [], "spans"], "trace"),
+        (TRACE, [b"", [], []], "trace"),
+        (TRACE, ["", [""], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0]]], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, 0.5]]], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, True]]], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, 0]] * (MAX_SPANS + 1)], "trace"),
+    ],
+)
+def test_a_field_that_is_wrong_is_refused_under_its_own_name(index: int, value: object, reason: str) -> None:
+    assert reason_of(with_field(index, value)) == reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "frame", "reason"),
+    [
+        ("object", [1], b"12345678", "dtype"),
+        ("float64", [1], b"12345678", "dtype"),
+        (["uint8"], [1], b"1", "dtype"),
+        ({}, [1], b"1", "dtype"),
+        ("uint8", [-1], b"", "shape"),
+        ("uint8", [-1, -1], b"1", "shape"),
+        ("uint8", [True], b"1", "shape"),
+        ("uint8", [1.0], b"1", "shape"),
+        ("uint8", 1, b"1", "shape"),
+        ("uint8", [1] * (MAX_DIMENSIONS + 1), b"1", "shape"),
+        ("uint8", [2**62, 2**62], b"1", "shape"),
+        ("uint8", [0, 2**63], b"", "shape"),
+        ("int64", [0, 2**40, 2**40], b"", "shape"),
+        ("float32", [2], b"1234567", "shape"),
+        ("float32", [1], b"12345678", "shape"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused(dtype: object, shape: object, frame: bytes, reason: str) -> None:
+    assert reason_of(with_array(dtype, shape, frame)) == reason
+
+
+def test_more_arrays_than_allowed_are_refused() -> None:
+    layout = [[f"a{i}", "uint8", [1]] for i in range(MAX_ARRAYS + 1)]
+    assert reason_of([*with_field(LAYOUT, layout), *[b"1"] * len(layout)]) == "arrays"
+
+
+def test_two_arrays_of_one_name_are_refused() -> None:
+    layout = [["a", "uint8", [1]], ["a", "uint8", [1]]]
+    assert reason_of([*with_field(LAYOUT, layout), b"1", b"2"]) == "arrays"
+
+
+def test_more_attrs_than_allowed_are_refused() -> None:
+    frames = with_field(ATTRS, {f"a{i}": i for i in range(MAX_ATTRS + 1)})
+    assert isinstance(decode_or_refuse(frames), CodecError)
+
+
+def test_a_header_beyond_its_limit_is_refused_unread() -> None:
+    assert reason_of(with_field(ATTRS, {"a": "x" * MAX_HEADER_BYTES})) == "header"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\xdd\xff\xff\xff\xff",  # a list of 4 G entries, none of which came
+        b"\xdf\xff\xff\xff\xff",  # a map of 4 G entries
+        b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
+        b"\x91" * 60_000,  # a list in a list in a list …
+        b"\xc1",  # never used in msgpack
+        msgpack.packb([1] * 11) + b"\x00",  # something behind the header
+        msgpack.packb([1] * 10),
+        msgpack.packb({"version": 1}),
+        b"\x9b" + b"\xa1\xff" * 11,  # text that is not UTF-8
+        b"\x81\xc0\x01",  # a map whose key is nil
+    ],
+)
+def test_a_header_made_to_hurt_is_refused(frame: bytes) -> None:
+    assert reason_of([frame]) == "header"
+
+
+def test_not_a_number_is_a_number_on_the_wire() -> None:
+    decoded = decode(encode(Chunk(SessionId("s"), "mic", 0, attrs={"level_db": math.nan})))
+    assert math.isnan(decoded.attrs["level_db"])  # type: ignore[arg-type]

@@ -1,0 +1,379 @@
+"""The duplex loop: order of tokens, turns, budgets, and sessions that don't feel each other."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+from torch import Tensor
+
+from model_shards.config import LlmConfig
+from model_shards.context import WindowConfig
+from model_shards.decoding import SamplingConfig
+from model_shards.duplex import DuplexConfig, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
+from model_shards.errors import ModelError
+from model_shards.kv_cache import KvCache, KvCacheFull, KvShape
+from model_shards.llm import LanguageModel, SequenceInput
+from model_shards.tokenizer import ADDED_TOKENS, Tokenizer, build_backend
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENIZER = Tokenizer(
+    build_backend({text: index for index, text in enumerate([*ALPHABET, "<unk>"])}, [], ["<unk>", *ADDED_TOKENS])
+)
+S = TOKENIZER.special
+HIDDEN = 32
+LLM = LlmConfig(
+    vocab_size=len(TOKENIZER),
+    hidden_size=HIDDEN,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+PROMPT = Prompt(TOKENIZER.encode("<|im_start|>system\nSee.\n<|audio_start|>"), [S.audio_end, S.im_end])
+
+
+class Recorder(LanguageModel):
+    """A real model that notes what is fed, and says what the script says: one token per session and step."""
+
+    def __init__(self) -> None:
+        super().__init__(LLM)
+        self.script: list[list[int]] = []
+        self.num_forwards = 0
+        self.fed: dict[int, list[Tensor]] = {}
+
+    def forward(self, cache: KvCache, batch: Sequence[SequenceInput]) -> list[Tensor]:
+        hidden = super().forward(cache, batch)
+        self.num_forwards += bool(batch)
+        for item in batch:
+            self.fed.setdefault(id(item.sequence), []).append(item.embeds)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if not self.script:
+            return super().logits(hidden)
+        tokens = self.script.pop(0)
+        assert len(tokens) == len(hidden)
+        return torch.nn.functional.one_hot(torch.tensor(tokens), LLM.vocab_size) * 50.0
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    """Random weights whose head likes the tokens with which a unit is made."""
+    torch.manual_seed(11)
+    model = LanguageModel(LLM)
+    state = {name: torch.randn_like(value) * 0.3 for name, value in model.state_dict().items()}
+    state |= {name: value + 1.0 for name, value in state.items() if "norm" in name}
+    for token in (S.listen, S.speak, S.chunk_eos, S.turn_eos):
+        state["llm.lm_head.weight"][token] *= 2.0
+    return state
+
+
+class Desk:
+    """An engine over a small model; by default greedy, and nothing forced."""
+
+    def __init__(self, weights: dict[str, Tensor], num_pages: int = 400, **config: Any) -> None:
+        self.model = Recorder().requires_grad_(False)
+        self.model.load_state_dict(weights)
+        self.cache = KvCache(KvShape.of(LLM), num_pages, page_size=8)
+        settings_ = {"force_listen_count": 0, "sampling": SamplingConfig(mode="greedy")} | config
+        self.engine = DuplexEngine(self.model, self.cache, TOKENIZER, DuplexConfig(**settings_))
+
+    def session(self, seed: int = 0) -> DuplexSession:
+        session = self.engine.new_session(seed)
+        self.engine.begin([(session, PROMPT)])
+        return session
+
+    def step(self, session: DuplexSession, script: list[int], **unit: Any) -> UnitOutput:
+        """One unit in which the model wants the tokens of the script."""
+        self.model.script = [[token] for token in script]
+        output = self.engine.step([(session, UnitInput(audio=sound(), **unit))])[0]
+        self.model.script = []
+        return output
+
+    def fed_ids(self, session: DuplexSession) -> list[int | None]:
+        """Everything fed to a session so far; None stands for an embedding which is no token's."""
+        rows = torch.cat(self.model.fed[id(session.sequence)])
+        same = (rows[:, None] == self.model.llm.model.embed_tokens.weight).all(-1)
+        return [int(row.nonzero()[0]) if row.any() else None for row in same]
+
+
+def sound(seed: int = 0, num: int = 10) -> Tensor:
+    return torch.randn(num, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def said(text: str) -> list[int]:
+    return [S.speak, *TOKENIZER.encode(text)]
+
+
+def test_a_unit_is_fed_in_omni_flow_order(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    picture = [sound(index, num=64) for index in range(3)]
+    desk.model.script = [[S.listen]]
+    desk.engine.step([(session, UnitInput([picture, picture[:1]], sound()))])
+    desk.engine.finalize([session])
+    cells = [S.image, *[None] * 64, S.image_end, *[S.slice, *[None] * 64, S.slice_end] * 2]
+    unit = [S.unit, *cells, S.image, *[None] * 64, S.image_end, *[None] * 10, S.listen, S.unit_end]
+    assert desk.fed_ids(session) == [*PROMPT.prefix_ids, *PROMPT.suffix_ids, *unit]
+
+
+def test_the_reference_voice_stands_between_prefix_and_suffix(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.engine.new_session(0)
+    desk.engine.begin([(session, Prompt(PROMPT.prefix_ids, PROMPT.suffix_ids, sound(num=4)))])
+    assert desk.fed_ids(session) == [*PROMPT.prefix_ids, None, None, None, None, *PROMPT.suffix_ids]
+    assert session.context.system_length == session.sequence.length
+
+
+def test_a_spoken_unit_gives_the_talker_all_but_its_first_and_last_token(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    output = desk.step(session, [*said("hi"), S.turn_eos, S.chunk_eos])
+    assert output.token_ids == [*TOKENIZER.encode("hi"), S.turn_eos]
+    assert output.text == "hi"
+    assert (output.is_listen, output.turn_start, output.end_of_turn, output.num_sampled) == (False, True, True, 5)
+
+
+def test_hidden_states_are_those_at_the_tokens_own_positions(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    output = desk.step(session, [*said("hi"), S.chunk_eos])
+    rows = torch.cat(desk.model.fed[id(session.sequence)])
+    fresh = desk.engine.new_session(0)
+    want = desk.model(desk.cache, [SequenceInput(fresh.sequence, rows)])[0][-2:]
+    torch.testing.assert_close(output.hidden, want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_listening_unit_says_nothing(weights: dict[str, Tensor]):
+    output = (desk := Desk(weights)).step(desk.session(), [S.listen])
+    assert (output.is_listen, output.token_ids, output.text, output.end_of_turn) == (True, [], "", False)
+    assert output.hidden.shape == (0, HIDDEN)
+
+
+def test_a_turn_goes_over_many_units_and_can_t_listen_before_its_end(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    first = desk.step(session, [*said("a"), S.chunk_eos])
+    middle = desk.step(session, [S.speak, S.listen, S.chunk_eos])
+    last = desk.step(session, [*said("b"), S.turn_eos, S.chunk_eos])
+    after = desk.step(session, [S.listen])
+    assert [output.turn_start for output in (first, middle, last)] == [True, False, False]
+    assert [output.end_of_turn for output in (first, middle, last)] == [False, False, True]
+    assert middle.token_ids == [S.tts_bos]
+    assert after.is_listen
+
+
+def test_what_is_sampled_counts_as_sampled_even_where_another_token_is_fed(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    desk.step(session, [S.speak, S.listen, S.chunk_eos])
+    assert session.recent == [S.speak, S.listen]
+
+
+def test_the_budget_bounds_the_text(weights: dict[str, Tensor]):
+    desk = Desk(weights, max_text_chars=None)
+    session = desk.session()
+    output = desk.step(session, said("abcdefgh"), max_text_tokens=3)
+    assert (output.text, output.num_sampled) == ("abc", 4)
+    assert session.ending == [S.chunk_eos, S.unit_end]
+
+
+def test_the_budget_is_never_above_18(weights: dict[str, Tensor]):
+    output = (desk := Desk(weights)).step(desk.session(), said("a" * 30), max_text_tokens=99)
+    assert len(output.token_ids) == 18
+
+
+def test_no_budget_inside_a_turn_lets_the_speech_run_on(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    desk.step(session, [*said("a"), S.chunk_eos])
+    output = desk.step(session, [], max_text_tokens=0)
+    assert (output.is_listen, output.token_ids, output.end_of_turn, output.num_sampled) == (False, [], False, 0)
+    assert session.speaking and session.ending == [S.chunk_eos, S.unit_end]
+
+
+def test_no_budget_outside_a_turn_listens(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    assert desk.step(session, [], max_text_tokens=-3).is_listen
+    assert session.ending == [S.listen, S.unit_end]
+
+
+def test_a_unit_in_which_nothing_was_seen_or_heard_asks_the_model_nothing(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    output = desk.engine.step([(desk.session(), UnitInput())])[0]
+    assert output.is_listen and output.num_sampled == 0
+
+
+def test_text_stops_before_28_characters(weights: dict[str, Tensor]):
+    desk = Desk(weights, max_text_chars=5)
+    session = desk.session()
+    output = desk.step(session, said("abcdefgh"))
+    assert output.text == "abcd"
+    desk.engine.finalize([session])
+    assert desk.fed_ids(session)[-6:] == [*TOKENIZER.encode("abcd"), S.chunk_eos, S.unit_end]
+
+
+def test_barge_in_closes_the_turn_and_listens(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    desk.step(session, [*said("a"), S.chunk_eos])
+    output = desk.step(session, [], force_listen=True)
+    after = desk.step(session, [*said("b"), S.chunk_eos])
+    assert (output.is_listen, output.turn_cut, output.token_ids) == (True, True, [])
+    assert (after.turn_start, after.turn_cut) == (True, False)
+    desk.engine.finalize([session])
+    ids = desk.fed_ids(session)
+    assert ids[ids.index(S.turn_eos) : ids.index(S.turn_eos) + 4] == [S.turn_eos, S.listen, S.unit_end, S.unit]
+
+
+def test_forced_listening_outside_a_turn_cuts_nothing(weights: dict[str, Tensor]):
+    output = (desk := Desk(weights)).step(desk.session(), [], force_listen=True)
+    assert output.is_listen and not output.turn_cut
+
+
+def test_the_first_units_of_a_session_listen(weights: dict[str, Tensor]):
+    desk = Desk(weights, force_listen_count=2)
+    session = desk.session()
+    outputs = [desk.step(session, script) for script in ([], [], [*said("a"), S.chunk_eos])]
+    assert [output.is_listen for output in outputs] == [True, True, False]
+
+
+@pytest.mark.parametrize(("discards", "token_ids"), [(False, [*TOKENIZER.encode("a"), S.turn_eos]), (True, [])])
+def test_speech_before_listen_is_heard_unless_the_official_loop_is_wanted(
+    weights: dict[str, Tensor], discards: bool, token_ids: list[int]
+):
+    desk = Desk(weights, listen_discards_speech=discards)
+    output = desk.step(desk.session(), [*said("a"), S.turn_eos, S.listen])
+    assert (output.token_ids, output.is_listen, output.end_of_turn) == (token_ids, discards, not discards)
+
+
+def test_a_turn_that_ends_with_the_first_token_still_ends_for_the_talker(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    desk.step(session, [*said("a"), S.chunk_eos])
+    output = desk.step(session, [S.turn_eos, S.listen])
+    assert (output.is_listen, output.token_ids, output.end_of_turn) == (False, [], True)
+
+
+def test_a_chunk_that_ends_outside_a_turn_is_no_turn(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    output = desk.step(session, [S.chunk_eos])
+    assert not (output.is_listen or output.turn_start or output.end_of_turn or session.speaking)
+
+
+def test_a_character_cut_in_two_waits_for_its_other_half(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    ids = TOKENIZER.encode("你")
+    first = desk.step(session, [S.speak, *TOKENIZER.encode("a"), *ids[:2], S.chunk_eos])
+    second = desk.step(session, [S.speak, *ids[2:], S.turn_eos, S.chunk_eos])
+    assert (first.text, second.text) == ("a", "你")
+
+
+def test_half_a_character_at_the_end_of_a_turn_is_not_kept_for_the_next(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    output = desk.step(session, [S.speak, TOKENIZER.encode("你")[0], S.turn_eos, S.chunk_eos])
+    assert output.text == "\N{REPLACEMENT CHARACTER}" and session.cut_ids == []
+
+
+def test_the_end_of_a_unit_needs_no_forward_of_its_own(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    session = desk.session()
+    before = desk.model.num_forwards
+    for _ in range(4):
+        desk.step(session, [S.listen])
+    assert desk.model.num_forwards == before + 4
+
+
+def test_finalizing_early_changes_nothing_but_the_number_of_forwards(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    early, late = desk.session(), desk.session()
+    for script in ([*said("a"), S.chunk_eos], [*said("b"), S.turn_eos, S.chunk_eos], [S.listen]):
+        desk.step(early, script)
+        desk.engine.finalize([early])
+        desk.step(late, script)
+    desk.engine.finalize([late])
+    assert desk.fed_ids(early) == desk.fed_ids(late)
+    assert early.context.units == late.context.units
+    ours, theirs = desk.cache.read(early.sequence, 1)[0], desk.cache.read(late.sequence, 1)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def random_unit(seed: int, session: int, unit: int) -> UnitInput:
+    draw = torch.Generator().manual_seed(1000 * seed + 50 * session + unit)
+    picture = [[torch.randn(64, HIDDEN, generator=draw)]] if unit % 3 == session % 3 else []
+    number = int(torch.randint(20, (1,), generator=draw))
+    return UnitInput(picture, torch.randn(10, HIDDEN, generator=draw), number, force_listen=number == 7)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), mode=st.sampled_from(["greedy", "sampling"]), data=st.data())
+def test_a_session_says_the_same_alone_and_in_any_company(
+    weights: dict[str, Tensor], seed: int, mode: str, data: st.DataObject
+):
+    window = WindowConfig("basic", high_tokens=230, low_tokens=120)
+    sampling = SamplingConfig(mode=cast(Any, mode), temperature=3.0, top_k=0, top_p=0.0)
+    desk = Desk(weights, sampling=sampling, window=window)
+    crowd, single = [desk.session(seed + i) for i in range(4)], [desk.session(seed + i) for i in range(4)]
+    heard: list[list[UnitOutput]] = [[] for _ in crowd]
+    num_units = 6
+    while pending := [index for index in range(4) if len(heard[index]) < num_units]:
+        ready = data.draw(st.lists(st.sampled_from(pending), unique=True, min_size=1))
+        units = [(crowd[index], random_unit(seed, index, len(heard[index]))) for index in ready]
+        for index, output in zip(ready, desk.engine.step(units), strict=True):
+            heard[index].append(output)
+    for index, session in enumerate(single):
+        for unit, output in enumerate(heard[index]):
+            alone = desk.engine.step([(session, random_unit(seed, index, unit))])[0]
+            assert (alone.token_ids, alone.is_listen, alone.text) == (output.token_ids, output.is_listen, output.text)
+            torch.testing.assert_close(alone.hidden, output.hidden, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["basic", "context"])
+def test_an_endless_session_stays_within_its_promise_and_leaves_nothing_behind(weights: dict[str, Tensor], mode: Any):
+    window = WindowConfig(mode, high_tokens=200, low_tokens=120, max_units=3, max_previous_tokens=20)
+    desk = Desk(weights, window=window, max_unit_tokens=77)
+    session, bystander = desk.session(), desk.session()
+    bound = desk.engine.max_session_tokens(len(PROMPT))
+    used_by_bystander = len(bystander.sequence.pages)
+    assert bound is not None
+    for unit in range(40):
+        desk.engine.step([(session, random_unit(1, 0, unit))])
+        assert len(session.sequence.pages) <= desk.cache.pages_for(bound)
+    desk.engine.end(session)
+    assert desk.cache.num_used_pages == used_by_bystander
+
+
+def test_without_pages_no_unit_begins_and_a_later_try_goes_on(weights: dict[str, Tensor]):
+    desk = Desk(weights, num_pages=14)
+    first, second = desk.session(), desk.session()
+    blocker = desk.engine.new_session(0)
+    desk.cache.reserve([(blocker.sequence, 8 * (desk.cache.num_free_pages - 5))])
+    units = [(first, random_unit(2, 0, 1)), (second, random_unit(2, 1, 2))]
+    with pytest.raises(KvCacheFull):
+        desk.engine.step(units)
+    assert [s.sequence.length for s in (first, second)] == [len(PROMPT)] * 2
+    desk.engine.end(blocker)
+    assert len(desk.engine.step(units)) == 2
+
+
+def test_a_unit_that_is_too_large_is_refused_before_any_has_begun(weights: dict[str, Tensor]):
+    desk = Desk(weights, max_unit_tokens=50)
+    session = desk.session()
+    with pytest.raises(ModelError, match="max_unit_tokens is 50"):
+        desk.engine.step([(session, UnitInput([[sound(num=64)]], sound()))])
+    assert session.sequence.length == len(PROMPT)
+
+
+def test_a_prompt_that_fills_the_window_is_refused(weights: dict[str, Tensor]):
+    desk = Desk(weights, window=WindowConfig(high_tokens=20, low_tokens=10))
+    with pytest.raises(ModelError, match="no room"):
+        desk.session()

@@ -1,0 +1,201 @@
+"""Cameras for the tests, each a process: `python rtsp_server.py MODE [SECONDS]` prints its port and serves.
+
+camera    moving picture (H.264, 320x240, 25 fps) and a tone (L16, 16 kHz) over RTSP/TCP, sent in real time
+cut       the same, but the connection is closed after SECONDS
+stall     the same, but nothing more is sent after SECONDS; the connection stays open
+burst     the same, but the first SECONDS come at once, as from a camera which sends its last group of pictures
+drip      answers, then sends one byte per second
+silent    accepts and says nothing
+redirect  answers every request with 302 to itself
+login     answers every request with 401
+garbage   answers with bytes which are no RTSP
+gst       GStreamer's server; needs gi, run it with /usr/bin/python3
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+FPS = 25
+SOUND_RATE_HZ = 16_000
+MAX_RTP_PAYLOAD = 1200
+NUM_FRAMES = 50  # 2 s, repeated
+
+
+def main() -> None:
+    mode = sys.argv[1]
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1e9
+    if mode == "gst":
+        serve_with_gstreamer()
+        return
+    pictures = encode_pictures() if mode in ("camera", "cut", "stall", "burst") else []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        print(server.getsockname()[1], flush=True)
+        while True:
+            connection, _ = server.accept()
+            threading.Thread(target=serve, args=(connection, mode, seconds, pictures), daemon=True).start()
+
+
+def serve(connection: socket.socket, mode: str, seconds: float, pictures: list[list[bytes]]) -> None:
+    port = connection.getsockname()[1]
+    with connection:
+        try:
+            for method, url, cseq in requests(connection):
+                connection.sendall(answer(mode, method, url, cseq, port))
+                if method == "PLAY":
+                    stream(connection, mode, seconds, pictures)
+                    return
+        except OSError:
+            return  # the client has gone
+
+
+def requests(connection: socket.socket) -> Iterator[tuple[str, str, str]]:
+    """Method, URL and CSeq of each request, until the client closes."""
+    pending = b""
+    while part := connection.recv(65_536):
+        pending += part
+        while b"\r\n\r\n" in pending:
+            head, _, pending = pending.partition(b"\r\n\r\n")
+            first, *rest = head.decode().split("\r\n")
+            fields = {key.lower(): value.strip() for key, _, value in (line.partition(":") for line in rest)}
+            method, url, _ = first.split(" ", 2)
+            yield method, url, fields.get("cseq", "0")
+
+
+def answer(mode: str, method: str, url: str, cseq: str, port: int) -> bytes:
+    if mode == "silent":
+        time.sleep(1e6)
+    if mode == "garbage":
+        return b"\x00\xff" * 5000 + b"\r\n\r\n"
+    if mode == "redirect":
+        return reply(cseq, "", "302 Found", Location=f"rtsp://127.0.0.1:{port}/live")
+    if mode == "login":
+        return reply(cseq, "", "401 Unauthorized", WWW_Authenticate='Basic realm="camera"')
+    if method == "OPTIONS":
+        return reply(cseq, Public="OPTIONS, DESCRIBE, SETUP, PLAY, TEARDOWN")
+    if method == "DESCRIBE":
+        return reply(cseq, sdp(), Content_Type="application/sdp", Content_Base=url + "/")
+    if method == "SETUP":
+        channel = 2 if url.endswith("track2") else 0
+        return reply(cseq, Session="1", Transport=f"RTP/AVP/TCP;unicast;interleaved={channel}-{channel + 1}")
+    return reply(cseq, Session="1")
+
+
+def reply(cseq: str, body: str = "", status: str = "200 OK", **fields: str) -> bytes:
+    lines = [f"RTSP/1.0 {status}", f"CSeq: {cseq}", f"Content-Length: {len(body)}"]
+    lines += [f"{key.replace('_', '-')}: {value}" for key, value in fields.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
+
+
+def sdp() -> str:
+    lines = ["v=0", "o=- 1 1 IN IP4 127.0.0.1", "s=camera", "t=0 0"]
+    lines += ["m=video 0 RTP/AVP 96", "a=rtpmap:96 H264/90000", "a=fmtp:96 packetization-mode=1", "a=control:track1"]
+    lines += ["m=audio 0 RTP/AVP 97", f"a=rtpmap:97 L16/{SOUND_RATE_HZ}/1", "a=control:track2"]
+    return "\r\n".join(lines) + "\r\n"
+
+
+def encode_pictures() -> list[list[bytes]]:
+    """Two seconds of pictures, each a list of NAL units without start codes; the first one holds SPS and PPS."""
+    import av
+    import numpy as np
+
+    encoder: Any = av.CodecContext.create("libx264", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = 320, 240, "yuv420p"
+    encoder.time_base, encoder.framerate = Fraction(1, FPS), Fraction(FPS)
+    encoder.options = {"tune": "zerolatency", "preset": "ultrafast", "x264-params": "annexb=1:repeat-headers=1"}
+    rows, columns = np.indices((240, 320))
+    packets = []
+    for index in range(NUM_FRAMES):
+        image = np.stack([rows % 256, (columns + 5 * index) % 256, np.full_like(rows, 4 * index)], -1)
+        packets += encoder.encode(av.VideoFrame.from_ndarray(image.astype(np.uint8), "rgb24"))
+    packets += encoder.encode(None)
+    return [split_nals(bytes(packet)) for packet in packets]
+
+
+def split_nals(annex_b: bytes) -> list[bytes]:
+    return [nal.rstrip(b"\0") for nal in annex_b.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1") if nal]
+
+
+def stream(connection: socket.socket, mode: str, seconds: float, pictures: list[list[bytes]]) -> None:
+    """Send pictures and sound at the pace of FPS, from one thread."""
+    if mode == "drip":
+        while True:
+            connection.sendall(b"$")
+            time.sleep(1)
+    start, sequence = time.monotonic(), [0, 0]
+    ahead_s = seconds if mode == "burst" else 0.0
+    for index in range(10**9):
+        now_s = index / FPS
+        if now_s >= seconds and mode == "cut":
+            return
+        if now_s >= seconds and mode == "stall":
+            time.sleep(1e6)
+        time.sleep(max(0.0, start + now_s - ahead_s - time.monotonic()))
+        payloads = list(fragments(pictures[index % len(pictures)]))
+        for number, payload in enumerate(payloads):
+            last = number == len(payloads) - 1
+            send_rtp(connection, 0, 96, sequence, index * 90_000 // FPS, payload, marker=last)
+        send_rtp(connection, 2, 97, sequence, index * SOUND_RATE_HZ // FPS, tone(index), marker=False)
+
+
+def fragments(nals: list[bytes]) -> Iterator[bytes]:
+    """RTP payloads of one picture: single NAL units, or FU-A fragments of large ones (RFC 6184)."""
+    for nal in nals:
+        if len(nal) <= MAX_RTP_PAYLOAD:
+            yield nal
+            continue
+        indicator, header, body = nal[0] & 0xE0 | 28, nal[0] & 0x1F, nal[1:]
+        for at in range(0, len(body), MAX_RTP_PAYLOAD):
+            part = body[at : at + MAX_RTP_PAYLOAD]
+            first, last = 0x80 * (at == 0), 0x40 * (at + len(part) == len(body))
+            yield bytes([indicator, header | first | last]) + part
+
+
+def tone(index: int) -> bytes:
+    """The sound of one picture's time: a square wave of 500 Hz."""
+    num_samples = SOUND_RATE_HZ // FPS
+    return struct.pack(f">{num_samples}h", *(8000 if n // 16 % 2 else -8000 for n in range(num_samples)))
+
+
+def send_rtp(
+    connection: socket.socket, channel: int, kind: int, sequence: list[int], time: int, payload: bytes, *, marker: bool
+) -> None:
+    header = struct.pack(
+        ">BBHII", 0x80, kind | 0x80 * marker, sequence[channel // 2] & 0xFFFF, time & 0xFFFFFFFF, channel
+    )
+    sequence[channel // 2] += 1
+    connection.sendall(struct.pack(">cBH", b"$", channel, len(header) + len(payload)) + header + payload)
+
+
+def serve_with_gstreamer() -> None:
+    import gi  # type: ignore[import-not-found]
+
+    gi.require_version("Gst", "1.0")
+    gi.require_version("GstRtspServer", "1.0")
+    from gi.repository import GLib, Gst, GstRtspServer  # type: ignore[import-not-found]
+
+    Gst.init(None)
+    server = GstRtspServer.RTSPServer()
+    server.set_address("127.0.0.1")
+    server.set_service("0")
+    factory = GstRtspServer.RTSPMediaFactory()
+    factory.set_launch(
+        "( videotestsrc is-live=true ! video/x-raw,width=640,height=480,framerate=25/1 "
+        "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=25 ! rtph264pay name=pay0 pt=96 "
+        "audiotestsrc is-live=true ! opusenc ! rtpopuspay name=pay1 pt=97 )"
+    )
+    server.get_mount_points().add_factory("/live", factory)
+    server.attach(None)
+    print(server.get_bound_port(), flush=True)
+    GLib.MainLoop().run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""Files, folders and the test pattern as they should be; hostile ones are in test_media_hostile.py."""
+
+import contextlib
+import gc
+import os
+import threading
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graph.chunk import NS_PER_MS, NS_PER_S
+from stages.media import (
+    FOREVER_NS,
+    Ended,
+    Failed,
+    Frame,
+    MediaItem,
+    MediaReader,
+    MediaRequest,
+    Progress,
+    Sound,
+    check_source,
+)
+from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, scaled_size
+
+MEDIA = Path(os.environ.get("OMNI_MEDIA", "../shared/media"))
+RATE_HZ = 16_000
+
+
+def request(source: object, **changes: Any) -> MediaRequest:
+    wanted = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
+    return MediaRequest(str(source), **(wanted | {"window_ns": NS_PER_S, "duration_ns": None} | changes))
+
+
+def read_all(source: object, **changes: Any) -> list[MediaItem]:
+    items: list[MediaItem] = []
+    with MediaReader(request(source, **changes)) as reader:
+        while not items or not isinstance(items[-1], (Ended, Failed)):
+            item = reader.read(10.0)
+            assert item is not None, "the decoder neither works nor fails"
+            items.append(item)
+    return items
+
+
+def frames_of(items: list[MediaItem]) -> list[Frame]:
+    return [item for item in items if isinstance(item, Frame)]
+
+
+def samples_of(items: list[MediaItem]) -> np.ndarray:
+    return np.concatenate([item.samples for item in items if isinstance(item, Sound)])
+
+
+def last_progress(items: list[MediaItem]) -> Progress:
+    return [item for item in items if isinstance(item, Progress)][-1]
+
+
+def picture(index: int, width: int, height: int) -> av.VideoFrame:
+    """A grey picture which is brighter the later it is: 4 steps per picture."""
+    return av.VideoFrame.from_ndarray(np.full((height, width, 3), min(4 * index, 252), np.uint8), "rgb24")
+
+
+def tone(rate_hz: int, layout: str, seconds: float) -> np.ndarray:
+    t = np.arange(int(rate_hz * seconds)) / rate_hz
+    return np.tile(np.sin(2 * np.pi * 440 * t).astype(np.float32) * 0.5, (av.AudioLayout(layout).nb_channels, 1))
+
+
+class Clip:
+    """A media file in the making: pictures at given times, a tone from a given time on."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.path = path
+        self._container = av.open(str(path), "w", **options)
+        self._packets: list[tuple[str, av.Packet]] = []
+
+    def video(self, times_s: list[float], size: tuple[int, int] = (320, 240), codec: str = "libx264") -> "Clip":
+        stream: Any = self._container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 30 if codec == "mpeg4" else 90_000)
+        for index, time_s in enumerate(times_s):
+            frame = picture(index, *size)
+            frame.pts, frame.time_base = round(time_s / stream.codec_context.time_base), stream.codec_context.time_base
+            self._packets += [("video", packet) for packet in stream.encode(frame)]
+        self._packets += [("video", packet) for packet in stream.encode(None)]
+        return self
+
+    def sound(self, seconds: float, rate_hz: int = 48_000, layout: str = "stereo", **how: Any) -> "Clip":
+        stream: Any = self._container.add_stream(how.get("codec", "aac"), rate=rate_hz, layout=layout)
+        start, hole = int(how.get("start_s", 0) * rate_hz), how.get("hole_s", (1e9, 0.0))
+        samples, step = tone(rate_hz, layout, seconds), stream.codec_context.frame_size or 1024
+        for at in range(0, samples.shape[1] - step, step):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, at : at + step]), "fltp", layout)
+            frame.rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
+            frame.pts = start + at + (int(hole[1] * rate_hz) if at >= hole[0] * rate_hz else 0)
+            self._packets += [("audio", packet) for packet in stream.encode(frame)]
+        self._packets += [("audio", packet) for packet in stream.encode(None)]
+        return self
+
+    def write(self, *, interleaved: bool = True) -> Path:
+        if interleaved:
+            self._packets.sort(key=lambda kind_packet: float(kind_packet[1].dts * kind_packet[1].time_base))
+        with self._container:
+            for _, packet in self._packets:
+                (self._container.mux if interleaved else self._container.mux_one)(packet)
+        return self.path
+
+
+def times(seconds: float, fps: float = 30) -> list[float]:
+    return [index / fps for index in range(int(seconds * fps))]
+
+
+# --- what comes out of a file -------------------------------------------------------------------------------------
+
+
+def test_a_recorded_video_gives_one_frame_per_second_and_gapless_sound():
+    path = MEDIA / "real_20s.mp4"
+    if not path.exists():
+        pytest.skip(f"{path} is absent; OMNI_MEDIA names the folder with recorded media")
+    items = read_all(path)
+    assert isinstance(items[-1], Ended)
+    frames = frames_of(items)
+    assert [frame.start_ns // NS_PER_S for frame in frames] == list(range(20))
+    assert all(frame.image.shape == (596, 336, 3) for frame in frames), "960x540, turned upright by its metadata"
+    assert abs(samples_of(items).size - 320_000) <= 400
+    assert last_progress(items).num_gaps == last_progress(items).num_bad == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "rate_hz", "layout"),
+    [((64, 48), 8_000, "mono"), ((320, 240), 44_100, "stereo"), ((1280, 720), 48_000, "5.1")],
+)
+def test_any_size_rate_and_layout_becomes_small_pictures_and_16_khz_mono(tmp_path, size, rate_hz, layout):
+    clip = Clip(tmp_path / "clip.mp4").video(times(3), size).sound(3, rate_hz, layout)
+    items = read_all(clip.write(), max_pixels=200 * 200)
+    height, width, _ = frames_of(items)[0].image.shape
+    assert height * width <= 200 * 200 and height % 2 == width % 2 == 0
+    assert width / height == pytest.approx(size[0] / size[1], rel=0.03)
+    samples = samples_of(items)
+    assert samples.dtype == np.float32 and abs(samples.size - 3 * RATE_HZ) < 0.1 * RATE_HZ
+    assert np.abs(samples[RATE_HZ : 2 * RATE_HZ]).max() > 0.1
+    spectrum = np.abs(np.fft.rfft(samples[RATE_HZ : 2 * RATE_HZ]))
+    assert abs(int(spectrum.argmax()) - 440) <= 2, "the tone keeps its pitch"
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.avi", "mpeg4")])
+def test_containers_agree_on_the_times(tmp_path, name, codec):
+    items = read_all(Clip(tmp_path / name).video(times(4), codec=codec).write())
+    assert [frame.start_ns // (100 * NS_PER_MS) for frame in frames_of(items)] == [8, 18, 28, 38]
+
+
+def test_pictures_without_any_time_are_25_per_second(tmp_path):
+    path = Clip(tmp_path / "raw.h264", format="h264").video(times(4, 25)).write()
+    assert [frame.start_ns // (100 * NS_PER_MS) for frame in frames_of(read_all(path))] == [8, 18, 28, 38]
+
+
+def test_two_runs_give_the_same_bytes_at_any_pace(tmp_path):
+    path = Clip(tmp_path / "clip.mp4").video(times(4)).sound(4).write()
+
+    def digest(pause_s: float) -> list[tuple[int, bytes]]:
+        found = []
+        with MediaReader(request(path)) as reader:
+            while not isinstance(item := reader.read(5.0), (Ended, Failed)):
+                threading.Event().wait(pause_s)
+                if isinstance(item, Frame):
+                    found.append((item.start_ns, item.image.tobytes()))
+                if isinstance(item, Sound):
+                    found.append((item.first_sample, item.samples.tobytes()))
+        return found
+
+    fast = digest(0.0)
+    assert len(fast) >= 7
+    assert fast == digest(0.02)
+
+
+def test_video_without_sound_says_that_no_sound_will_come(tmp_path):
+    items = read_all(Clip(tmp_path / "clip.mp4").video(times(2)).write())
+    assert items[0] == Progress(video_ns=800 * NS_PER_MS, audio_ns=FOREVER_NS)
+    assert len(frames_of(items)) == 2
+    assert not [item for item in items if isinstance(item, Sound)]
+
+
+def test_sound_without_video_says_that_no_picture_will_come(tmp_path):
+    items = read_all(Clip(tmp_path / "clip.m4a").sound(2.5).write())
+    assert items[0] == Progress(video_ns=FOREVER_NS, audio_ns=0)
+    assert [item.samples.size for item in items if isinstance(item, Sound)][:2] == [RATE_HZ, RATE_HZ]
+
+
+def test_a_stream_which_is_not_wanted_is_not_there(tmp_path):
+    path = Clip(tmp_path / "clip.mp4").video(times(2)).sound(2).write()
+    assert read_all(path, want_audio=False)[0] == Progress(800 * NS_PER_MS, FOREVER_NS)
+    assert read_all(path, want_video=False)[0] == Progress(FOREVER_NS, 0)
+
+
+def test_pictures_at_uneven_times_give_at_most_one_frame_per_window(tmp_path):
+    uneven = [0.0, 0.1, 0.85, 0.9, 1.2, 1.95, 2.0, 2.7, 7.1, 7.9, 8.5]  # nothing from 2.7 s to 7.1 s
+    items = read_all(Clip(tmp_path / "clip.mp4").video(uneven).write())
+    assert [frame.start_ns // (10 * NS_PER_MS) for frame in frames_of(items)] == [85, 195, 710, 790]
+
+
+def test_sound_which_starts_later_is_led_in_by_zeros(tmp_path):
+    items = read_all(Clip(tmp_path / "clip.mkv").video(times(3)).sound(2, start_s=1.0).write())
+    samples = samples_of(items)
+    loud = int(np.flatnonzero(np.abs(samples) > 0.05)[0])
+    assert abs(loud - RATE_HZ) < 0.05 * RATE_HZ
+    assert not samples[: loud - 2000].any()
+
+
+def test_a_hole_in_the_sound_is_filled_so_that_the_axis_holds(tmp_path):
+    items = read_all(Clip(tmp_path / "clip.mkv").sound(2, hole_s=(1.0, 0.5), codec="pcm_s16le").write())
+    samples = samples_of(items)
+    assert abs(samples.size - 2.5 * RATE_HZ) < 0.1 * RATE_HZ
+    assert not samples[int(1.1 * RATE_HZ) : int(1.4 * RATE_HZ)].any()
+    assert np.abs(samples[int(1.6 * RATE_HZ) : int(1.7 * RATE_HZ)]).max() > 0.1
+    assert last_progress(items).num_gaps == 1
+
+
+def test_a_file_with_all_video_first_still_comes_in_the_order_of_time(tmp_path):
+    clip = Clip(tmp_path / "clip.mkv").video(times(10)).sound(10)
+    items = read_all(clip.write(interleaved=False))
+    ahead = video_ns = audio_ns = 0
+    for item in items:
+        video_ns = item.start_ns if isinstance(item, Frame) else video_ns
+        audio_ns = item.start_ns if isinstance(item, Sound) else audio_ns
+        ahead = max(ahead, abs(video_ns - audio_ns))
+    assert ahead <= 2 * NS_PER_S
+    assert len(frames_of(items)) == 10
+
+
+def test_progress_lets_a_window_close_as_soon_as_it_is_complete(tmp_path):
+    video_ns = audio_ns = 0
+    for item in read_all(Clip(tmp_path / "clip.mp4").video(times(4)).sound(4).write()):
+        if isinstance(item, Progress):
+            video_ns, audio_ns = item.video_ns, item.audio_ns
+        if isinstance(item, Frame):
+            assert item.start_ns >= video_ns
+        if isinstance(item, Sound):
+            assert item.start_ns >= audio_ns
+    assert video_ns == audio_ns == FOREVER_NS
+
+
+def test_the_duration_cuts_pictures_and_sound_at_the_same_time(tmp_path):
+    path = Clip(tmp_path / "clip.mp4").video(times(6)).sound(6).write()
+    items = read_all(path, duration_ns=2_500 * NS_PER_MS)
+    assert samples_of(items).size == 40_000
+    assert [frame.start_ns // NS_PER_S for frame in frames_of(items)] == [0, 1]
+    assert items[-1] == Ended("the duration asked for is over")
+
+
+def test_sound_windows_follow_the_window_even_when_it_is_no_whole_number_of_samples(tmp_path):
+    items = read_all(Clip(tmp_path / "clip.m4a").sound(2).write(), window_ns=333_333_333)
+    firsts = [item.first_sample for item in items if isinstance(item, Sound)]
+    assert firsts == [k * 333_333_333 * RATE_HZ // NS_PER_S for k in range(len(firsts))]
+
+
+def test_a_relative_path_is_read_from_here(tmp_path, monkeypatch):
+    Clip(tmp_path / "clip.mp4").video(times(2)).write()
+    monkeypatch.chdir(tmp_path)
+    assert len(frames_of(read_all("clip.mp4"))) == 2
+
+
+def test_4k_video_fits_into_the_decoders_memory(tmp_path):
+    items = read_all(Clip(tmp_path / "clip.mp4").video(times(1, 5), (3840, 2160)).write())
+    assert isinstance(items[-1], Ended)
+    assert len(frames_of(items)) == 1
+
+
+# --- folders and the test pattern ---------------------------------------------------------------------------------
+
+
+def test_images_of_a_folder_come_by_name_one_per_frame_period(tmp_path):
+    for index, name in enumerate(["b.png", "a.png", "c.jpg"]):
+        picture(20 * index, 64, 48).save(str(tmp_path / name))
+    (tmp_path / "c.jpg").rename(tmp_path / "c.JPG")
+    (tmp_path / "notes.txt").write_text("no image")
+    items = read_all(tmp_path, fps=2.0)
+    frames = frames_of(items)
+    assert [frame.start_ns for frame in frames] == [400_000_000, 900_000_000, 1_400_000_000]
+    assert [round(float(frame.image.mean()) / 80) for frame in frames] == [1, 0, 2]
+    assert isinstance(items[-1], Ended)
+
+
+def test_a_damaged_image_leaves_its_period_empty_and_is_counted(tmp_path):
+    picture(1, 64, 48).save(str(tmp_path / "a.png"))
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    picture(1, 64, 48).save(str(tmp_path / "c.png"))
+    items = read_all(tmp_path)
+    assert [frame.start_ns for frame in frames_of(items)] == [800_000_000, 2_800_000_000]
+    assert last_progress(items).num_bad == 1
+
+
+def test_the_test_pattern_moves_and_beeps():
+    items = read_all("test://pattern?seed=7&size=320x240", duration_ns=3 * NS_PER_S)
+    first, second, third = (frame.image for frame in frames_of(items))
+    assert (first != second).any() and (second != third).any()
+    assert samples_of(items).size == 3 * RATE_HZ
+    assert np.abs(samples_of(items)).max() > 0.05
+
+
+def test_seeds_make_different_patterns_and_the_same_seed_the_same():
+    def first(seed: int) -> bytes:
+        return frames_of(read_all(f"test://pattern?seed={seed}", duration_ns=NS_PER_S))[0].image.tobytes()
+
+    assert first(1) == first(1) != first(2)
+
+
+@pytest.mark.parametrize("fps", [0.5, 1.0, 5.0, 12.0])
+def test_the_test_pattern_gives_exactly_the_wanted_rate(fps):
+    items = read_all("test://pattern?size=160x120", fps=fps, duration_ns=4 * NS_PER_S, want_audio=False)
+    assert len(frames_of(items)) == 4 * fps
+
+
+# --- the reader ---------------------------------------------------------------------------------------------------
+
+
+def test_only_cameras_are_live(tmp_path):
+    path = Clip(tmp_path / "clip.mp4").video(times(1)).write()
+    assert not MediaReader(request(path)).is_live
+    assert not MediaReader(request("test://pattern")).is_live
+    assert MediaReader(request("rtsp://127.0.0.1/live")).is_live
+
+
+def test_read_returns_nothing_when_nothing_has_come_and_the_end_for_ever_after():
+    with MediaReader(request("test://pattern", duration_ns=NS_PER_S)) as reader:
+        assert reader.read(0.0) is None, "no decoder starts that fast"
+        while not isinstance(end := reader.read(5.0), Ended):
+            assert not isinstance(end, Failed)
+        assert reader.read(0.0) == end
+    assert reader.read(0.0) == end
+
+
+def test_close_frees_the_process_and_all_files_and_may_be_repeated():
+    gc.collect()
+    num_fds = psutil.Process().num_fds()
+    for _ in range(3):
+        reader = MediaReader(request("test://pattern"))
+        reader.start()
+        while not isinstance(reader.read(5.0), Frame):
+            pass
+        reader.close()
+        reader.close()
+        assert isinstance(reader.read(0.0), Ended)
+    assert psutil.Process().num_fds() == num_fds
+    assert not [child for child in psutil.Process().children() if "media_decoder" in " ".join(child.cmdline())]
+
+
+def test_a_decoder_outlives_the_thread_which_started_it():
+    reader = MediaReader(request("test://pattern"))
+    thread = threading.Thread(target=reader.start)
+    thread.start()
+    thread.join()
+    with contextlib.closing(reader):
+        items = [reader.read(5.0) for _ in range(50)]
+    assert not [item for item in items if item is None or isinstance(item, Failed)]
+
+
+def test_what_a_decoder_inherits_is_no_secret(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy")
+    monkeypatch.setenv("API_TOKEN", "canary")
+    with MediaReader(request("rtsp://user:canary@127.0.0.1:9/live")) as reader:
+        assert reader.pid is not None
+        process = psutil.Process(reader.pid)
+        assert "canary" not in " ".join(process.cmdline())
+        assert set(process.environ()) <= {"PATH", "LANG", "PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} | {
+            "LD_LIBRARY_PATH"
+        }
+
+
+def test_check_source_tells_the_kinds_apart(tmp_path):
+    path = Clip(tmp_path / "clip.mp4").video(times(1)).write()
+    kinds = [
+        check_source(str(source))
+        for source in (path, tmp_path, "rtsp://host/live", "RTSPS://host:322/", "test://pattern")
+    ]
+    assert kinds == ["file", "folder", "rtsp", "rtsp", "test"]
+    assert check_source("https://host/clip.mp4", allow=("https",)) == "http"
+
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.01, 60), st.lists(st.integers(0, 10**9), min_size=1, max_size=200))
+def test_the_grid_takes_a_picture_once_it_is_due_and_never_in_a_burst(fps, steps):
+    grid, now_ns, taken = FrameGrid(fps), 0, []
+    for step in steps:
+        now_ns += step
+        due_ns = grid.next_ns
+        assert grid.take(now_ns) == (now_ns >= due_ns)
+        assert grid.next_ns > now_ns or now_ns < due_ns
+        if now_ns >= due_ns:
+            taken.append((due_ns, now_ns))
+    dues = [due for due, _ in taken]
+    assert dues == sorted(set(dues))
+
+
+@given(st.floats(0.01, 60), st.integers(0, 10**6))
+def test_the_grid_skips_exactly_the_instants_which_have_passed(fps, index):
+    grid = FrameGrid(fps)
+    now_ns = grid.instant_ns(index)
+    assert grid.take(now_ns)
+    assert grid.next_ns == grid.instant_ns(index + 1)
+
+
+@given(st.integers(1, 16_384), st.integers(1, 16_384), st.integers(64, 1 << 24))
+def test_scaled_pictures_are_even_and_small_enough(width, height, max_pixels):
+    scaled = scaled_size(width, height, max_pixels)
+    assert min(scaled) >= 2 and scaled[0] % 2 == scaled[1] % 2 == 0
+    assert scaled[0] * scaled[1] <= max_pixels
+    assert scaled[0] <= max(width, 2) and scaled[1] <= max(height, 2)
+
+
+def test_a_files_axis_starts_at_its_start_and_outlives_jumps():
+    axis = FileAxis(origin_ns=5 * NS_PER_S)
+    assert axis.place(5 * NS_PER_S, 0, 0) == 0
+    assert axis.place(6 * NS_PER_S, 40, 0) == NS_PER_S
+    assert axis.place(None, NS_PER_S + 40, 0) == NS_PER_S + 40
+    assert axis.place(-(10**18), 2 * NS_PER_S, 0) == 2 * NS_PER_S, "a clock set back goes on seamlessly"
+    assert axis.place(NS_PER_S - 10**18, 2 * NS_PER_S + 40, 0) == 3 * NS_PER_S
+    assert axis.num_jumps == 1
+
+
+def test_a_live_axis_keeps_the_distances_which_jitter_destroys():
+    axis = LiveAxis()
+    jitter = [0, 80, 10, 120, 0, 60]
+    placed = [axis.place(k * 40 * NS_PER_MS, 0, (k * 40 + late) * NS_PER_MS) for k, late in enumerate(jitter)]
+    assert placed == [k * 40 * NS_PER_MS for k in range(6)]
+    assert axis.num_jumps == 0
+
+
+def test_a_live_axis_follows_a_camera_whose_clock_drifts():
+    axis = LiveAxis()
+    for k in range(100_000):  # 1000 s of a camera whose clock is 0.1 % slow
+        arrival_ns = k * 10 * NS_PER_MS
+        time_ns = axis.place(arrival_ns * 999 // 1000, 0, arrival_ns)
+        assert abs(arrival_ns - time_ns) <= LIVE_DRIFT_NS + 10 * NS_PER_MS
+    assert 1 <= axis.num_jumps <= 4
+
+
+def test_a_live_axis_puts_a_backlog_where_it_arrives():
+    axis = LiveAxis()
+    placed = [axis.place(k * 40 * NS_PER_MS, 0, k) for k in range(50)]  # 2 s of pictures, all at once
+    assert max(placed) <= LIVE_DRIFT_NS
+    assert axis.num_jumps == 0
