@@ -51,11 +51,12 @@ class StageMeter:
 
     def opened(self, session: Session) -> None:
         metrics, camera, name = self._metrics, session.camera, self._name
+        last = "speaker" if session.speech else "llm"  # where windows end
         self._sessions[session.id] = _Camera(
             camera=metrics.camera(camera, RECONNECT_REASONS) if name == "camera" else None,
             turns=metrics.turns(camera) if name == "llm" else None,
             playback=metrics.playback(camera) if name == "speaker" else None,
-            windows=metrics.windows(camera, (IMAGE, AUDIO), self._stages) if name == "speaker" else None,
+            windows=metrics.windows(camera, (IMAGE, AUDIO), self._stages) if name == last else None,
         )
 
     def closed(self, session: Session) -> None:

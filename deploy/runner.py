@@ -279,7 +279,7 @@ class StageRunner:
     def _may_go(self, state: _Open) -> bool:
         if not self._has_room(state):
             return False
-        if state.session.paced or not self.stage.paced_by_listener:
+        if state.session.paced or not (self.stage.paced_by_listener and state.session.speech):
             return True
         # Virtual time: the listener's clock must have come to the window's end, as it always has in real time.
         return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
@@ -324,15 +324,19 @@ class StageRunner:
         self.num_units += 1
         self._meter.unit_done(state.session, unit.end_ns)
         trace = leave_stage(unit, Span(self.name, ready.since_ns, started_ns, state.now_ns()))
-        if self.stage.is_sink:
+        if self._ends_here(state):
             self._window_done(state, unit, ready.since_ns, trace)
         for stream in self.stage.outputs:
             self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
 
+    def _ends_here(self, state: _Open) -> bool:
+        """Is this the last stage that a window passes? (The LLM is, where nothing speaks.)"""
+        return not any(self._edges_of(state, stream) for stream in self.stage.outputs)
+
     def _window_done(self, state: _Open, unit: Unit, received_ns: int, trace: Trace) -> None:
         """At the sink: say how long the window took, and where."""
         before = [span for span in trace.spans if span.stage != self.name]
-        parts = waterfall(unit.end_ns, max(received_ns, unit.end_ns), before)
+        parts = waterfall(unit.end_ns, max(received_ns, unit.end_ns), before, self.name)
         latency_ns = max(received_ns - unit.end_ns, 0)
         paced = state.session.paced
         late = paced and latency_ns > state.session.window_ns

@@ -10,6 +10,7 @@ from deploy.observe import Target
 from deploy.placement import Process
 from deploy.plan import Address
 from deploy.runner import StageSnapshot
+from graph.chunk import SessionId
 from graph.ledger import Account
 
 
@@ -78,11 +79,13 @@ class Status:
         }
 
     def _session_row(self, session: str, source: str) -> Mapping[str, object]:
-        at = [
-            found
-            for stages in self.snapshots.values()
-            if (stage := stages.get("speaker")) and (found := stage.sessions.get(session))  # type: ignore[call-overload]
-        ]
-        state = "running" if at else "ended"
-        windows, late = (at[0].num_windows, at[0].num_late) if at else (0, 0)
+        at_end = [stages[self._last_stage] for stages in self.snapshots.values() if self._last_stage in stages]
+        found = [stage.sessions[SessionId(session)] for stage in at_end if session in stage.sessions]
+        windows, late = (found[0].num_windows, found[0].num_late) if found else (0, 0)
+        state = "running" if found else "ended"
         return {"session": session, "source": source, "state": state, "windows": windows, "late": late}
+
+    @property
+    def _last_stage(self) -> str:
+        """Where windows end."""
+        return "speaker" if any("speaker" in process.stages for process in self.processes) else "llm"

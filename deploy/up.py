@@ -190,6 +190,8 @@ class _Run:
             source=camera.source.reveal(),
             fps=camera.fps,
             max_pixels=camera.max_pixels,
+            pictures="camera" in spec.stages,
+            speech="speaker" in spec.stages,
             microphone=camera.microphone == "embedded" and "microphone" in spec.stages,
             window_ns=spec.window.length_ns,
             lateness_ns=spec.window.lateness_ns,

@@ -18,6 +18,7 @@ makes the bound hold whatever happens to the Acks.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -61,16 +62,17 @@ class Playback:
     """A distant listener, as the Acks describe it. Acks may be lost, doubled and come late or out of order."""
 
     def __init__(self) -> None:
-        self._acks: deque[Ack] = deque([Ack(0)], maxlen=MAX_ACKS)
+        self._acks = [Ack(0)]  # in the order in which they were made
 
     @property
     def latest(self) -> Ack:
         return self._acks[-1]
 
     def ack(self, ack: Ack) -> None:
-        """Take an Ack. One that is older than the latest changes nothing."""
-        if ack.at_ns >= self.latest.at_ns:
-            self._acks.append(ack)
+        """Take an Ack, in any order, any number of times."""
+        if ack not in self._acks:
+            insort(self._acks, ack, key=lambda a: (a.at_ns, a.epoch, a.through_ns, a.received_ns))
+            del self._acks[:-MAX_ACKS]
 
     def as_of(self, now_ns: int) -> Ack:
         """The newest Ack that was made at or before `now_ns`."""
@@ -94,6 +96,10 @@ class TextBudget:
         self._num_turns = 0  # ended by the LLM
         self._turn_open = False
         self._settled = (0, 0)  # (tokens, ns of speech) up to the last moment when all text was spoken
+        self._window_ns = window_ns
+        self._asked_ns = 0  # end of the window that is being decided
+        self._last_received_ns = 0
+        self._quiet_since_ns = 0  # neither text nor speech in any window that ends later, as far as is known
         self.ns_per_token = FIRST_NS_PER_TOKEN
 
     @property
@@ -105,13 +111,17 @@ class TextBudget:
         if self._playback.parked(now_ns):
             return 0
         ack = self._playback.as_of(now_ns)
-        self._settle(ack)
         unheard_ns = ack.received_ns - ack.heard_at(now_ns)
+        self._asked_ns = now_ns
+        if self._all_spoken(ack, unheard_ns):
+            self._settle(ack)
         left_ns = self._allowed_ns - unheard_ns - self._estimate_ns(ack)
         return min(max(left_ns // self.ns_per_token, 0), MAX_TEXT_TOKENS)
 
     def generated(self, num_tokens: int, *, end_of_turn: bool) -> None:
         """Account for a speaking unit's text."""
+        if num_tokens:
+            self._quiet_since_ns = max(self._quiet_since_ns, self._asked_ns)
         self._num_tokens += num_tokens
         self._turn_open = not end_of_turn
         self._num_turns += end_of_turn
@@ -126,10 +136,18 @@ class TextBudget:
         tokens, speech_ns = self._settled
         return max((self._num_tokens - tokens) * self.ns_per_token - (ack.received_ns - speech_ns), 0)
 
+    def _all_spoken(self, ack: Ack, unheard_ns: int) -> bool:
+        """True when no text waits for its speech: every turn has ended and its last piece has come, or the listener
+        waits and a whole window after the last text gave no speech. Else an estimate that is too high would, inside
+        a long turn, hold the text back for ever."""
+        if ack.received_ns != self._last_received_ns:
+            self._last_received_ns = ack.received_ns
+            self._quiet_since_ns = max(self._quiet_since_ns, ack.through_ns)
+        ran_dry = unheard_ns == 0 and ack.through_ns >= self._quiet_since_ns + self._window_ns
+        return ran_dry or (not self._turn_open and ack.num_turns >= self._num_turns)
+
     def _settle(self, ack: Ack) -> None:
-        """When every ended turn has been synthesised and none is open, nothing is owed; the rate is measured anew."""
-        if self._turn_open or ack.num_turns < self._num_turns:
-            return
+        """Nothing is owed; the rate is measured anew."""
         tokens, speech_ns = self._num_tokens - self._settled[0], ack.received_ns - self._settled[1]
         if tokens > 0 and speech_ns > 0:
             low, high = NS_PER_TOKEN_RANGE

@@ -41,8 +41,8 @@ def digest_of(unit: Unit) -> str:
     return _hash(f"{stream}={digest}\n".encode() for stream, digest in parts.items())
 
 
-def waterfall(start_ns: int, end_ns: int, spans: Iterable[Span]) -> list[Part]:
-    """Where the time from `start_ns` to `end_ns` went, along the critical path. The parts sum to it exactly."""
+def waterfall(start_ns: int, end_ns: int, spans: Iterable[Span], sink: str) -> list[Part]:
+    """Where the time from `start_ns` to its arrival at `sink` went, along the critical path; the parts sum to it."""
     parts: list[Part] = []
     cursor_ns = end_ns
     for span in sorted(spans, key=lambda s: s.finished_ns, reverse=True):
@@ -52,11 +52,11 @@ def waterfall(start_ns: int, end_ns: int, spans: Iterable[Span]) -> list[Part]:
         stretches = [
             Part(span.stage, "queue", started_ns - received_ns),
             Part(span.stage, "compute", span.finished_ns - started_ns),
-            Part(parts[0].stage if parts else "", "hop", cursor_ns - span.finished_ns),
+            Part(parts[0].stage if parts else sink, "hop", cursor_ns - span.finished_ns),
         ]
         parts = stretches + parts
         cursor_ns = received_ns
-    return [Part(parts[0].stage if parts else "", "hop", cursor_ns - start_ns), *parts]
+    return [Part(parts[0].stage if parts else sink, "hop", cursor_ns - start_ns), *parts]
 
 
 def slowest_stage(parts: Iterable[Part]) -> str:

@@ -13,7 +13,8 @@ from graph.window import Unit
 from stages.stage import Session, Stage
 
 WINDOW_EVENT = "window"
-HEARD_EVENT = "heard"
+SAID_EVENT = "said"  # by the model, at its window's end
+HEARD_EVENT = "heard"  # by the listener, when it began to sound
 
 
 class Events(Stage):
@@ -22,6 +23,7 @@ class Events(Stage):
     events.jsonl    one line per event: session, time_s (event time), type, and its fields
     windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, latency_s, on_time, stages
     transcript.txt  one line per word chunk: when it was heard, of which session, what was said
+                    (where nothing speaks: when it was written)
 
     out: the folder they are written to, None: nowhere (a session may run without).
     """
@@ -31,9 +33,11 @@ class Events(Stage):
     def __init__(self) -> None:
         self._files: dict[Path, TextIO] = {}
         self._out: dict[SessionId, Path | None] = {}
+        self._spoken: dict[SessionId, str] = {}  # the event that the transcript tells of
 
     def open_session(self, session: Session) -> None:
         self._out[session.id] = session.out
+        self._spoken[session.id] = HEARD_EVENT if session.speech else SAID_EVENT
         if session.out is not None:
             session.out.mkdir(parents=True, exist_ok=True)
             for name in ("events.jsonl", "windows.jsonl", "transcript.txt"):
@@ -42,6 +46,7 @@ class Events(Stage):
     def close_session(self, session: SessionId) -> None:
         """Close the files with the last session that writes to their folder."""
         out = self._out.pop(session, None)
+        self._spoken.pop(session, None)
         if out is None or out in self._out.values():
             return
         for path in [path for path in self._files if path.parent == out]:
@@ -61,7 +66,7 @@ class Events(Stage):
             return
         row: dict[str, object] = {"time_s": chunk.start_ns / NS_PER_S, **chunk.attrs}
         self._write(out / "events.jsonl", _json_line(chunk.session, row))
-        if kind == HEARD_EVENT:
+        if kind == self._spoken[chunk.session] and chunk.attrs.get("text"):
             self._write(out / "transcript.txt", _spoken_line(chunk))
 
     def _write(self, path: Path, text: str) -> None:

@@ -55,6 +55,8 @@ class Feed:
         self._retry_ns = FIRST_RETRY_NS
         self._retry_at_ns = 0
         self._sides = _Sides()
+        self._up = False
+        self._seen_ns = 0  # end of what was really seen and heard
         self.video_ns = 0  # nothing before this will come
         self.audio_ns = 0
         self.end_ns: int | None = None  # set when the source has ended for good
@@ -135,7 +137,7 @@ class Feed:
             source=session.source,
             fps=session.fps,
             max_pixels=session.max_pixels,
-            want_video=True,
+            want_video=session.pictures,
             want_audio=session.microphone,
             window_ns=session.window_ns,
             duration_ns=duration_ns,
@@ -154,16 +156,15 @@ class Feed:
             self.video_ns = max(self.video_ns, min(item.video_ns + self._base_ns, FOREVER_NS))
             self.audio_ns = max(self.audio_ns, min(item.audio_ns + self._base_ns, FOREVER_NS))
         elif isinstance(item, Ended):
-            self._finish(Notice("camera_ended", self._media_end_ns(), reason=item.reason))
+            self._finish(Notice("camera_ended", self._end_ns(), reason=item.reason))
         else:
             self._lose(item, now_ns)
 
     def _take_frame(self, frame: Frame) -> None:
-        if self._retry_ns != FIRST_RETRY_NS or self.video_ns == 0:
-            self._sides.notices.append(Notice("camera_up", frame.start_ns + self._base_ns))
-        self._retry_ns = FIRST_RETRY_NS
         start_ns = frame.start_ns + self._base_ns
+        self._come_up(start_ns)
         self._sides.frames.append(Frame(start_ns, frame.image))
+        self._seen_ns = max(self._seen_ns, start_ns + 1)
         self.video_ns = max(self.video_ns, start_ns + 1)
 
     def _take_sound(self, sound: Sound) -> None:
@@ -173,14 +174,21 @@ class Feed:
             sides.first_sample = max(first, sides.first_sample)
         gap = np.zeros(max(first - sides.first_sample - len(sides.samples), 0), np.float32)
         sides.samples = np.concatenate([sides.samples, gap, sound.samples])
-        self.audio_ns = max(self.audio_ns, (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ)
+        end_ns = (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ
+        self._come_up(end_ns)
+        self._seen_ns = max(self._seen_ns, end_ns)
+        self.audio_ns = max(self.audio_ns, end_ns)
 
-    def _media_end_ns(self) -> int:
-        ends = [t for t in (self.video_ns, self.audio_ns) if t < FOREVER_NS]
-        return max(ends, default=0)
+    def _come_up(self, at_ns: int) -> None:
+        """The camera delivers, for the first time or again."""
+        if not self._up:
+            self._sides.notices.append(Notice("camera_up", at_ns))
+        self._up = True
+        self._retry_ns = FIRST_RETRY_NS
 
     def _lose(self, failed: Failed, now_ns: int) -> None:
         live = self._reader is not None and self._reader.is_live
+        self._up = False
         self.close()
         if not live:
             self._finish(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
@@ -192,10 +200,14 @@ class Feed:
     def _finish(self, notice: Notice) -> None:
         self.close()
         self._sides.notices.append(notice)
-        duration_ns = self._session.duration_ns
-        lost = notice.type == "camera_lost"
         # A lost file still owes its windows, as missing, until the time that was asked for is over.
-        self.end_ns = duration_ns if lost and duration_ns is not None else self._media_end_ns()
+        lost_ns = self._session.duration_ns if notice.type == "camera_lost" else None
+        self.end_ns = self._end_ns() if lost_ns is None else lost_ns
+
+    def _end_ns(self) -> int:
+        """End of the media, or of the time that was asked for."""
+        duration_ns = self._session.duration_ns
+        return self._seen_ns if duration_ns is None else min(self._seen_ns, duration_ns)
 
 
 class Feeds:

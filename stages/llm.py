@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from graph.chunk import Chunk, SessionId
-from graph.streams import AUDIO, IMAGE, TEXT
+from graph.chunk import Chunk, Scalar, SessionId
+from graph.streams import AUDIO, EVENTS, IMAGE, TEXT
 from graph.tail import Ack, TextBudget
 from graph.window import Unit
 from model_shards.duplex import MAX_ENDING, MAX_TEXT_TOKENS, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
 from model_shards.kv_cache import KvCache
 from model_shards.tokenizer import Tokenizer
 from stages.audio_encoder import VOICE_ROLE
+from stages.events import SAID_EVENT
 from stages.stage import Session, Stage, StageError, session_seed
 from stages.tensors import Runtime, to_arrays, to_tensor
 
@@ -87,8 +88,7 @@ class Llm(Stage):
     def process(self, units: list[Unit]) -> list[Chunk]:
         self._begin([unit for unit in units if not self._open[unit.session].begun])
         outputs = self._engine.step([(self._open[unit.session].duplex, self._input(unit)) for unit in units])
-        chunks = [self._say(unit, output) for unit, output in zip(units, outputs, strict=True)]
-        return [chunk for chunk in chunks if chunk is not None]
+        return [chunk for unit, output in zip(units, outputs, strict=True) for chunk in self._say(unit, output)]
 
     def text_budget(self, session: SessionId) -> int:
         """Tokens that were allowed in the session's last window."""
@@ -115,7 +115,8 @@ class Llm(Stage):
 
     def _input(self, unit: Unit) -> UnitInput:
         state = self._open[unit.session]
-        state.num_tokens = state.budget.tokens(unit.end_ns)
+        # Without speech nobody listens, and nothing can run ahead of the ear: the model paces itself.
+        state.num_tokens = state.budget.tokens(unit.end_ns) if state.session.speech else MAX_TEXT_TOKENS
         cut, state.cut = state.cut, False
         heard = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") != VOICE_ROLE]
         return UnitInput(
@@ -125,20 +126,22 @@ class Llm(Stage):
             force_listen=cut,
         )
 
-    def _say(self, unit: Unit, output: UnitOutput) -> Chunk | None:
+    def _say(self, unit: Unit, output: UnitOutput) -> list[Chunk]:
         state = self._open[unit.session]
         if output.is_listen:
             state.speaking = False
-            return None
+            return []
         state.speaking = state.speaking or output.turn_start
         if not state.speaking:
-            return None
+            return []
         state.speaking = not output.end_of_turn
         state.budget.generated(len(output.token_ids), end_of_turn=output.end_of_turn)
         hidden, dtype = to_arrays("hidden", output.hidden)
         arrays = {"token_ids": np.array(output.token_ids, dtype=np.int64), **hidden}
-        attrs = {"text": output.text, "turn_start": output.turn_start, "end_of_turn": output.end_of_turn, **dtype}
-        return unit.emit(TEXT, arrays=arrays, attrs=attrs)
+        turn: dict[str, Scalar] = {"text": output.text, "end_of_turn": output.end_of_turn}
+        text = unit.emit(TEXT, arrays=arrays, attrs={**turn, "turn_start": output.turn_start, **dtype})
+        said = Chunk(unit.session, EVENTS, unit.end_ns, attrs={"type": SAID_EVENT, "window": unit.index, **turn})
+        return [text, said]
 
 
 def session_tokens(high: int, max_unit_tokens: int) -> int:

@@ -31,6 +31,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from stages.media_wire import (
     FOREVER_NS,
+    IMAGE_SUFFIXES,
     LIVE_KINDS,
     Ended,
     Failed,
@@ -142,14 +143,14 @@ def _check_path(source: str) -> SourceKind:
     if not os.access(path, os.R_OK):
         raise MediaError("refused", f"{source}: may not be read by this user; check its permissions")
     if stat.S_ISDIR(mode):
-        return "folder"
+        return "images"
     if stat.S_ISCHR(mode) and path.resolve().name.startswith("video"):
         return "webcam"
     if not stat.S_ISREG(mode):
         raise MediaError("blocked", f"{source}: is no file, folder or camera; pipes and sockets are not read")
     if path.stat().st_size == 0:
         raise MediaError("unreadable", f"{source}: the file is empty")
-    return "file"
+    return "images" if path.suffix.lower() in IMAGE_SUFFIXES else "file"
 
 
 def _suggestion(path: Path) -> str:
@@ -224,16 +225,22 @@ class MediaReader:
         while self._last is None:
             if (item := self._pump()) is not None:
                 return self._settle(item)
-            now = time.monotonic()
-            self._quiet_since = now if self._quiet_since is None else self._quiet_since
-            patience_s = self._quiet_since + self._patience_s - now
-            if self._last is None and patience_s <= 0:
-                self._fail("timeout", "gave nothing for too long; its decoder was stopped")
-            elif now >= deadline:
-                break
-            else:
-                self._poll.poll(1000 * max(0.001, min(deadline - now, patience_s)))
+            if self._last is None and not self._wait(deadline):
+                return None
         return self._last
+
+    def _wait(self, deadline: float) -> bool:
+        """Wait for bytes until the deadline; False when it has passed. Fails a source which has been quiet too long."""
+        now = time.monotonic()
+        self._quiet_since = now if self._quiet_since is None else self._quiet_since
+        patience_s = self._quiet_since + self._patience_s - now
+        if patience_s <= 0:
+            self._fail("timeout", "gave nothing for too long; its decoder was stopped")
+        elif now >= deadline:
+            return False
+        else:
+            self._poll.poll(1000 * max(0.001, min(deadline - now, patience_s)))
+        return True
 
     @property
     def _patience_s(self) -> float:
@@ -317,7 +324,7 @@ class MediaReader:
 
 
 def _with_absolute_path(request: MediaRequest, kind: SourceKind) -> MediaRequest:
-    if kind not in ("file", "folder", "webcam"):
+    if kind not in ("file", "images", "webcam"):
         return request
     return MediaRequest(
         str(Path(request.source).absolute()),

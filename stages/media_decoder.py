@@ -49,6 +49,7 @@ from stages.media_tracks import (
 )
 from stages.media_wire import (
     FOREVER_NS,
+    IMAGE_SUFFIXES,
     LIVE_KINDS,
     Ended,
     Failed,
@@ -69,12 +70,11 @@ MAX_STREAMS: Final = 32
 MAX_IMAGES: Final = 100_000
 MAX_BAD_IN_A_ROW: Final = 300  # 10 s of a 30 fps camera
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 _IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
 # Containers only: no playlist (hls, dash, concat, sdp), no device, no script (lavfi), no pattern (image2).
 _FILE_FORMATS: Final = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,ogg,wav,w64,aiff,au,mp3,flac,aac,ac3,eac3,caf,amr,"
-    "h264,hevc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,apng,yuv4mpegpipe,webp_pipe,bmp_pipe," + _IMAGE_FORMATS
+    "h264,hevc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,apng,yuv4mpegpipe,webp_pipe,bmp_pipe"
 )
 _PROTOCOLS: Final = {
     "rtsp": "rtsp,rtp,tcp",
@@ -191,10 +191,12 @@ def pattern_graphs(source: str, fps: float) -> list[str]:
 
 
 def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet) -> list[Feed]:
-    """The first real video and audio stream, if wanted, each from the last container which has it."""
+    """The first video and audio stream which can be decoded, if wanted; sound from the second connection of two."""
     request = order.request
     video = [s for c in containers for s in c.streams.video if not s.disposition & Disposition.attached_pic]
     audio = [s for c in containers[::-1] for s in c.streams.audio]
+    video = [s for s in video if s.codec_context is not None]  # PyAV's stubs don't know of None
+    audio = [s for s in audio if s.codec_context is not None]
     streams: list[VideoStream | AudioStream] = [*video[: request.want_video], *audio[: request.want_audio]]
     starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
     feeds: list[Feed] = [(container, {}) for container in containers]
@@ -316,8 +318,8 @@ def decode(packet: Packet[Any], track: Track, arrival_ns: int) -> None:
         track.finish()
 
 
-def run_folder(order: Order, outlet: Outlet) -> MediaItem:
-    """The images of a folder by name, each for one frame period; damaged ones leave their period empty."""
+def run_images(order: Order, outlet: Outlet) -> MediaItem:
+    """The images of a folder by name, or one image, each for one period; a damaged one leaves its period empty."""
     request = order.request
     grid, scaler, num_bad = FrameGrid(request.fps), Scaler(request.max_pixels), 0
     names = image_names(Path(request.source))
@@ -335,12 +337,14 @@ def run_folder(order: Order, outlet: Outlet) -> MediaItem:
             num_bad += 1
         outlet.put(Progress(grid.instant_ns(index + 1), FOREVER_NS, 0, num_bad))
     if num_bad == len(names):
-        raise MediaError("unreadable", f"has {num_bad} images, and none of them can be decoded")
+        raise MediaError("unreadable", f"has no image which can be decoded, of {num_bad}")
     return Ended("the last image has been shown")
 
 
 def image_names(folder: Path) -> list[Path]:
-    """JPEG and PNG files of the folder, by name; links which lead out of it are left out."""
+    """JPEG and PNG files of the folder, by name; links which lead out of it are left out. Or the one image itself."""
+    if folder.is_file():
+        return [folder]
     home = folder.resolve()
     images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     inside = sorted(path for path in images if path.is_file() and path.resolve().is_relative_to(home))
@@ -364,7 +368,7 @@ _REASONS: Final[tuple[tuple[type[BaseException], FailKind, str], ...]] = (
     (ConnectionRefusedError, "refused", "refused the connection: check host and port, and that it is switched on"),
     (TimeoutError, "timeout", "said nothing in time: check that it is switched on and not overloaded"),
     (av.error.ExitError, "timeout", "said nothing in time: check that it is switched on and not overloaded"),
-    (ConnectionError, "closed", "broke the connection; it may be opened again"),
+    (ConnectionError, "closed", "broke the connection"),
     (EOFError, "closed", "broke off while it was read"),
     (MemoryError, "limit", f"needs more than {MAX_MEMORY_BYTES >> 20} MiB of memory to decode"),
     (av.error.ProtocolNotFoundError, "blocked", "leads to a protocol which is not allowed here"),
@@ -375,21 +379,23 @@ _REASONS: Final[tuple[tuple[type[BaseException], FailKind, str], ...]] = (
 )
 
 
-def explain(error: FFmpegError | OSError | MemoryError, source: str) -> Failed:
+def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     """The failure in the owner's words; libav's own text would show the URL with its password."""
     kind, what = next((kind, what) for of_type, kind, what in _REASONS if isinstance(error, of_type))
+    if kind == "closed" and order.kind not in LIVE_KINDS:
+        kind = "unreadable"
     detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
-    return Failed(kind, f"{mask_source(source)} {what}{detail}")
+    return Failed(kind, f"{mask_source(order.request.source)} {what}{detail}")
 
 
 def decode_order(order: Order, outlet: Outlet) -> MediaItem:
     """Do what was ordered; the last item to send, whatever happened."""
     try:
-        return (run_folder if order.kind == "folder" else run_streams)(order, outlet)
+        return (run_images if order.kind == "images" else run_streams)(order, outlet)
     except MediaError as error:
         return Failed(error.kind, f"{mask_source(order.request.source)} {error.message}")
     except (FFmpegError, OSError, MemoryError) as error:
-        return explain(error, order.request.source)
+        return explain(error, order)
     except ParentGone:
         raise
     except Exception as error:  # the process's last words: the parent sees no traceback

@@ -25,6 +25,7 @@ from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaReq
 MAX_SIDE: Final = 16_384
 MAX_PICTURE_PIXELS: Final = 1 << 26  # 64 Mpixel, twice 8K
 MAX_SOURCE_FPS: Final = 1000
+MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000  # at 1 Hz one packet would become gigabytes
 DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea
 
 GAP_NS: Final = 50 * NS_PER_MS  # smaller differences between PTS and sample count are jitter
@@ -180,6 +181,7 @@ class VideoTrack:
             self._anchor_ns, self._num_since = self._time_ns, 0
         self._num_since += 1
         self.num_decoded += 1
+        check_size(frame.width, frame.height)
         if self.num_decoded > MAX_SOURCE_FPS * (self._time_ns // NS_PER_S + 1):
             raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
         if self._time_ns < self._until_ns and self._grid.take(self._time_ns):
@@ -228,7 +230,8 @@ class SoundTrack:
         return self.axis.num_jumps + self._num_holes
 
     def add(self, frame: AudioFrame, arrival_ns: int) -> None:
-        if frame.sample_rate <= 0 or frame.samples <= 0:
+        if not MIN_RATE_HZ <= frame.sample_rate <= MAX_RATE_HZ:
+            self.num_bad += 1
             return
         expected_ns = self._anchor_ns + self._num_source_samples * NS_PER_S // frame.sample_rate
         time_ns = self.axis.place(to_ns(frame.pts, frame.time_base), expected_ns, arrival_ns)
@@ -317,6 +320,7 @@ class Scaler:
         self._reformatter = VideoReformatter()
 
     def to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
+        """MediaError "limit" for a picture which nobody filmed."""
         check_size(picture.width, picture.height)
         width, height = scaled_size(picture.width, picture.height, self._max_pixels)
         rgb = self._reformatter.reformat(picture, width, height, "rgb24", interpolation=int(self.HOW), threads=1)

@@ -29,8 +29,9 @@ PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message
 WINDOW_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
 MAX_TEXT_BYTES: Final = 4096
 
-SourceKind: TypeAlias = Literal["file", "folder", "rtsp", "http", "webcam", "test"]
+SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test"]
 LIVE_KINDS: Final[tuple[SourceKind, ...]] = ("rtsp", "webcam")  # these set the pace themselves
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 FailKind: TypeAlias = Literal["missing", "unreadable", "refused", "blocked", "timeout", "closed", "crashed", "limit"]
 # missing: not there · unreadable: no media in it · refused: by its owner · blocked: by us · closed: live, and cut off
 
@@ -55,7 +56,7 @@ class WireError(Exception):
 class MediaRequest:
     """What is wanted of one source. MediaError "limit" when a number is outside what a decoder may be asked for."""
 
-    source: str  # URL, path, folder, /dev/video0 or test://pattern[?seed=&size=WxH]
+    source: str  # URL, file, image, folder of images, /dev/video0 or test://pattern[?seed=&size=WxH]
     fps: float  # frames per second of event time, not of the source
     max_pixels: int  # per frame; larger pictures are scaled down, smaller ones never up
     want_video: bool

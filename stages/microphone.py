@@ -54,7 +54,7 @@ class Microphone(Stage):
             chunks += _cut(state)
             state.index += 1
         if _is_over(state, now_ns):
-            chunks += _cut(state)
+            chunks += [chunk for chunk in _cut(state) if not chunk.is_control]  # the rest, if the end cuts a window
             chunks.append(end_of_stream(session, MIC, _end_of_sound_ns(state.feed)))
             state.ended = True
         return chunks

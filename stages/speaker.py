@@ -91,8 +91,6 @@ class Speaker(Stage):
     open_device: makes the second output of a session, for a real sound device; None: the virtual listener only.
     """
 
-    is_sink = True
-
     def __init__(self, open_device: Callable[[], Output] | None = None) -> None:
         self._open_device = open_device
         self._open: dict[SessionId, _Open] = {}

@@ -34,6 +34,7 @@ class Session:
     """What a stage is told when a session opens. All times are ns on the session's event-time axis.
 
     id:          usually one camera with its microphone.
+    pictures, microphone, speech: whether there is somebody to see, to hear and to speak (a checkpoint may lack parts).
     playback:    the listener as the sink's Acks describe it; kept up to date by the actor, read by the stage.
     duration_ns: how long the sources run; None: as long as they can.
     paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
@@ -44,7 +45,9 @@ class Session:
     source: str
     fps: float = 1.0
     max_pixels: int = 448 * 448 * 2
+    pictures: bool = True
     microphone: bool = True
+    speech: bool = True
     window_ns: int = 1_000_000_000
     lateness_ns: int = 150_000_000
     lead_ns: int = 1_000_000_000
@@ -61,14 +64,12 @@ class Stage:
 
     `outputs` are the streams whose windows this stage advances: the actor sends their watermark after each unit.
     `paced_by_listener`: in virtual time a unit waits until the listener's clock has come to its end.
-    `is_sink`: windows end here; the actor tells how long they took.
     `windowed`: False for a stage that takes each chunk as it comes.
     """
 
     outputs: Sequence[str] = ()
     paced_by_listener: bool = False
     windowed: bool = True
-    is_sink: bool = False
 
     def open_session(self, session: Session) -> None:
         """Make room for a session. Raises StageError when there is none; nothing is kept then."""

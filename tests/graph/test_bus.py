@@ -120,7 +120,7 @@ def raw_dealer(endpoint: str) -> AbstractContextManager[zmq.Socket[bytes]]:
     return closing(socket)
 
 
-# ---- what arrives, and in which order --------------------------------------------------------------------------------
+# ---- what arrives, and in which order ------------------------------------------------------------------------------
 
 
 def test_each_sessions_chunks_arrive_in_the_order_they_were_sent(edge: Edge) -> None:
@@ -163,7 +163,7 @@ def test_an_arrival_names_its_edge_and_its_sender(edge: Edge) -> None:
     assert (edge.arrived[0].edge, edge.arrived[0].sender) == (WAIT.id, b"camera-0")
 
 
-# ---- a full edge -----------------------------------------------------------------------------------------------------
+# ---- a full edge ---------------------------------------------------------------------------------------------------
 
 
 def test_a_full_edge_waits_for_what_is_used_up(edge: Edge) -> None:
@@ -251,7 +251,7 @@ def test_a_session_that_comes_back_begins_with_full_credit(edge: Edge) -> None:
     assert (len(edge.arrived), edge.sender.num_waiting) == (8, 2)
 
 
-# ---- control -----------------------------------------------------------------------------------------------------
+# ---- control -------------------------------------------------------------------------------------------------------
 
 
 def test_watermarks_and_ends_stay_behind_the_data_of_their_lane(open_edge: Callable[[EdgeRule], Edge]) -> None:
@@ -463,7 +463,7 @@ def test_a_receiver_that_comes_late_gets_everything(directory: Path) -> None:
         assert later.account().in_flight == 0
 
 
-# ---- the house ---------------------------------------------------------------------------------------------------
+# ---- the house -----------------------------------------------------------------------------------------------------
 
 
 def test_the_directory_of_the_sockets_is_its_owners_alone(directory: Path) -> None:

@@ -85,7 +85,7 @@ def test_seconds_of_a_stage_that_took_part_twice_add_up() -> None:
     assert stage_seconds(parts) == {"camera.compute": 1.5}
 
 
-# ---- what was seen and heard -----------------------------------------------------------------------------------------
+# ---- what was seen and heard ---------------------------------------------------------------------------------------
 
 
 def picture(start_ns: int, pixels: bytes, stream: str = DOOR, seq: int = 0, **attrs: Scalar) -> Chunk:
@@ -178,7 +178,7 @@ def test_a_stage_of_one_stream_hands_the_digest_on() -> None:
     assert digest_of(unit(traces={"text": Trace(digest="seen and heard")})) == "seen and heard"
 
 
-# ---- what travels on -------------------------------------------------------------------------------------------------
+# ---- what travels on -----------------------------------------------------------------------------------------------
 
 
 def test_a_unit_leaves_with_every_span_before_it_once_and_its_own() -> None:

@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import http.server
 import os
+import subprocess
+import sys
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -285,6 +288,13 @@ def test_images_of_a_folder_come_by_name_one_per_frame_period(tmp_path):
     assert isinstance(items[-1], Ended)
 
 
+def test_a_single_image_is_one_frame(tmp_path):
+    picture(1, 64, 48).save(str(tmp_path / "a.png"))
+    items = read_all(tmp_path / "a.png")
+    assert [frame.start_ns for frame in frames_of(items)] == [800_000_000]
+    assert isinstance(items[-1], Ended)
+
+
 def test_a_damaged_image_leaves_its_period_empty_and_is_counted(tmp_path):
     picture(1, 64, 48).save(str(tmp_path / "a.png"))
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
@@ -371,13 +381,40 @@ def test_what_a_decoder_inherits_is_no_secret(monkeypatch):
         }
 
 
+def test_the_parent_loads_no_decoder():
+    code = "import sys, stages.media; sys.exit(any(name in sys.modules for name in ('av', 'torch', 'ray', 'zmq')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_a_file_over_http_is_read_where_that_is_allowed(tmp_path):
+    Clip(tmp_path / "clip.mp4").video(times(3)).sound(3).write()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        source = f"http://127.0.0.1:{server.server_port}/clip.mp4"
+        with MediaReader(request(source), allow=("http",)) as reader:
+            items = [reader.read(5.0)]
+            while not isinstance(items[-1], (Ended, Failed)):
+                items.append(reader.read(5.0))
+        server.shutdown()
+    assert isinstance(items[-1], Ended)
+    assert len(frames_of(items)) == 3
+
+
 def test_check_source_tells_the_kinds_apart(tmp_path):
     path = Clip(tmp_path / "clip.mp4").video(times(1)).write()
     kinds = [
         check_source(str(source))
         for source in (path, tmp_path, "rtsp://host/live", "RTSPS://host:322/", "test://pattern")
     ]
-    assert kinds == ["file", "folder", "rtsp", "rtsp", "test"]
+    assert kinds == ["file", "images", "rtsp", "rtsp", "test"]
     assert check_source("https://host/clip.mp4", allow=("https",)) == "http"
 
 

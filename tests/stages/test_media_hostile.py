@@ -155,8 +155,15 @@ def test_a_file_which_may_not_be_read_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"fps": 0.0}, {"fps": float("nan")}, {"fps": 1e9}, {"max_pixels": 1 << 40}, {"window_ns": 0}, {"duration_ns": 0}]
-    + [{"want_video": False, "want_audio": False}],
+    [
+        {"fps": 0.0},
+        {"fps": float("nan")},
+        {"fps": 1e9},
+        {"max_pixels": 1 << 40},
+        {"window_ns": 0},
+        {"duration_ns": 0},
+        {"want_video": False, "want_audio": False},
+    ],
 )
 def test_a_request_with_senseless_numbers_is_refused(wrong):
     with pytest.raises(MediaError):
@@ -228,7 +235,7 @@ def test_a_video_which_breaks_off_is_read_as_far_as_it_goes(tmp_path):
     items = read_all(tmp_path / "half.mp4")
     num_frames = len([item for item in items if isinstance(item, Frame)])
     assert 1 <= num_frames < 6
-    assert isinstance(items[-1], Ended) or items[-1].kind == "closed"
+    assert isinstance(items[-1], Ended) or items[-1].kind == "unreadable"
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -240,7 +247,7 @@ def test_damaged_files_end_or_fail_by_name(tmp_path, name, seed):
         damaged[at] = rng.integers(256)
     (tmp_path / name).write_bytes(damaged)
     end = read_all(tmp_path / name)[-1]
-    assert isinstance(end, Ended) or end.kind in ("unreadable", "limit", "closed"), end
+    assert isinstance(end, Ended) or end.kind in ("unreadable", "limit"), end
 
 
 @pytest.mark.parametrize(("width", "height"), [(65_535, 65_535), (65_535, 16), (20_000, 20_000)])
@@ -276,7 +283,7 @@ def test_a_video_of_a_single_picture_has_no_frame_rate_and_ends(tmp_path):
     assert not [item for item in items if isinstance(item, Frame)]
 
 
-def test_a_file_with_a_thousand_streams_is_refused_or_read_in_bounds(tmp_path):
+def test_a_file_with_a_hundred_streams_is_refused(tmp_path):
     path = tmp_path / "many.mkv"
     with av.open(str(path), "w") as container:
         for _ in range(100):
