@@ -68,7 +68,7 @@ MAX_MEMORY_BYTES: Final = 3 << 29  # address space. H.264 with 4 reference pictu
 MAX_FILES: Final = 32
 MAX_STREAMS: Final = 32
 MAX_IMAGES: Final = 100_000
-MAX_BAD_IN_A_ROW: Final = 300  # 10 s of a 30 fps camera
+MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
 
 _IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
 # Containers only: no playlist (hls, dash, concat, sdp), no device, no script (lavfi), no pattern (image2).
@@ -275,17 +275,20 @@ class LiveWatch:
         self._silence_ns = int(order.silence_timeout_s * NS_PER_S) if is_live else FOREVER_NS
         duration_ns = order.request.duration_ns
         self._until_ns = FOREVER_NS if duration_ns is None or not is_live else duration_ns + NS_PER_S
-        self._last_ns = 0
+        self._listening_since_ns = 0
 
     def is_over(self, arrival_ns: int) -> bool:
         """Whether the duration has passed, though a stream which died never reaches it.
 
         TimeoutError after a silence: libav answers its own time-out with the last packet, and waits once more.
         """
-        if arrival_ns - self._last_ns >= self._silence_ns:
+        if arrival_ns - self._listening_since_ns >= self._silence_ns:
             raise TimeoutError
-        self._last_ns = arrival_ns
         return arrival_ns > self._until_ns
+
+    def listen(self, now_ns: int) -> None:
+        """Silence counts from now on; before, a packet was decoded and its items waited for the parent."""
+        self._listening_since_ns = now_ns
 
 
 def play(feeds: list[Feed], tracks: list[Track], teller: Teller, watch: LiveWatch) -> bool:
@@ -299,6 +302,7 @@ def play(feeds: list[Feed], tracks: list[Track], teller: Teller, watch: LiveWatc
         teller.tell()
         if over or all(track.done for track in tracks):
             return not all(track.ended for track in tracks)
+        watch.listen(time.monotonic_ns() - epoch_ns)
     return False
 
 
@@ -312,7 +316,7 @@ def decode(packet: Packet[Any], track: Track, arrival_ns: int) -> None:
             track.add(frame, arrival_ns)
     except av.error.InvalidDataError:
         track.num_bad += 1
-        if track.num_bad >= MAX_BAD_IN_A_ROW and not track.num_decoded:
+        if track.num_bad >= MAX_BAD_AT_START and not track.num_decoded:
             raise
     if packet.size == 0:
         track.finish()

@@ -29,12 +29,11 @@ MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000  # at 1 Hz one packet would become giga
 DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea
 
 GAP_NS: Final = 50 * NS_PER_MS  # smaller differences between PTS and sample count are jitter
-LIVE_DRIFT_NS: Final = 300 * NS_PER_MS
-LIVE_LOST_NS: Final = 10 * NS_PER_S
-LIVE_CHECK_NS: Final = 5 * NS_PER_S
-FILE_BACK_NS: Final = 10 * NS_PER_S
+LIVE_DRIFT_NS: Final = 300 * NS_PER_MS  # more than Wi-Fi jitters, less than a third of a window
+LIVE_CHECK_NS: Final = 5 * NS_PER_S  # a delay is drift, and no jitter, when it has not been less for so long
+LIVE_LOST_NS: Final = 10 * NS_PER_S  # no network holds packets for so long: the camera's clock was set
+FILE_BACK_NS: Final = NS_PER_S // 2  # recordings joined without care begin anew
 FILE_AHEAD_NS: Final = 3600 * NS_PER_S  # a screen recording may stand still for so long
-
 
 Put: TypeAlias = Callable[[MediaItem], None]  # where items go; may block
 
@@ -174,8 +173,11 @@ class VideoTrack:
         return self.axis.num_jumps
 
     def add(self, frame: VideoFrame, arrival_ns: int) -> None:
-        expected_ns = self._anchor_ns + int(self._num_since * self._period_ns)
         pts_ns = to_ns(frame.dts if frame.pts is None else frame.pts, frame.time_base)
+        if pts_ns is None:
+            expected_ns = self._anchor_ns + int(self._num_since * self._period_ns)
+        else:  # the average period says little about the next picture of an uneven stream
+            expected_ns = self._time_ns
         self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
         if pts_ns is not None:
             self._anchor_ns, self._num_since = self._time_ns, 0
@@ -233,7 +235,8 @@ class SoundTrack:
         if not MIN_RATE_HZ <= frame.sample_rate <= MAX_RATE_HZ:
             self.num_bad += 1
             return
-        expected_ns = self._anchor_ns + self._num_source_samples * NS_PER_S // frame.sample_rate
+        rate_hz = self._source_format[0] if self._source_format is not None else frame.sample_rate
+        expected_ns = self._anchor_ns + self._num_source_samples * NS_PER_S // rate_hz
         time_ns = self.axis.place(to_ns(frame.pts, frame.time_base), expected_ns, arrival_ns)
         self.num_decoded += 1
         if time_ns < expected_ns - GAP_NS:
@@ -292,8 +295,8 @@ class SoundTrack:
 
     def _send(self) -> None:
         if self._parts:
-            whole = np.nan_to_num(np.concatenate(self._parts), copy=False)
-            self._put(Sound(self._num_sent, whole))
+            whole = np.nan_to_num(np.concatenate(self._parts), copy=False, posinf=1.0, neginf=-1.0)
+            self._put(Sound(self._num_sent, np.clip(whole, -1.0, 1.0, out=whole)))
             self._num_sent, self._parts = self._num_samples, []
 
     def finish(self) -> None:

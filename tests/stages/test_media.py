@@ -4,6 +4,7 @@ import contextlib
 import gc
 import http.server
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -221,6 +222,26 @@ def test_a_hole_in_the_sound_is_filled_so_that_the_axis_holds(tmp_path):
     assert not samples[int(1.1 * RATE_HZ) : int(1.4 * RATE_HZ)].any()
     assert np.abs(samples[int(1.6 * RATE_HZ) : int(1.7 * RATE_HZ)]).max() > 0.1
     assert last_progress(items).num_gaps == 1
+
+
+def test_recordings_joined_without_care_follow_each_other(tmp_path):
+    clips = [Clip(tmp_path / f"{hz}.ts").video(times(2)).sound(2, hz).write() for hz in (48_000, 22_050)]
+    (tmp_path / "both.ts").write_bytes(b"".join(clip.read_bytes() for clip in clips))
+    items = read_all(tmp_path / "both.ts")
+    assert [frame.start_ns // NS_PER_S for frame in frames_of(items)] == [0, 1, 2, 3]
+    samples = samples_of(items)
+    assert abs(samples.size - 4 * RATE_HZ) < 0.3 * RATE_HZ
+    spectrum = np.abs(np.fft.rfft(samples[int(2.5 * RATE_HZ) : int(3.5 * RATE_HZ)]))
+    assert abs(int(spectrum.argmax()) - 440) <= 2
+
+
+def test_sound_which_is_no_sound_is_clipped(tmp_path):
+    wild = np.array([np.nan, np.inf, -np.inf, 1e30, 0.5], np.float32).tobytes() * 3200
+    header = b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<IHHIIHH", 16, 3, 1, RATE_HZ, 4 * RATE_HZ, 4, 32)
+    (tmp_path / "wild.wav").write_bytes(header + b"data" + struct.pack("<I", len(wild)) + wild)
+    samples = samples_of(read_all(tmp_path / "wild.wav"))
+    assert samples.size == RATE_HZ
+    assert np.isfinite(samples).all() and np.abs(samples).max() <= 1.0
 
 
 def test_a_file_with_all_video_first_still_comes_in_the_order_of_time(tmp_path):

@@ -1,6 +1,7 @@
 """Cameras over RTSP: the good one, and those which say nothing, too much, or break off (see rtsp_server.py)."""
 
 import contextlib
+import dataclasses
 import select
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_a_camera_which_freezes_is_noticed():
         items, took_s = read_all(url, silence_timeout_s=1.0)
     assert items[-1].kind == "timeout"
     assert took_s < 1.0 + 1.0 + 2.5
+
+
+def test_a_pause_of_the_reader_is_no_silence_of_the_camera():
+    wanted = MediaRequest("", 10.0, 448 * 448, True, True, NS_PER_S, None)
+    with (
+        camera("camera") as url,
+        MediaReader(dataclasses.replace(wanted, source=url), silence_timeout_s=0.5) as reader,
+    ):
+        while not isinstance(reader.read(1.0), Frame):
+            pass
+        time.sleep(2.0)  # the pipe is full after one frame
+        items = [reader.read(1.0) for _ in range(30)]
+    assert not [item for item in items if isinstance(item, Failed)]
 
 
 def test_a_camera_which_is_switched_off_refuses():
