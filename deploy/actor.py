@@ -199,7 +199,9 @@ class Actor:
             try:
                 return future.result(timeout=0.2)
             except TimeoutError:
-                if self._failure is not None and not future.done():
+                if future.done():  # the work itself timed out
+                    raise
+                if self._failure is not None:
                     raise RuntimeError(self._failure) from None
 
     def _fail_waiting(self) -> None:

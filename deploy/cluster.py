@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ PLACEMENT_TIMEOUT_S = 60.0
 
 @dataclass(slots=True)
 class Cluster:
-    """A Ray that was started here (`owned`) or joined."""
+    """A Ray that was started here, in a folder of its own, or joined (folder None)."""
 
-    owned: bool
+    folder: Path | None
     groups: list[PlacementGroup]
 
     def place(self, processes: Iterable[Process], plans: Iterable[ActorPlan]) -> dict[str, Any]:
@@ -55,6 +55,8 @@ class Cluster:
         for group in self.groups:
             remove_placement_group(group)
         ray.shutdown()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # Ray leaves a socket and 60 files per run
 
     def _reserve(self, processes: list[Process]) -> PlacementGroup:
         group = placement_group([dict(process.resources) or {"CPU": 0.001} for process in processes], strategy="PACK")
@@ -69,9 +71,11 @@ class Cluster:
         return group  # type: ignore[no-any-return]
 
 
-def connect(processes: Iterable[Process], address: str | None) -> Cluster:
-    """Join the cluster at `address`, or start a Ray of our own, which only this machine uses.
+def connect(processes: Iterable[Process], address: str | None, folder: Path) -> Cluster:
+    """Join the cluster at `address`, or start a Ray of our own in `folder`, which only this machine uses.
 
+    folder: short, for Ray's sockets lie in it (a socket's path has 107 bytes); its parent is ours alone, for Ray lets
+    everybody write to the folder itself.
     The environment must have been prepared (deploy/ray_environment.py) before Ray was imported.
     Raises PlacementError when there is no cluster at the address.
     """
@@ -81,17 +85,17 @@ def connect(processes: Iterable[Process], address: str | None) -> Cluster:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PlacementError(f"no Ray cluster can be joined at {address}: {error}") from error
-        return Cluster(owned=False, groups=[])
+        return Cluster(folder=None, groups=[])
     ray.init(
         address="local",
         num_cpus=num_cpus_for(processes, os.cpu_count() or 1),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
-        _temp_dir=str(_short_folder()),
+        _temp_dir=str(folder),
         **quiet,
     )
-    return Cluster(owned=True, groups=[])
+    return Cluster(folder=folder, groups=[])
 
 
 def _create(process: Process, plan: ActorPlan, strategy: Any) -> Any:
@@ -113,10 +117,3 @@ def _create(process: Process, plan: ActorPlan, strategy: Any) -> Any:
 
 def _stays_here(process: Process) -> bool:
     return process.is_local and not (process.resources.keys() - {"CPU", "GPU"})
-
-
-def _short_folder() -> Path:
-    """Ray's sockets lie in it, and a socket's path has 107 bytes."""
-    folder = Path(tempfile.gettempdir()) / f"omni-ray-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder

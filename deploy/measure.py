@@ -12,7 +12,7 @@ from graph.streams import AUDIO, CODES, EVENTS, IMAGE, TEXT, is_raw
 from graph.tail import Ack
 from stages.stage import Session, Stage
 
-RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "crashed", "limit")
+RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
 
 
 @runtime_checkable

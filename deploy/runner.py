@@ -83,6 +83,7 @@ class _Open:
     arrivals: dict[tuple[str, int, str], Arrival] = field(default_factory=dict)
     seqs: dict[str, int] = field(default_factory=dict)
     num_ended: int = 0
+    ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
     num_late: int = 0
 
@@ -257,11 +258,13 @@ class StageRunner:
         """How long the loop may sleep if nothing comes."""
         if self._follows_clock and self._open:
             return TICK_S
-        waiting = [self._wait_s - (time.monotonic() - s.ready[0].since_s) for s in self._open.values() if s.ready]
+        now_s = time.monotonic()
+        going = [s for s in self._open.values() if s.ready and self._may_go(s)]  # the others wait for what comes in
+        waiting = [self._wait_s - (now_s - s.ready[0].since_s) for s in going]
         return max(min([*waiting, IDLE_S]), 0.001)
 
     def _advance(self, state: _Open) -> None:
-        if self._follows_clock and self._has_room(state):
+        if self._follows_clock and not state.ending and self._has_room(state):
             self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
 
     def _gather(self) -> list[tuple[_Open, _Ready]]:
@@ -343,6 +346,7 @@ class StageRunner:
         state.num_late += late
         late_stage = slowest_stage(parts) if late else ""
         self._meter.window(state.session, latency_ns / NS_PER_S, late_stage, trace.missing)
+        playback = state.session.playback.latest  # told by this stage, after it took the window's speech
         attrs: dict[str, Scalar] = {
             "type": WINDOW_EVENT,
             "index": unit.index,
@@ -353,21 +357,29 @@ class StageRunner:
             "latency_s": round(latency_ns / NS_PER_S, 6) if paced else None,
             "on_time": not late if paced else None,
             "late_stage": late_stage,
+            "lead_s": round((playback.received_ns - playback.heard_ns) / NS_PER_S, 6),
             "stages": json.dumps({**stage_seconds(parts), **_work_seconds(before)} if paced else _work_seconds(before)),
         }
         self._send(state, Chunk(unit.session, EVENTS, unit.start_ns, attrs=attrs))
 
     def _finish(self, state: _Open) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
+        if not state.ending and self._may_end(state):
+            state.ending = True
+            self._say_goodbye(state)
+        if state.ending and all(sender.is_drained(state.session.id) for sender in state.lanes.values()):
+            self.close_session(state.session.id)
+
+    def _may_end(self, state: _Open) -> bool:
         if state.ready or not self._has_room(state) or not self._inputs_ended(state):
-            return
-        if not self.stage.finished(state.session.id):
-            return
+            return False
+        return self.stage.finished(state.session.id)
+
+    def _say_goodbye(self, state: _Open) -> None:
         self._send_all(state, self.stage.drain(state.session.id))
         end_ns = state.num_units * state.session.window_ns
         for stream in {*self.stage.outputs, *([EVENTS] if self._edges_of(state, EVENTS) else [])}:
             self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
-        self.close_session(state.session.id)
 
     def _inputs_ended(self, state: _Open) -> bool:
         if state.join is not None:
@@ -385,6 +397,7 @@ class StageRunner:
             chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
             self._meter.made(state.session, chunk)
         elif chunk.kind is Kind.PLAYBACK:
+            state.session.playback.ack(ack_of(chunk))
             self._meter.played(state.session, ack_of(chunk))
         elif chunk.kind is Kind.BARGE_IN:
             state.fence.raise_to(chunk.epoch)

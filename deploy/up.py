@@ -61,11 +61,15 @@ class Outcome:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM: the first asks for a graceful end, the second for an end."""
+    """SIGINT and SIGTERM. While sessions run the first asks for a graceful end (`count`, `event`); while the pipeline
+    starts, and for the second, it raises KeyboardInterrupt. From then on they are ignored: nothing may cut off the
+    clean-up.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.event = threading.Event()
+        self.graceful = False
 
     def __enter__(self) -> Interrupts:
         self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -75,10 +79,15 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ignore(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.event.set()
-        if self.count > 1:
+        if self.count > 1 or not self.graceful:
+            self.ignore()
             raise KeyboardInterrupt
 
 
@@ -88,16 +97,16 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
     Raises UpError, GraphError, StageError, ModelError or GatewayError with one clear message; whatever was started
     before has been stopped then.
     """
-    _check_output(options.out)
-    checkpoint = open_checkpoint(spec, tell)
-    spec = checkpoint.fit(spec)
-    cameras = check_cameras(spec, tell)
-    checkpoint.check_memory()
     state = options.state or StateFolder(Path.cwd())
     if (other := state.read()) is not None:
         raise UpError(
             f"a pipeline of this folder is running already (pid {other.pid}, {other.url}); `pipeline down` it"
         )
+    _check_output(options.out)
+    checkpoint = open_checkpoint(spec, tell)
+    spec = checkpoint.fit(spec)
+    cameras = check_cameras(spec, tell)
+    checkpoint.check_memory()
     status = Status(model=spec.model, trained=checkpoint.trained)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
@@ -142,7 +151,7 @@ class _Run:
         from deploy.placement import processes_of
 
         with ExitStack() as stack:
-            cluster = connect(processes_of(self._spec), address)
+            cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
             stack.callback(cluster.close)
             coordinator = Coordinator(self._spec, self._checkpoint.path, self._state.path)
             stack.callback(coordinator.stop)
@@ -153,6 +162,7 @@ class _Run:
             self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
             self._status.problem = ""
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
+            stack.callback(self._interrupts.ignore)
             interrupted = self._wait(coordinator)
             ledger = coordinator.ledger()
             self._status.problem = "stopping"
@@ -164,6 +174,7 @@ class _Run:
         """Until every session has ended; True when that was asked for."""
         deadline_s = float("inf")
         asked = False
+        self._interrupts.graceful = True
         while coordinator.sessions:
             if self._interrupts.count and not asked:
                 asked = True
@@ -273,6 +284,7 @@ def _check_output(out: Path | None) -> None:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "ledger.json").touch()
+        (out / "ledger.json").touch()  # it is written last, but that it can be is seen first
+        (out / "ledger.json").unlink()
     except OSError as error:
         raise UpError(f"--out {out}: can't be written to: {error.strerror}") from error

@@ -25,6 +25,9 @@ MAX_NAME_CHARS = 128
 MAX_ATTRS = 64
 MAX_SPANS = 32
 DTYPES = frozenset({"uint8", "int16", "uint16", "int32", "int64", "float32"})
+_DTYPE_OF = {name: np.dtype(name) for name in DTYPES}
+_NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}  # numpy makes dtype.name anew each time: 1 us and more
+_KIND_OF = {kind.value: kind for kind in Kind}
 
 Frame = bytes | memoryview
 
@@ -42,11 +45,12 @@ def encode(chunk: Chunk) -> list[Frame]:
     layout = []
     frames: list[Frame] = [b""]
     for name, array in chunk.arrays.items():
-        if array.dtype.name not in DTYPES or not array.dtype.isnative:
+        dtype = _NAME_OF.get(array.dtype)
+        if dtype is None:
             raise CodecError(
                 "dtype", f"stream {chunk.stream!r}: array {name!r} is {array.dtype}; the wire knows {sorted(DTYPES)}"
             )
-        layout.append([name, array.dtype.name, list(array.shape)])
+        layout.append([name, dtype, list(array.shape)])
         frames.append(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
     frames[0] = msgpack.packb(
         [
@@ -73,12 +77,12 @@ def decode(frames: Sequence[Frame]) -> Chunk:
     """
     header = _unpack(frames[0] if frames else b"")
     version, kind, session, stream, seq, epoch, start_ns, duration_ns, layout, attrs, trace = header
-    _expect(version == VERSION, "version", f"version {version!r}; this side speaks {VERSION}")
-    _expect(_is_int(kind) and kind in Kind._value2member_map_, "kind", f"unknown kind {kind!r}")
+    _expect(version == VERSION, "version", "version %r; this side speaks %r", version, VERSION)
+    _expect(_is_int(kind) and kind in _KIND_OF, "kind", "unknown kind %r", kind)
     _expect(_is_name(session) and _is_name(stream), "name", "session or stream is not a short string")
     numbers = (seq, epoch, start_ns, duration_ns)
-    _expect(all(_is_int(n) for n in numbers), "number", f"seq, epoch and times must be integers, got {numbers!r}")
-    _expect(min(seq, epoch, duration_ns) >= 0, "number", f"seq, epoch or duration below zero: {numbers!r}")
+    _expect(set(map(type, numbers)) == {int}, "number", "seq, epoch and times must be integers, got %r", numbers)
+    _expect(min(seq, epoch, duration_ns) >= 0, "number", "seq, epoch or duration below zero: %r", numbers)
     return Chunk(
         session=SessionId(session),
         stream=stream,
@@ -86,7 +90,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
         duration_ns=duration_ns,
         seq=seq,
         epoch=epoch,
-        kind=Kind(kind),
+        kind=_KIND_OF[kind],
         arrays=_decode_arrays(layout, frames[1:]),
         attrs=_checked_attrs(attrs),
         trace=_unpack_trace(trace),
@@ -94,7 +98,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
 
 
 def _unpack(frame: Frame) -> list[Any]:
-    _expect(0 < len(frame) <= MAX_HEADER_BYTES, "header", f"header of {len(frame)} bytes")
+    _expect(0 < len(frame) <= MAX_HEADER_BYTES, "header", "header of %r bytes", len(frame))
     try:
         header = msgpack.unpackb(frame, strict_map_key=True, max_array_len=256, max_map_len=MAX_ATTRS)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
@@ -105,25 +109,25 @@ def _unpack(frame: Frame) -> list[Any]:
 
 def _decode_arrays(layout: Any, frames: Sequence[Frame]) -> dict[str, Array]:
     _expect(isinstance(layout, list) and len(layout) <= MAX_ARRAYS, "arrays", "bad list of arrays")
-    _expect(len(layout) == len(frames), "arrays", f"{len(layout)} arrays announced, {len(frames)} frames came")
+    _expect(len(layout) == len(frames), "arrays", "%r arrays announced, %r frames came", len(layout), len(frames))
     arrays = dict(_decode_array(entry, frame) for entry, frame in zip(layout, frames, strict=True))
     _expect(len(arrays) == len(layout), "arrays", "two arrays of one name")
     return arrays
 
 
 def _decode_array(entry: Any, frame: Frame) -> tuple[str, Array]:
-    _expect(isinstance(entry, list) and len(entry) == 3, "arrays", f"array described as {entry!r}")
+    _expect(isinstance(entry, list) and len(entry) == 3, "arrays", "array described as %r", entry)
     name, dtype, shape = entry
     is_known = _is_name(name) and isinstance(dtype, str) and dtype in DTYPES
-    _expect(is_known, "dtype", f"array {name!r} of dtype {dtype!r}")
+    _expect(is_known, "dtype", "array %r of dtype %r", name, dtype)
     is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(_is_int(n) and n >= 0 for n in shape)
-    _expect(is_shape, "shape", f"array {name!r} of shape {shape!r}")
-    item_bytes = np.dtype(dtype).itemsize
+    _expect(is_shape, "shape", "array %r of shape %r", name, shape)
+    item_bytes = _DTYPE_OF[dtype].itemsize
     # An empty array has a size too: numpy won't shape it when its other dimensions are beyond memory.
     is_small = math.prod(max(n, 1) for n in shape) * item_bytes <= MAX_ARRAY_BYTES
     fits = is_small and math.prod(shape) * item_bytes == len(frame)
-    _expect(fits, "shape", f"array {name!r}: {shape} does not fit {len(frame)} bytes")
-    array = np.frombuffer(memoryview(frame).toreadonly(), dtype=dtype).reshape(shape)
+    _expect(fits, "shape", "array %r: %r does not fit %r bytes", name, shape, len(frame))
+    array = np.frombuffer(memoryview(frame).toreadonly(), dtype=_DTYPE_OF[dtype]).reshape(shape)
     return name, array
 
 
@@ -131,7 +135,7 @@ def _checked_attrs(attrs: Any) -> Mapping[str, Scalar]:
     _expect(isinstance(attrs, dict) and len(attrs) <= MAX_ATTRS, "attrs", "attrs are not a small map")
     for key, value in attrs.items():
         is_scalar = value is None or isinstance(value, bool | int | float | str)
-        _expect(_is_name(key) and is_scalar, "attrs", f"attr {key!r} is {type(value).__name__}; only scalars travel")
+        _expect(_is_name(key) and is_scalar, "attrs", "attr %r is %r; only scalars travel", key, type(value))
     return dict(attrs)
 
 
@@ -154,8 +158,8 @@ def _unpack_trace(trace: Any) -> Trace | None:
 
 
 def _unpack_span(span: Any) -> Span:
-    _expect(isinstance(span, list) and len(span) == 4 and _is_name(span[0]), "trace", f"bad span {span!r}")
-    _expect(all(_is_int(n) for n in span[1:]), "trace", f"times of a span must be integers: {span!r}")
+    _expect(isinstance(span, list) and len(span) == 4 and _is_name(span[0]), "trace", "bad span %r", span)
+    _expect(set(map(type, span[1:])) == {int}, "trace", "times of a span must be integers: %r", span)
     return Span(*span)
 
 
@@ -167,6 +171,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS
 
 
-def _expect(condition: bool, reason: str, message: str) -> None:
+def _expect(condition: bool, reason: str, message: str, *values: object) -> None:
+    """values: put into the message only if it is needed; writing a dozen of them would cost more than decoding."""
     if not condition:
-        raise CodecError(reason, message)
+        raise CodecError(reason, message % values)

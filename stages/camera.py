@@ -64,10 +64,10 @@ class Camera(Stage):
         feed, session = state.feed, state.session
         if state.ended:
             return []
-        over = feed.over and feed.next_frame_ns is None and (not session.paced or now_ns >= (feed.end_ns or 0))
-        if over or feed.video_ns >= FOREVER_NS:
+        end_ns = feed.video_end_ns
+        if end_ns is not None and feed.next_frame_ns is None and (not session.paced or now_ns >= end_ns):
             state.ended = True
-            return [end_of_stream(session.id, stream, feed.end_ns or 0)]
+            return [end_of_stream(session.id, stream, end_ns)]
         settled_ns = _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns)
         if settled_ns <= state.watermark_ns:
             return []

@@ -21,7 +21,8 @@ class Events(Stage):
     """Sink of `events`.
 
     events.jsonl    one line per event: session, time_s (event time), type, and its fields
-    windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, latency_s, on_time, stages
+    windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, latency_s, on_time,
+                    lead_s (speech received and not yet heard), stages
     transcript.txt  one line per word chunk: when it was heard, of which session, what was said
                     (where nothing speaks: when it was written)
 
@@ -32,6 +33,7 @@ class Events(Stage):
 
     def __init__(self) -> None:
         self._files: dict[Path, TextIO] = {}
+        self._begun: set[Path] = set()  # a session may open when another of the same folder has ended already
         self._out: dict[SessionId, Path | None] = {}
         self._spoken: dict[SessionId, str] = {}  # the event that the transcript tells of
 
@@ -71,7 +73,8 @@ class Events(Stage):
 
     def _write(self, path: Path, text: str) -> None:
         if path not in self._files:
-            self._files[path] = path.open("w", encoding="utf-8")
+            self._files[path] = path.open("a" if path in self._begun else "w", encoding="utf-8")
+            self._begun.add(path)
         self._files[path].write(text)
         self._files[path].flush()
 

@@ -15,7 +15,7 @@ import numpy as np
 from graph.chunk import NS_PER_S, SessionId
 from graph.streams import SOUND_RATE_HZ
 from graph.window import FOREVER_NS
-from stages.media import Ended, Failed, Frame, MediaReader, MediaRequest, Progress, Sound
+from stages.media import Ended, Failed, Frame, MediaError, MediaReader, MediaRequest, Progress, Sound
 from stages.stage import Session
 
 MAX_AHEAD_NS = 2 * NS_PER_S
@@ -51,12 +51,15 @@ class Feed:
         self._session = session
         self._open = open_reader
         self._reader: MediaReader | None = None
+        self._live = False  # the last reader that could be made reads a source that sets the pace itself
+        self._told = False  # the current reader has said which streams there are
         self._base_ns = 0  # event time at which the current reader's axis begins
         self._retry_ns = FIRST_RETRY_NS
         self._retry_at_ns = 0
         self._sides = _Sides()
         self._up = False
-        self._seen_ns = 0  # end of what was really seen and heard
+        self._shown_ns = 0  # end of what was really seen, and heard
+        self._heard_ns = 0
         self.video_ns = 0  # nothing before this will come
         self.audio_ns = 0
         self.end_ns: int | None = None  # set when the source has ended for good
@@ -64,6 +67,16 @@ class Feed:
     @property
     def over(self) -> bool:
         return self.end_ns is not None
+
+    @property
+    def video_end_ns(self) -> int | None:
+        """Where the pictures end, once that is known; frames that have been read may still wait to be taken."""
+        return self._end_of(self.video_ns, self._shown_ns)
+
+    @property
+    def audio_end_ns(self) -> int | None:
+        """Where the sound ends, once that is known; samples that have been read may still wait to be taken."""
+        return self._end_of(self.audio_ns, self._heard_ns)
 
     def start(self) -> None:
         """Start the decoder. Raises nothing: a source that can't be opened is a lost camera."""
@@ -75,13 +88,18 @@ class Feed:
             self._reader = None
 
     def stop(self, now_ns: int) -> None:
-        """End the source with the last whole window before `now_ns`; what was read beyond it is forgotten."""
-        if self.over:
+        """End the source with the last whole window before `now_ns`; what was read beyond it is forgotten.
+
+        In virtual time, where the clock says nothing, with the last whole window that was read.
+        """
+        reached_ns = max(now_ns, 0) if self._session.paced else self._seen_ns
+        end_ns = reached_ns // self._session.window_ns * self._session.window_ns
+        if self.end_ns is not None and self.end_ns <= end_ns:
             return
         self.close()
-        end_ns = max(now_ns, 0) // self._session.window_ns * self._session.window_ns
-        self._sides.frames = deque(frame for frame in self._sides.frames if frame.start_ns < end_ns)
-        self.audio_ns = min(self.audio_ns, end_ns) if self.audio_ns < FOREVER_NS else FOREVER_NS
+        sides = self._sides
+        sides.frames = deque(frame for frame in sides.frames if frame.start_ns < end_ns)
+        sides.samples = sides.samples[: max(end_ns * SOUND_RATE_HZ // NS_PER_S - sides.first_sample, 0)]
         self.end_ns = end_ns
 
     def wakes(self) -> list[int]:
@@ -90,8 +108,8 @@ class Feed:
 
     def pump(self, now_ns: int) -> None:
         """Read ahead what there is, without waiting; find a lost camera again."""
-        if self._reader is None and not self.over and now_ns >= self._retry_at_ns:
-            self._connect(now_ns)
+        if self._reader is None and not self.over:
+            self._look_again(now_ns)
         while self._reader is not None and self._has_room():
             item = self._reader.read(0)
             if item is None:
@@ -130,9 +148,21 @@ class Feed:
         ahead_samples = MAX_AHEAD_NS * SOUND_RATE_HZ // NS_PER_S
         return len(frames) < ahead_frames and len(self._sides.samples) < ahead_samples
 
+    def _look_again(self, now_ns: int) -> None:
+        """A lost camera: time goes on, and now and then it is tried."""
+        duration_ns = self._session.duration_ns
+        if duration_ns is not None and now_ns >= duration_ns:
+            self.end_ns = duration_ns
+        elif now_ns >= self._retry_at_ns:
+            self._connect(now_ns)
+
     def _connect(self, now_ns: int) -> None:
         session = self._session
-        duration_ns = None if session.duration_ns is None else session.duration_ns - now_ns
+        # A reconnected camera goes on at a whole window, so that its pictures keep their place in the windows.
+        base_ns = -(-now_ns // session.window_ns) * session.window_ns
+        left_ns = None if session.duration_ns is None else session.duration_ns - base_ns
+        if left_ns is not None and left_ns <= 0:
+            return  # not worth it: the duration is over before its next window
         request = MediaRequest(
             source=session.source,
             fps=session.fps,
@@ -140,12 +170,17 @@ class Feed:
             want_video=session.pictures,
             want_audio=session.microphone,
             window_ns=session.window_ns,
-            duration_ns=duration_ns,
+            duration_ns=left_ns,
         )
-        # A reconnected camera goes on at a whole window, so that its pictures keep their place in the windows.
-        self._base_ns = -(-now_ns // session.window_ns) * session.window_ns
-        self._reader = self._open(request)
-        self._reader.start()
+        self._base_ns, self._told = base_ns, False
+        try:
+            reader = self._open(request)
+            self._live = reader.is_live
+            reader.start()
+        except MediaError as error:
+            self._lose(Failed(error.kind, error.message), now_ns)
+        else:
+            self._reader = reader
 
     def _take(self, item: Frame | Sound | Progress | Ended | Failed, now_ns: int) -> None:
         if isinstance(item, Frame):
@@ -153,18 +188,25 @@ class Feed:
         elif isinstance(item, Sound):
             self._take_sound(item)
         elif isinstance(item, Progress):
-            self.video_ns = max(self.video_ns, min(item.video_ns + self._base_ns, FOREVER_NS))
-            self.audio_ns = max(self.audio_ns, min(item.audio_ns + self._base_ns, FOREVER_NS))
+            self.video_ns = max(self.video_ns, self._reached_ns(item.video_ns))
+            self.audio_ns = max(self.audio_ns, self._reached_ns(item.audio_ns))
+            self._told = True
         elif isinstance(item, Ended):
             self._finish(Notice("camera_ended", self._end_ns(), reason=item.reason))
         else:
             self._lose(item, now_ns)
 
+    def _reached_ns(self, progress_ns: int) -> int:
+        if progress_ns < FOREVER_NS:
+            return progress_ns + self._base_ns
+        # A stream of a live source that "ends" has lost its connection, which comes again.
+        return 0 if self._live and self._told else FOREVER_NS
+
     def _take_frame(self, frame: Frame) -> None:
         start_ns = frame.start_ns + self._base_ns
         self._come_up(start_ns)
         self._sides.frames.append(Frame(start_ns, frame.image))
-        self._seen_ns = max(self._seen_ns, start_ns + 1)
+        self._shown_ns = max(self._shown_ns, start_ns + 1)
         self.video_ns = max(self.video_ns, start_ns + 1)
 
     def _take_sound(self, sound: Sound) -> None:
@@ -176,7 +218,7 @@ class Feed:
         sides.samples = np.concatenate([sides.samples, gap, sound.samples])
         end_ns = (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ
         self._come_up(end_ns)
-        self._seen_ns = max(self._seen_ns, end_ns)
+        self._heard_ns = max(self._heard_ns, end_ns)
         self.audio_ns = max(self.audio_ns, end_ns)
 
     def _come_up(self, at_ns: int) -> None:
@@ -187,10 +229,9 @@ class Feed:
         self._retry_ns = FIRST_RETRY_NS
 
     def _lose(self, failed: Failed, now_ns: int) -> None:
-        live = self._reader is not None and self._reader.is_live
         self._up = False
         self.close()
-        if not live:
+        if not self._live:
             self._finish(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
             return
         self._sides.notices.append(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
@@ -203,6 +244,15 @@ class Feed:
         # A lost file still owes its windows, as missing, until the time that was asked for is over.
         lost_ns = self._session.duration_ns if notice.type == "camera_lost" else None
         self.end_ns = self._end_ns() if lost_ns is None else lost_ns
+
+    @property
+    def _seen_ns(self) -> int:
+        """End of what was really seen and heard."""
+        return max(self._shown_ns, self._heard_ns)
+
+    def _end_of(self, stream_ns: int, seen_ns: int) -> int | None:
+        ends = [ns for ns in (self.end_ns, seen_ns if stream_ns >= FOREVER_NS else None) if ns is not None]
+        return min(ends, default=None)
 
     def _end_ns(self) -> int:
         """End of the media, or of the time that was asked for."""

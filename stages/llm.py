@@ -29,11 +29,13 @@ class _Open:
     cut: bool = False  # the listener barged in: close the turn with the next unit
     speaking: bool = False
     num_tokens: int = 0  # allowed in the last window
+    num_skipped: int = 0  # pictures of the last window for which the unit had no room
 
 
 class Llm(Stage):
     """`image`, `audio` → `text`: token_ids [n], hidden [n, dim], and what they read, for each window in a turn.
 
+    A window takes so many pictures as the model's unit has room for, the newest; an event tells of the others.
     system_prompt: the text of it; the voice comes from the audio encoder with a session's first window.
     max_session_tokens: what a session may hold in the KV cache; one for which there is no room is refused when it
     opens, never later.
@@ -88,7 +90,8 @@ class Llm(Stage):
     def process(self, units: list[Unit]) -> list[Chunk]:
         self._begin([unit for unit in units if not self._open[unit.session].begun])
         outputs = self._engine.step([(self._open[unit.session].duplex, self._input(unit)) for unit in units])
-        return [chunk for unit, output in zip(units, outputs, strict=True) for chunk in self._say(unit, output)]
+        told = [chunk for unit in units for chunk in self._tell_skipped(unit)]
+        return told + [chunk for unit, output in zip(units, outputs, strict=True) for chunk in self._say(unit, output)]
 
     def text_budget(self, session: SessionId) -> int:
         """Tokens that were allowed in the session's last window."""
@@ -119,12 +122,22 @@ class Llm(Stage):
         state.num_tokens = state.budget.tokens(unit.end_ns) if state.session.speech else MAX_TEXT_TOKENS
         cut, state.cut = state.cut, False
         heard = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") != VOICE_ROLE]
+        seen = [list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(IMAGE)]
+        fitting = _fitting(seen, self._engine.config.max_unit_tokens - 1 - sum(map(len, heard)))
+        state.num_skipped = len(seen) - len(fitting)
         return UnitInput(
-            images=[list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(IMAGE)],
+            images=fitting,
             audio=torch.cat(heard) if heard else None,
             max_text_tokens=state.num_tokens,
             force_listen=cut,
         )
+
+    def _tell_skipped(self, unit: Unit) -> list[Chunk]:
+        num_skipped = self._open[unit.session].num_skipped
+        if not num_skipped:
+            return []
+        attrs: dict[str, Scalar] = {"type": "pictures_skipped", "window": unit.index, "num_pictures": num_skipped}
+        return [Chunk(unit.session, EVENTS, unit.start_ns, attrs=attrs)]
 
     def _say(self, unit: Unit, output: UnitOutput) -> list[Chunk]:
         state = self._open[unit.session]
@@ -142,6 +155,17 @@ class Llm(Stage):
         text = unit.emit(TEXT, arrays=arrays, attrs={**turn, "turn_start": output.turn_start, **dtype})
         said = Chunk(unit.session, EVENTS, unit.end_ns, attrs={"type": SAID_EVENT, "window": unit.index, **turn})
         return [text, said]
+
+
+def _fitting(pictures: list[list[torch.Tensor]], num_tokens: int) -> list[list[torch.Tensor]]:
+    """The newest pictures that fit; each cell of a picture takes its embeddings and a mark before and behind."""
+    kept: list[list[torch.Tensor]] = []
+    for picture in reversed(pictures):
+        num_tokens -= sum(len(cell) + 2 for cell in picture)
+        if num_tokens < 0:
+            break
+        kept.insert(0, picture)
+    return kept
 
 
 def session_tokens(high: int, max_unit_tokens: int) -> int:

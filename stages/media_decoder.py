@@ -142,13 +142,13 @@ def open_all(order: Order) -> list[InputContainer]:
 
 
 def open_camera(order: Order) -> InputContainer:
-    """TimeoutError as such: libav says "invalid data" of a server which is silent or leads in circles, and calls one
-    open which has sent a byte per second."""
+    """TimeoutError as such: libav says "invalid data" or "argument" of a server which is silent or leads in circles,
+    and calls one open which has sent a byte per second."""
     start = time.monotonic()
     patience_s = order.open_timeout_s
     try:
         container = open_container(order, order.request.source, "rtsp", _rtsp_options(order))
-    except av.error.InvalidDataError:
+    except (av.error.InvalidDataError, av.error.ArgumentError):
         patience_s = min(order.open_timeout_s, order.silence_timeout_s)
         if time.monotonic() - start < patience_s:
             raise

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.streams import MIC, SOUND_RATE_HZ
-from graph.window import FOREVER_NS
 from stages.feed import Feed, Feeds
 from stages.stage import Session, Stage
 
@@ -53,9 +52,10 @@ class Microphone(Stage):
         while _is_due(state, now_ns):
             chunks += _cut(state)
             state.index += 1
-        if _is_over(state, now_ns):
+        end_ns = state.feed.audio_end_ns
+        if end_ns is not None and end_ns < state.end_ns and (not state.session.paced or now_ns >= end_ns):
             chunks += [chunk for chunk in _cut(state) if not chunk.is_control]  # the rest, if the end cuts a window
-            chunks.append(end_of_stream(session, MIC, _end_of_sound_ns(state.feed)))
+            chunks.append(end_of_stream(session, MIC, end_ns))
             state.ended = True
         return chunks
 
@@ -69,24 +69,11 @@ class Microphone(Stage):
 def _is_due(state: _Open, now_ns: int) -> bool:
     """May the next window leave: its sound is complete, and in real time its end has come?"""
     session, feed = state.session, state.feed
-    if feed.audio_ns >= FOREVER_NS:
-        return False
-    complete = feed.audio_ns >= state.end_ns
-    if not session.paced:
-        return complete
-    return now_ns >= state.end_ns and (complete or (now_ns >= state.end_ns + session.lateness_ns and not feed.over))
-
-
-def _is_over(state: _Open, now_ns: int) -> bool:
-    feed = state.feed
-    if feed.audio_ns >= FOREVER_NS:
-        return True
-    return feed.over and (not state.session.paced or now_ns >= _end_of_sound_ns(feed))
-
-
-def _end_of_sound_ns(feed: Feed) -> int:
-    ends = [t for t in (feed.audio_ns, feed.end_ns) if t is not None and t < FOREVER_NS]
-    return min(ends, default=0)
+    if feed.audio_end_ns is not None:
+        return state.end_ns <= feed.audio_end_ns and (not session.paced or now_ns >= state.end_ns)
+    if feed.audio_ns >= state.end_ns:
+        return not session.paced or now_ns >= state.end_ns
+    return session.paced and now_ns >= state.end_ns + session.lateness_ns
 
 
 def _cut(state: _Open) -> list[Chunk]:

@@ -55,8 +55,8 @@ class WavOutput:
         self._file.close()
 
     def _pad(self, at_ns: int) -> None:
-        missing = round(at_ns * SPEECH_RATE_HZ / NS_PER_S) - self._num_samples
-        if missing > 0:
+        missing = at_ns * SPEECH_RATE_HZ // NS_PER_S - self._num_samples
+        if missing > 1:  # one alone is rounding: speech that goes on has no gap
             self._file.writeframes(bytes(2 * missing))
             self._num_samples += missing
 
@@ -145,8 +145,8 @@ class Speaker(Stage):
         state = self._open[session]
         chunks: list[Chunk] = []
         if not state.session.paced:
-            for at_ns in [action.at_ns for action in state.actions]:
-                chunks += self._listen(state, at_ns)
+            while state.actions and state.player.unheard_ns:
+                chunks += self._listen(state, state.actions[0].at_ns)
             chunks += self._listen(state, state.player.last_end_ns)
         return [*chunks, _ack(state)]
 
@@ -212,8 +212,8 @@ class Speaker(Stage):
         state.pieces.clear()
         control = Chunk(state.session.id, PLAYBACK, at_ns, epoch=state.epoch, kind=Kind.BARGE_IN)
         return [
+            _ack(state),  # first: whoever is interrupted shall know what was heard
             control,
-            _ack(state),
             _event(state, at_ns, "barge_in", seconds=unheard_ns / NS_PER_S, epoch=state.epoch),
         ]
 

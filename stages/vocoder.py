@@ -24,6 +24,7 @@ class _Open:
     credit: SpeechCredit
     vocoder: VocoderState
     backlog: deque[Chunk] = field(default_factory=deque)  # codes that the listener is not ready for
+    text: str = ""  # of codes that were too few to sound; it is heard with the next ones
 
 
 class Vocoder(Stage):
@@ -50,6 +51,7 @@ class Vocoder(Stage):
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         state = self._open[session]
         state.backlog.clear()
+        state.text = ""
         self._model.reset(state.vocoder)
         state.credit.interrupted()
         return []
@@ -59,7 +61,8 @@ class Vocoder(Stage):
         speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]
         batch = [(self._open[unit.session].vocoder, _input(codes)) for unit, codes in speaking]
         waves = self._model.stream(batch)
-        return [self._say(unit, codes, wave) for (unit, codes), wave in zip(speaking, waves, strict=True)]
+        chunks = [self._say(unit, codes, wave) for (unit, codes), wave in zip(speaking, waves, strict=True)]
+        return [chunk for chunk in chunks if chunk is not None]
 
     def _next_codes(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]
@@ -68,13 +71,17 @@ class Vocoder(Stage):
             return state.backlog.popleft()
         return None
 
-    def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk:
+    def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk | None:
+        state = self._open[unit.session]
+        state.text += str(codes.attrs.get("text") or "")
+        if len(wave) == 0:
+            return None
         samples = wave.to(torch.float32).cpu().numpy()
         duration_ns = len(samples) * NS_PER_S // SPEECH_RATE_HZ
-        self._open[unit.session].credit.made(duration_ns, unit.end_ns)
-        return Chunk(
-            unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=dict(codes.attrs)
-        )
+        state.credit.made(duration_ns, unit.end_ns)
+        text, state.text = state.text, ""
+        attrs = {**codes.attrs, "text": text}
+        return Chunk(unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=attrs)
 
 
 def _input(codes: Chunk) -> VocoderInput:

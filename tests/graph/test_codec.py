@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -25,6 +25,8 @@ from graph.codec import (
     decode,
     encode,
 )
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
 LARGEST = 2**63 - 1
 VERSION, KIND, SESSION, STREAM, SEQ, EPOCH, START, DURATION, LAYOUT, ATTRS, TRACE = range(11)
@@ -117,16 +119,19 @@ def reason_of(frames: Sequence[Frame]) -> str:
     return caught.value.reason
 
 
+@unhurried
 @given(chunks)
 def test_a_chunk_comes_out_as_it_went_in(chunk: Chunk) -> None:
     assert bare(decode(encode(chunk))) == bare(chunk)
 
 
+@unhurried
 @given(chunks)
 def test_what_was_decoded_can_be_sent_on(chunk: Chunk) -> None:
     assert bare(decode(encode(decode(as_bytes(encode(chunk)))))) == bare(chunk)
 
 
+@unhurried
 @given(chunks, st.sampled_from([bytes, bytearray, memoryview]))
 def test_arrays_are_read_only_whatever_memory_they_came_in(chunk: Chunk, memory: Any) -> None:
     decoded = decode([memory(bytes(frame)) for frame in encode(chunk)])
@@ -158,16 +163,19 @@ def test_a_dtype_the_wire_does_not_know_is_refused_by_the_sender(dtype: str) -> 
     assert caught.value.reason == "dtype"
 
 
+@unhurried
 @given(st.lists(st.binary(max_size=64), max_size=4))
 def test_random_frames_are_refused_by_name(frames: list[bytes]) -> None:
     assert is_legal_or_refused(frames)
 
 
+@unhurried
 @given(anything, st.lists(st.binary(max_size=16), max_size=2))
 def test_a_random_header_is_refused_by_name(header: object, frames: list[bytes]) -> None:
     assert is_legal_or_refused([msgpack.packb(header), *frames])
 
 
+@unhurried
 @given(chunks, st.lists(st.integers(0, 99), min_size=1, max_size=4), anything)
 def test_a_header_with_anything_anywhere_is_legal_or_refused(chunk: Chunk, path: list[int], value: object) -> None:
     frames = as_bytes(encode(chunk))
@@ -175,6 +183,7 @@ def test_a_header_with_anything_anywhere_is_legal_or_refused(chunk: Chunk, path:
     assert is_legal_or_refused([msgpack.packb(header), *frames[1:]])
 
 
+@unhurried
 @given(chunks, st.data())
 def test_a_flipped_byte_is_legal_or_refused(chunk: Chunk, data: st.DataObject) -> None:
     frames = [bytearray(frame) for frame in encode(chunk)]
@@ -183,6 +192,7 @@ def test_a_flipped_byte_is_legal_or_refused(chunk: Chunk, data: st.DataObject) -
     assert is_legal_or_refused(frames)
 
 
+@unhurried
 @given(chunks, st.data())
 def test_a_truncated_frame_is_refused(chunk: Chunk, data: st.DataObject) -> None:
     frames = as_bytes(encode(chunk))
@@ -191,6 +201,7 @@ def test_a_truncated_frame_is_refused(chunk: Chunk, data: st.DataObject) -> None
     assert isinstance(decode_or_refuse(frames), CodecError)
 
 
+@unhurried
 @given(chunks, st.binary(max_size=8))
 def test_a_frame_too_many_is_refused(chunk: Chunk, frame: bytes) -> None:
     assert reason_of([*encode(chunk), frame]) == "arrays"

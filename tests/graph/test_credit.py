@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -74,7 +74,9 @@ class UnreliableEdge(RuleBasedStateMachine):
 
 
 TestUnreliableEdge = UnreliableEdge.TestCase
-TestUnreliableEdge.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestUnreliableEdge.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def test_a_full_edge_waits_until_something_was_used_up() -> None:

@@ -3,16 +3,13 @@
 import contextlib
 import gc
 import http.server
-import os
 import struct
 import subprocess
 import sys
 import threading
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import psutil
 import pytest
@@ -33,8 +30,8 @@ from stages.media import (
     check_source,
 )
 from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, scaled_size
+from tests.support.media import Clip, picture, recorded_clip, times
 
-MEDIA = Path(os.environ.get("OMNI_MEDIA", "../shared/media"))
 RATE_HZ = 16_000
 
 
@@ -65,68 +62,11 @@ def last_progress(items: list[MediaItem]) -> Progress:
     return [item for item in items if isinstance(item, Progress)][-1]
 
 
-def picture(index: int, width: int, height: int) -> av.VideoFrame:
-    """A grey picture which is brighter the later it is: 4 steps per picture."""
-    return av.VideoFrame.from_ndarray(np.full((height, width, 3), min(4 * index, 252), np.uint8), "rgb24")
-
-
-def tone(rate_hz: int, layout: str, seconds: float) -> np.ndarray:
-    t = np.arange(int(rate_hz * seconds)) / rate_hz
-    return np.tile(np.sin(2 * np.pi * 440 * t).astype(np.float32) * 0.5, (av.AudioLayout(layout).nb_channels, 1))
-
-
-class Clip:
-    """A media file in the making: pictures at given times, a tone from a given time on."""
-
-    def __init__(self, path: Path, **options: Any) -> None:
-        self.path = path
-        self._container = av.open(str(path), "w", **options)
-        self._packets: list[tuple[str, av.Packet]] = []
-
-    def video(self, times_s: list[float], size: tuple[int, int] = (320, 240), codec: str = "libx264") -> "Clip":
-        stream: Any = self._container.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 30 if codec == "mpeg4" else 90_000)
-        for index, time_s in enumerate(times_s):
-            frame = picture(index, *size)
-            frame.pts, frame.time_base = round(time_s / stream.codec_context.time_base), stream.codec_context.time_base
-            self._packets += [("video", packet) for packet in stream.encode(frame)]
-        self._packets += [("video", packet) for packet in stream.encode(None)]
-        return self
-
-    def sound(self, seconds: float, rate_hz: int = 48_000, layout: str = "stereo", **how: Any) -> "Clip":
-        stream: Any = self._container.add_stream(how.get("codec", "aac"), rate=rate_hz, layout=layout)
-        start, hole = int(how.get("start_s", 0) * rate_hz), how.get("hole_s", (1e9, 0.0))
-        samples, step = tone(rate_hz, layout, seconds), stream.codec_context.frame_size or 1024
-        for at in range(0, samples.shape[1] - step, step):
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, at : at + step]), "fltp", layout)
-            frame.rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
-            frame.pts = start + at + (int(hole[1] * rate_hz) if at >= hole[0] * rate_hz else 0)
-            self._packets += [("audio", packet) for packet in stream.encode(frame)]
-        self._packets += [("audio", packet) for packet in stream.encode(None)]
-        return self
-
-    def write(self, *, interleaved: bool = True) -> Path:
-        if interleaved:
-            self._packets.sort(key=lambda kind_packet: float(kind_packet[1].dts * kind_packet[1].time_base))
-        with self._container:
-            for _, packet in self._packets:
-                (self._container.mux if interleaved else self._container.mux_one)(packet)
-        return self.path
-
-
-def times(seconds: float, fps: float = 30) -> list[float]:
-    return [index / fps for index in range(int(seconds * fps))]
-
-
 # --- what comes out of a file -------------------------------------------------------------------------------------
 
 
 def test_a_recorded_video_gives_one_frame_per_second_and_gapless_sound():
-    path = MEDIA / "real_20s.mp4"
-    if not path.exists():
-        pytest.skip(f"{path} is absent; OMNI_MEDIA names the folder with recorded media")
-    items = read_all(path)
+    items = read_all(recorded_clip())
     assert isinstance(items[-1], Ended)
     frames = frames_of(items)
     assert [frame.start_ns // NS_PER_S for frame in frames] == list(range(20))
