@@ -28,7 +28,7 @@ from graph.bus import Bus, EdgeRule, Receiver, Sender
 from graph.chunk import SessionId
 from graph.ledger import Account, merge
 from graph.metrics import EdgeMetrics, Metrics, serve_metrics
-from graph.spec import StageSpec
+from graph.sections import StageSpec
 from stages.feed import Feeds
 
 T = TypeVar("T")

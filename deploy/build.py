@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graph.spec import LlmSpec, SpeakerSpec, StageSpec, TtsSpec, VisionEncoderSpec, VocoderSpec
+from graph.sections import LlmSpec, SpeakerSpec, StageSpec, TtsSpec, VisionEncoderSpec, VocoderSpec
 from stages.stage import Stage, StageError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import psutil
 
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
-from graph.spec import TINY, PipelineSpec
+from graph.sections import TINY
+from graph.spec import PipelineSpec
 
 if TYPE_CHECKING:
     from model_shards.config import ModelConfig

@@ -86,16 +86,23 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PlacementError(f"no Ray cluster can be joined at {address}: {error}") from error
         return Cluster(folder=None, groups=[])
-    ray.init(
-        address="local",
-        num_cpus=num_cpus_for(processes, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(folder),
-        **quiet,
-    )
-    return Cluster(folder=folder, groups=[])
+    cluster = Cluster(folder=folder, groups=[])
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus_for(processes, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+            **quiet,
+        )
+    except BaseException as error:
+        cluster.close()
+        if isinstance(error, OSError | RuntimeError | ValueError):
+            raise PlacementError(f"Ray does not start: {str(error).partition(chr(10))[0]}") from error
+        raise
+    return cluster
 
 
 def _create(process: Process, plan: ActorPlan, strategy: Any) -> Any:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graph.errors import GraphError
-from graph.spec import PipelineSpec, StageSpec
+from graph.sections import StageSpec
+from graph.spec import PipelineSpec
 
 Resources = Mapping[str, float]
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graph.spec import EdgeSpec, StageSpec
+from graph.sections import StageSpec
+from graph.spec import EdgeSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from deploy.status import Status
 from graph.chunk import NS_PER_S, SessionId
 from graph.errors import GraphError
 from graph.ledger import Account
-from graph.spec import CameraSpec, PipelineSpec
+from graph.sections import CameraSpec
+from graph.spec import PipelineSpec
 from stages.media import Ended, Failed, MediaReader, MediaRequest
 from stages.stage import ListenerAction, Session
 

@@ -340,6 +340,7 @@ class Bus:
         self._grant_sockets: set[zmq.Socket[bytes]] = set()
         self._watched: frozenset[int] = frozenset()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)  # it may have been there
 
     def bind(
         self, rule: EdgeRule, address: str | None = None, observer: EdgeObserver | None = None
@@ -352,6 +353,7 @@ class Bus:
         endpoint = f"tcp://{address}:*" if address else self._ipc_endpoint(rule)
         socket = self._socket(zmq.ROUTER, rule)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a sender that was started anew comes with its old name
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:

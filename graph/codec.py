@@ -67,6 +67,8 @@ def encode(chunk: Chunk) -> list[Frame]:
             _pack_trace(chunk.trace),
         ]
     )
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise CodecError("header", f"stream {chunk.stream!r}: its header takes {len(frames[0])} bytes")
     return frames
 
 
@@ -120,12 +122,12 @@ def _decode_array(entry: Any, frame: Frame) -> tuple[str, Array]:
     name, dtype, shape = entry
     is_known = _is_name(name) and isinstance(dtype, str) and dtype in DTYPES
     _expect(is_known, "dtype", "array %r of dtype %r", name, dtype)
-    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(_is_int(n) and n >= 0 for n in shape)
-    _expect(is_shape, "shape", "array %r of shape %r", name, shape)
-    item_bytes = _DTYPE_OF[dtype].itemsize
-    # An empty array has a size too: numpy won't shape it when its other dimensions are beyond memory.
-    is_small = math.prod(max(n, 1) for n in shape) * item_bytes <= MAX_ARRAY_BYTES
-    fits = is_small and math.prod(shape) * item_bytes == len(frame)
+    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and set(map(type, shape)) <= {int}
+    _expect(is_shape and min(shape, default=0) >= 0, "shape", "array %r of shape %r", name, shape)
+    num_bytes = math.prod(shape) * _DTYPE_OF[dtype].itemsize
+    fits = num_bytes == len(frame) <= MAX_ARRAY_BYTES
+    if fits and not num_bytes:  # an empty array has a size too: numpy won't shape one with a side beyond memory
+        fits = math.prod(max(n, 1) for n in shape) * _DTYPE_OF[dtype].itemsize <= MAX_ARRAY_BYTES
     _expect(fits, "shape", "array %r: %r does not fit %r bytes", name, shape, len(frame))
     array = np.frombuffer(memoryview(frame).toreadonly(), dtype=_DTYPE_OF[dtype]).reshape(shape)
     return name, array

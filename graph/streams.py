@@ -44,7 +44,7 @@ def is_raw(stream: str) -> bool:
 
 
 def port_of(stream: str) -> str:
-    """The port on which a stream leaves and enters a stage (graph/spec.py has the table of ports)."""
+    """The port on which a stream leaves and enters a stage (graph/ports.py has the table)."""
     if stream == MIC:
         return "sound"
     return "frames" if stream.startswith(CAMERA_PREFIX) else stream

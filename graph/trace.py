@@ -24,8 +24,10 @@ class Part:
 def leave_stage(unit: Unit, span: Span) -> Trace:
     """The trace of a unit that has been processed: what came with it, and this stage's span."""
     spans = {s for trace in unit.traces.values() for s in trace.spans} | {span}
-    sensed_missing = unit.missing - FENCED_STREAMS
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
+    # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say).
+    idle = {stream for stream, trace in unit.traces.items() if trace.missing}
+    sensed_missing = (unit.missing | idle) - FENCED_STREAMS
     return Trace(
         digest=digest_of(unit),
         missing=tuple(sorted(sensed_missing or (inherited if _is_said(unit) else ()))),

@@ -4,22 +4,17 @@ Rules, which make a hostile file a short message instead of a hot machine:
 - no tag is read, no merge key, one document only;
 - a file has at most 1 MiB, 10 000 values (aliases count in full) and 32 levels;
 - keys are text and occur once;
-- `${env:NAME}` and `${file:path}` become a `Secret`, which shows itself in no print.
+- `${env:NAME}` and `${file:path}` become a `Secret` (graph/secret.py), which shows itself in no print.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import UnionType
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, StringMark, YAMLError
 from ruamel.yaml.events import (
@@ -35,11 +30,12 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from graph.errors import Problem, SpecError
+from graph.secret import mask_urls, resolve
+from graph.wording import clipped
 
 MAX_BYTES: Final = 1 << 20
 MAX_VALUES: Final = 10_000
 MAX_DEPTH: Final = 32
-MAX_SECRET_BYTES: Final = 64 << 10
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -51,51 +47,6 @@ _CONSTANTS: Final[Mapping[str, object]] = {
 }
 _INT: Final = re.compile(r"[-+]?[0-9]{1,300}")
 _FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_REFERENCE: Final = re.compile(r"\$\{([^}]*)\}?")
-# A user's name in clear, the password (or all) by reference: `admin:${env:PASSWORD}`.
-_BY_REFERENCE: Final = re.compile(r"((\$\{[^}]*\}|[^:$]*):)?(\$\{[^}]*\})+")
-# Cheap cameras take it in the path, too: rtsp://10.0.0.7/user=admin_password=…_channel=1
-_SECRET_PARAMETER: Final = re.compile(r"(?i)((?:pass|pwd|token|secret|key|auth)[\w-]{0,40}=)(?!\$\{)[^&\s'\"]+")
-
-
-def mask_urls(text: str) -> str:
-    """The text without the credentials of the URLs in it; `${…}` references stay, as they reveal nothing.
-
-    All from the first "://" to the last "@" goes: passwords with a raw "/", "@" or space are common, and a mangled
-    print is better than a leak.
-    """
-    before, scheme, rest = text.partition("://")
-    userinfo, at, after = rest.rpartition("@")
-    if at and not _BY_REFERENCE.fullmatch(userinfo):
-        userinfo = "***"
-    return _SECRET_PARAMETER.sub(r"\1***", f"{before}{scheme}{userinfo}{at}{after}")
-
-
-class Secret:
-    """Text which may hold credentials. Every print shows `masked`; only `reveal()` gives the text itself."""
-
-    __slots__ = ("_text", "masked")
-
-    def __init__(self, template: str, text: str | None = None) -> None:
-        """template: as written, with its `${…}`; text: with the references resolved (None: there are none)."""
-        self.masked = mask_urls(template)
-        self._text = template if text is None else text
-
-    def reveal(self) -> str:
-        """The text itself: for opening the source, never for a message."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return f"Secret({self.masked!r})"
-
-    def __str__(self) -> str:
-        return self.masked
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and self._text == other._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
 
 
 class Unreadable:
@@ -184,7 +135,7 @@ def read_yaml(text: str, name: str, environment: Mapping[str, str]) -> Document:
 
 def apply_override(document: Document, assignment: str, environment: Mapping[str, str]) -> None:
     """Set one value from `--set a.b=c`, the value read as YAML; problems are noted in the document."""
-    place = Place(1 << 60, len(document.problems), f"--set {_clipped(mask_urls(assignment))}")
+    place = Place(1 << 60, len(document.problems), f"--set {clipped(mask_urls(assignment))}")
     dotted_path, equals, text = assignment.partition("=")
     path = dotted_path.strip().split(".")
     if not equals or "" in path:
@@ -202,11 +153,7 @@ def apply_override(document: Document, assignment: str, environment: Mapping[str
 
 def in_file_order(problems: list[tuple[Place, str]]) -> list[Problem]:
     """The problems as they go into a SpecError, each once and of a readable length."""
-    return [Problem(place.label, _clipped(message)) for place, message in sorted(set(problems))]
-
-
-def _clipped(text: str, length: int = 400) -> str:
-    return text if len(text) <= length else text[:length] + "…"
+    return [Problem(place.label, clipped(message)) for place, message in sorted(set(problems))]
 
 
 class _GaveUpError(Exception):
@@ -327,25 +274,11 @@ class _Reader:
         return _CONSTANTS[event.value]
 
     def _text(self, event: Any) -> object:
-        template = str(event.value)
-        if "${" not in template:
-            return template
         try:
-            text = _REFERENCE.sub(lambda match: self._resolve(match[0]), template)
+            return resolve(str(event.value), self._environment)
         except ValueError as error:
             self.note(event.start_mark, str(error))
             return Unreadable()
-        return Secret(template, text)
-
-    def _resolve(self, reference: str) -> str:
-        kind, _, name = reference[2:].removesuffix("}").partition(":")
-        if not reference.endswith("}") or kind not in ("env", "file") or not name:
-            raise ValueError(f"'{reference}' is not read; write ${{env:NAME}} or ${{file:path}}")
-        if kind == "file":
-            return _read_secret(Path(name))
-        if not self._environment.get(name):
-            raise ValueError(f"environment variable {name} is not set (or empty)")
-        return self._environment[name]
 
 
 def _number(text: str) -> int | float | None:
@@ -356,23 +289,6 @@ def _number(text: str) -> int | float | None:
     if text.lower().lstrip("+-") in (".inf", ".nan"):
         return float(text.replace(".", "", 1))
     return None
-
-
-def _read_secret(path: Path) -> str:
-    try:
-        path = path.expanduser()
-        if not path.is_file():  # a pipe would hang
-            raise ValueError(f"secret file {path}: no such file")
-        with path.open("rb") as file:
-            content = file.read(MAX_SECRET_BYTES + 1)
-        text = content.decode().strip()
-    except UnicodeDecodeError:
-        raise ValueError(f"secret file {path}: not UTF-8 text") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
-        raise ValueError(f"secret file {path}: {error}") from None
-    if not text or len(content) > MAX_SECRET_BYTES:
-        raise ValueError(f"secret file {path}: must have 1 byte to 64 KiB")
-    return text
 
 
 def _step(parent: object, part: str, path: KeyPath) -> str | int:
@@ -389,134 +305,3 @@ def _child(parent: Any, step: str | int) -> object:
     if isinstance(parent, dict) and parent.get(step) is None:
         parent[step] = {}
     return parent[step]
-
-
-# ---- Checking against a model ---------------------------------------------------------------------------------------
-
-Model = TypeVar("Model", bound=BaseModel)
-
-_WANTED: Final[Mapping[str, str]] = {
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "string_type": "must be text",
-    "model_type": "must be a mapping (key: value)",
-    "dict_type": "must be a mapping (key: value)",
-    "mapping_type": "must be a mapping (key: value)",
-    "list_type": "must be a list",
-    "greater_than": "must be more than {gt:.15g}",
-    "greater_than_equal": "must be at least {ge:.15g}",
-    "less_than": "must be less than {lt:.15g}",
-    "less_than_equal": "must be at most {le:.15g}",
-    "literal_error": "must be {expected}",
-    "string_too_long": "must have at most {max_length} characters",
-}
-
-
-def check_document(document: Document, model: type[Model]) -> tuple[Model, list[KeyPath]]:
-    """The document's values as `model`, which must accept an empty mapping, and the places of what is wrong.
-
-    Every problem is noted in the document; what is wrong counts as not written, so that the rest can be checked on.
-    """
-    details = _details(document.tree, model)
-    document.problems += [problem for detail in details for problem in _problem(document, model, detail)]
-    rest = copy.deepcopy(document.tree)
-    while found := _details(rest, model):  # ends: each round takes something away
-        _remove(rest, found)
-    return model.model_validate(rest), [_path(detail) for detail in details]
-
-
-def _details(tree: object, model: type[BaseModel]) -> list[ErrorDetails]:
-    try:
-        model.model_validate(tree)
-    except ValidationError as error:
-        return error.errors(include_url=False)
-    return []
-
-
-def _path(detail: ErrorDetails) -> KeyPath:
-    """Where pydantic found it; it marks a wrong key by one more part."""
-    path = tuple(detail["loc"])
-    return path[:-1] if path[-1:] == ("[key]",) else path
-
-
-def _remove(tree: object, details: Iterable[ErrorDetails]) -> None:
-    """Take the values with these errors away; a section which lacks something goes as a whole."""
-    paths = {_as_far_as_written(tree, _path(detail)) for detail in details}
-    # From the back, so that the indexes of a list stay right, and the parts before the whole.
-    for path in sorted(paths, key=lambda path: [str(part).zfill(6) for part in path], reverse=True):
-        parent: Any = tree
-        for part in path[:-1]:
-            parent = parent[part]
-        del parent[path[-1]]
-
-
-def _as_far_as_written(tree: Any, path: KeyPath) -> KeyPath:
-    for depth, part in enumerate(path):
-        written = part in tree if isinstance(tree, dict) else isinstance(tree, list)
-        if not written:
-            return path[:depth]
-        tree = tree[part]
-    return path
-
-
-def _problem(document: Document, model: type[BaseModel], detail: ErrorDetails) -> list[tuple[Place, str]]:
-    """The problem in our words; none if it was already told when the file was read."""
-    path, value = _path(detail), detail["input"]
-    if isinstance(value, Unreadable):
-        return []
-    if detail["type"] == "extra_forbidden":
-        return [(document.place(path, of_key=True), mask_urls(_unknown_key(model, path)))]
-    of_key = detail["loc"] != path or value is None  # `door:` with nothing behind it
-    name = dotted(path if detail["type"] == "missing" else document.nearest(path))
-    return [(document.place(path, of_key=of_key), mask_urls(f"{name}: {_wrong_value(detail, value)}"))]
-
-
-def _unknown_key(model: type[BaseModel], path: KeyPath) -> str:
-    key, within = str(path[-1]), dotted(path[:-1])
-    return f"unknown key {shown(key)}{f' in {within}' if within else ''}{suggest(key, _known_keys(model, path[:-1]))}"
-
-
-def _wrong_value(detail: ErrorDetails, value: object) -> str:
-    context = detail.get("ctx", {})
-    if detail["type"] == "missing":
-        return "is missing"
-    if detail["type"] == "value_error":
-        return str(context["error"])
-    if isinstance(value, Secret):
-        return "takes no ${env:…} or ${file:…}: those are for secrets, and this would be printed"
-    wanted = _WANTED[detail["type"]].format(**context) if detail["type"] in _WANTED else detail["msg"]
-    return f"{wanted}, not {shown(value)}"
-
-
-def _known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys which the section at `path` may have."""
-    section: Any = model
-    for part in path:
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            fields = section.model_fields.items()
-            section = next(info.annotation for name, info in fields if (info.alias or name) == part)
-            section = get_args(section)[0] if isinstance(section, UnionType) else section  # X | None
-        else:
-            section = get_args(section)[-1]  # of Mapping[str, X] or list[X]
-    return [info.alias or name for name, info in section.model_fields.items()]
-
-
-def suggest(text: str, known: Collection[str], *, alone: bool = True) -> str:
-    """The tail of a message: what was probably meant, else (when there is nothing else said) what there is."""
-    close = difflib.get_close_matches(text, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is: {', '.join(known)}" if alone else ""
-
-
-def shown(value: object) -> str:
-    """A value of the file as it may stand in a message."""
-    if isinstance(value, (dict, list)):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return repr(_clipped(mask_urls(value), 120))
-    return str(value).lower() if isinstance(value, bool) else str(value)

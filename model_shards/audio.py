@@ -134,23 +134,26 @@ class AudioEncoder(nn.Module):
         empty = self.audio_projection_layer.linear1.weight.new_zeros(0, self.config.embed_dim)
         return [done.get(id(state), empty) for state, _ in batch]
 
-    def encode_offline(self, mel: Tensor, lens: Sequence[int], chunk_length_s: float | None) -> list[Tensor]:
+    def encode_offline(
+        self, mel: Tensor, lens: Sequence[int], chunk_length_s: float | None, *, hear_padding: bool = True
+    ) -> list[Tensor]:
         """Encode whole clips of at most 30 s, e.g. the voice in a system prompt.
 
         mel:  [batch, 80, frames] with zeros after each clip's end; lens: its mel frames per clip.
         chunk_length_s: a frame sees its own chunk of so many seconds and all before; None: it sees everything.
+        hear_padding: the official mask over the padding counts mel frames where it should count frames after the
+        convolutions (half as many), so that a shorter clip in a batch hears silence up to twice its length. True, as
+        the reference numbers have it; False gives every clip what it gets on its own, where there is no padding.
         returns: per clip [tokens, embed_dim], tokens = ((len - 1) // 2 + 1) // pool_step.
-
-        The mask over the padding counts mel frames where it should count frames after the convolutions (half as many):
-        a shorter clip in a batch hears silence up to twice its length. Kept, as the reference numbers have it; a clip
-        on its own is not concerned.
         """
-        frames = self.apm.convolve(mel)
+        after_conv = [(length - 1) // 2 + 1 for length in lens]
+        frames = self.apm.convolve(mel, None if hear_padding else lens)
         total = frames.shape[1]
         if total > self.config.max_source_positions:
             raise ModelError(f"audio: a clip of {total} frames; the encoder has {self.config.max_source_positions}")
         index = torch.arange(total, device=frames.device)
-        mask = (index < torch.tensor(lens, device=frames.device)[:, None])[:, None, None, :]
+        heard = torch.tensor(lens if hear_padding else after_conv, device=frames.device)
+        mask = (index < heard[:, None])[:, None, None, :]
         if chunk_length_s is not None:
             chunk = index // int(chunk_length_s * 50)
             mask = mask & (chunk[None, :] <= chunk[:, None])
@@ -159,7 +162,7 @@ class AudioEncoder(nn.Module):
             q, k, v = layer.self_attn.heads(layer.self_attn_layer_norm(x))
             x = x + layer.self_attn.attend(q, k, v, mask)
             x = x + layer.mlp(x)
-        return self._project(x, [(length - 1) // 2 + 1 for length in lens])
+        return self._project(x, after_conv)
 
     def hidden(self, batch: Sequence[tuple[AudioState, MelChunk]]) -> tuple[Tensor, list[int]]:
         """The tower's output, after its last norm and before the projector, and the frames per row.

@@ -181,12 +181,8 @@ def load_shard(
 
 def load_component(path: Path, component: Component, module: nn.Module, *, dtype: torch.dtype, device: str) -> None:
     """Give `module`, which may be on the meta device, the weights of a component; see `load_shard`."""
-    stored = _list_stored(path, component)
-    if not stored:
-        names = ", ".join(chain.from_iterable(_file_names(component)))
-        raise ModelError(f"{path}: holds no tensors of {component!r}; looked into {names}")
     expected = module.state_dict()
-    _check_tensors(f"{path}: {component}", expected, stored)
+    stored = _checked(path, component, expected)
     weights = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in _read_stored({name: stored[name] for name in expected}, device)
@@ -195,6 +191,15 @@ def load_component(path: Path, component: Component, module: nn.Module, *, dtype
     module.to(device).eval().requires_grad_(False)  # tables that no checkpoint fills are built on the CPU
     hollow = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
     assert not hollow, f"{component}: {hollow} are neither in the checkpoint nor computed when they are used"
+
+
+def check(path: Path, components: Iterable[Component]) -> None:
+    """Compare components with the config, from the headers only. Raises ModelError as `load_shard` would."""
+    config = load_config(path)
+    for component in components:
+        with torch.device("meta"):
+            module = build(component, config)
+        _checked(path, component, module.state_dict())
 
 
 def inspect(path: Path) -> list[ComponentInfo]:
@@ -303,6 +308,16 @@ def _vocoder_name(part: str, key: str) -> str:
         if name.endswith(old):
             name = name.removesuffix(old) + new
     return f"{part}.{name}"
+
+
+def _checked(path: Path, component: Component, expected: Mapping[str, Tensor]) -> dict[str, _Stored]:
+    """A component's tensors as they are stored, once they are known to fit."""
+    stored = _list_stored(path, component)
+    if not stored:
+        names = ", ".join(chain.from_iterable(_file_names(component)))
+        raise ModelError(f"{path}: holds no tensors of {component!r}; looked into {names}")
+    _check_tensors(f"{path}: {component}", expected, stored)
+    return stored
 
 
 def _check_tensors(where: str, expected: Mapping[str, Tensor], stored: Mapping[str, _Stored]) -> None:

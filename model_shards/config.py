@@ -204,7 +204,7 @@ def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelCon
         llm=_pick(LlmConfig, raw),
         vision=_parse_vision(raw, hidden) if raw.get("init_vision", True) else None,
         audio=_parse_audio(raw, hidden) if raw.get("init_audio", True) else None,
-        tts=_pick(TtsConfig, raw.get("tts_config", {})) if raw.get("init_tts", True) else None,
+        tts=_parse_tts(raw.get("tts_config", {})) if raw.get("init_tts", True) else None,
         vocoder=_parse_vocoder(vocoder) if raw.get("init_tts", True) else None,
         untrained=bool(raw.get("untrained", False)),
     )
@@ -223,6 +223,11 @@ def _parse_audio(raw: Mapping[str, Any], hidden: int) -> AudioConfig:
     sizes = dict(raw.get("audio_config", {})) | {"embed_dim": hidden}
     sizes |= {"pool_step": raw.get("audio_pool_step", 5), "chunk_length_s": raw.get("audio_chunk_length", 1.0)}
     return _pick(AudioConfig, sizes)
+
+
+def _parse_tts(raw: Mapping[str, Any]) -> TtsConfig:
+    official = "streaming_sliding_window_audio_window_size"
+    return _pick(TtsConfig, dict(raw) | ({"sliding_window_tokens": raw[official]} if official in raw else {}))
 
 
 def _parse_vocoder(raw: Mapping[str, Any]) -> VocoderConfig:

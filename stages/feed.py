@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from graph.chunk import NS_PER_S, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.streams import SOUND_RATE_HZ
 from graph.window import FOREVER_NS
 from stages.media import Ended, Failed, Frame, MediaError, MediaReader, MediaRequest, Progress, Sound
 from stages.stage import Session
 
 MAX_AHEAD_NS = 2 * NS_PER_S
+PIECE_NS = 50 * NS_PER_MS  # sound comes in pieces so short, since a live source's pieces begin anywhere in a window
 FIRST_RETRY_NS, LAST_RETRY_NS = NS_PER_S, 30 * NS_PER_S  # a camera that is gone is looked for again, ever less often
 
 Open = Callable[[MediaRequest], MediaReader]
@@ -53,7 +54,7 @@ class Feed:
         self._reader: MediaReader | None = None
         self._live = False  # the last reader that could be made reads a source that sets the pace itself
         self._told = False  # the current reader has said which streams there are
-        self._base_ns = 0  # event time at which the current reader's axis begins
+        self._base_ns: int | None = None  # event time at which the current reader's axis begins, once that is known
         self._retry_ns = FIRST_RETRY_NS
         self._retry_at_ns = 0
         self._sides = _Sides()
@@ -108,8 +109,11 @@ class Feed:
 
     def pump(self, now_ns: int) -> None:
         """Read ahead what there is, without waiting; find a lost camera again."""
-        if self._reader is None and not self.over:
-            self._look_again(now_ns)
+        duration_ns = self._session.duration_ns
+        if self._live and duration_ns is not None and now_ns >= duration_ns + self._session.lateness_ns:
+            self.stop(duration_ns)
+        if self._reader is None and not self.over and now_ns >= self._retry_at_ns:
+            self._connect(now_ns)
         while self._reader is not None and self._has_room():
             item = self._reader.read(0)
             if item is None:
@@ -148,31 +152,18 @@ class Feed:
         ahead_samples = MAX_AHEAD_NS * SOUND_RATE_HZ // NS_PER_S
         return len(frames) < ahead_frames and len(self._sides.samples) < ahead_samples
 
-    def _look_again(self, now_ns: int) -> None:
-        """A lost camera: time goes on, and now and then it is tried."""
-        duration_ns = self._session.duration_ns
-        if duration_ns is not None and now_ns >= duration_ns:
-            self.end_ns = duration_ns
-        elif now_ns >= self._retry_at_ns:
-            self._connect(now_ns)
-
     def _connect(self, now_ns: int) -> None:
         session = self._session
-        # A reconnected camera goes on at a whole window, so that its pictures keep their place in the windows.
-        base_ns = -(-now_ns // session.window_ns) * session.window_ns
-        left_ns = None if session.duration_ns is None else session.duration_ns - base_ns
-        if left_ns is not None and left_ns <= 0:
-            return  # not worth it: the duration is over before its next window
         request = MediaRequest(
             source=session.source,
             fps=session.fps,
             max_pixels=session.max_pixels,
             want_video=session.pictures,
             want_audio=session.microphone,
-            window_ns=session.window_ns,
-            duration_ns=left_ns,
+            window_ns=min(PIECE_NS, session.window_ns),
+            duration_ns=session.duration_ns,
         )
-        self._base_ns, self._told = base_ns, False
+        self._base_ns, self._told = None, False
         try:
             reader = self._open(request)
             self._live = reader.is_live
@@ -183,10 +174,10 @@ class Feed:
             self._reader = reader
 
     def _take(self, item: Frame | Sound | Progress | Ended | Failed, now_ns: int) -> None:
-        if isinstance(item, Frame):
-            self._take_frame(item)
-        elif isinstance(item, Sound):
-            self._take_sound(item)
+        if isinstance(item, Frame | Sound):
+            if self._base_ns is None:
+                self._base_ns = self._find_base_ns(item, now_ns)
+            self._take_media(item, self._base_ns)
         elif isinstance(item, Progress):
             self.video_ns = max(self.video_ns, self._reached_ns(item.video_ns))
             self.audio_ns = max(self.audio_ns, self._reached_ns(item.audio_ns))
@@ -196,22 +187,37 @@ class Feed:
         else:
             self._lose(item, now_ns)
 
+    def _find_base_ns(self, first: Frame | Sound, now_ns: int) -> int:
+        """A file begins with the session. A live source's first media is what happens now."""
+        if not self._live:
+            return 0
+        ready_ns = first.start_ns
+        if isinstance(first, Sound):
+            ready_ns += len(first.samples) * NS_PER_S // SOUND_RATE_HZ
+        return max(now_ns - ready_ns, self._seen_ns)
+
+    def _take_media(self, item: Frame | Sound, base_ns: int) -> None:
+        if isinstance(item, Frame):
+            self._take_frame(item, base_ns)
+        else:
+            self._take_sound(item, base_ns)
+
     def _reached_ns(self, progress_ns: int) -> int:
         if progress_ns < FOREVER_NS:
-            return progress_ns + self._base_ns
+            return progress_ns + (self._base_ns or 0)
         # A stream of a live source that "ends" has lost its connection, which comes again.
         return 0 if self._live and self._told else FOREVER_NS
 
-    def _take_frame(self, frame: Frame) -> None:
-        start_ns = frame.start_ns + self._base_ns
+    def _take_frame(self, frame: Frame, base_ns: int) -> None:
+        start_ns = frame.start_ns + base_ns
         self._come_up(start_ns)
         self._sides.frames.append(Frame(start_ns, frame.image))
         self._shown_ns = max(self._shown_ns, start_ns + 1)
         self.video_ns = max(self.video_ns, start_ns + 1)
 
-    def _take_sound(self, sound: Sound) -> None:
+    def _take_sound(self, sound: Sound, base_ns: int) -> None:
         sides = self._sides
-        first = sound.first_sample + self._base_ns * SOUND_RATE_HZ // NS_PER_S
+        first = sound.first_sample + base_ns * SOUND_RATE_HZ // NS_PER_S
         if len(sides.samples) == 0:
             sides.first_sample = max(first, sides.first_sample)
         gap = np.zeros(max(first - sides.first_sample - len(sides.samples), 0), np.float32)

@@ -145,9 +145,9 @@ class Speaker(Stage):
         state = self._open[session]
         chunks: list[Chunk] = []
         if not state.session.paced:
-            while state.actions and state.player.unheard_ns:
-                chunks += self._listen(state, state.actions[0].at_ns)
-            chunks += self._listen(state, state.player.last_end_ns)
+            while state.player.unheard_ns and (state.actions or not state.player.paused):
+                paused = state.player.paused
+                chunks += self._listen(state, state.actions[0].at_ns if paused else state.player.last_end_ns)
         return [*chunks, _ack(state)]
 
     def _receive(self, state: _Open, chunk: Chunk, unit: Unit) -> list[Chunk]:

@@ -117,13 +117,11 @@ class Place:
 
     def url(self) -> str:
         """The gateway of the pipeline that runs here; waits until it is ready."""
-        return str(self.wait_for_file()["url"])
+        return str(self.state()["url"])
 
-    def wait_for_file(self) -> dict[str, Any]:
-        """The state file of the pipeline that starts here."""
-        return dict(
-            wait_for(lambda: next((json.loads(p.read_text()) for p in self.tmp.glob("omni-*/*/running.json")), 0))
-        )
+    def state(self) -> dict[str, Any]:
+        """What the pipeline that starts here says of itself: pid, url."""
+        return dict(wait_for(lambda: [json.loads(path.read_text()) for path in self.tmp.glob("omni-*/*/running.json")])[0])
 
     def wait_for_event(self, kind: str, out: str = "run") -> dict[str, Any]:
         """The first event of a kind in `out`/events.jsonl; `window` finds the first window."""

@@ -1,0 +1,11 @@
+"""Shared by all tests: what takes a second to make is made once per run."""
+
+import pytest
+
+from tests.support.tiny import Tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """An untrained checkpoint of the smallest size, in a folder of its own."""
+    return Tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")

@@ -1,0 +1,66 @@
+"""Every recorded size is cut into the official cells, at every recorded limit, and keeps its official place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from model_shards.config import SliceConfig
+from model_shards.image import placeholder, plan_slices, slice_image
+from tests.support import golden
+from tests.support.golden import cases, read_json
+
+FILE = "image_slicing.json"
+
+
+def ids() -> list[str]:
+    rows = read_json(FILE)["rows"] if golden.PRESENT else []
+    return [
+        f"{index}: {'x'.join(map(str, row['size']))} in {row['max_slice_nums']}" for index, row in enumerate(rows)
+    ]
+
+
+def row_of(case: str) -> tuple[dict[str, Any], SliceConfig]:
+    recorded = read_json(FILE)
+    row = recorded["rows"][int(case.split(":")[0])]
+    return row, SliceConfig(row["max_slice_nums"], recorded["patch_size"], recorded["scale_resolution"])
+
+
+@cases(FILE, ids())
+def test_a_size_is_cut_as_officially(case: str) -> None:
+    row, config = row_of(case)
+    patch = config.patch_size
+
+    plan = plan_slices(*row["size"], config)
+
+    cells = [] if plan.cell is None else [plan.cell] * plan.num_cells
+    assert [None if part is None else list(part) for part in (plan.source, plan.grid, plan.refined, plan.cell)] == [
+        row["source_size"],
+        row["grid"],
+        row["refine_size"],
+        row["slice_size"],
+    ]
+    assert [[height // patch, width // patch] for width, height in (plan.source, *cells)] == row["tgt_sizes"]
+
+
+@cases(FILE, ids())
+def test_a_picture_gives_pieces_of_the_official_sizes(case: str) -> None:
+    row, config = row_of(case)
+    width, height = row["size"]
+
+    pieces = slice_image(np.zeros((height, width, 3), dtype=np.uint8), config)
+
+    assert [[piece.rows, piece.cols] for piece in pieces] == row.get("tgt_sizes_preprocess", row["tgt_sizes"])
+
+
+@cases(FILE, ids())
+def test_a_picture_keeps_its_official_place_in_the_text(case: str) -> None:
+    row, config = row_of(case)
+    num, image_id = read_json(FILE)["image_feature_size"], read_json(FILE)["image_idx_in_placeholder"]
+    plan = plan_slices(*row["size"], config)
+
+    texts = [placeholder(plan, num, image_id=image_id), placeholder(plan, num)]
+
+    short = [text.replace("<unk>" * num, f"{{unk*{num}}}") for text in texts]
+    assert short == [row["placeholder_rle"], row["placeholder_noid_rle"]]

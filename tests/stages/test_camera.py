@@ -1,0 +1,165 @@
+"""stages/camera.py, and with it both sources of a session on one feed: what they say, and when they end."""
+
+import pytest
+
+from graph.chunk import NS_PER_S, Kind
+from graph.window import WindowJoin
+from stages.media import Ended, Failed
+from tests.support.media_script import (
+    DOOR,
+    GONE,
+    Door,
+    FakeMedia,
+    FakeReader,
+    data,
+    ends,
+    events,
+    frame,
+    progress,
+    seconds,
+    source,
+    watermarks,
+)
+
+CAMERA = "camera/door"
+
+
+def windows(chunks) -> list[tuple[int, list[str]]]:
+    """The windows a stage that sees and hears would get: index, and what is missing."""
+    join = WindowJoin(DOOR, (CAMERA, "mic"), window_ns=NS_PER_S, lateness_ns=None)
+    units = []
+    for chunk in (chunk for chunk in chunks if chunk.stream in (CAMERA, "mic")):
+        if chunk.kind is Kind.DATA:
+            assert join.add(chunk).late == ()
+        elif chunk.kind is Kind.END:
+            units += join.end(chunk.stream, chunk.start_ns).units
+        else:
+            units += join.advance(chunk.stream, chunk.start_ns).units
+    assert join.finished
+    return [(unit.index, sorted(unit.missing)) for unit in units]
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_a_source_of_20_s_gives_exactly_20_windows(paced: bool):
+    door = Door(FakeMedia(source(20)), paced=paced)
+    said = door.until(21)
+    assert windows(said) == [(index, []) for index in range(20)]
+    assert [chunk.start_ns for chunk in data(said, CAMERA)] == [index * NS_PER_S for index in range(20)]
+    assert ends(said) == {CAMERA: [19 * NS_PER_S + 1], "mic": [20 * NS_PER_S]}
+    assert door.finished == (True, True)
+
+
+def test_a_source_without_sound_gives_as_many_windows():
+    said = Door(FakeMedia(source(20, sounds=False))).until(21)
+    assert windows(said) == [(index, ["mic"]) for index in range(20)]
+
+
+def test_a_source_without_pictures_gives_as_many_windows():
+    said = Door(FakeMedia(source(20, pictures=False))).until(21)
+    assert windows(said) == [(index, [CAMERA]) for index in range(20)]
+    assert ends(said)[CAMERA] == [0]
+
+
+def test_in_real_time_nothing_is_said_before_its_time():
+    door = Door(FakeMedia(source(20)))
+    said = door.until(3.5)
+    assert [chunk.start_ns for chunk in data(said, CAMERA)] == [0, NS_PER_S, 2 * NS_PER_S, 3 * NS_PER_S]
+    assert max(watermarks(said, CAMERA)) == 4 * NS_PER_S - 1
+
+
+def test_in_virtual_time_a_source_waits_for_nobody():
+    door = Door(FakeMedia(source(20)), paced=False)
+    said = door.at(*[0.0] * 12)
+    assert len(data(said, CAMERA)) == 20
+    assert door.finished == (True, True)
+
+
+def test_after_a_picture_the_watermark_stands_at_the_next_sampling_instant():
+    door = Door(FakeMedia(FakeReader(progress(0, None), frame(0.0), progress(0.5, None))), fps=2)
+    said = door.at(0.0)
+    assert watermarks(said, CAMERA)[-1] == NS_PER_S // 2 - 1
+
+
+def test_watermarks_never_go_back():
+    said = Door(FakeMedia(source(5)), fps=1).until(6)
+    marks = watermarks(said, CAMERA)
+    assert marks == sorted(set(marks))
+
+
+def test_a_camera_that_is_behind_holds_a_window_open_for_its_lateness_only():
+    door = Door(FakeMedia(FakeReader(*seconds(0, 1), live=True)), lateness_ns=NS_PER_S // 5)
+    assert max(watermarks(door.until(2.1), CAMERA)) == NS_PER_S
+    assert max(watermarks(door.at(2.2), CAMERA)) == 2 * NS_PER_S
+
+
+def test_pictures_that_end_before_the_sound_are_all_seen():
+    # Given: the decoder has read the last pictures ahead and said that there are no more.
+    items = [progress(0, 0), *seconds(0, 2), progress(None, 2), *seconds(2, 6, pictures=False)]
+    door = Door(FakeMedia(FakeReader(*items, progress(None, None), Ended("over"))))
+    said = door.until(7)
+    assert [chunk.start_ns for chunk in data(said, CAMERA)] == [0, NS_PER_S]
+    assert windows(said) == [(index, [CAMERA] if index > 1 else []) for index in range(6)]
+    order = [chunk.kind for chunk in said if chunk.stream == CAMERA]
+    assert order.index(Kind.END) == len(order) - 1
+
+
+def test_a_live_camera_that_dies_costs_its_windows_and_comes_back():
+    # Given: a camera that dies at 2 s, is not there at 3 s, and is found again at 5 s.
+    first = FakeReader(live=True)
+    door = Door(FakeMedia(first, FakeReader(GONE, live=True), again := FakeReader(live=True)), duration_ns=8 * NS_PER_S)
+    said = []
+    for at in range(2):
+        first.give(*seconds(at, at + 1))
+        said += door.until(at + 1, start_s=at)
+    first.give(frame(2.0), GONE)
+    said += door.until(5, start_s=2)
+    for at in range(3):
+        again.give(*seconds(at, at + 1))
+        said += door.until(at + 6, start_s=at + 5)
+    again.give(Ended("the duration is over"))
+    said += door.until(9, start_s=8)
+    # Then: every window has left, and only those are missing something in which it was away.
+    assert windows(said) == [
+        *((index, []) for index in (0, 1)),
+        (2, ["mic"]),
+        *((index, [CAMERA, "mic"]) for index in (3, 4)),
+        *((index, []) for index in (5, 6, 7)),
+    ]
+    assert events(said) == ["camera_up", "camera_lost", "camera_lost", "camera_up", "camera_ended"]
+    assert ends(said) == {CAMERA: [8 * NS_PER_S], "mic": [8 * NS_PER_S]}
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_a_file_that_breaks_owes_its_windows_until_the_duration(paced: bool):
+    reader = FakeReader(*seconds(0, 2), Failed("unreadable", "clip.mp4 is damaged"))
+    door = Door(FakeMedia(reader), paced=paced, duration_ns=6 * NS_PER_S)
+    said = door.until(7)
+    assert windows(said) == [(index, [CAMERA, "mic"] if index > 1 else []) for index in range(6)]
+    assert ends(said) == {CAMERA: [6 * NS_PER_S], "mic": [6 * NS_PER_S]}
+    assert door.finished == (True, True)
+
+
+def test_end_stops_both_sources_with_the_last_whole_window():
+    door = Door(FakeMedia(FakeReader(*seconds(0, 20))))
+    said = door.until(3.4)
+    for stage in (door.camera, door.microphone):
+        stage.end(DOOR, round(3.4 * NS_PER_S))
+    said += door.until(6, start_s=3.5)
+    assert ends(said) == {CAMERA: [3 * NS_PER_S], "mic": [3 * NS_PER_S]}
+    assert door.finished == (True, True)
+
+
+def test_a_closed_session_leaves_no_reader_behind():
+    reader = FakeReader(*seconds(0, 20))
+    door = Door(FakeMedia(reader))
+    door.camera.close_session(DOOR)
+    assert door.microphone.wakes() == [reader.fileno()]
+    door.microphone.close_session(DOOR)
+    door.microphone.close_session(DOOR)
+    assert reader.closed
+
+
+def test_the_reason_of_a_loss_is_told():
+    door = Door(FakeMedia(FakeReader(GONE, live=True)))
+    lost = data(door.at(0.5), "events")[0]
+    assert (lost.start_ns, lost.attrs["reason"], lost.attrs["message"]) == (NS_PER_S // 2, "closed", GONE.message)

@@ -1,0 +1,203 @@
+"""stages/feed.py: one camera's media on the session's axis, whatever its connection does."""
+
+import numpy as np
+import pytest
+
+from graph.chunk import NS_PER_S
+from graph.streams import SOUND_RATE_HZ
+from stages.feed import Feed, Feeds
+from stages.media import Ended, Failed, MediaError
+from stages.stage import Session
+from tests.support.media_script import DOOR, GONE, FakeMedia, FakeReader, frame, progress, seconds, sound, source
+
+MISSING = MediaError("missing", "/dev/video0: no such device")
+
+
+def session(**fields: object) -> Session:
+    return Session(DOOR, "door", "rtsp://door", **fields)
+
+
+def feed(*script: FakeReader | MediaError, **fields: object) -> Feed:
+    subject = Feed(session(**fields), FakeMedia(*script))
+    subject.start()
+    return subject
+
+
+def told(subject: Feed) -> list[str]:
+    return [notice.type for notice in subject.take_notices()]
+
+
+def test_a_feed_reads_two_seconds_ahead_and_no_more():
+    reader = FakeReader(*seconds(0, 10))
+    subject = feed(reader)
+    subject.pump(0)
+    assert subject.wakes() == []
+    assert [f.start_ns for f in subject.take_frames(10 * NS_PER_S)] == [0, NS_PER_S]
+
+
+def test_a_feed_with_room_waits_for_its_decoder():
+    reader = FakeReader(*seconds(0, 1))
+    subject = feed(reader)
+    subject.pump(0)
+    assert subject.wakes() == [reader.fileno()]
+
+
+def test_pictures_are_handed_out_when_their_time_has_come():
+    subject = feed(FakeReader(*seconds(0, 2)))
+    subject.pump(0)
+    assert [f.start_ns for f in subject.take_frames(NS_PER_S - 1)] == [0]
+    assert subject.next_frame_ns == NS_PER_S
+
+
+def test_sound_is_taken_gapless_by_running_sample_counts():
+    subject = feed(FakeReader(progress(0, 0), sound(0, 10_000), sound(10_000, 22_000)))
+    subject.pump(0)
+    taken = [subject.take_sound(end_ns) for end_ns in (NS_PER_S, 2 * NS_PER_S)]
+    assert [first for first, _ in taken] == [0, SOUND_RATE_HZ]
+    assert np.array_equal(np.concatenate([samples for _, samples in taken]), np.arange(32_000, dtype=np.float32))
+
+
+def test_a_hole_in_the_sound_is_silence():
+    subject = feed(FakeReader(progress(0, 0), sound(0, 8_000), sound(12_000, 4_000)))
+    subject.pump(0)
+    _, samples = subject.take_sound(NS_PER_S)
+    assert not samples[8_000:12_000].any()
+    assert samples[12_000] == 12_000
+
+
+def test_a_source_ends_where_its_last_picture_or_sample_was():
+    subject = feed(source(2))
+    subject.pump(0)
+    subject.take_frames(9 * NS_PER_S), subject.take_sound(9 * NS_PER_S)
+    subject.pump(0)
+    assert (subject.over, subject.end_ns) == (True, 2 * NS_PER_S)
+    assert told(subject) == ["camera_up", "camera_ended"]
+
+
+def test_a_live_camera_that_breaks_off_is_looked_for_ever_less_often():
+    media = FakeMedia(*(FakeReader(GONE, live=True) for _ in range(4)))
+    subject = Feed(session(), media)
+    subject.start()
+    tried_s = []
+    for tenth in range(100):
+        before = len(media.requests)
+        subject.pump(tenth * NS_PER_S // 10)
+        tried_s += [tenth / 10] * (len(media.requests) - before)
+    assert tried_s == [1.0, 3.0, 7.0]
+    assert told(subject) == ["camera_lost"] * 4
+
+
+def test_a_camera_that_delivers_again_is_tried_at_once_when_it_is_lost_next():
+    again = FakeReader(live=True)
+    media = FakeMedia(FakeReader(GONE, live=True), FakeReader(GONE, live=True), again, FakeReader(live=True))
+    subject = Feed(session(), media)
+    subject.start()
+    for now_ns in (0, NS_PER_S, 3 * NS_PER_S):
+        subject.pump(now_ns)
+    again.give(*seconds(0, 1), GONE)
+    subject.pump(4 * NS_PER_S)
+    subject.pump(5 * NS_PER_S)
+    assert len(media.requests) == 4
+    assert told(subject) == ["camera_lost", "camera_lost", "camera_up", "camera_lost"]
+
+
+def test_what_a_live_camera_gives_first_happens_now():
+    # Given: connecting took 0.7 s, and the decoder counts from its first packet.
+    subject = feed(FakeReader(frame(0.8), frame(1.8), live=True))
+    subject.pump(NS_PER_S * 15 // 10)
+    assert [f.start_ns for f in subject.take_frames(9 * NS_PER_S)] == [NS_PER_S * 15 // 10, NS_PER_S * 25 // 10]
+
+
+def test_a_camera_that_came_back_goes_on_from_now():
+    subject = feed(FakeReader(*seconds(0, 1), GONE, live=True), FakeReader(*seconds(0, 1), live=True))
+    subject.pump(NS_PER_S // 2)
+    subject.pump(NS_PER_S * 33 // 10)
+    frames = subject.take_frames(9 * NS_PER_S)
+    assert [f.start_ns for f in frames] == [NS_PER_S // 2, NS_PER_S * 33 // 10]
+
+
+def test_a_live_stream_that_ends_is_a_connection_that_breaks():
+    # Given: libav flushes its tracks before the decoder says that the camera closed the connection.
+    subject = feed(FakeReader(*seconds(0, 1), progress(None, None), GONE, live=True))
+    subject.pump(0)
+    assert (subject.video_end_ns, subject.audio_end_ns, subject.over) == (None, None, False)
+
+
+def test_a_camera_that_never_comes_back_ends_with_the_duration():
+    media = FakeMedia(FakeReader(GONE, live=True), FakeReader(GONE, live=True))
+    subject = Feed(session(duration_ns=2 * NS_PER_S), media)
+    subject.start()
+    for tenth in range(23):
+        subject.pump(tenth * NS_PER_S // 10)
+    assert (subject.over, subject.end_ns) == (True, 2 * NS_PER_S)
+
+
+def test_a_device_that_was_pulled_out_is_a_lost_camera_and_no_error():
+    subject = feed(FakeReader(GONE, live=True), MISSING, FakeReader(*seconds(0, 1), live=True))
+    for now_s in (0, 1, 3):
+        subject.pump(now_s * NS_PER_S)
+    assert [(n.type, n.reason) for n in subject.take_notices()] == [
+        ("camera_lost", "closed"),
+        ("camera_lost", "missing"),
+        ("camera_up", ""),
+    ]
+
+
+def test_a_file_that_can_not_be_opened_is_a_lost_camera():
+    subject = feed(MediaError("missing", "clip.mp4: not there"), duration_ns=5 * NS_PER_S)
+    assert (subject.end_ns, told(subject)) == (5 * NS_PER_S, ["camera_lost"])
+
+
+def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
+    media = FakeMedia(FakeReader(*seconds(0, 2), Failed("unreadable", "clip.mp4 is damaged")))
+    subject = Feed(session(duration_ns=20 * NS_PER_S), media)
+    subject.start()
+    subject.pump(0)
+    subject.take_frames(NS_PER_S * 9), subject.take_sound(NS_PER_S * 9)
+    subject.pump(10 * NS_PER_S)
+    assert (len(media.requests), subject.end_ns) == (1, 20 * NS_PER_S)
+
+
+@pytest.mark.parametrize("now_s", [3.0, 3.4, 3.99])
+def test_stop_ends_with_the_last_whole_window(now_s: float):
+    subject = feed(FakeReader(*seconds(0, 20)))
+    for taken_ns in (NS_PER_S, 2 * NS_PER_S):
+        subject.pump(0)
+        subject.take_frames(taken_ns - 1), subject.take_sound(taken_ns)
+    subject.pump(0)
+    subject.stop(round(now_s * NS_PER_S))
+    assert subject.end_ns == 3 * NS_PER_S
+    assert [f.start_ns for f in subject.take_frames(99 * NS_PER_S)] == [2 * NS_PER_S]
+    assert len(subject.take_sound(99 * NS_PER_S)[1]) == SOUND_RATE_HZ
+
+
+def test_stop_also_ends_a_lost_file_that_owes_windows():
+    subject = feed(FakeReader(Failed("unreadable", "clip.mp4 is damaged")), duration_ns=3600 * NS_PER_S)
+    subject.pump(0)
+    subject.stop(5 * NS_PER_S)
+    assert subject.end_ns == 5 * NS_PER_S
+
+
+def test_in_virtual_time_stop_ends_with_what_was_read():
+    subject = feed(FakeReader(*seconds(0, 20)), paced=False)
+    subject.pump(0)
+    subject.stop(3600 * NS_PER_S)
+    assert subject.end_ns == NS_PER_S  # and of the second that follows, the picture only
+
+
+def test_the_last_of_its_users_closes_a_feed():
+    reader = FakeReader(*seconds(0, 1))
+    feeds = Feeds(FakeMedia(reader))
+    assert feeds.open(session()) is feeds.open(session())
+    feeds.close(DOOR)
+    assert (reader.num_starts, reader.closed) == (1, False)
+    feeds.close(DOOR)
+    assert (reader.closed, feeds.wakes()) == (True, [])
+    feeds.close(DOOR)
+
+
+def test_a_reader_is_closed_when_its_source_has_ended():
+    reader = FakeReader(*seconds(0, 1), Ended("it is at its end"))
+    subject = feed(reader)
+    subject.pump(0)
+    assert (reader.closed, subject.wakes()) == (True, [])
