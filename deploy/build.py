@@ -53,6 +53,13 @@ MODEL_STAGES = {
 """Stages with a component of the checkpoint."""
 
 
+def device_of(spec: StageSpec) -> str:
+    """Where a stage computes, cpu or cuda; "auto": cuda where it has a GPU, or a part of one."""
+    if spec.device == "auto":
+        return "cuda" if spec.gpus > 0 else "cpu"
+    return spec.device
+
+
 def _has_cuda() -> bool:
     import torch
 
@@ -77,7 +84,7 @@ def _vision_encoder(spec: StageSpec, checkpoint: Path) -> Stage:
     from stages.vision_encoder import VisionEncoder
 
     assert isinstance(spec, VisionEncoderSpec)
-    where = runtime(spec.device, spec.dtype)
+    where = runtime(device_of(spec), spec.dtype)
     return VisionEncoder(load_shard(checkpoint, "vision", dtype=where.dtype, device=where.device), spec.max_slices)
 
 
@@ -86,7 +93,7 @@ def _audio_encoder(spec: StageSpec, checkpoint: Path) -> Stage:
     from stages.audio_encoder import AudioEncoder
     from stages.tensors import runtime
 
-    where = runtime(spec.device, spec.dtype)
+    where = runtime(device_of(spec), spec.dtype)
     voice = load_ref_audio(checkpoint)
     model = load_shard(checkpoint, "audio", dtype=where.dtype, device=where.device)
     return AudioEncoder(model, None if voice is None else voice.numpy())
@@ -103,7 +110,7 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
     from stages.tensors import runtime
 
     assert isinstance(spec, LlmSpec)
-    where = runtime(spec.device, spec.dtype)
+    where = runtime(device_of(spec), spec.dtype)
     model = load_shard(checkpoint, "llm", dtype=where.dtype, device=where.device)
     tokenizer = Tokenizer.load(checkpoint)
     window = WindowConfig(mode=spec.context.mode, high_tokens=spec.context.high, low_tokens=spec.context.low)
@@ -128,7 +135,7 @@ def _tts(spec: StageSpec, checkpoint: Path) -> Stage:
     from stages.tts import Tts
 
     assert isinstance(spec, TtsSpec)
-    where = runtime(spec.device, spec.dtype)
+    where = runtime(device_of(spec), spec.dtype)
     model = load_shard(checkpoint, "tts", dtype=where.dtype, device=where.device)
     return Tts(model, where, spec.seed if spec.decoding == "sampling" else None)
 
@@ -141,7 +148,7 @@ def _vocoder(spec: StageSpec, checkpoint: Path) -> Stage:
     from stages.vocoder import Vocoder
 
     assert isinstance(spec, VocoderSpec)
-    where = runtime(spec.device, "float32")  # the official vocoder computes in float32
+    where = runtime(device_of(spec), "float32")  # the official vocoder computes in float32
     model = load_shard(checkpoint, "vocoder", dtype=where.dtype, device=where.device)
     voice = load_voice(checkpoint)
     if voice is None:

@@ -53,6 +53,12 @@ class Checkpoint:
                 )
         return spec.without(off) if off else spec
 
+    def check_tensors(self, spec: PipelineSpec) -> None:
+        """Raises ModelError when the tensors of a stage don't fit the config; no weight is read for that."""
+        from model_shards.checkpoint import COMPONENTS, check
+
+        check(self.path, [component for component in COMPONENTS if STAGE_OF[component] in spec.stages])
+
     def check_memory(self) -> None:
         """Raises CheckpointError when this machine can't hold weights and processes."""
         needed = sum(self.bytes_of.values()) + len(self.bytes_of) * ACTOR_BYTES

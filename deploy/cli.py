@@ -84,8 +84,7 @@ def up(
     ] = False,
 ) -> None:
     """Start the pipeline, run it until its sources end or Ctrl-C, and stop it cleanly."""
-    from deploy.up import UpError, UpOptions, parse_cameras, run_up
-    from graph.units import parse_duration
+    from deploy.up import UpError, UpOptions, check_sources, parse_cameras, run_up
 
     if detach:
         _detach()
@@ -96,8 +95,9 @@ def up(
             if speed not in ("real", "max"):
                 raise UpError(f"--speed {speed}: expected real or max")
             actions = parse_listener(listener or [], barge_in or [])
-            duration_ns = parse_duration(duration) if duration else None
+            duration_ns = _duration("--for", duration) if duration is not None else None
             spec = _with_cameras(_load(file, sets), parse_cameras(camera or []))
+            check_sources(spec)
         options = UpOptions(duration_ns, out, speed == "real", actions, address)
         outcome = run_up(spec, options, _tell)
     for line in _summary(outcome.ledger):
@@ -234,21 +234,36 @@ def shards_inspect(path: Annotated[Path, typer.Argument(metavar="DIR")], as_json
 def parse_listener(pauses: list[str], barge_ins: list[str]) -> tuple[ListenerAction, ...]:
     """`paused@5s:10s` and `7s` as what the listener does. Raises UpError."""
     from deploy.up import UpError
-    from graph.units import parse_duration
     from stages.stage import ListenerAction
 
-    actions = [ListenerAction(parse_duration(text), "barge_in") for text in barge_ins]
+    actions = [ListenerAction(_duration("--barge-in", text), "barge_in") for text in barge_ins]
     for text in pauses:
         kind, _, times = text.partition("@")
         start, _, end = times.partition(":")
         if kind != "paused" or not start:
             raise UpError(f"--listener {text}: expected paused@START:END, like paused@5s:10s")
-        actions.append(ListenerAction(parse_duration(start), "pause"))
+        start_ns = _duration("--listener", start)
+        actions.append(ListenerAction(start_ns, "pause"))
         if end:
-            if parse_duration(end) <= parse_duration(start):
+            end_ns = _duration("--listener", end)
+            if end_ns <= start_ns:
                 raise UpError(f"--listener {text}: the end must come after the start")
-            actions.append(ListenerAction(parse_duration(end), "resume"))
+            actions.append(ListenerAction(end_ns, "resume"))
     return tuple(sorted(actions, key=lambda action: action.at_ns))
+
+
+def _duration(option: str, text: str) -> int:
+    """ns. Raises UpError, which names the option."""
+    from deploy.up import UpError
+    from graph.units import parse_duration
+
+    try:
+        duration_ns = parse_duration(text)
+    except ValueError as error:
+        raise UpError(f"{option}: {error}") from None
+    if duration_ns == 0:
+        raise UpError(f"{option}: must be longer than {text}")
+    return duration_ns
 
 
 def _load(file: Path | None, overrides: list[str]) -> PipelineSpec:

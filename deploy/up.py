@@ -25,7 +25,7 @@ from graph.errors import GraphError
 from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.media import Ended, Failed, MediaReader, MediaRequest
+from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, check_source
 from stages.stage import ListenerAction, Session
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
     _check_output(options.out)
     checkpoint = open_checkpoint(spec, tell)
     spec = checkpoint.fit(spec)
+    checkpoint.check_tensors(spec)
     cameras = check_cameras(spec, tell)
     checkpoint.check_memory()
     status = Status(model=spec.model, trained=checkpoint.trained)
@@ -238,10 +239,21 @@ def check_cameras(spec: PipelineSpec, tell: Callable[[str], None]) -> Mapping[st
     return spec.cameras
 
 
+def check_sources(spec: PipelineSpec) -> None:
+    """Raises UpError when a source is of a kind that is not read here, whatever the world is like."""
+    problems = []
+    for name, camera in spec.cameras.items():
+        try:
+            check_source(camera.source.reveal())
+        except MediaError as error:
+            if error.kind == "blocked":
+                problems.append(f"camera {name}: {error}")
+    if problems:
+        raise UpError("\n".join(problems))
+
+
 def probe(camera: CameraSpec) -> tuple[str, bool]:
     """(why the source can't be read, or ""; whether it is a live one)."""
-    from stages.media import MediaError
-
     request = MediaRequest(
         source=camera.source.reveal(),
         fps=camera.fps,

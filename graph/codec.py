@@ -79,12 +79,16 @@ def decode(frames: Sequence[Frame]) -> Chunk:
     """
     header = _unpack(frames[0] if frames else b"")
     version, kind, session, stream, seq, epoch, start_ns, duration_ns, layout, attrs, trace = header
-    _expect(version == VERSION, "version", "version %r; this side speaks %r", version, VERSION)
-    _expect(_is_int(kind) and kind in _KIND_OF, "kind", "unknown kind %r", kind)
-    _expect(_is_name(session) and _is_name(stream), "name", "session or stream is not a short string")
-    numbers = (seq, epoch, start_ns, duration_ns)
-    _expect(set(map(type, numbers)) == {int}, "number", "seq, epoch and times must be integers, got %r", numbers)
-    _expect(min(seq, epoch, duration_ns) >= 0, "number", "seq, epoch or duration below zero: %r", numbers)
+    if version != VERSION:
+        raise CodecError("version", f"version {version!r}; this side speaks {VERSION}")
+    if type(kind) is not int or kind not in _KIND_OF:
+        raise CodecError("kind", f"unknown kind {kind!r}")
+    if not (_is_name(session) and _is_name(stream)):
+        raise CodecError("name", "session or stream is not a short string")
+    if not type(seq) is type(epoch) is type(start_ns) is type(duration_ns) is int:
+        raise CodecError("number", "seq, epoch and times must be integers")
+    if seq < 0 or epoch < 0 or duration_ns < 0:
+        raise CodecError("number", f"seq, epoch or duration below zero: {(seq, epoch, duration_ns)!r}")
     return Chunk(
         session=SessionId(session),
         stream=stream,

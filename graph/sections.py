@@ -68,10 +68,8 @@ def _listen_address(value: str) -> str:
     if not match or int(match[2]) > 65535:
         raise ValueError(f"must be host:port like 127.0.0.1:8600, not {value!r}")
     if not _is_loopback(match[1].strip("[]")):
-        raise ValueError(
-            f"{value} is refused for now: without authentication, which comes later, only this machine may look in; "
-            f"write a loopback address like 127.0.0.1:{match[2]}"
-        )
+        message = "is refused for now: there is no authentication yet; write a loopback address like"
+        raise ValueError(f"{value} {message} 127.0.0.1:{match[2]}")
     return value
 
 

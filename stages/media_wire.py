@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.secret import mask_urls
 from graph.streams import SOUND_RATE_HZ
 
 FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended, holds nobody up
@@ -152,29 +152,11 @@ class Order:
         return Order(**{**fields, "request": MediaRequest(**fields["request"])})
 
 
-# Passwords in cheap cameras' paths: rtsp://10.0.0.7/user=admin_password=tlJwpbo6_channel=1
-_SECRET_FIELD: Final = re.compile(r"(?i)((?:pass(?:wor[dt]|wd)?|pwd|token|key|secret)=)[^&/_\s]*")
-_URL: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>\S*)")
-
-
 def mask_source(source: str) -> str:
-    """The source as it may be shown: user, password and query of a URL are stars.
-
-    A password may hold an unescaped @ or /: everything up to the last @ is taken for it when in doubt.
-    """
-    return _SECRET_FIELD.sub(r"\1***", _URL.sub(_mask_url, source))
-
-
-def _mask_url(match: re.Match[str]) -> str:
-    rest, query, _ = match["rest"].partition("?")
-    authority = rest.partition("/")[0]
-    login, at, host = rest.rpartition("@")
-    odd_port = ":" in authority and not authority.startswith("[") and not authority.rpartition(":")[2].isdigit()
-    if at and ("@" in authority or odd_port):
-        return f"{match['scheme']}***@{host}" + (query and "?***")
-    if not at and "@" in match["rest"]:  # a password with a question mark
-        return f"{match['scheme']}***@{match['rest'].rpartition('@')[2]}"
-    return f"{match['scheme']}{login + at + host}" + (query and "?***")
+    """The source as it may be shown: a URL without its credentials, and without its query, which may hold any."""
+    masked = mask_urls(source)
+    url, query, _ = masked.partition("?")
+    return f"{url}?***" if query and "://" in url else masked
 
 
 MAGIC: Final = b"omw1"

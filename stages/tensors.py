@@ -22,9 +22,7 @@ class Runtime:
 
 
 def runtime(device: str, dtype: str) -> Runtime:
-    """Resolve "auto": CUDA where there is one, bfloat16 there and float32 on a CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    """device: cpu or cuda. dtype "auto": bfloat16 on cuda, float32 on a CPU."""
     if dtype == "auto":
         dtype = BFLOAT16 if device.startswith("cuda") else "float32"
     return Runtime(device, torch.bfloat16 if dtype == BFLOAT16 else torch.float32)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,12 @@ def run() -> list[Row]:
     ray_environment.prepare(None)
     from deploy.cluster import connect
 
-    cluster = connect([], None)
-    try:
-        with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder, Rivals(Path(folder) / "bus") as rivals:
-            return [row for size in SIZES for row in _rows(size, measure(rivals, size, _repetitions(size)))]
-    finally:
-        cluster.close()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omni-bench-")))
+        cluster = connect([], None, folder / "ray")
+        stack.callback(cluster.close)
+        rivals = stack.enter_context(Rivals(folder / "bus"))
+        return [row for size in SIZES for row in _rows(size, measure(rivals, size, _repetitions(size)))]
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ _OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name == "test_complete.py")  # it tells what the others left out
     if golden.PRESENT:
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""Every recorded size is cut into the official cells, at every recorded limit, and keeps its official place."""
+"""Every recorded size, at every recorded limit, is cut into the official cells and keeps its official place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from model_shards.config import SliceConfig
-from model_shards.image import placeholder, plan_slices, slice_image
+from model_shards.image import SlicePlan, placeholder, plan_slices, slice_image
 from tests.support import golden
 from tests.support.golden import cases, read_json
 
@@ -16,9 +16,7 @@ FILE = "image_slicing.json"
 
 def ids() -> list[str]:
     rows = read_json(FILE)["rows"] if golden.PRESENT else []
-    return [
-        f"{index}: {'x'.join(map(str, row['size']))} in {row['max_slice_nums']}" for index, row in enumerate(rows)
-    ]
+    return [f"{index}: {'x'.join(map(str, row['size']))} in {row['max_slice_nums']}" for index, row in enumerate(rows)]
 
 
 def row_of(case: str) -> tuple[dict[str, Any], SliceConfig]:
@@ -28,39 +26,27 @@ def row_of(case: str) -> tuple[dict[str, Any], SliceConfig]:
 
 
 @cases(FILE, ids())
-def test_a_size_is_cut_as_officially(case: str) -> None:
-    row, config = row_of(case)
-    patch = config.patch_size
-
-    plan = plan_slices(*row["size"], config)
-
-    cells = [] if plan.cell is None else [plan.cell] * plan.num_cells
-    assert [None if part is None else list(part) for part in (plan.source, plan.grid, plan.refined, plan.cell)] == [
-        row["source_size"],
-        row["grid"],
-        row["refine_size"],
-        row["slice_size"],
-    ]
-    assert [[height // patch, width // patch] for width, height in (plan.source, *cells)] == row["tgt_sizes"]
-
-
-@cases(FILE, ids())
-def test_a_picture_gives_pieces_of_the_official_sizes(case: str) -> None:
+def test_a_size_is_cut_and_keeps_its_place_as_officially(case: str) -> None:
     row, config = row_of(case)
     width, height = row["size"]
 
+    plan = plan_slices(width, height, config)
     pieces = slice_image(np.zeros((height, width, 3), dtype=np.uint8), config)
 
+    parts = [None if part is None else list(part) for part in (plan.source, plan.grid, plan.refined, plan.cell)]
+    assert parts == [row["source_size"], row["grid"], row["refine_size"], row["slice_size"]]
+    assert planned_patches(plan, config.patch_size) == row["tgt_sizes"]
     assert [[piece.rows, piece.cols] for piece in pieces] == row.get("tgt_sizes_preprocess", row["tgt_sizes"])
+    assert short_placeholders(plan) == [row["placeholder_rle"], row["placeholder_noid_rle"]]
 
 
-@cases(FILE, ids())
-def test_a_picture_keeps_its_official_place_in_the_text(case: str) -> None:
-    row, config = row_of(case)
+def planned_patches(plan: SlicePlan, patch: int) -> list[list[int]]:
+    """Rows and columns of patches: the whole picture first, then its cells."""
+    cells = [] if plan.cell is None else [plan.cell] * plan.num_cells
+    return [[height // patch, width // patch] for width, height in (plan.source, *cells)]
+
+
+def short_placeholders(plan: SlicePlan) -> list[str]:
     num, image_id = read_json(FILE)["image_feature_size"], read_json(FILE)["image_idx_in_placeholder"]
-    plan = plan_slices(*row["size"], config)
-
     texts = [placeholder(plan, num, image_id=image_id), placeholder(plan, num)]
-
-    short = [text.replace("<unk>" * num, f"{{unk*{num}}}") for text in texts]
-    assert short == [row["placeholder_rle"], row["placeholder_noid_rle"]]
+    return [text.replace("<unk>" * num, f"{{unk*{num}}}") for text in texts]

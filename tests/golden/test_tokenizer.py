@@ -101,4 +101,5 @@ def test_our_backend_is_built_of_the_official_parts(case: str) -> None:
     stored = read_json("tokenizer.json")
     merges = [(left, right) for left, right in stored["model"]["merges"]]
     built = json.loads(build_backend(stored["model"]["vocab"], merges, ["<unk>", *ADDED_TOKENS]).to_str())
-    assert built[case] == stored[case]
+    # An absent prefix is null here and "" there.
+    assert {k: v or None for k, v in built[case].items()} == {k: v or None for k, v in stored[case].items()}

@@ -121,17 +121,19 @@ class Place:
 
     def state(self) -> dict[str, Any]:
         """What the pipeline that starts here says of itself: pid, url."""
-        return dict(wait_for(lambda: [json.loads(path.read_text()) for path in self.tmp.glob("omni-*/*/running.json")])[0])
+        (path, *_) = wait_for(lambda: list(self.tmp.glob("omni-*/*/running.json")))
+        return dict(wait_for(lambda: _json_of(path)))
 
-    def wait_for_event(self, kind: str, out: str = "run") -> dict[str, Any]:
-        """The first event of a kind in `out`/events.jsonl; `window` finds the first window."""
-        path = self.folder / out / ("windows.jsonl" if kind == "window" else "events.jsonl")
+    def wait_for_window(self, index: int, out: str = "run") -> None:
+        """Until every session that has begun is through with a window."""
+        path = self.folder / out / "windows.jsonl"
 
-        def find() -> Any:
+        def is_there() -> bool:
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-            return next((row for row in rows if kind in ("window", row["type"])), None)
+            through = {row["session"] for row in rows if row["index"] >= index}
+            return bool(rows) and through == {row["session"] for row in rows}
 
-        return dict(wait_for(find))
+        wait_for(is_there)
 
     def watch(self, pid: int) -> list[psutil.Process]:
         """The descendants of a process that runs; they are remembered."""
@@ -193,6 +195,14 @@ def wait_for(ask: Any, timeout_s: float = 90.0) -> Any:
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.1)
     return answer
+
+
+def _json_of(path: Path) -> Any:
+    """Its content; None while it is being written."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _with_port(arguments: tuple[object, ...]) -> tuple[object, ...]:

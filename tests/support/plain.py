@@ -139,7 +139,9 @@ class StreamRule:
     slide: tuple[int, int] | None
 
 
-def stream_mel(pieces: Sequence[Samples], rule: StreamRule, last: bool = False) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def stream_mel(
+    pieces: Sequence[Samples], rule: StreamRule, last: bool = False
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Per piece the frames that come out and the info of mel.json, recomputed from the whole buffer each time."""
     buffer, base, done = np.zeros(0, np.float32), 0, 0
     for number, piece in enumerate(pieces, start=1):
@@ -153,17 +155,20 @@ def stream_mel(pieces: Sequence[Samples], rule: StreamRule, last: bool = False) 
         ready = stable >= stop or (last and number == len(pieces))
         mel = whole_mel(buffer, dynamic=len(buffer) >= 5 * RATE_HZ)[:, first:stop] if ready else torch.zeros(N_MELS, 0)
         done = end if ready else done
-        yield mel, {
-            "type": "exact_chunk",
-            "chunk_number": number,
-            "emitted_frames": mel.shape[1],
-            "stable_T": stable,
-            "T_full": total,
-            "base_T": base,
-            "stable_T_global": base + stable,
-            "buffer_len_samples": len(buffer),
-            "left_samples_dropped": base * HOP,
-            "core_start": start,
-            "core_end": end,
-            "n_samples_in": len(piece),
-        }
+        yield (
+            mel,
+            {
+                "type": "exact_chunk",
+                "chunk_number": number,
+                "emitted_frames": mel.shape[1],
+                "stable_T": stable,
+                "T_full": total,
+                "base_T": base,
+                "stable_T_global": base + stable,
+                "buffer_len_samples": len(buffer),
+                "left_samples_dropped": base * HOP,
+                "core_start": start,
+                "core_end": end,
+                "n_samples_in": len(piece),
+            },
+        )

@@ -1,0 +1,456 @@
+"""deploy/runner.py: batches, credit, epochs and ends, with stages that a test writes and a real bus."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from graph.bus import Arrival
+from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
+from graph.credit import Limit
+from graph.streams import MIC, SPEECH, TEXT
+from graph.tail import Ack, ack_chunk
+from stages.stage import StageError
+from tests.support.house import (
+    NOTED,
+    PLAYED,
+    SOUND,
+    SPOKEN,
+    Ear,
+    Echo,
+    House,
+    ManualClock,
+    Notes,
+    PacedEcho,
+    Ticker,
+    barge_in,
+    heard,
+)
+
+DOOR, YARD = SessionId("door"), SessionId("yard")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """The runner reads the time itself, as the edge of the house may; here it reads this clock."""
+    manual = ManualClock()
+    monkeypatch.setattr("deploy.runner.time", manual)
+    return manual
+
+
+@pytest.fixture
+def houses() -> Iterator[list[House]]:
+    """Whatever a test builds is closed."""
+    built: list[House] = []
+    yield built
+    for house in built:
+        house.__exit__()
+
+
+@pytest.fixture
+def build(houses: list[House]):
+    def build(*args: object, **kwargs: object) -> House:
+        houses.append(House(*args, **kwargs))
+        return houses[-1]
+
+    return build
+
+
+def whole(build, num_windows: int = 20, echo: Echo | None = None, **kwargs: object) -> House:
+    """Source, stage, sink and events."""
+    stages = {"microphone": Ticker(num_windows), "llm": echo or Echo(), "speaker": Ear(), "events": Notes()}
+    return build(stages, **kwargs)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_waits_for_peers_and_no_longer_than_it_may(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,), wait_s=0.005)
+    house.open("door"), house.open("yard")
+    house.window("door", 0)
+    house.runners["llm"].step()
+    assert echo.batches == []
+    clock.advance(0.004)
+    house.runners["llm"].step()
+    assert echo.batches == []
+    clock.advance(0.001)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0)]]
+
+
+def test_a_batch_goes_at_once_when_everybody_is_there(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,), wait_s=0.005)
+    house.open("door"), house.open("yard")
+    house.window("door", 0), house.window("yard", 0)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0), ("yard", 0)]]
+
+
+def test_a_batch_goes_at_once_when_it_is_full(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,), wait_s=0.005, max_units=2)
+    for name in ("a", "b", "c"):
+        house.open(name)
+    house.window("a", 0), house.window("b", 0)
+    house.runners["llm"].step()
+    assert echo.batches == [[("a", 0), ("b", 0)]]
+
+
+def test_a_batch_takes_the_earliest_deadlines(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,), max_units=2)
+    for name, origin_ns in (("late", 700), ("early", 100), ("middle", 400)):
+        house.open(name, origin_ns)
+        house.window(name, 0)
+    assert house.runners["llm"].step()
+    assert not house.runners["llm"].step()
+    assert echo.batches == [[("early", 0), ("middle", 0)], [("late", 0)]]
+
+
+def test_a_session_has_one_unit_in_a_batch(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,))
+    house.open("door"), house.open("yard")
+    house.window("door", 0), house.window("door", 1), house.window("yard", 0)
+    assert house.runners["llm"].step()
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0), ("yard", 0)], [("door", 1)]]
+
+
+def test_the_loop_sleeps_as_long_as_a_unit_may_wait(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND,), wait_s=0.02)
+    house.open("door"), house.open("yard")
+    assert house.runners["llm"].due_s() == pytest.approx(0.05)
+    house.window("door", 0)
+    clock.advance(0.005)
+    assert house.runners["llm"].due_s() == pytest.approx(0.015)
+
+
+# ---- credit ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_blocked_lane_stops_its_session_only(build, clock: ManualClock):
+    # Given: nobody takes the text, and a lane holds one chunk; the second waits, and the third is not made.
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND, SPOKEN), limit=Limit(1))
+    house.open("door"), house.open("yard")
+    for index in range(3):
+        house.window("door", index)
+        house.runners["llm"].step()
+    house.window("yard", 0)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0)], [("door", 1)], [("yard", 0)]]
+    assert house.account(SOUND).in_flight == 1
+
+
+def test_a_blocked_session_costs_no_idle_turns(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND, SPOKEN), limit=Limit(1))
+    house.open("door")
+    for index in range(3):
+        house.window("door", index)
+        house.runners["llm"].step()
+    clock.advance(1.0)
+    assert house.runners["llm"].due_s() == pytest.approx(0.05)
+
+
+def test_a_blocked_session_goes_on_when_its_credit_comes_back(build):
+    house = whole(build, num_windows=40, limit=Limit(1))
+    house.open("door")
+    house.run()
+    assert [unit.index for unit in house.runners["speaker"].stage.units] == list(range(40))
+
+
+def test_a_chunk_is_settled_when_its_unit_has_been_processed(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND,))
+    house.open("door")
+    house.take(heard(DOOR, 0))
+    assert house.account(SOUND).in_flight == 1
+    house.take(watermark(DOOR, MIC, NS_PER_S))
+    house.runners["llm"].step()
+    assert (house.account(SOUND).in_flight, house.account(SOUND).delivered) == (0, 1)
+
+
+# ---- late ------------------------------------------------------------------------------------------------------------
+
+
+def test_in_real_time_a_window_is_given_up_and_what_comes_then_is_late(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,))
+    house.open("door", paced=True)
+    clock.advance(2.149)
+    house.runners["llm"].step()
+    assert echo.batches == []
+    clock.advance(0.001)  # one window and 150 ms after its end
+    house.runners["llm"].step()
+    assert (echo.units[0].missing, echo.units[0].closed_by) == ({MIC}, "")
+    house.take(heard(DOOR, 0))
+    assert house.account(SOUND).dropped["late"] == 1
+    assert house.account(SOUND).in_flight == 0
+
+
+def test_what_is_late_may_be_carried_into_the_next_unit(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,), late="carry")
+    house.open("door", paced=True)
+    clock.advance(2.15)
+    house.runners["llm"].step()
+    house.take(heard(DOOR, 0))
+    house.window("door", 1)
+    house.runners["llm"].step()
+    assert [chunk.seq for chunk in echo.units[1].of(MIC)] == [0, 1]
+    assert house.account(SOUND).delivered == 2
+
+
+def test_virtual_time_gives_nothing_up(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,))
+    house.open("door")
+    clock.advance(3600.0)
+    house.runners["llm"].step()
+    assert echo.batches == []
+
+
+# ---- barge-in --------------------------------------------------------------------------------------------------------
+
+
+def said(session: SessionId, index: int, epoch: int) -> Chunk:
+    return Chunk(session, TEXT, index * NS_PER_S, NS_PER_S, index, epoch)
+
+
+def test_after_a_barge_in_what_was_said_before_is_stale_and_others_feel_nothing(build, clock: ManualClock):
+    ear = Echo()  # stands at the end of the text edge
+    house = build({"speaker": ear}, (SPOKEN, PLAYED))
+    house.open("door"), house.open("yard")
+    for session in (DOOR, YARD):
+        house.take(said(session, 0, epoch=0), SPOKEN)
+    house.runners["speaker"].take(Arrival(barge_in(DOOR, 5, epoch=1), PLAYED, b"x", 0))
+    for session in (DOOR, YARD):
+        house.take(said(session, 1, epoch=0), SPOKEN)
+        house.take(watermark(session, TEXT, 2 * NS_PER_S), SPOKEN)
+    while house.runners["speaker"].step():
+        pass
+    kept = {(unit.session, unit.index): len(unit.of(TEXT)) for unit in ear.units}
+    assert kept == {("door", 0): 0, ("door", 1): 0, ("yard", 0): 1, ("yard", 1): 1}
+    assert house.account(SPOKEN).dropped["stale"] == 2
+    assert (house.account(SPOKEN).delivered, house.account(SPOKEN).in_flight) == (2, 0)
+
+
+def test_a_stage_is_interrupted_once_per_epoch_and_told_what_was_heard(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND, PLAYED))
+    house.open("door")
+    ack = Ack(7, heard_ns=3, received_ns=3, epoch=1)
+    for chunk in (ack_chunk(DOOR, ack), barge_in(DOOR, 7, epoch=1), ack_chunk(DOOR, ack)):
+        house.take(chunk, PLAYED)
+    assert echo.interruptions == [("door", ack)]
+
+
+def test_the_first_chunk_of_a_newer_epoch_tells_of_a_barge_in_as_well(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"speaker": echo}, (SPOKEN,))
+    house.open("door")
+    house.take(said(DOOR, 0, epoch=2), SPOKEN)
+    house.take(said(DOOR, 1, epoch=1), SPOKEN)
+    assert len(echo.interruptions) == 1
+    assert house.account(SPOKEN).dropped["stale"] == 1
+
+
+def test_what_a_stage_makes_after_a_barge_in_belongs_to_the_new_epoch(build):
+    house = whole(build, num_windows=0)
+    ear = house.runners["speaker"].stage
+    house.open("door")
+    house.runners["llm"].take(Arrival(barge_in(DOOR, 0, epoch=3), PLAYED, b"x", 0))
+    house.window("door", 0)
+    house.take(end_of_stream(DOOR, MIC, NS_PER_S))
+    house.run()
+    assert [chunk.epoch for chunk in ear.units[0].of(TEXT)] == [3]
+
+
+def test_what_is_seen_and_heard_goes_on_through_a_barge_in(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND, PLAYED))
+    house.open("door")
+    house.take(barge_in(DOOR, 0, epoch=1), PLAYED)
+    house.window("door", 0)
+    house.runners["llm"].step()
+    assert len(echo.units[0].of(MIC)) == 1
+
+
+# ---- a whole chain ---------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_loses_nothing_ends_and_leaves_nothing_under_way(build):
+    house = whole(build)
+    for name in ("a", "b", "c"):
+        house.open(name)
+    house.run()
+    units = house.runners["speaker"].stage.units
+    for name in ("a", "b", "c"):
+        heard_ = [(unit.index, [int(c.arrays["samples"][0]) for c in unit.of(TEXT)]) for unit in units]
+        mine = [row for row, unit in zip(heard_, units, strict=True) if unit.session == name]
+        assert mine == [(index, [index]) for index in range(20)]
+    for edge in (SOUND, SPOKEN):
+        account = house.account(edge)
+        assert (account.accepted, account.delivered, account.in_flight) == (60, 60, 0)
+    assert house.account(NOTED).in_flight == 0
+
+
+def test_each_window_is_told_once_at_the_end_of_its_way(build):
+    house = whole(build)
+    house.open("door")
+    house.run()
+    windows = house.runners["events"].stage.told("window")
+    assert [window["index"] for window in windows] == list(range(20))
+    assert {window["missing"] for window in windows} == {""}
+    assert len({window["digest"] for window in windows}) == 20
+    assert {window["latency_s"] for window in windows} == {None}  # in virtual time nothing is late
+
+
+def test_equal_input_gives_equal_digests(build):
+    digests = []
+    for limit in (1, 8):
+        house = whole(build, limit=Limit(limit))
+        house.open("door")
+        house.run()
+        digests.append([window["digest"] for window in house.runners["events"].stage.told("window")])
+    assert digests[0] == digests[1]
+
+
+def test_virtual_time_waits_for_the_clock_of_the_listener(build, clock: ManualClock):
+    echo = PacedEcho()
+    house = build({"llm": echo}, (SOUND, PLAYED))
+    house.open("door")
+    house.window("door", 0)
+    house.take(ack_chunk(DOOR, Ack(NS_PER_S - 1)), PLAYED)
+    house.runners["llm"].step()
+    assert echo.batches == []
+    house.take(ack_chunk(DOOR, Ack(NS_PER_S)), PLAYED)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0)]]
+
+
+@pytest.mark.parametrize("fields", [{"paced": True}, {"speech": False}])
+def test_nobody_waits_for_a_listener_in_real_time_or_where_there_is_none(build, clock: ManualClock, fields):
+    echo = PacedEcho()
+    house = build({"llm": echo}, (SOUND, PLAYED))
+    house.open("door", **fields)
+    house.window("door", 0)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0)]]
+
+
+def test_a_paced_chain_in_virtual_time_comes_to_its_end(build):
+    house = whole(build, echo=PacedEcho())
+    house.open("door"), house.open("yard")
+    house.run()
+    assert len(house.runners["speaker"].stage.units) == 40
+
+
+# ---- opening and closing ---------------------------------------------------------------------------------------------
+
+
+def test_a_session_for_which_there_is_no_room_leaves_nothing_behind(build, clock: ManualClock):
+    house = build({"llm": Echo(room=1)}, (SOUND, SPOKEN))
+    house.open("door")
+    with pytest.raises(StageError, match="no room"):
+        house.open("yard")
+    assert set(house.runners["llm"].snapshot().sessions) == {"door"}
+    assert house.runners["llm"].stage.open == ["door"]
+    house.take(heard(YARD, 0))
+    assert house.account(SOUND).dropped["shed"] == 1
+
+
+def test_closing_drops_what_is_held_and_counts_it(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND, SPOKEN), limit=Limit(1))
+    house.open("door")
+    for index in range(4):
+        house.window("door", index)
+        house.runners["llm"].step()
+    house.runners["llm"].close_session(DOOR)
+    house.runners["llm"].close_session(DOOR)
+    assert (house.account(SOUND).dropped["shed"], house.account(SOUND).in_flight) == (2, 0)
+    assert house.account(SPOKEN).dropped["shed"] == 1  # waited for credit
+    assert house.runners["llm"].stage.open == []
+
+
+def test_what_comes_for_a_session_that_is_gone_is_shed(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND, PLAYED))
+    house.open("door")
+    house.runners["llm"].close_session(DOOR)
+    house.window("door", 0)
+    house.take(ack_chunk(DOOR, Ack(1)), PLAYED)
+    assert (house.account(SOUND).dropped["shed"], house.account(SOUND).in_flight) == (1, 0)
+
+
+def test_a_session_may_be_opened_again(build):
+    house = whole(build, num_windows=3)
+    for _ in range(2):
+        house.open("door")
+        house.run()
+    assert house.account(SOUND).delivered == 6
+
+
+def test_an_end_that_waits_for_credit_is_not_lost(build):
+    # Given: a live lane, which drops and never says that it is full; its end stands behind a waiting chunk.
+    house = build({"microphone": Ticker(20)}, (SOUND,), limit=Limit(2), when_full="drop_oldest")
+    house.open("door", paced=True)
+    for _ in range(25):
+        house.runners["microphone"].step()
+    assert set(house.runners["microphone"].snapshot().sessions) == {"door"}
+    # When: whoever receives it takes what there is.
+    kinds = []
+    for _ in range(200):
+        for arrival in house.bus.wait(0.01):
+            kinds.append(arrival.chunk.kind.name)
+            if not arrival.chunk.is_control:
+                house.receivers[SOUND].deliver(arrival, 0.0)
+        house.runners["microphone"].step()
+        if "END" in kinds:
+            break
+    assert kinds.count("END") == 1
+    house.runners["microphone"].step()
+    assert house.runners["microphone"].snapshot().sessions == {}
+    account = house.account(SOUND)
+    assert (account.accepted, account.delivered + account.dropped["overflow"], account.in_flight) == (20, 20, 0)
+
+
+def test_a_stage_without_windows_takes_each_chunk_as_it_comes(build, clock: ManualClock):
+    notes = Notes()
+    house = build({"events": notes}, (NOTED,))
+    house.open("door")
+    house.take(Chunk(DOOR, "events", 5, attrs={"type": "barge_in"}), NOTED)
+    assert notes.told("barge_in") == [{"type": "barge_in"}]
+    assert house.account(NOTED).delivered == 1
+    house.take(end_of_stream(DOOR, "events", 9), NOTED)
+    house.runners["events"].step()
+    assert house.runners["events"].snapshot().sessions == {}
+
+
+def test_the_last_words_of_a_stage_come_before_its_end(build):
+    house = whole(build, num_windows=2)
+    house.open("door")
+    house.run()
+    assert house.runners["events"].stage.told("goodbye") == [{"type": "goodbye"}]
+
+
+def test_a_snapshot_tells_what_is_done_and_what_waits(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND,), wait_s=0.005)
+    house.open("door"), house.open("yard")
+    house.window("door", 0), house.window("yard", 0)
+    house.runners["llm"].step()
+    house.window("door", 1)
+    snapshot = house.runners["llm"].snapshot()
+    assert (snapshot.num_units, snapshot.num_ready) == (2, 1)
+    assert {name: s.num_windows for name, s in snapshot.sessions.items()} == {"door": 1, "yard": 1}
+
+
+def test_a_late_window_is_told_with_the_stage_that_made_it_late(build, clock: ManualClock):
+    notes, ear = Notes(), Ear()
+    house = build({"speaker": ear, "events": notes}, ("llm.speech->speaker.speech", NOTED))
+    house.open("door", paced=True)
+    clock.advance(2.1)
+    house.take(watermark(DOOR, SPEECH, NS_PER_S), "llm.speech->speaker.speech")
+    house.runners["speaker"].step()
+    assert house.runners["speaker"].snapshot().sessions[DOOR].num_late == 1

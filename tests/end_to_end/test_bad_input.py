@@ -1,0 +1,227 @@
+"""What the user or the disk may do wrong: one clear message, the right exit code, nothing started."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from deploy.cli import app
+from tests.support.media import Clip, times
+
+PATTERN = ("--camera", "door=test://pattern")
+ANY_PORT = ("--set", "console.listen=127.0.0.1:0")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Path]:
+    """A folder to run from; nothing may have been started when the test is over."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    before = set(psutil.Process().children(recursive=True))
+    yield tmp_path
+    assert set(psutil.Process().children(recursive=True)) - before == set()
+
+
+def up(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["up", *ANY_PORT, *arguments])
+
+
+def told(result: Result) -> list[str]:
+    """The lines of the error message."""
+    assert "Traceback" not in result.output
+    return [line.removeprefix("pipeline: ") for line in result.output.splitlines() if line.startswith("pipeline: ")]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--camera", "door"], "--camera door: expected name=source"),
+        (["--camera", "=clip.mp4"], "--camera =clip.mp4: expected name=source"),
+        ([*PATTERN, *PATTERN], "--camera door: given twice"),
+        (["--camera", "Front Door=test://pattern"], "'Front Door' is no name"),
+        ([*PATTERN, "--for", "nonsense"], "--for: must be a duration like 1s"),
+        ([*PATTERN, "--for", "0s"], "--for: must be longer than 0s"),
+        ([*PATTERN, "--speed", "fast"], "--speed fast: expected real or max"),
+        ([*PATTERN, "--listener", "asleep@1s"], "--listener asleep@1s: expected paused@START:END"),
+        ([*PATTERN, "--listener", "paused@5s:3s"], "the end must come after the start"),
+        ([*PATTERN, "--barge-in", "soon"], "--barge-in: must be a duration like 1s"),
+        ([*PATTERN, "--speaker", "gramophone"], "must be 'virtual' or 'device'"),
+        ([*PATTERN, "--set", "stages.llm.gpu=1"], "unknown key 'gpu' in stages.llm; did you mean 'gpus'?"),
+        ([*PATTERN, "--set", "model=/nowhere"], "no such folder"),
+        ([*PATTERN, "-f", "absent.yaml"], "absent.yaml: can't be read"),
+        (["--camera", "door=gopher://host/clip"], "'gopher:' sources are not read here; use rtsp://"),
+        (["--camera", "door=http://127.0.0.1/clip.mp4"], "'http:' sources are not read here"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line_and_exits_with_2(arguments: list[str], message: str) -> None:
+    result = up(*arguments)
+    assert result.exit_code == 2
+    (line,) = told(result)
+    assert message in line
+
+
+def test_an_unknown_option_exits_with_2() -> None:
+    assert up("--frobnicate").exit_code == 2
+
+
+def test_every_mistake_of_a_description_is_told_at_once_with_line_and_column(project: Path) -> None:
+    (project / "p.yaml").write_text(
+        "version: 1\n"
+        "modell: tiny\n"
+        "window: {length: 1x}\n"
+        "cameras:\n"
+        '  door: {source: "test://pattern", fps: many}\n'
+        '  door: {source: "test://pattern"}\n'
+        "edges:\n"
+        "  - {from: vision_encoder.tokens, to: llm.image}\n"
+        "stages:\n"
+        "  llm: {replicas: -1}\n"
+    )
+    result = up("-f", "p.yaml")
+    assert result.exit_code == 2
+    lines = told(result)
+    assert [line.split(": ")[0] for line in lines] == [
+        "p.yaml:2:1",
+        "p.yaml:3:18",
+        "p.yaml:5:41",
+        "p.yaml:6:3",
+        "p.yaml:8:12",
+        "p.yaml:10:19",
+    ]
+    assert "did you mean 'model'?" in lines[0]
+
+
+# --- the media ----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_told_with_the_likely_one(project: Path) -> None:
+    (project / "clip.mp4").write_bytes(b"")
+    result = up("--camera", "door=clp.mp4")
+    assert result.exit_code == 1
+    assert told(result) == ["camera door: clp.mp4: No such file or directory. Did you mean 'clip.mp4'?"]
+
+
+def test_all_unreadable_files_are_told_together(project: Path) -> None:
+    (project / "empty.mp4").write_bytes(b"")
+    (project / "noise.mp4").write_bytes(os.urandom(5000))
+    whole = Clip(project / "whole.mp4").video(times(3)).sound(3).write().read_bytes()
+    (project / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    result = up(*(f"--camera={name}={name}.mp4" for name in ("whole", "empty", "noise", "cut")))
+    assert result.exit_code == 1
+    empty, noise, cut = told(result)
+    assert empty == "camera empty: empty.mp4: the file is empty"
+    assert noise.startswith("camera noise:") and "not a media file which can be read" in noise
+    assert cut.startswith("camera cut:") and "not a media file which can be read" in cut
+
+
+def test_a_camera_that_does_not_answer_is_told_when_it_is_the_only_one() -> None:
+    result = up("--camera", "door=rtsp://127.0.0.1:9/live")
+    assert result.exit_code == 1
+    (line,) = told(result)
+    assert "refused the connection" in line
+
+
+# --- the checkpoint -----------------------------------------------------------------------------------------------
+
+Tensors = dict[str, Tensor]
+
+
+def remove(tensors: Tensors, name: str) -> None:
+    del tensors[name]
+
+
+def rename(tensors: Tensors, name: str) -> None:
+    tensors[f"{name}s"] = tensors.pop(name)
+
+
+def reshape(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (remove, "1 missing: {name}."),
+        (rename, "1 missing: {name}. 1 unknown: {name}s."),
+        (reshape, "1 of another shape: {name} is (127, 256), the config wants (128, 256)."),
+    ],
+)
+def test_a_checkpoint_with_other_tensors_is_refused_by_their_names(
+    project: Path, tiny: Path, tamper: Callable[[Tensors, str], None], message: str
+) -> None:
+    name = "llm.model.layers.0.mlp.down_proj.weight"
+    shutil.copytree(tiny, project / "model")
+    tensors = load_file(project / "model/model.safetensors")
+    tamper(tensors, name)
+    save_file(tensors, project / "model/model.safetensors", metadata={"format": "pt"})
+    result = up(*PATTERN, "--set", "model=model")
+    assert result.exit_code == 1
+    assert told(result) == [f"model: llm: tensors don't fit the config. {message.format(name=name)}"]
+
+
+@pytest.mark.parametrize(
+    ("file", "num_bytes", "message"),
+    [
+        ("model.safetensors", 100_000, "not a whole safetensors file"),
+        ("assets/token2wav/hift.safetensors", 10, "not a whole safetensors file"),
+        ("config.json", 10, "can't be read as JSON"),
+    ],
+)
+def test_a_truncated_file_of_a_checkpoint_is_named(
+    project: Path, tiny: Path, file: str, num_bytes: int, message: str
+) -> None:
+    shutil.copytree(tiny, project / "model")
+    whole = (tiny / file).read_bytes()
+    (project / "model" / file).write_bytes(whole[:num_bytes])
+    result = up(*PATTERN, "--set", "model=model")
+    assert result.exit_code == 1
+    (line,) = told(result)
+    assert line.startswith(f"model/{file}: ") and message in line
+
+
+# --- the machine --------------------------------------------------------------------------------------------------
+
+
+def test_a_busy_port_is_told_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = up(*PATTERN, "--set", f"console.listen=127.0.0.1:{port}")
+    assert result.exit_code == 1
+    assert told(result) == [f"port {port} on 127.0.0.1 is busy; set console.listen to another address"]
+
+
+def test_too_little_memory_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        available = 500_000_000
+
+    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    result = up(*PATTERN)
+    assert result.exit_code == 1
+    (line,) = told(result)
+    assert "of memory and 0.5 GB are free" in line
+
+
+def test_a_folder_that_cant_be_written_to_is_told(project: Path) -> None:
+    (project / "file").write_text("")
+    result = up(*PATTERN, "--out", "file/run")
+    assert result.exit_code == 1
+    (line,) = told(result)
+    assert line.startswith("--out file/run: can't be written to")
+
+
+def test_what_needs_a_running_pipeline_says_that_there_is_none() -> None:
+    for command in ("ps", "down", "logs"):
+        result = CliRunner().invoke(app, [command])
+        assert result.exit_code == 1
+        assert len(told(result)) == 1

@@ -1,0 +1,209 @@
+"""Decoders, actors and patience that die in the middle of a run: who pays, what is left, and what is not."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from graph.ledger import REASONS
+from tests.support.pipeline import Place, Run, new_place
+
+pytestmark = pytest.mark.ray
+
+NUM_WINDOWS = 10
+YARD = ("--camera", "yard=test://pattern?seed=5")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, cache: Path) -> Iterator[Place]:
+    with new_place(tmp_path / "project", cache) as new:
+        yield new
+
+
+def is_exact(run: Run) -> bool:
+    accounts = run.ledger().values()
+    return all(a["in_flight"] == 0 for a in accounts) and all(
+        a["accepted"] == a["delivered"] + sum(a["dropped"][reason] for reason in REASONS) for a in accounts
+    )
+
+
+# --- a camera -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_a_dead_decoder(place: Place, clip: Path) -> Run:
+    """The decoder of `door` is killed in window 1; it has read a few seconds ahead."""
+    cameras = ("--camera", f"door={clip}", *YARD)
+    process = place.start("up", *cameras, "--for", f"{NUM_WINDOWS}s", "--out", "run")
+    place.wait_for_window(0)
+    (decoder,) = [child for child in place.watch(process.pid) if reads(child, clip)]
+    decoder.kill()
+    return place.finish(process)
+
+
+def reads(process: psutil.Process, path: Path) -> bool:
+    try:
+        is_decoder = "stages.media_decoder" in process.cmdline()
+        return is_decoder and any(Path(file.path) == path.resolve() for file in process.open_files())
+    except psutil.Error:
+        return False
+
+
+def test_a_camera_that_dies_is_an_event_and_no_error(with_a_dead_decoder: Run) -> None:
+    assert with_a_dead_decoder.returncode == 0, with_a_dead_decoder.stderr
+    (lost,) = with_a_dead_decoder.events("door", "camera_lost")
+    assert lost["reason"] == "crashed"
+    assert "SIGKILL" in lost["message"]
+
+
+def test_a_dead_camera_costs_its_own_windows(with_a_dead_decoder: Run) -> None:
+    windows = with_a_dead_decoder.windows("door")
+    assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
+    missing = [window["missing"] for window in windows]
+    assert missing[0] == []
+    assert missing[-3:] == [["audio", "image"]] * 3
+
+
+def test_a_dead_camera_costs_nobody_else_anything(with_a_dead_decoder: Run, interrupted: Run) -> None:
+    windows = with_a_dead_decoder.windows("yard")
+    assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
+    assert all(window["missing"] == [] for window in windows)
+    elsewhere = interrupted.digests("yard")
+    assert len(elsewhere) >= 3
+    assert with_a_dead_decoder.digests("yard")[: len(elsewhere)] == elsewhere[:NUM_WINDOWS]
+
+
+def test_the_ledger_of_a_run_with_a_dead_camera_is_exact(with_a_dead_decoder: Run, place: Place) -> None:
+    assert is_exact(with_a_dead_decoder)
+    assert place.leftovers() == []
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    run: Run
+    second_up: Run
+    leftovers: list[str]
+
+
+@pytest.fixture(scope="module")
+def interruption(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Interrupted]:
+    """A run without an end; while it runs, another is started in its folder; then Ctrl-C."""
+    with new_place(tmp_path_factory.mktemp("interrupted"), cache) as place:
+        process = place.start("up", *YARD, "--out", "run")
+        place.wait_for_window(3)
+        second = place.run("up", *YARD, "--out", "run")
+        press_ctrl_c(process)
+        run = place.finish(process)
+        yield Interrupted(run, second, place.leftovers())
+
+
+@pytest.fixture(scope="module")
+def interrupted(interruption: Interrupted) -> Run:
+    return interruption.run
+
+
+def press_ctrl_c(process: "subprocess.Popen[str]") -> None:
+    """As a terminal does it: to the whole group in the foreground."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def test_ctrl_c_ends_a_run_with_130_and_whole_files(interrupted: Run) -> None:
+    assert interrupted.returncode == 130
+    assert "Traceback" not in interrupted.stderr
+    windows = interrupted.windows("yard")
+    assert [window["index"] for window in windows] == list(range(len(windows)))
+    assert len(windows) >= 4
+    assert is_exact(interrupted)
+    rate_hz, samples = interrupted.speech("yard")
+    assert len(samples) >= len(windows) * rate_hz
+
+
+def test_ctrl_c_leaves_nothing_behind(interruption: Interrupted) -> None:
+    assert interruption.leftovers == []
+
+
+def test_after_ctrl_c_the_listener_hears_what_was_said(interrupted: Run) -> None:
+    said = [event["text"] for event in interrupted.events("yard", "said") if event["text"]]
+    heard = [event["text"] for event in interrupted.events("yard", "heard")]
+    assert heard == said
+
+
+def test_a_second_pipeline_of_the_same_folder_is_refused(interruption: Interrupted) -> None:
+    assert interruption.second_up.returncode == 1
+    (line,) = [line for line in interruption.second_up.stderr.splitlines() if line.startswith("pipeline: ")]
+    assert "is running already (pid" in line
+
+
+def test_the_second_ctrl_c_ends_at_once(fresh: Place) -> None:
+    process = fresh.start("up", *YARD, "--out", "run")
+    fresh.wait_for_window(0)
+    fresh.watch(process.pid)
+    press_ctrl_c(process)
+    time.sleep(0.3)
+    press_ctrl_c(process)
+    run = fresh.finish(process)
+    assert run.returncode == 130
+    assert "Traceback" not in run.stderr
+    assert run.windows("yard")
+    assert len(run.speech("yard")[1])
+    assert fresh.leftovers() == []
+
+
+@pytest.mark.parametrize("until", ["the gateway is up", "an actor is up"])
+def test_ctrl_c_while_it_starts_leaves_nothing_behind(fresh: Place, until: str) -> None:
+    process = fresh.start("up", *YARD)
+    fresh.state()
+    if until == "an actor is up":
+        assert process.stderr is not None
+        while "ready" not in process.stderr.readline():
+            pass
+    fresh.watch(process.pid)
+    press_ctrl_c(process)
+    run = fresh.finish(process)
+    assert run.returncode == 130
+    assert "Traceback" not in run.stderr
+    assert fresh.leftovers() == []
+
+
+# --- the cluster --------------------------------------------------------------------------------------------------
+
+
+def test_an_actor_that_dies_ends_the_run_with_its_name(fresh: Place) -> None:
+    process = fresh.start("up", *YARD, "--out", "run")
+    fresh.wait_for_window(1)
+    (llm,) = [child for child in fresh.watch(process.pid) if is_actor(child, fresh, "llm.0")]
+    llm.kill()
+    run = fresh.finish(process)
+    assert run.returncode == 1
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
+    assert line.startswith("pipeline: llm.0 has died")
+    assert fresh.leftovers() == []
+
+
+def is_actor(process: psutil.Process, place: Place, name: str) -> bool:
+    """An actor has its log open."""
+    try:
+        return any(Path(file.path).name == f"{name}.log" for file in process.open_files())
+    except psutil.Error:
+        return False
+
+
+def test_what_no_node_has_is_told_and_nothing_is_left(fresh: Place) -> None:
+    run = fresh.run("up", *YARD, "--set", "stages.llm.gpus=99", "--set", "stages.tts.resources={moon: 1}")
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
+    assert lines == [
+        "pipeline: the cluster can't hold the pipeline:",
+        "pipeline:   llm.0 asks for 0.25 CPU, 99 GPU; GPU: no node has more than 0 left",
+        "pipeline:   tts.0 asks for 0.25 CPU, 1 moon; moon: no node has more than 0 left",
+    ]
+    assert fresh.leftovers() == []

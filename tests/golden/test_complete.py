@@ -1,0 +1,125 @@
+"""Nothing of the folder is left out: every file is as listed, every list entry has a case, every tensor is looked at.
+
+Runs after all other tests (conftest.py sorts it to the end). What needs the whole of tests/golden is skipped where only
+a part of it was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from tests.support import golden
+from tests.support.golden import LOOKED_AT, cases, read_json
+
+MANIFEST = "manifest.json"
+NUMPY_NAMES = {"float32": "F32", "int32": "I32", "int64": "I64"}
+
+
+def listed() -> dict[str, Any]:
+    return read_json(MANIFEST) if golden.PRESENT else {}
+
+
+def tensors_of(file: str) -> dict[str, list[Any]]:
+    """Name to [dtype, *shape], as the manifest tells."""
+    return listed()[file].get("tensors") or listed()[file].get("arrays") or {}
+
+
+def tensor_files() -> list[str]:
+    return [file for file in listed() if tensors_of(file)]
+
+
+def num_entries(value: Any) -> int:
+    """How many records a JSON file has: the objects in its lists, but not those within another record, and the lists in
+    its tables of numbers.
+
+    A list of `…feeds` tells the calls of a single step, so it is part of that step and no list of records.
+    """
+    if isinstance(value, list):
+        return sum(isinstance(entry, dict) for entry in value)
+    if not isinstance(value, dict):
+        return 0
+    if len(value) > 1 and all(is_numbers(inner) for inner in value.values()):
+        return len(value)
+    return sum(num_entries(inner) for key, inner in value.items() if not key.endswith("feeds"))
+
+
+def is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, int | float) for entry in value)
+
+
+def part_of_the_suite(session: pytest.Session) -> str | None:
+    """Why this run can't say what the whole suite looks at; None when it can."""
+    here = Path(__file__).parent
+    absent = {path.name for path in here.glob("test_*.py")} - {item.path.name for item in session.items}
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if hasattr(session.config, "workerinput"):
+        return "the suite is spread over several processes"
+    if absent:
+        return f"only a part of tests/golden was run: without {', '.join(sorted(absent))}"
+    if any("::" in arg for arg in session.config.args) or (reporter and reporter.stats.get("deselected")):
+        return "only a part of tests/golden was run: some tests were deselected"
+    return None
+
+
+@pytest.fixture
+def whole_suite(request: pytest.FixtureRequest) -> pytest.Session:
+    reason = part_of_the_suite(request.session)
+    if reason:
+        pytest.skip(reason)
+    return request.session
+
+
+@cases(MANIFEST, listed())
+def test_a_file_is_as_listed(case: str) -> None:
+    content = (golden.FOLDER / case).read_bytes()
+    assert len(content) == listed()[case]["bytes"]
+    assert hashlib.sha256(content).hexdigest() == listed()[case]["sha256"]
+
+
+@cases(MANIFEST, (f"the tensors of {file}" for file in tensor_files()))
+def test_a_file_holds_the_listed_tensors(case: str) -> None:
+    file = case.removeprefix("the tensors of ")
+    read = read_npz if file.endswith(".npz") else read_header
+    assert read(golden.FOLDER / file) == {name: spelled(told) for name, told in tensors_of(file).items()}
+
+
+@cases(MANIFEST, ["the folder"])
+def test_the_folder_holds_nothing_else(case: str) -> None:
+    files = {path.name for path in golden.FOLDER.iterdir() if path.suffix != ".md"}
+    assert files == {MANIFEST, *listed()}
+
+
+def read_header(file: Path) -> dict[str, list[Any]]:
+    with safe_open(file, framework="np") as opened:
+        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: [part.get_dtype(), *part.get_shape()] for name, part in parts.items()}
+
+
+def read_npz(file: Path) -> dict[str, list[Any]]:
+    with np.load(file, allow_pickle=False) as opened:
+        return {name: spelled([str(opened[name].dtype), *opened[name].shape]) for name in opened.files}
+
+
+def spelled(told: list[Any]) -> list[Any]:
+    return [NUMPY_NAMES.get(told[0], told[0]), *told[1:]]
+
+
+@pytest.mark.parametrize("file", tensor_files())
+def test_every_tensor_was_looked_at(file: str, whole_suite: pytest.Session) -> None:
+    missed = [name for name in tensors_of(file) if (file, name) not in LOOKED_AT]
+    assert not missed, f"{file}: no test asked for {len(missed)} of {len(tensors_of(file))}: {', '.join(missed)}"
+
+
+@pytest.mark.parametrize("file", [file for file in listed() if file.endswith(".json")])
+def test_every_entry_has_a_case(file: str, whole_suite: pytest.Session) -> None:
+    markers = (item.get_closest_marker("golden") for item in whole_suite.items)
+    num_cases = Counter(marker.args[0] for marker in markers if marker)[file]
+    wanted = max(1, num_entries(read_json(file)))
+    assert num_cases >= wanted, f"{file}: {num_cases} cases, but {wanted} entries in its lists"

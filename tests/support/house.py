@@ -1,0 +1,248 @@
+"""Stages that a test writes, wired by a real bus in one process; and a clock that a test moves."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from deploy.measure import StageMeter
+from deploy.runner import ActorLoop, SessionPlan, StageRunner
+from graph.bus import Arrival, Bus, EdgeRule
+from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
+from graph.credit import Limit
+from graph.ledger import Account, merge
+from graph.metrics import Metrics
+from graph.streams import MIC, TEXT
+from graph.tail import Ack, ack_chunk
+from graph.window import Late, Unit
+from stages.stage import Session, Stage, StageError
+from tests.support.units import session
+
+SOUND = "microphone.sound->llm.sound"
+SPOKEN = "llm.text->speaker.text"
+PLAYED = "speaker.playback->llm.playback"
+NOTED = "speaker.events->events.events"
+CHAIN = (SOUND, SPOKEN, PLAYED, NOTED)
+
+
+class ManualClock:
+    """In the place of `time`: it stands until a test moves it. Event time is the same for sessions of origin 0."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def advance(self, seconds: float) -> None:
+        self.now_ns += round(seconds * NS_PER_S)
+
+    def monotonic(self) -> float:
+        return self.now_ns / NS_PER_S
+
+    def monotonic_ns(self) -> int:
+        return self.now_ns
+
+    def time_ns(self) -> int:
+        return self.now_ns
+
+
+class Ticker(Stage):
+    """A source: one window of sound per call, and then its end."""
+
+    def __init__(self, num_windows: int) -> None:
+        self._num_windows = num_windows
+        self._next: dict[SessionId, int] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._next[session.id] = 0
+
+    def close_session(self, session: SessionId) -> None:
+        self._next.pop(session, None)
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        index = self._next[session]
+        self._next[session] = min(index + 1, self._num_windows + 1)
+        if index < self._num_windows:
+            return [heard(session, index), watermark(session, MIC, (index + 1) * NS_PER_S)]
+        return [end_of_stream(session, MIC, index * NS_PER_S)] if index == self._num_windows else []
+
+    def finished(self, session: SessionId) -> bool:
+        return self._next[session] > self._num_windows
+
+
+class Echo(Stage):
+    """Says what it hears, chunk by chunk; remembers its batches and interruptions. Has room for `room` sessions."""
+
+    outputs = (TEXT,)
+
+    def __init__(self, room: int = 100) -> None:
+        self.room = room
+        self.open: list[SessionId] = []
+        self.batches: list[list[tuple[str, int]]] = []
+        self.units: list[Unit] = []
+        self.interruptions: list[tuple[str, Ack]] = []
+
+    def open_session(self, session: Session) -> None:
+        if len(self.open) >= self.room:
+            raise StageError("echo: no room")
+        self.open.append(session.id)
+
+    def close_session(self, session: SessionId) -> None:
+        if session in self.open:
+            self.open.remove(session)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self.batches.append([(unit.session, unit.index) for unit in units])
+        self.units += units
+        return [unit.emit(TEXT, arrays=chunk.arrays) for unit in units for chunk in unit.of(MIC)]
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        self.interruptions.append((session, ack))
+        return []
+
+
+class PacedEcho(Echo):
+    """Goes on with the listener only."""
+
+    paced_by_listener = True
+
+
+class Ear(Stage):
+    """The sink: hears everything, at once."""
+
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+        self._sessions: dict[SessionId, Session] = {}
+        self._begun: set[SessionId] = set()
+
+    def open_session(self, session: Session) -> None:
+        self._sessions[session.id] = session
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self.units += units
+        return [ack_chunk(u.session, Ack(u.end_ns + NS_PER_S, through_ns=u.end_ns)) for u in units]
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        if session in self._begun:
+            return []
+        self._begun.add(session)
+        return [ack_chunk(session, Ack(NS_PER_S))]
+
+    def drain(self, session: SessionId) -> list[Chunk]:
+        return [Chunk(session, "events", 0, attrs={"type": "goodbye"})]
+
+
+class Notes(Stage):
+    """Takes each chunk as it comes."""
+
+    windowed = False
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self.chunks += [chunk for unit in units for chunks in unit.chunks.values() for chunk in chunks]
+        return []
+
+    def told(self, kind: str) -> list[dict[str, object]]:
+        return [dict(chunk.attrs) for chunk in self.chunks if chunk.attrs["type"] == kind]
+
+
+class House:
+    """Runners by name, on one bus. edges: by their ids, `a.port->b.port`; a stage takes part in what it stands in."""
+
+    def __init__(
+        self,
+        stages: Mapping[str, Stage],
+        edges: Sequence[str] = CHAIN,
+        *,
+        limit: Limit = Limit(8),  # noqa: B008 - a frozen value
+        when_full: str = "wait",
+        max_units: int = 8,
+        wait_s: float = 0.0,
+        late: Late = "drop",
+    ) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="bus-", dir="/tmp"))
+        self.bus = Bus("house", self.directory)
+        self.edges = [edge for edge in edges if _ends(edge)[0] in stages or _ends(edge)[1] in stages]
+        self.receivers, self.senders = {}, {}
+        for edge in self.edges:
+            rule = EdgeRule(edge, limit, when_full)  # type: ignore[arg-type]
+            self.receivers[edge], endpoint = self.bus.bind(rule)
+            self.senders[edge] = self.bus.connect(rule, endpoint)
+        self.registry = CollectorRegistry()
+        self.late = late
+        self.runners = {
+            name: self._runner(name, stage, tuple(stages), max_units, wait_s) for name, stage in stages.items()
+        }
+        self.loop = ActorLoop(self.bus, list(self.runners.values()))
+        self.num_taken: dict[tuple[str, str], int] = {}
+
+    def _runner(self, name: str, stage: Stage, stages: tuple[str, ...], max_units: int, wait_s: float) -> StageRunner:
+        return StageRunner(
+            name,
+            stage,
+            {edge: receiver for edge, receiver in self.receivers.items() if _ends(edge)[1] == name},
+            {edge: [sender] for edge, sender in self.senders.items() if _ends(edge)[0] == name},
+            StageMeter(Metrics(self.registry), name, stage, stages),
+            max_units=max_units,
+            wait_s=wait_s,
+        )
+
+    def __enter__(self) -> "House":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bus.close()
+        self.directory.rmdir()
+
+    def open(self, name: str, origin_ns: int = 0, **fields: object) -> Session:
+        """A session at every stage here, those that send last."""
+        opened = session(name, **fields)
+        for stage in reversed(list(self.runners)):
+            inputs = [edge for edge in self.edges if _ends(edge)[1] == stage and edge != PLAYED]
+            streams = {{"sound": MIC}.get(port, port): self.late for port in map(_port, inputs) if port != "events"}
+            peers = {edge: 0 for edge in self.edges if _ends(edge)[0] == stage}
+            self.runners[stage].open_session(SessionPlan(opened, origin_ns, streams, len(inputs), peers))
+        return opened
+
+    def take(self, chunk: Chunk, edge: str = SOUND) -> None:
+        """A chunk comes in on an edge, as from the bus."""
+        if not chunk.is_control:
+            self.senders[edge]._ledger.accept()
+        self.runners[_ends(edge)[1]].take(Arrival(chunk, edge, b"house", 0))
+
+    def window(self, name: str, index: int, epoch: int = 0) -> None:
+        """A whole window of sound comes in."""
+        self.take(heard(SessionId(name), index, epoch))
+        self.take(watermark(SessionId(name), MIC, (index + 1) * NS_PER_S))
+
+    def run(self, max_turns: int = 2000) -> None:
+        """Turn until every session has ended everywhere."""
+        for _ in range(max_turns):
+            if not any(runner.snapshot().sessions for runner in self.runners.values()):
+                return
+            self.loop.turn()
+        raise AssertionError(f"still open: {[runner.snapshot() for runner in self.runners.values()]}")
+
+    def account(self, edge: str) -> Account:
+        return merge([self.receivers[edge].account(), self.senders[edge].account()])
+
+
+def heard(session: SessionId, index: int, epoch: int = 0) -> Chunk:
+    """A window of sound, which is numbered by its window."""
+    samples = np.full(4, index, np.float32)
+    return Chunk(session, MIC, index * NS_PER_S, NS_PER_S, index, epoch, arrays={"samples": samples})
+
+
+def barge_in(session: SessionId, at_ns: int, epoch: int) -> Chunk:
+    return Chunk(session, "playback", at_ns, epoch=epoch, kind=Kind.BARGE_IN)
+
+
+def _ends(edge: str) -> tuple[str, str]:
+    source, _, target = edge.partition("->")
+    return source.partition(".")[0], target.partition(".")[0]
+
+
+def _port(edge: str) -> str:
+    return edge.rpartition(".")[2]
