@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,8 +82,10 @@ def run_bench(name: str | None, as_json: bool) -> None:
         return
     if name not in benchmarks:
         raise BenchError(f"no benchmark {name!r}; there are: {', '.join(sorted(benchmarks))}")
-    surroundings = {"machine": describe_machine(), "versions": describe_versions()}
+    surroundings: dict[str, Mapping[str, object]] = {"machine": describe_machine(), "versions": describe_versions()}
     rows: list[Row] = benchmarks[name].run()
+    if not rows:
+        raise BenchError(f"benchmark {name!r} gave no rows")
     if as_json:
         print(json.dumps({"benchmark": name, **surroundings, "rows": [asdict(row) for row in rows]}, indent=2))
         return
@@ -104,7 +106,7 @@ def find_benchmarks(folder: Path) -> dict[str, ModuleType]:
     return {module.NAME: module for module in modules}
 
 
-def describe_machine() -> dict[str, object]:
+def describe_machine() -> Mapping[str, object]:
     """What the numbers were measured on, and how busy it was before."""
     return {
         "cpu": _cpu_model(),
@@ -115,7 +117,7 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def describe_versions() -> dict[str, str | None]:
+def describe_versions() -> Mapping[str, str | None]:
     """What was measured with."""
     packages = {name: _version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **packages, "commit": _commit(ROOT)}

@@ -182,7 +182,7 @@ def bench(
 ) -> None:
     """Run a benchmark beside its rival and print the ratios. --json: {machine, versions, rows: [{name, value, unit,
     rival, rival_value, ratio, command}]}."""
-    from deploy.bench import run_bench  # type: ignore[import-untyped,unused-ignore]
+    from deploy.bench import run_bench
 
     with _clear_errors():
         run_bench(name, as_json)

@@ -242,7 +242,8 @@ class Coordinator:
                 raise cause from None
             raise CoordinatorError(f"{name}: {cause or error}; see {self._directory / 'logs' / name}.log") from error
         except RayActorError as error:
-            raise CoordinatorError(f"{name} has died: {error}") from error
+            reason = str(error).strip().splitlines()[-1]
+            raise CoordinatorError(f"{name} has died: {reason}; see {self._directory / 'logs' / name}.log") from error
         except RayError as error:
             raise CoordinatorError(f"{name} does not answer: {error}") from error
 

@@ -9,11 +9,13 @@ import secrets
 def prepare(address: str | None) -> None:
     """Set up the environment for a Ray of our own (address None), or for joining one, whose token the user gives.
 
-    Ray's GCS and agents listen on all interfaces whatever one says; with token authentication, set explicitly and with
-    a token of this run's own, nobody else gets in.
+    A Ray of our own listens on the loopback, whatever `_node_ip_address` says, only where it is told that this machine
+    is in no cluster (a switch made for Windows and macOS). Other users of the machine are kept out by token
+    authentication, set explicitly and with a token of this run's own.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once per process

@@ -10,10 +10,12 @@ than are free raises KvCacheFull before anything has changed.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,10 +78,9 @@ class KvCache:
         self.page_size = page_size
         self.num_pages = num_pages
         self.device = torch.device(device)
-        # Zeros, not empty: padded positions are masked, but masking can't undo a NaN.
         size = (shape.num_layers, num_pages, page_size, shape.num_kv_heads, shape.head_dim)
-        self._keys = torch.zeros(size, dtype=dtype, device=device)
-        self._values = torch.zeros(size, dtype=dtype, device=device)
+        self._keys = _zeros(size, dtype, self.device)
+        self._values = _zeros(size, dtype, self.device)
         self._free = list(range(num_pages - 1, -1, -1))
         exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
         self._inv_freq = 1.0 / shape.rope_theta**exponent
@@ -212,3 +213,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + head_dim / 2) of x: [n, heads, head_dim], by angles [n or 1, 1, head_dim / 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty: padded positions are masked, but masking can't undo a NaN.
+
+    On a CPU the memory is the system's untouched zero pages: a pool costs what is used of it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(*size, dtype=dtype, device=device)
+    raw = torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8))
+    return raw.view(dtype).view(*size)

@@ -11,6 +11,7 @@ Options: OMNI_BENCH_REPETITIONS, the round trips per row (default: REPETITIONS).
 from __future__ import annotations
 
 import gc
+import sys
 import tempfile
 import threading
 import time
@@ -106,9 +107,11 @@ class Rivals:
     def __init__(self, directory: Path) -> None:
         import ray
 
-        ray.cloudpickle.register_pickle_by_value(_this_module())  # the actors can't import tests/benchmarks
-        self._far = ray.remote(num_cpus=0.25)(Far).remote(directory)
-        self._near = ray.remote(num_cpus=0.25)(Near).remote(directory, self._far)
+        cloudpickle: Any = ray.cloudpickle
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors can't import tests/benchmarks
+        actor: Any = ray.remote(num_cpus=0.25)
+        self._far = actor(Far).remote(directory)
+        self._near = actor(Near).remote(directory, self._far)
         there, back = self._ask(self._far.bind.remote()), self._ask(self._near.bind.remote())
         self._ask(self._near.connect.remote(there))
         self._ask(self._far.connect.remote(back))
@@ -255,9 +258,3 @@ def _payload(num_bytes: int) -> np.ndarray:
 
 def _transport_of(arrival: Arrival) -> str:
     return arrival.edge.rpartition(".")[2]
-
-
-def _this_module() -> Any:
-    import sys
-
-    return sys.modules[__name__]

@@ -288,7 +288,7 @@ def test_a_chain_loses_nothing_ends_and_leaves_nothing_under_way(build):
     house.run()
     units = house.runners["speaker"].stage.units
     for name in ("a", "b", "c"):
-        heard_ = [(unit.index, [int(c.arrays["samples"][0]) for c in unit.of(TEXT)]) for unit in units]
+        heard_ = [(unit.index, [int(c.arrays["token_ids"][0]) for c in unit.of(TEXT)]) for unit in units]
         mine = [row for row, unit in zip(heard_, units, strict=True) if unit.session == name]
         assert mine == [(index, [index]) for index in range(20)]
     for edge in (SOUND, SPOKEN):

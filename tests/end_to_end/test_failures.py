@@ -198,12 +198,12 @@ def is_actor(process: psutil.Process, place: Place, name: str) -> bool:
 
 
 def test_what_no_node_has_is_told_and_nothing_is_left(fresh: Place) -> None:
-    run = fresh.run("up", *YARD, "--set", "stages.llm.gpus=99", "--set", "stages.tts.resources={moon: 1}")
+    run = fresh.run("up", *YARD, "--set", "stages.llm.gpus=8", "--set", "stages.tts.resources={moon: 1}")
     assert run.returncode == 1
     lines = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
     assert lines == [
         "pipeline: the cluster can't hold the pipeline:",
-        "pipeline:   llm.0 asks for 0.25 CPU, 99 GPU; GPU: no node has more than 0 left",
+        "pipeline:   llm.0 asks for 0.25 CPU, 8 GPU; GPU: no node has more than 0 left",
         "pipeline:   tts.0 asks for 0.25 CPU, 1 moon; moon: no node has more than 0 left",
     ]
     assert fresh.leftovers() == []

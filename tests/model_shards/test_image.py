@@ -1,10 +1,5 @@
-"""How pictures are cut: the official sizes, to the pixel."""
+"""How pictures are cut: the sizes of the plain rule, to the pixel."""
 
-import dataclasses
-import hashlib
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +10,8 @@ from hypothesis import strategies as st
 
 from model_shards.config import SliceConfig
 from model_shards.errors import ModelError
-from model_shards.image import ImagePatches, SlicePlan, placeholder, plan_slices, slice_image
-
-PLACES = [Path(__file__).parents[up] / "shared" / "golden" for up in (2, 3)]
-GOLDEN = Path(os.environ.get("OMNI_GOLDEN") or next((place for place in PLACES if place.is_dir()), PLACES[0]))
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data; OMNI_GOLDEN names its folder")
+from model_shards.image import SlicePlan, placeholder, plan_slices, slice_image
+from tests.support import plain
 
 
 def config(max_slice_nums: int) -> SliceConfig:
@@ -113,31 +105,28 @@ def test_something_else_than_a_picture_is_refused(image: Any) -> None:
         slice_image(image, config(1))
 
 
-@golden
-def test_plans_and_placeholders_are_the_official_ones() -> None:
-    recorded = json.loads((GOLDEN / "image_slicing.json").read_text())
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), max_slice_nums=st.integers(1, 9))
+def test_a_picture_is_cut_as_the_plain_rule_cuts_it(width: int, height: int, max_slice_nums: int) -> None:
+    expected = plain.slicing(width, height, max_slice_nums)
 
-    for row in recorded["rows"]:
-        plan = plan_slices(*row["size"], config(row["max_slice_nums"]))
-        told = [None if part is None else list(part) for part in (plan.source, plan.grid, plan.refined, plan.cell)]
-        assert told == [row["source_size"], row["grid"], row["refine_size"], row["slice_size"]]
-        assert patch_sizes(plan) == row["tgt_sizes"]
-        texts = [placeholder(plan, 64, image_id=3), placeholder(plan, 64)]
-        short = [text.replace("<unk>" * 64, "{unk*64}") for text in texts]
-        assert short == [row["placeholder_rle"], row["placeholder_noid_rle"]]
+    plan = plan_slices(width, height, config(max_slice_nums))
+
+    parts = [None if part is None else list(part) for part in (plan.source, plan.grid, plan.refined, plan.cell)]
+    assert parts == [expected[key] for key in ("source_size", "grid", "refine_size", "slice_size")]
+    assert patch_sizes(plan) == expected["tgt_sizes"]
+    assert placeholder(plan, 2, image_id=7) == plain.placeholder(expected["grid"], "<unk><unk>", 7)
 
 
-@golden
-def test_pixels_are_the_official_ones_bit_for_bit() -> None:
-    inputs = np.load(GOLDEN / "image_pixels.npz")
-    recorded = json.loads((GOLDEN / "image_pixels.json").read_text())
+@pytest.mark.parametrize(
+    ("width", "height", "max_slice_nums"), [(60, 40, 1), (33, 170, 1), (700, 500, 4), (900, 450, 9)]
+)
+def test_pixels_are_those_of_the_plain_rule_bit_for_bit(width: int, height: int, max_slice_nums: int) -> None:
+    image = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    for index, row in enumerate(recorded):
-        limits = dataclasses.replace(SliceConfig(), max_slice_nums=row["max_slice_nums"])
-        pieces = slice_image(inputs[f"img{index}_input"], limits)
-        assert [_digest(piece) for piece in pieces] == [patch["sha256_f32"] for patch in row["patches"]]
+    pieces = slice_image(image, config(max_slice_nums))
 
-
-def _digest(piece: ImagePatches) -> str:
-    assert piece.pixels.dtype == torch.float32
-    return hashlib.sha256(piece.pixels.numpy().tobytes()).hexdigest()
+    expected = plain.patches(image, plain.slicing(width, height, max_slice_nums))
+    assert len(pieces) == len(expected)
+    for piece, patch in zip(pieces, expected, strict=True):
+        assert piece.pixels.dtype == torch.float32
+        assert np.array_equal(piece.pixels.numpy(), plain.pixel_values(patch))

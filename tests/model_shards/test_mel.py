@@ -1,17 +1,11 @@
-"""The mel front end, against the numbers of the official extractor and against itself."""
-
-import json
-import os
-from pathlib import Path
-from typing import Any
+"""The mel front end, against the stock extractor, against the plain rule and against itself."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import Tensor
+from transformers import WhisperFeatureExtractor
 
 from model_shards.errors import ModelError
 from model_shards.mel import (
@@ -27,22 +21,7 @@ from model_shards.mel import (
     offline_mel,
     scale_mel,
 )
-
-PLACES = [Path(__file__).parents[up] / "shared" / "golden" for up in (2, 3)]
-GOLDEN = Path(os.environ.get("OMNI_GOLDEN") or next((place for place in PLACES if place.is_dir()), PLACES[0]))
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data; OMNI_GOLDEN names its folder")
-
-STREAMS = ["duplex", "noredund", "half", "c100", "ragged", "last", "slow_start", "long"]
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "mel.safetensors")
-
-
-@pytest.fixture(scope="module")
-def cases() -> dict[str, Any]:
-    return json.loads((GOLDEN / "mel.json").read_text(encoding="utf-8"))
+from tests.support import plain
 
 
 def noise(num_samples: int, seed: int = 0) -> Samples:
@@ -60,54 +39,49 @@ def same_chunks(got: list[MelChunk], expected: list[MelChunk]) -> bool:
     )
 
 
-@golden
-def test_filters_are_those_of_whisper(tensors: dict[str, Tensor]) -> None:
-    assert torch.equal(mel_filters(), tensors["mel_filters"])
+def test_filters_are_the_stock_ones() -> None:
+    stock = WhisperFeatureExtractor(feature_size=80).mel_filters
+    torch.testing.assert_close(mel_filters(), torch.from_numpy(stock).float(), rtol=0, atol=1e-7)
 
 
-@golden
-@pytest.mark.parametrize("name", STREAMS)
-def test_streaming_gives_the_official_frames(name: str, tensors: dict[str, Tensor], cases: dict[str, Any]) -> None:
-    config, infos = cases[name]["config"], cases[name]["infos"]
-    sound = np.tile(tensors["sigA"].numpy(), 5 if name == "long" else 1)
-    chosen = MelSettings(config["chunk_ms"] * 16, config["first_chunk_ms"] * 16, config["cnn_redundancy_frames"])
-    mel, start = StreamingMel(chosen), 0
-    for index, info in enumerate(infos):
-        end = start + info["n_samples_in"]
-        chunks = mel.process(sound[start:end], last=name == "last" and index == len(infos) - 1)
-        start = end
-        frames = chunks[0].frames if chunks else torch.zeros(80, 0)
-        assert frames.shape[1] == info["emitted_frames"]
-        assert mel.snapshot().base_frame == info["base_T"]
-        assert len(mel.snapshot().buffer) == info["buffer_len_samples"]
-        torch.testing.assert_close(frames, tensors.get(f"{name}.mel.{index}", frames), rtol=0, atol=1e-6)
-    if f"{name}.flush" in tensors:
-        torch.testing.assert_close(mel.flush()[0].frames, tensors[f"{name}.flush"], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("num_samples", [400, 12345, 5 * RATE_HZ, 30 * RATE_HZ])
+def test_a_clip_gives_the_stock_features(num_samples: int) -> None:
+    extract = WhisperFeatureExtractor(feature_size=80)
+    stock = extract(noise(num_samples), sampling_rate=RATE_HZ, return_tensors="pt").input_features
+
+    mel, lens = offline_mel([noise(num_samples)])
+
+    assert lens == [-(-num_samples // HOP)]
+    torch.testing.assert_close(mel, stock[:, :, : lens[0]], rtol=0, atol=2e-5)
 
 
-@golden
-@pytest.mark.parametrize("name", ["off_8s", "off_3p333s", "off_400samples"])
-def test_a_clip_gives_the_official_frames(name: str, tensors: dict[str, Tensor], cases: dict[str, Any]) -> None:
-    mel, lens = offline_mel([tensors["sigA"].numpy()[: cases[name]["n_samples"]]])
-    assert [lens] == cases[name]["lens"]
-    torch.testing.assert_close(mel[0], tensors[f"{name}.mel"], rtol=0, atol=1e-6)
+def test_without_a_bound_silence_is_at_the_floor() -> None:
+    clip = np.concatenate([noise(8000), np.zeros(8000, np.float32)])
+    expected = plain.whole_mel(np.pad(clip, (0, 29 * RATE_HZ)), dynamic=False)[:, :100]
+    torch.testing.assert_close(offline_mel([clip], Clamp.FIXED)[0][0], expected, rtol=0, atol=2e-5)
 
 
-@golden
-def test_clips_of_unequal_length_are_padded_with_zeros(tensors: dict[str, Tensor], cases: dict[str, Any]) -> None:
-    mel, lens = offline_mel([tensors["sigA"].numpy()[a:b] for a, b in cases["off_batch"]["slices"]])
-    assert [lens] == cases["off_batch"]["lens"]
-    torch.testing.assert_close(mel, tensors["off_batch.mel"], rtol=0, atol=1e-6)
-
-
-@golden
-@pytest.mark.parametrize(("clamp", "name"), [(Clamp.DYNAMIC, "leak_fresh"), (Clamp.FIXED, "leak_after_stream")])
-def test_the_clamp_left_by_an_earlier_stream_is_an_argument(
-    clamp: Clamp, name: str, tensors: dict[str, Tensor]
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 2 * RATE_HZ), min_size=1, max_size=12),
+    chunk_frames=st.integers(10, 120),
+    redundancy=st.integers(0, 4),
+    slides=st.booleans(),
+    last=st.booleans(),
+)
+def test_any_pieces_give_the_frames_of_the_whole_buffer(
+    sizes: list[int], chunk_frames: int, redundancy: int, slides: bool, last: bool
 ) -> None:
-    sound = tensors["sigA"].numpy()
-    clip = np.concatenate([sound[:12000], np.zeros(8000, dtype=np.float32), sound[12000:24000]])
-    torch.testing.assert_close(offline_mel([clip], clamp)[0][0], tensors[f"{name}.mel"], rtol=0, atol=1e-6)
+    pieces = np.split(noise(sum(sizes)), np.cumsum(sizes)[:-1])
+    slide = (4 * RATE_HZ, RATE_HZ) if slides else (1 << 40, RATE_HZ)
+    stream = StreamingMel(MelSettings(chunk_frames * HOP, chunk_frames * HOP, redundancy, *slide))
+    rule = plain.StreamRule(chunk_frames, redundancy, slide if slides else None)
+
+    for index, (frames, info) in enumerate(plain.stream_mel(pieces, rule, last)):
+        chunks = stream.process(pieces[index], last=last and index == len(pieces) - 1)
+        got = torch.cat([torch.zeros(80, 0), *(chunk.frames for chunk in chunks)], dim=1)
+        torch.testing.assert_close(got, frames, rtol=0, atol=2e-5)
+        assert stream.snapshot().base_frame == info["base_T"]
 
 
 def test_a_session_gets_102_frames_then_104() -> None:

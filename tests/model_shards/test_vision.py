@@ -1,24 +1,17 @@
-"""The vision encoder: released sizes, official numbers, and the same for a picture alone and in company."""
+"""The vision encoder: released sizes, stock SigLIP and attention, and the same for a picture alone and in company."""
 
-import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from model_shards.checkpoint import load_shard
 from model_shards.config import VisionConfig
 from model_shards.image import ImagePatches
 from model_shards.vision import VisionEncoder, gather_patches, grid_embedding, position_buckets
-
-PLACES = [Path(__file__).parents[up] / "shared" / "golden" for up in (2, 3)]
-GOLDEN = Path(os.environ.get("OMNI_GOLDEN") or next((place for place in PLACES if place.is_dir()), PLACES[0]))
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data; OMNI_GOLDEN names its folder")
+from tests.support import plain
 
 TINY = VisionConfig(
     hidden_size=32,
@@ -108,33 +101,56 @@ def test_columns_fill_the_first_half_of_a_place() -> None:
     torch.testing.assert_close(places[1], torch.cat([torch.tensor([0.0, 0, 1, 1]), two.sin(), two.cos()]))
 
 
-@golden
-def test_buckets_are_the_official_ones() -> None:
-    recorded = json.loads((GOLDEN / "vision_buckets.json").read_text())["table"]
-    assert {count: position_buckets(int(count), 70).tolist() for count in recorded} == recorded
+@pytest.mark.parametrize("side", [70, 32, 7])
+def test_positions_are_spread_as_by_the_plain_rule(side: int) -> None:
+    for num_patches in range(1, side + 6):
+        spread = position_buckets(num_patches, side).tolist()
+        assert all(bucket in may for bucket, may in zip(spread, plain.buckets(num_patches, side), strict=True))
 
 
-@golden
-@pytest.mark.parametrize("case", ["a", "b", "c", "many"])
-def test_tower_and_resampler_give_the_official_numbers(case: str) -> None:
-    recorded = load_file(GOLDEN / "vision.safetensors")
-    told = json.loads((GOLDEN / "vision.json").read_text())[case]
-    encoder = load_shard(GOLDEN, "vision")
-    sizes = told["tgt_sizes"]
-    pictures = [ImagePatches(recorded[f"{case}.pixel_values.{i}"], *size) for i, size in enumerate(sizes)]
-
-    for call in range(told["n_vpm_calls"]):
-        batch = encoder.gather(pictures[16 * call : 16 * call + 16])
-        longest = batch.positions.shape[1]
-        assert torch.equal(batch.positions.int(), recorded[f"{case}.position_ids.{call}"][:, :longest])
-        official = recorded[f"{case}.vpm_out.{call}"][:, :longest]
-        assert_close_where_seen(encoder.vpm(batch), official, batch.mask)
-    embeds = encoder.encode(pictures)
-    torch.testing.assert_close(
-        embeds[told["resampler_out_rows"]], recorded[f"{case}.resampler_out"], rtol=1e-4, atol=1e-4
-    )
+def test_places_are_those_of_the_plain_rule() -> None:
+    rows, cols = torch.meshgrid(torch.arange(9), torch.arange(75), indexing="ij")
+    expected = [[plain.grid_place(row, col, 32) for col in range(75)] for row in range(9)]
+    torch.testing.assert_close(grid_embedding(rows, cols, 32), torch.tensor(expected), rtol=0, atol=2e-5)
 
 
-def assert_close_where_seen(ours: Tensor, official: Tensor, mask: Tensor | None) -> None:
-    seen = torch.ones(ours.shape[:2], dtype=torch.bool) if mask is None else mask[:, 0, 0]
-    torch.testing.assert_close(ours[seen], official[seen], rtol=1e-4, atol=1e-4)
+def test_a_picture_of_full_size_goes_through_the_tower_as_through_stock_siglip(encoder: VisionEncoder) -> None:
+    side = TINY.image_size // TINY.patch_size
+    stock = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=TINY.hidden_size,
+            intermediate_size=TINY.intermediate_size,
+            num_hidden_layers=TINY.num_hidden_layers,
+            num_attention_heads=TINY.num_attention_heads,
+            image_size=TINY.image_size,
+            patch_size=TINY.patch_size,
+            vision_use_head=False,
+        )
+    ).eval()
+    stock.load_state_dict(encoder.vpm.state_dict())
+    image = torch.randn(1, 3, TINY.image_size, TINY.image_size, generator=torch.Generator().manual_seed(9))
+    squares = image[0].unflatten(1, (side, 14)).unflatten(3, (side, 14)).permute(0, 2, 1, 3, 4)
+
+    hidden = encoder.vpm(encoder.gather([ImagePatches(squares.reshape(3, 14, -1), side, side)]))
+
+    torch.testing.assert_close(hidden, stock(image).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_the_resampler_is_stock_attention_of_queries_over_placed_keys(encoder: VisionEncoder) -> None:
+    resampler, width = encoder.resampler, TINY.embed_dim
+    batch = encoder.gather([picture(3, 4, 1), picture(5, 2, 2)])
+    hidden = torch.randn(2, 12, TINY.hidden_size, generator=torch.Generator().manual_seed(9))
+    stock = nn.MultiheadAttention(width, width // TINY.resampler_head_dim, batch_first=True)
+    stock.load_state_dict(resampler.attn.state_dict())
+
+    embeds = resampler(hidden, batch)
+
+    value = resampler.ln_kv(resampler.kv_proj(hidden))
+    places = [
+        [plain.grid_place(int(r), int(c), width) for r, c in zip(*at, strict=True)]
+        for at in zip(batch.rows, batch.cols, strict=True)
+    ]
+    assert batch.mask is not None
+    query = resampler.ln_q(resampler.query).expand(2, -1, -1)
+    read, _ = stock(query, value + torch.tensor(places), value, key_padding_mask=~batch.mask[:, 0, 0])
+    torch.testing.assert_close(embeds, resampler.ln_post(read) @ resampler.proj, rtol=1e-4, atol=1e-4)

@@ -94,7 +94,7 @@ class Echo(Stage):
     def process(self, units: list[Unit]) -> list[Chunk]:
         self.batches.append([(unit.session, unit.index) for unit in units])
         self.units += units
-        return [unit.emit(TEXT, arrays=chunk.arrays) for unit in units for chunk in unit.of(MIC)]
+        return [_said(unit, chunk) for unit in units for chunk in unit.of(MIC)]
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         self.interruptions.append((session, ack))
@@ -171,6 +171,7 @@ class House:
             self.receivers[edge], endpoint = self.bus.bind(rule)
             self.senders[edge] = self.bus.connect(rule, endpoint)
         self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
         self.late = late
         self.runners = {
             name: self._runner(name, stage, tuple(stages), max_units, wait_s) for name, stage in stages.items()
@@ -184,7 +185,7 @@ class House:
             stage,
             {edge: receiver for edge, receiver in self.receivers.items() if _ends(edge)[1] == name},
             {edge: [sender] for edge, sender in self.senders.items() if _ends(edge)[0] == name},
-            StageMeter(Metrics(self.registry), name, stage, stages),
+            StageMeter(self.metrics, name, stage, stages),
             max_units=max_units,
             wait_s=wait_s,
         )
@@ -233,6 +234,10 @@ def heard(session: SessionId, index: int, epoch: int = 0) -> Chunk:
     """A window of sound, which is numbered by its window."""
     samples = np.full(4, index, np.float32)
     return Chunk(session, MIC, index * NS_PER_S, NS_PER_S, index, epoch, arrays={"samples": samples})
+
+
+def _said(unit: Unit, chunk: Chunk) -> Chunk:
+    return unit.emit(TEXT, arrays={"token_ids": chunk.arrays["samples"].astype(np.int64)})
 
 
 def barge_in(session: SessionId, at_ns: int, epoch: int) -> Chunk:

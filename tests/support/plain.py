@@ -5,6 +5,7 @@ Our modules are compared with these where there is no golden folder, and these m
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,21 @@ from transformers.audio_utils import mel_filter_bank
 Samples = npt.NDArray[np.float32]
 
 RATE_HZ, HOP, N_FFT, N_MELS = 16000, 160, 400, 80
+
+
+def bpe(text: str, vocab: Mapping[str, int], merges: Sequence[Sequence[str]]) -> list[int]:
+    """Ids of words of letters with single spaces between: in each word, with the space before it, the earliest merge
+    goes first."""
+    ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+    ids = []
+    for word in text.replace(" ", " Ġ").split():
+        parts = list(word)
+        while pairs := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+            best = min(pairs, key=ranks.__getitem__)
+            at = list(itertools.pairwise(parts)).index(best)
+            parts[at : at + 2] = ["".join(best)]
+        ids += [vocab[part] for part in parts]
+    return ids
 
 
 def slicing(width: int, height: int, limit: int, scale: int = 448, patch: int = 14) -> dict[str, Any]:
@@ -99,13 +115,14 @@ def pixel_values(patch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return values
 
 
-def buckets(num_patches: int, side: int) -> list[int]:
-    """The learned position of each of `num_patches` along one side (§2.2): how many of the boundaries k / side lie at
-    or below its fraction, both in float32."""
-    step = float(np.float32(1) / np.float32(num_patches))
-    fractions = [np.float32(i * step) for i in range(math.ceil((1 - 1e-6) / step))]
-    boundaries = [np.float32(1 / side + k * (1 / side)) for k in range(side - 1)]
-    return [sum(bool(boundary <= fraction) for boundary in boundaries) for fraction in fractions]
+def buckets(num_patches: int, side: int) -> list[set[int]]:
+    """The learned positions that each of `num_patches` along one side may take (§2.2): how many of the boundaries
+    k / side lie at or below its fraction. One that lies on a boundary may be rounded below it, in float32."""
+    found = []
+    for i in range(num_patches):
+        bucket, rest = divmod(i * side, num_patches)
+        found.append({bucket} if rest or bucket == 0 else {bucket, bucket - 1})
+    return found
 
 
 def grid_place(row: int, col: int, width: int) -> list[float]:

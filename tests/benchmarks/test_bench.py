@@ -1,0 +1,76 @@
+"""The benchmarks run and tell what they measured; how fast anything was is never asserted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.bench import FOLDER, BenchError, find_benchmarks, less_is_better, more_is_better, run_bench
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = {"OMNI_BENCH_REPETITIONS": "4", "OMNI_BENCH_SESSIONS": "1", "OMNI_BENCH_SECONDS": "1", "OMP_NUM_THREADS": "1"}
+ROW_KEYS = {"name", "value", "unit", "rival", "rival_value", "ratio", "command"}
+
+
+def run_quickly(name: str) -> dict[str, object]:
+    """What `pipeline bench NAME --json` prints; in a process of its own, for Ray keeps its first environment."""
+    result = subprocess.run(
+        [sys.executable, "-m", "deploy", "bench", name, "--json"],
+        cwd=ROOT,
+        env={**os.environ, **QUICK},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert result.returncode == 0, result.stderr
+    report: dict[str, object] = json.loads(result.stdout)
+    return report
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("name", "num_rows"), [("bus", 24), ("sessions", 4)])
+def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_measured(name: str, num_rows: int) -> None:
+    report = run_quickly(name)
+    rows = report["rows"]
+    assert isinstance(rows, list) and len(rows) == num_rows
+    assert report["benchmark"] == name
+    for row in rows:
+        assert row.keys() == ROW_KEYS
+        assert all(math.isfinite(row[key]) for key in ("value", "rival_value", "ratio"))
+        assert row["command"].endswith(f"pipeline bench {name}")
+    assert len({(row["name"], row["rival"]) for row in rows}) == num_rows
+    machine, versions = report["machine"], report["versions"]
+    assert isinstance(machine, dict) and isinstance(versions, dict)
+    assert machine.keys() == {"cpu", "cores", "memory_gib", "gpu", "busy_before"}
+    assert versions.keys() >= {"python", "torch", "ray", "pyzmq", "commit"}
+
+
+def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    run_bench(None, as_json=True)
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in listed] == ["bus", "sessions"]
+    assert all(entry["about"].endswith(".") for entry in listed)
+
+
+def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+    with pytest.raises(BenchError, match="no benchmark 'buss'; there are: bus, sessions"):
+        run_bench("buss", as_json=False)
+
+
+def test_without_the_repository_the_error_says_where_the_benchmarks_lie(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="in the repository's tests/benchmarks/"):
+        find_benchmarks(tmp_path / "tests" / "benchmarks")
+
+
+def test_every_benchmark_has_its_name_and_says_what_it_measures() -> None:
+    for name, module in find_benchmarks(FOLDER).items():
+        assert (module.NAME, bool(module.__doc__), callable(module.run)) == (name, True, True)
+
+
+def test_a_ratio_above_one_means_that_we_win() -> None:
+    assert less_is_better("time", 2.0, "s", "rival", 10.0, "").ratio == 5.0
+    assert more_is_better("on time", 100.0, "%", "rival", 50.0, "").ratio == 2.0

@@ -1,0 +1,142 @@
+"""A pipeline in the background: ps, logs, down, the gateway, and who may talk to it."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.pipeline import Place, Run, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def started(place: Place) -> Run:
+    run = place.run("up", "-d", "--camera", "door=test://pattern", "--camera", "yard=test://pattern?seed=2")
+    place.watch(place.state()["pid"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def url(started: Run, place: Place) -> Iterator[str]:
+    assert started.returncode == 0, started.stderr
+    yield place.url()
+    if place.processes():
+        place.run("down")
+
+
+def get(url: str) -> tuple[int, Any]:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+        return answer.status, json.loads(text) if "json" in answer.headers["Content-Type"] else text
+
+
+def test_it_starts_in_the_background_and_returns_when_it_is_ready(started: Run, url: str) -> None:
+    assert f"{url}; pipeline ps | logs | down" in started.stderr
+    assert get(f"{url}/healthz") == (200, {"alive": True})
+    assert get(f"{url}/readyz") == (200, {"ready": True, "reasons": []})
+
+
+def test_ps_json_tells_stages_sessions_and_edges(place: Place, url: str) -> None:
+    def through_a_window() -> Any:
+        status = json.loads(place.run("ps", "--json").stdout)
+        return status if all(session["windows"] > 0 for session in status["sessions"]) else None
+
+    status = wait_for(through_a_window)
+    assert status["ready"] is True and status["model"] == "tiny" and status["trained"] is False
+    assert {row["stage"] for row in status["stages"]} >= {"camera", "vision_encoder", "llm", "vocoder", "speaker"}
+    assert all(row["state"] == "ready" and psutil.pid_exists(row["pid"]) for row in status["stages"])
+    assert {(s["session"], s["state"]) for s in status["sessions"]} == {("door", "running"), ("yard", "running")}
+    assert status["edges"]["camera.frames->vision_encoder.frames"]["accepted"] >= 2
+
+
+def test_ps_is_a_table_for_people(place: Place, url: str) -> None:
+    run = place.run("ps")
+    assert run.returncode == 0
+    lines = run.stdout.splitlines()
+    assert "UNTRAINED" in lines[0]
+    assert re.split(r" {2,}", lines[1])[:3] == ["STAGE", "REPLICA", "STATE"]
+    assert any(line.startswith("door ") for line in lines)
+
+
+def test_logs_are_printed_per_process(place: Place, url: str) -> None:
+    run = place.run("logs", "up")
+    assert run.returncode == 0
+    assert all(line.startswith("up ") for line in run.stdout.splitlines())
+    assert "running: 2 session(s)" in run.stdout
+
+
+def test_logs_of_an_unknown_process_are_an_error(place: Place, url: str) -> None:
+    run = place.run("logs", "gramophone")
+    assert run.returncode == 1
+    assert "none of 'gramophone'" in run.stderr
+
+
+def test_one_page_shows_the_metrics_of_all_processes(url: str) -> None:
+    status, page = get(f"{url}/metrics")
+    assert status == 200
+    processes = set(re.findall(r'stage_process="(\w+)"', page))
+    assert processes == {"io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder", "gateway"}
+    assert not re.search(r"^omni_scrape_failures_total{.*} [1-9]", page, re.MULTILINE)
+
+
+def test_prometheus_finds_every_process(url: str) -> None:
+    _, targets = get(f"{url}/sd/prometheus")
+    assert {target["labels"]["stage_process"] for target in targets} == {
+        "io",
+        "vision_encoder",
+        "audio_encoder",
+        "llm",
+        "tts",
+        "vocoder",
+    }
+    for target in targets:
+        (address,) = target["targets"]
+        assert "omni_" in get(f"http://{address}/metrics")[1]
+
+
+def test_nothing_listens_to_the_network(place: Place, url: str) -> None:
+    pid = place.state()["pid"]
+    sockets = [
+        (process.name(), connection.laddr)
+        for process in [psutil.Process(pid), *place.watch(pid)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(sockets) >= 10, "gateway, exporters, and Ray's"
+    assert {address.ip.removeprefix("::ffff:") for _, address in sockets} == {"127.0.0.1"}
+
+
+def test_ray_refuses_who_has_not_its_token(place: Place, url: str) -> None:
+    pid = place.state()["pid"]
+    (gcs,) = [process for process in place.watch(pid) if process.name() == "gcs_server"]
+    (port,) = [c.laddr.port for c in gcs.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)"
+    stranger = subprocess.run(
+        [sys.executable, "-c", ask, f"127.0.0.1:{port}"],
+        env={**place.environment, "RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_connect_timeout_s": "5"},
+        capture_output=True,
+        text=True,
+    )
+    assert stranger.returncode != 0
+    assert "token" in stranger.stderr.lower()
+
+
+def test_the_gateway_takes_no_other_method(url: str) -> None:
+    request = urllib.request.Request(f"{url}/metrics", data=b"x", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def test_down_stops_it_and_leaves_nothing(place: Place, url: str) -> None:
+    run = place.run("down")
+    assert (run.returncode, run.stderr) == (0, "stopped\n")
+    assert place.leftovers() == []
+    assert place.run("ps").returncode == 1

@@ -1,0 +1,239 @@
+"""stages/llm.py: what is fed in which order, and what TAIL and the listener let be said."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.streams import EVENTS, TEXT
+from graph.window import Unit
+from model_shards.duplex import MAX_TEXT_TOKENS
+from stages.audio_encoder import VOICE_ROLE
+from stages.llm import Llm, session_tokens
+from stages.stage import StageError
+from tests.support.batching import assert_batches, open_all
+from tests.support.tiny import HIGH, MAX_UNIT, Tiny
+from tests.support.units import DOOR, ack, audio, image, session, unit
+
+DIM = 128
+
+
+def rows(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, (*shape, DIM)).astype(np.float32)
+
+
+def window(name: str, index: int, pictures: int = 1, sound: bool = True) -> Unit:
+    seed = sum(map(ord, name)) * 1000 + index
+    seen = [image(name, index * NS_PER_S + k, rows(seed + 500 + k, 1, 64)) for k in range(pictures)]
+    heard = [audio(name, index, rows(seed, 10))] if sound else []
+    return unit(name, index, *seen, *heard)
+
+
+def words(chunks: Sequence[Chunk]) -> list[Chunk]:
+    return [chunk for chunk in chunks if chunk.stream == TEXT]
+
+
+class Recorder:
+    """The tiny model, noting what is fed: embeddings [n, dim], in order."""
+
+    def __init__(self, tiny: Tiny) -> None:
+        self._model: Any = tiny.model("llm")
+        self.config = self._model.config
+        self.fed: list[torch.Tensor] = []
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._model.embed(ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)
+
+    def __call__(self, cache: Any, batch: Sequence[Any]) -> Any:
+        self.fed += [item.embeds for item in batch]
+        return self._model(cache, batch)
+
+    def names(self, index: int, known: dict[str, torch.Tensor]) -> list[str]:
+        """What was fed in forward `index`, row by row; rows in succession with one name are told once."""
+        told: list[str] = []
+        for row in self.fed[index]:
+            name = next((name for name, rows in known.items() if (rows == row).all(-1).any()), "?")
+            told += [name] if told[-1:] != [name] else []
+        return told
+
+
+def test_sessions_decide_the_same_alone_and_in_any_batch(tiny: Tiny):
+    work = {name: [window(name, k, pictures=k % 2) for k in range(12)] for name in ("a", "b", "c")}
+    said = assert_batches(tiny.llm, work, speech=False)
+    assert all(len(words(said[name])) > 2 for name in work)
+
+
+def test_drawn_words_are_the_same_alone_and_in_any_batch(tiny: Tiny):
+    work = {name: [window(name, k, pictures=k % 2) for k in range(8)] for name in ("a", "b", "c")}
+    assert_batches(lambda: tiny.llm("sampling", seed=3), work, speech=False)
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_name(tiny: Tiny):
+    def said(name: str, seed: int) -> list[str]:
+        stage = tiny.llm("sampling", seed=seed)
+        open_all(stage, [name], speech=False)
+        sound = [unit(name, k, audio(name, k, rows(k, 10))) for k in range(6)]
+        return [str(chunk.attrs["text"]) for one in sound for chunk in words(stage.process([one]))]
+
+    assert said("a", 1) == said("a", 1)
+    assert len({tuple(said(name, seed)) for name, seed in (("a", 1), ("a", 2), ("b", 1))}) == 3
+
+
+def test_a_window_is_fed_in_omni_flow_order(tiny: Tiny):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder)
+    stage.open_session(session())
+    first, second, sound = rows(1, 1, 64), rows(2, 2, 64), rows(3, 10)
+    chunks = [audio("door", 0, sound), image("door", 0, first), image("door", 5, second)]
+    stage.process([unit("door", 0, *chunks)])
+    special = tiny.tokenizer.special
+    ids = {"<unit>": special.unit, "<image>": special.image, "</image>": special.image_end}
+    ids |= {"<slice>": special.slice, "</slice>": special.slice_end}
+    known = {name: recorder.embed(torch.tensor([token])) for name, token in ids.items()}
+    known |= {"first": torch.from_numpy(first[0]), "sound": torch.from_numpy(sound)}
+    known |= {f"second {k}": torch.from_numpy(second[k]) for k in range(2)}
+    assert recorder.names(1, known) == [
+        "<unit>",
+        *("<image>", "first", "</image>"),
+        *("<image>", "second 0", "</image>", "<slice>", "second 1", "</slice>"),
+        "sound",
+    ]
+
+
+def test_the_voice_goes_into_the_system_prompt_and_is_not_heard(tiny: Tiny):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder)
+    stage.open_session(session())
+    voice, sound = rows(1, 7), rows(2, 10)
+    stage.process([unit("door", 0, audio("door", 0, voice, role=VOICE_ROLE), audio("door", 0, sound))])
+    special = tiny.tokenizer.special
+    prompt = {"voice": torch.from_numpy(voice), "sound": torch.from_numpy(sound)}
+    marks = {"<|im_start|>": special.im_start, "<|audio_start|>": special.audio_start}
+    marks |= {"<|audio_end|>": special.audio_end, "<|im_end|>": special.im_end, "<unit>": special.unit}
+    prompt |= {name: recorder.embed(torch.tensor([token])) for name, token in marks.items()}
+    told = recorder.names(0, prompt)
+    assert (told[0], told[-4:]) == ("<|im_start|>", ["<|audio_start|>", "voice", "<|audio_end|>", "<|im_end|>"])
+    assert recorder.names(1, prompt) == ["<unit>", "sound"]
+
+
+def speaking(tiny: Tiny) -> tuple[Llm, int]:
+    """A stage whose session `door` is inside a turn, and its next window."""
+    stage = tiny.llm()
+    stage.open_session(session(speech=False))
+    for index in range(100):
+        said = words(stage.process([window("door", index)]))
+        if said and not said[-1].attrs["end_of_turn"]:
+            return stage, index + 1
+    raise AssertionError("the tiny model speaks within 100 windows")
+
+
+def test_a_barge_in_closes_the_turn_with_the_next_window(tiny: Tiny):
+    stage, index = speaking(tiny)
+    stage.interrupt(DOOR, ack(index))
+    assert stage.process([window("door", index)]) == []
+    later = [chunk for k in range(1, 30) for chunk in stage.process([window("door", index + k)])]
+    assert words(later)[0].attrs["turn_start"]
+
+
+def test_without_a_barge_in_the_turn_goes_on(tiny: Tiny):
+    stage, index = speaking(tiny)
+    assert not words(stage.process([window("door", index)]))[0].attrs["turn_start"]
+
+
+def test_outside_a_turn_a_budget_of_nothing_listens(tiny: Tiny):
+    # Given: a listener of whom nothing was heard for more than 5 s.
+    stage = tiny.llm()
+    stage.open_session(session())
+    said = [chunk for index in range(6, 30) for chunk in stage.process([window("door", index)])]
+    assert (said, stage.text_budget(DOOR)) == ([], 0)
+
+
+def test_inside_a_turn_a_budget_of_nothing_says_that_the_speech_goes_on(tiny: Tiny):
+    stage = tiny.llm()
+    opened = session()
+    stage.open_session(opened)
+    index = 0
+    while not (said := words(stage.process([window("door", index)]))) or said[-1].attrs["end_of_turn"]:
+        index += 1
+        opened.playback.ack(ack(index + 1, 100, 100, index + 1, num_turns=100))
+    # When: nothing of it has been heard.
+    opened.playback.ack(ack(index + 2, 100, 102, index + 2, num_turns=100))
+    (goes_on,) = words(stage.process([window("door", index + 1)]))
+    assert stage.text_budget(DOOR) == 0
+    assert (goes_on.arrays["token_ids"].tolist(), goes_on.attrs["text"]) == ([], "")
+    assert not goes_on.attrs["end_of_turn"]
+
+
+def test_no_more_is_said_than_the_budget_allows(tiny: Tiny):
+    stage = tiny.llm()
+    opened = session(lead_ns=NS_PER_S // 10)
+    stage.open_session(opened)
+    counts = []
+    for index in range(40):
+        opened.playback.ack(ack(index + 0.5, through_s=index))
+        said = words(stage.process([window("door", index)]))
+        counts += [(len(chunk.arrays["token_ids"]), stage.text_budget(DOOR)) for chunk in said]
+    assert any(count for count, _ in counts)
+    assert all(count <= budget <= 4 for count, budget in counts)  # 1.1 s at 0.27 s per token
+
+
+def test_where_nothing_speaks_nobody_is_waited_for(tiny: Tiny):
+    stage = tiny.llm()
+    stage.open_session(session(speech=False))
+    stage.process([window("door", 50)])
+    assert stage.text_budget(DOOR) == MAX_TEXT_TOKENS
+
+
+def test_a_session_for_which_there_is_no_room_is_refused_when_it_opens(tiny: Tiny):
+    stage = tiny.llm(num_sessions=2)
+    open_all(stage, ["a", "b"])
+    with pytest.raises(StageError, match=r"no room for session 'c'.*2 sessions are open.*kv_memory"):
+        stage.open_session(session("c"))
+    stage.close_session(SessionId("a"))
+    stage.open_session(session("c"))
+
+
+def test_closing_gives_all_pages_back(tiny: Tiny):
+    stage = tiny.llm()
+    open_all(stage, ["a", "b"])
+    for index in range(3):
+        stage.process([window("a", index), window("b", index)])
+    assert stage.kv_usage() > 0
+    for name in ("a", "b", "a"):
+        stage.close_session(SessionId(name))
+    assert stage.kv_usage() == 0
+
+
+def test_a_long_session_stays_in_its_bounds(tiny: Tiny):
+    stage = tiny.llm(num_sessions=2)
+    open_all(stage, ["a", "b"], speech=False)
+    pages = -(-session_tokens(HIGH, MAX_UNIT) // 32)
+    usage = []
+    for index in range(150):  # of each, half with a picture
+        stage.process([window("a", index, pictures=0), window("b", index, pictures=1)])
+        usage.append(stage.kv_usage() * 2 * pages)
+    assert max(usage) <= 2 * pages
+    assert max(usage[100:]) <= max(usage[:100])
+
+
+def test_a_window_with_nothing_in_it_is_a_unit_like_any_other(tiny: Tiny):
+    stage = tiny.llm()
+    stage.open_session(session(speech=False))
+    assert words(stage.process([window("door", 0, pictures=0, sound=False)])) == []
+
+
+def test_pictures_for_which_a_unit_has_no_room_are_skipped_and_told(tiny: Tiny):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder)
+    stage.open_session(session())
+    told = [chunk for chunk in stage.process([window("door", 3, pictures=5)]) if chunk.stream == EVENTS]
+    assert [dict(chunk.attrs) for chunk in told] == [{"type": "pictures_skipped", "window": 3, "num_pictures": 3}]
+    assert len(recorder.fed[1]) == 1 + 2 * 66 + 10
+    newest = torch.from_numpy(window("door", 3, pictures=5).of("image")[-1].arrays["embeds"][0])
+    assert (recorder.fed[1][-76:-11][:64] == newest).all(-1).sum() >= 1
