@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graph.chunk import Chunk, SessionId, end_of_stream, watermark
 from graph.streams import EVENTS, camera_stream
 from graph.window import FOREVER_NS
-from stages.feed import Feed, Feeds, Notice
-from stages.stage import Session, Stage
+from stages.feed import Feeds, FeedStage, Notice, Reading
+from stages.stage import Session
 
 
 @dataclass(slots=True)
-class _Open:
-    session: Session
-    feed: Feed
+class _Open(Reading):
     watermark_ns: int = 0
-    ended: bool = False
 
 
-class Camera(Stage):
+class Camera(FeedStage[_Open]):
     """Source of `camera/<name>`.
 
     The watermark runs ahead of the clock: after a picture it stands at the next sampling instant, so that a window
@@ -28,18 +24,7 @@ class Camera(Stage):
     """
 
     def __init__(self, feeds: Feeds) -> None:
-        self._feeds = feeds
-        self._open: dict[SessionId, _Open] = {}
-
-    def open_session(self, session: Session) -> None:
-        self._open[session.id] = _Open(session, self._feeds.open(session))
-
-    def close_session(self, session: SessionId) -> None:
-        if self._open.pop(session, None) is not None:
-            self._feeds.close(session)
-
-    def wakes(self) -> Sequence[int]:
-        return self._feeds.wakes()
+        super().__init__(feeds, _Open)
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._open[session]
@@ -53,12 +38,6 @@ class Camera(Stage):
             chunks.append(watermark(session, stream, state.watermark_ns))
         chunks += self._settle(state, stream, now_ns)
         return chunks
-
-    def end(self, session: SessionId, now_ns: int) -> None:
-        self._open[session].feed.stop(now_ns)
-
-    def finished(self, session: SessionId) -> bool:
-        return self._open[session].ended
 
     def _settle(self, state: _Open, stream: str, now_ns: int) -> list[Chunk]:
         feed, session = state.feed, state.session

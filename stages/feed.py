@@ -7,8 +7,9 @@ Camera and microphone of a session share a feed, so that one connection serves b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.streams import SOUND_RATE_HZ
 from graph.window import FOREVER_NS
 from stages.media import Ended, Failed, Frame, MediaError, MediaReader, MediaRequest, Progress, Sound
-from stages.stage import Session
+from stages.stage import Session, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # sound comes in pieces so short, since a live source's pieces begin anywhere in a window
@@ -293,3 +294,43 @@ class Feeds:
 
     def wakes(self) -> list[int]:
         return [descriptor for feed in self._feeds.values() for descriptor in feed.wakes()]
+
+
+@dataclass(slots=True)
+class Reading:
+    """A session at a stage that reads its feed."""
+
+    session: Session
+    feed: Feed
+    ended: bool = False
+
+
+R = TypeVar("R", bound=Reading)
+
+
+class FeedStage(Stage, Generic[R]):
+    """What camera and microphone share: they read the session's feed, until its end.
+
+    begin: makes the state of a session that opens.
+    """
+
+    def __init__(self, feeds: Feeds, begin: Callable[[Session, Feed], R]) -> None:
+        self._feeds = feeds
+        self._begin = begin
+        self._open: dict[SessionId, R] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._open[session.id] = self._begin(session, self._feeds.open(session))
+
+    def close_session(self, session: SessionId) -> None:
+        if self._open.pop(session, None) is not None:
+            self._feeds.close(session)
+
+    def wakes(self) -> Sequence[int]:
+        return self._feeds.wakes()
+
+    def end(self, session: SessionId, now_ns: int) -> None:
+        self._open[session].feed.stop(now_ns)
+
+    def finished(self, session: SessionId) -> bool:
+        return self._open[session].ended

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.streams import MIC, SOUND_RATE_HZ
-from stages.feed import Feed, Feeds
-from stages.stage import Session, Stage
+from stages.feed import Feeds, FeedStage, Reading
 
 
 @dataclass(slots=True)
-class _Open:
-    session: Session
-    feed: Feed
+class _Open(Reading):
     index: int = 0  # the window that leaves next
-    ended: bool = False
 
     @property
     def end_ns(self) -> int:
         return (self.index + 1) * self.session.window_ns
 
 
-class Microphone(Stage):
+class Microphone(FeedStage[_Open]):
     """Source of `mic`: float32 samples, 16 kHz mono, cut at the windows' ends; times come from running sample counts.
 
     A muted or dead microphone's watermark goes on, `lateness` behind the clock, and its windows carry no chunk.
     """
 
     def __init__(self, feeds: Feeds) -> None:
-        self._feeds = feeds
-        self._open: dict[SessionId, _Open] = {}
-
-    def open_session(self, session: Session) -> None:
-        self._open[session.id] = _Open(session, self._feeds.open(session))
-
-    def close_session(self, session: SessionId) -> None:
-        if self._open.pop(session, None) is not None:
-            self._feeds.close(session)
-
-    def wakes(self) -> Sequence[int]:
-        return self._feeds.wakes()
+        super().__init__(feeds, _Open)
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._open[session]
@@ -58,12 +42,6 @@ class Microphone(Stage):
             chunks.append(end_of_stream(session, MIC, end_ns))
             state.ended = True
         return chunks
-
-    def end(self, session: SessionId, now_ns: int) -> None:
-        self._open[session].feed.stop(now_ns)
-
-    def finished(self, session: SessionId) -> bool:
-        return self._open[session].ended
 
 
 def _is_due(state: _Open, now_ns: int) -> bool:
