@@ -231,6 +231,35 @@ def shards_inspect(path: Annotated[Path, typer.Argument(metavar="DIR")], as_json
     _table(rows, ("component", "tensors", "parameters", "bytes", "dtypes"))
 
 
+@shards.command("split")
+def shards_split(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet, or is empty.")],
+) -> None:
+    """Write a checkpoint with one file per component, and a manifest to verify it by; it runs like the checkpoint."""
+    from model_shards.split import split_checkpoint
+
+    with _clear_errors():
+        manifest = split_checkpoint(checkpoint, out)
+    _tell(f"{out}: {_what_is_in(manifest)}")
+
+
+@shards.command("verify")
+def shards_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Compare a split checkpoint with its manifest, byte by byte; names what is missing, extra, cut off or changed."""
+    from model_shards.split import verify_split
+
+    with _clear_errors():
+        manifest = verify_split(folder)
+    _tell(f"{folder}: as its manifest tells: {_what_is_in(manifest)}")
+
+
+def _what_is_in(manifest: Any) -> str:
+    num_tensors = sum(len(file.tensors) for file in manifest.values())
+    num_bytes = sum(file.num_bytes for file in manifest.values())
+    return f"{len(manifest)} files, {num_tensors} tensors, {num_bytes:,} bytes"
+
+
 def parse_listener(pauses: list[str], barge_ins: list[str]) -> tuple[ListenerAction, ...]:
     """`paused@5s:10s` and `7s` as what the listener does. Raises UpError."""
     from deploy.up import UpError

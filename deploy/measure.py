@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Protocol, runtime_checkable
 
+from prometheus_client import CollectorRegistry
+
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
+from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics, serve_metrics
 from graph.streams import AUDIO, CODES, EVENTS, IMAGE, TEXT, is_raw
 from graph.tail import Ack
 from stages.stage import Session, Stage
 
+RESTART_REASONS = ("crash",)
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
+
+
+class PipelineMeter:
+    """Counts for the pipeline as a whole, and serves them, in the process that holds it."""
+
+    def __init__(self, model: str, trained: bool, replicas: Mapping[str, int]) -> None:
+        """replicas: by stage, as they run. An actor that dies ends the pipeline, so none is ever restarted."""
+        registry = CollectorRegistry()
+        metrics = Metrics(registry)
+        metrics.build_info(version("omni-pipeline"), model, trained)
+        self._coordinator = metrics.coordinator(replicas, RESTART_REASONS)
+        for stage, num_replicas in replicas.items():
+            self._coordinator.replicas(stage, "ready", num_replicas)
+        self._server = serve_metrics(registry)
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def sessions(self, num_open: int) -> None:
+        self._coordinator.sessions("open", num_open)
+
+    def stop(self) -> None:
+        self._server.stop()
 
 
 @runtime_checkable

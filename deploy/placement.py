@@ -6,6 +6,7 @@ Ray lets an infeasible request wait for ever; so what a cluster has is compared 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -53,6 +54,11 @@ def processes_of(spec: PipelineSpec) -> list[Process]:
 
 LOCAL_STAGES = frozenset({"camera", "microphone", "speaker", "events"})
 """Stages that read or write files and devices: they run where `pipeline up` runs, unless they ask for resources."""
+
+
+def replicas_of(processes: Iterable[Process]) -> dict[str, int]:
+    """How many replicas of each stage these processes hold."""
+    return dict(Counter(stage for process in processes for stage in process.stages))
 
 
 def check_fits(processes: Iterable[Process], nodes: Iterable[Resources]) -> None:

@@ -37,12 +37,13 @@ class StateFolder:
         return self.path / "running.json"
 
     def create(self) -> None:
-        """Make the folder, with empty logs."""
+        """Make the folder, without an earlier run's logs."""
         self.path.parent.mkdir(mode=0o700, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
         self.logs.mkdir(exist_ok=True)
         for log in self.logs.glob("*.log"):
-            log.unlink()
+            if not log.samefile("/dev/stderr"):  # `up -d` writes to one already
+                log.unlink()
 
     def write(self, running: Running) -> None:
         self.file.write_text(json.dumps(asdict(running)), encoding="utf-8")

@@ -18,13 +18,15 @@ from graph.ledger import Account
 class Status:
     """Written by the thread that runs the pipeline, read by the gateway's; each field is replaced as a whole.
 
-    problem: why it is not ready (yet, or any more); "" when it is.
+    problem:  why it is not ready (yet, or any more); "" when it is.
+    own_port: where the process itself serves its metrics; 0 until it does.
     """
 
     model: str
     trained: bool
     problem: str = "starting"
     dead: bool = False
+    own_port: int = 0
     started_s: float = field(default_factory=time.monotonic)
     processes: Sequence[Process] = ()
     addresses: Mapping[str, Address] = field(default_factory=dict)
@@ -33,7 +35,8 @@ class Status:
     ledger: Mapping[str, Account] = field(default_factory=dict)
 
     def targets(self) -> Sequence[Target]:
-        return [
+        own = Target("127.0.0.1", self.own_port, stage="", replica=0, process="coordinator")
+        actors = [
             Target(
                 self.addresses[process.name].node_ip,
                 self.addresses[process.name].metrics_port,
@@ -44,6 +47,7 @@ class Status:
             for process in self.processes
             if process.name in self.addresses
         ]
+        return [own, *actors] if self.own_port else actors
 
     def alive(self) -> bool:
         return not self.dead

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from deploy import ray_environment
 from deploy.checkpoints import Checkpoint, open_checkpoint
+from deploy.measure import PipelineMeter
 from deploy.observe import GatewayServer, build_gateway
 from deploy.state import Running, StateFolder
 from deploy.status import Status
@@ -150,7 +151,7 @@ class _Run:
         ray_environment.prepare(address)
         from deploy.cluster import connect
         from deploy.coordinator import Coordinator
-        from deploy.placement import processes_of
+        from deploy.placement import processes_of, replicas_of
 
         with ExitStack() as stack:
             cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
@@ -161,18 +162,21 @@ class _Run:
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
             for name, camera in cameras.items():
                 coordinator.open_session(self._session(name, camera))
+            meter = PipelineMeter(self._spec.model, self._status.trained, replicas_of(coordinator.processes))
+            stack.callback(meter.stop)
+            self._status.own_port = meter.port
             self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
             self._status.problem = ""
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
             stack.callback(self._interrupts.ignore)
-            interrupted = self._wait(coordinator)
+            interrupted = self._wait(coordinator, meter)
             ledger = coordinator.ledger()
             self._status.problem = "stopping"
             self._tell("stopping")
         self._write_ledger(ledger)
         return Outcome(interrupted, ledger, self._options.out)
 
-    def _wait(self, coordinator: Coordinator) -> bool:
+    def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> bool:
         """Until every session has ended; True when that was asked for."""
         deadline_s = float("inf")
         asked = False
@@ -189,6 +193,7 @@ class _Run:
                     coordinator.close_session(session)
             self._status.snapshots = coordinator.poll()
             self._status.ledger = coordinator.ledger()
+            meter.sessions(len(coordinator.sessions))
             if coordinator.sessions:
                 self._interrupts.event.wait(POLL_S)
                 if asked:

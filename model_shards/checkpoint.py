@@ -4,7 +4,8 @@ Rule: what is in the files is compared with the module by name and shape before 
 that differs is told at once. Headers cost kilobytes; weights are read once, from the mapped file.
 
 A checkpoint folder holds `config.json`, the tokenizer, `model.safetensors` (or its shards and their index), and in
-`assets/token2wav` the vocoder: `flow` and `hift`, as `.safetensors` or as released, `.pt`.
+`assets/token2wav` the vocoder: `flow` and `hift`, as `.safetensors` or as released, `.pt`. Or it was split
+(model_shards/split.py): then `shards` holds one file per component.
 
 Source: reference/minicpmo-4.5.md §1.6, §6.
 """
@@ -51,10 +52,11 @@ UNUSED_PREFIXES = ("tts.model.embed_tokens.", "tts.projector_spk.")
 """Tensors of the released checkpoint which inference never touches: the talker is fed embeddings, and it has no
 speaker rows. A module may leave them out; what it leaves out is never read."""
 
+SPLIT_FOLDER = Path("shards")
 VOCODER_FOLDER = Path("assets") / "token2wav"
 VOICE_FILE = VOCODER_FOLDER / "prompt.safetensors"
 
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -221,6 +223,21 @@ def inspect(path: Path) -> list[ComponentInfo]:
     ]
 
 
+def stored_tensors(path: Path, component: Component) -> dict[str, Tensor]:
+    """A component's tensors by official name, unconverted; they stay in the mapped files. Empty where there are none.
+
+    Raises ModelError when a file is damaged.
+    """
+    return dict(_read_stored(_list_stored(path, component), "cpu"))
+
+
+def unclaimed_tensors(path: Path) -> list[str]:
+    """Tensors of the main files which are no component's. Raises ModelError when a file is damaged."""
+    claimed = tuple(chain.from_iterable(PREFIXES.values()))
+    files = _find_files(path, "llm", prefixes=("",))
+    return [name for file in files for name in _read_header(file) if not name.startswith(claimed)]
+
+
 def load_voice(path: Path) -> Voice | None:
     """Read the voice that is stored with a checkpoint, for the vocoder; None when it has none.
 
@@ -261,20 +278,19 @@ def _read_voice_file(path: Path) -> dict[str, Tensor]:
 
 def _file_names(component: Component) -> list[tuple[str, ...]]:
     """Groups of file names, relative to the checkpoint: of each group, the first that exists counts."""
+    split = str(SPLIT_FOLDER / f"{component}.safetensors")
     if component == "vocoder":
-        return [
-            tuple(str(VOCODER_FOLDER / f"{part}{kind}") for kind in (".safetensors", ".pt"))
-            for part in ("flow", "hift")
-        ]
-    return [("model.safetensors.index.json", "model.safetensors")]
+        parts = (str(VOCODER_FOLDER / part) for part in ("flow", "hift"))
+        return [(split, f"{part}.safetensors", f"{part}.pt") for part in parts]
+    return [(split, "model.safetensors.index.json", "model.safetensors")]
 
 
-def _find_files(path: Path, component: Component) -> list[Path]:
-    """Find the safetensors and `.pt` files that hold a component."""
+def _find_files(path: Path, component: Component, prefixes: tuple[str, ...] | None = None) -> list[Path]:
+    """Find the safetensors and `.pt` files that hold a component; of an index, what it says about `prefixes`."""
     groups = [[path / name for name in group if (path / name).is_file()] for group in _file_names(component)]
-    files = [group[0] for group in groups if group]
+    files = list(dict.fromkeys(group[0] for group in groups if group))
     if files and files[0].suffix == ".json":
-        return _find_indexed_files(files[0], PREFIXES[component])
+        return _find_indexed_files(files[0], prefixes or PREFIXES[component])
     return files
 
 
@@ -295,7 +311,7 @@ def _list_stored(path: Path, component: Component) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     for file in _find_files(path, component):
         for key, tensor in _read_header(file).items():
-            name = _vocoder_name(file.stem, key) if component == "vocoder" else key
+            name = _vocoder_name(file.stem, key) if file.stem in ("flow", "hift") else key
             if name.startswith(PREFIXES[component]):
                 stored[name] = tensor
     return stored
@@ -314,7 +330,7 @@ def _checked(path: Path, component: Component, expected: Mapping[str, Tensor]) -
     """A component's tensors as they are stored, once they are known to fit."""
     stored = _list_stored(path, component)
     if not stored:
-        names = ", ".join(chain.from_iterable(_file_names(component)))
+        names = ", ".join(dict.fromkeys(chain.from_iterable(_file_names(component))))
         raise ModelError(f"{path}: holds no tensors of {component!r}; looked into {names}")
     _check_tensors(f"{path}: {component}", expected, stored)
     return stored
@@ -327,15 +343,16 @@ def _check_tensors(where: str, expected: Mapping[str, Tensor], stored: Mapping[s
         if name in stored and stored[name].shape != tuple(tensor.shape)
     ]
     problems = [
-        _tell("missing", [name for name in expected if name not in stored]),
-        _tell("unknown", [n for n in stored if n not in expected and not n.startswith(UNUSED_PREFIXES)]),
-        _tell("of another shape", shapes),
+        tell_names("missing", [name for name in expected if name not in stored]),
+        tell_names("unknown", [n for n in stored if n not in expected and not n.startswith(UNUSED_PREFIXES)]),
+        tell_names("of another shape", shapes),
     ]
     if any(problems):
         raise ModelError(f"{where}: tensors don't fit the config. " + " ".join(filter(None, problems)))
 
 
-def _tell(what: str, names: list[str]) -> str:
+def tell_names(what: str, names: list[str]) -> str:
+    """`2 missing: a, b.`; nothing where there are none, and some where there are many."""
     if not names:
         return ""
     rest = f" and {len(names) - _MAX_NAMES_TOLD} more" if len(names) > _MAX_NAMES_TOLD else ""
@@ -351,7 +368,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
             return {
-                key: _Stored(file, key, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                key: _Stored(file, key, tuple(part.get_shape()), DTYPES[part.get_dtype()])
                 for key, part in slices.items()
             }
     except (OSError, SafetensorError) as error:

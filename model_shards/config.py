@@ -184,13 +184,15 @@ RELEASED = ModelConfig()
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Parse `path/config.json` (and `path/assets/token2wav/config.json` where it exists).
+    """Parse `path/config.json`, and `path/assets/token2wav/config.json` where it exists.
 
+    Where it doesn't, the vocoder is a released one, and the files beside it tell which.
     Raises ModelError when a file is missing, is not JSON, or is not a MiniCPM-o 4.5 config.
     """
     raw = _read_json(path / "config.json")
-    vocoder_json = path / "assets" / "token2wav" / "config.json"
-    vocoder = _read_json(vocoder_json) if vocoder_json.is_file() else {}
+    folder = path / "assets" / "token2wav"
+    written = (folder / "config.json").is_file()
+    vocoder = _read_json(folder / "config.json") if written else _released_vocoder(folder)
     try:
         return parse_config(raw, vocoder)
     except (KeyError, TypeError, ValueError) as error:
@@ -208,6 +210,15 @@ def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelCon
         vocoder=_parse_vocoder(vocoder) if raw.get("init_tts", True) else None,
         untrained=bool(raw.get("untrained", False)),
     )
+
+
+def _released_vocoder(folder: Path) -> dict[str, Any]:
+    """Which of the two released vocoders lies in a folder.
+
+    minicpmo-utils 1.0.5 and 1.0.6 want flow.yaml, flow.pt and hift.pt. 1.0.7 also wants config.yaml and
+    hift_original.pt, which is the HiFT of before; its hift.pt is the causal one (reference §1.6).
+    """
+    return {"hift": {"causal": (folder / "hift_original.pt").is_file()}}
 
 
 def _parse_vision(raw: Mapping[str, Any], hidden: int) -> VisionConfig:

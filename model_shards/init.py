@@ -129,7 +129,7 @@ def init_checkpoint(out: Path, size: str = "tiny", seed: int = 0) -> None:
     """
     if size not in SIZES:
         raise ModelError(f"there is no size {size!r}; there are: {', '.join(SIZES)}")
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         _write_checkpoint(folder, SIZES[size], seed)
 
 
@@ -153,9 +153,13 @@ def _write_vocoder(folder: Path, config: ModelConfig, vocoder: VocoderConfig, se
     for part in ("flow", "hift"):
         tensors = {name: tensor for name, tensor in weights.items() if name.startswith(f"{part}.")}
         (folder / VOCODER_FOLDER / f"{part}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    sizes = {"flow": asdict(vocoder.flow), "hift": asdict(vocoder.hift), "num_steps": vocoder.num_steps}
-    _write_json(folder / VOCODER_FOLDER / "config.json", sizes)
+    _write_json(folder / VOCODER_FOLDER / "config.json", vocoder_sizes(vocoder))
     save_voice(folder, _draw_voice(vocoder.flow, seed), _reference_tone())
+
+
+def vocoder_sizes(config: VocoderConfig) -> dict[str, Any]:
+    """The content of an `assets/token2wav/config.json` that is read as `config`."""
+    return {"flow": asdict(config.flow), "hift": asdict(config.hift), "num_steps": config.num_steps}
 
 
 def official_config(config: ModelConfig) -> dict[str, Any]:
@@ -281,7 +285,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes `out` when the block ends well, and disappears otherwise."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: exists and is not an empty folder; choose another, or remove it first")

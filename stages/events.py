@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from graph.chunk import NS_PER_S, Chunk, Scalar, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.streams import EVENTS
 from graph.window import Unit
 from stages.stage import Session, Stage
@@ -90,7 +90,7 @@ def window_row(attrs: Mapping[str, Scalar]) -> dict[str, object]:
 def clock(at_ns: int) -> str:
     """12.345 s as 00:12.345."""
     minutes, rest_ns = divmod(max(at_ns, 0), 60 * NS_PER_S)
-    return f"{minutes:02d}:{rest_ns / NS_PER_S:06.3f}"
+    return f"{minutes:02d}:{rest_ns // NS_PER_MS / 1000:06.3f}"
 
 
 def _spoken_line(chunk: Chunk) -> str:

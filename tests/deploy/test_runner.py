@@ -1,9 +1,10 @@
 """deploy/runner.py: batches, credit, epochs and ends, with stages that a test writes and a real bus."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
+from deploy.runner import ActorLoop
 from graph.bus import Arrival
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.credit import Limit
@@ -217,6 +218,25 @@ def test_virtual_time_gives_nothing_up(build, clock: ManualClock):
 
 def said(session: SessionId, index: int, epoch: int) -> Chunk:
     return Chunk(session, TEXT, index * NS_PER_S, NS_PER_S, index, epoch)
+
+
+class FakeBus:
+    """A bus on which everything has come at once."""
+
+    def __init__(self, *arrivals: Arrival) -> None:
+        self.arrivals = list(arrivals)
+
+    def wait(self, timeout_s: float, files: Iterable[int] = ()) -> list[Arrival]:
+        return self.arrivals
+
+
+def test_a_barge_in_overtakes_what_came_before_it(build, clock: ManualClock):
+    house = build({"tts": Echo()}, ("llm.text->tts.text", "speaker.playback->tts.playback"))
+    house.open("door")
+    text = [Arrival(said(DOOR, index, epoch=0), "llm.text->tts.text", b"x", 0) for index in range(3)]
+    barge = Arrival(barge_in(DOOR, 5, epoch=1), "speaker.playback->tts.playback", b"x", 0)
+    ActorLoop(FakeBus(*text, barge), list(house.runners.values())).turn()
+    assert house.account("llm.text->tts.text").dropped["stale"] == 3
 
 
 def test_after_a_barge_in_what_was_said_before_is_stale_and_others_feel_nothing(build, clock: ManualClock):

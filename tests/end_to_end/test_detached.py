@@ -16,6 +16,8 @@ from tests.support.pipeline import Place, Run, wait_for
 
 pytestmark = pytest.mark.ray
 
+PROCESSES = {"coordinator", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
+
 
 @pytest.fixture(scope="module")
 def started(place: Place) -> Run:
@@ -82,21 +84,13 @@ def test_logs_of_an_unknown_process_are_an_error(place: Place, url: str) -> None
 def test_one_page_shows_the_metrics_of_all_processes(url: str) -> None:
     status, page = get(f"{url}/metrics")
     assert status == 200
-    processes = set(re.findall(r'stage_process="(\w+)"', page))
-    assert processes == {"io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder", "gateway"}
+    assert set(re.findall(r'stage_process="(\w+)"', page)) == {*PROCESSES, "gateway"}
     assert not re.search(r"^omni_scrape_failures_total{.*} [1-9]", page, re.MULTILINE)
 
 
 def test_prometheus_finds_every_process(url: str) -> None:
     _, targets = get(f"{url}/sd/prometheus")
-    assert {target["labels"]["stage_process"] for target in targets} == {
-        "io",
-        "vision_encoder",
-        "audio_encoder",
-        "llm",
-        "tts",
-        "vocoder",
-    }
+    assert {target["labels"]["stage_process"] for target in targets} == PROCESSES
     for target in targets:
         (address,) = target["targets"]
         assert "omni_" in get(f"http://{address}/metrics")[1]

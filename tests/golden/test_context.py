@@ -1,4 +1,4 @@
-"""Sliding windows against StreamDecoder's over long runs: what each unit reads, what is kept, and the cache at the end."""
+"""Sliding windows against StreamDecoder's: what each unit reads, what is kept, and the cache in the end."""
 
 import functools
 from dataclasses import dataclass, field

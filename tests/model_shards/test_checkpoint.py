@@ -21,7 +21,7 @@ from model_shards.checkpoint import (
     load_shard,
     load_voice,
 )
-from model_shards.config import load_config
+from model_shards.config import load_config, parse_config
 from model_shards.decoding import SamplingConfig
 from model_shards.duplex import DuplexConfig, DuplexEngine, Prompt, UnitInput, UnitOutput
 from model_shards.errors import ModelError
@@ -270,3 +270,9 @@ def test_the_untrained_model_listens_speaks_and_ends_its_turns(tmp_path: Path, s
     spoken = "".join(output.text for output in outputs)
     assert len(spoken) > 20
     assert spoken.isascii() and spoken.isprintable()
+
+
+def test_the_talkers_window_is_read_under_its_official_name() -> None:
+    tts = parse_config({"tts_config": {"streaming_sliding_window_audio_window_size": 48}}, {}).tts
+    assert tts is not None
+    assert tts.sliding_window_tokens == 48

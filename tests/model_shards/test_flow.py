@@ -1,25 +1,38 @@
-"""The flow model, against the official numbers, a simulation of the official trimming, and batched against alone."""
+"""The flow model: against plain formulas, a simulation of the official trimming, and batched against alone.
+
+The official numbers: tests/golden/test_token2wav.py.
+"""
 
 import dataclasses
-import json
-import os
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from model_shards.config import FlowConfig
 from model_shards.errors import ModelError
-from model_shards.flow import HISTORY_FRAMES, Flow, FlowCache, FlowHistory, Past, Release, extend, gather
-
-PLACES = [Path(__file__).parents[up] / "shared" / "golden" for up in (2, 3)]
-GOLDEN = Path(os.environ.get("OMNI_GOLDEN") or next((place for place in PLACES if place.is_dir()), PLACES[0]))
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data; OMNI_GOLDEN names its folder")
+from model_shards.flow import (
+    HISTORY_FRAMES,
+    DitAttention,
+    DitConv,
+    Flow,
+    FlowCache,
+    FlowHistory,
+    Past,
+    PreLookahead,
+    Release,
+    RelPosAttention,
+    TimeEmbedding,
+    UpSample,
+    distance_embedding,
+    extend,
+    gather,
+)
 
 TINY = FlowConfig(
     input_size=32,
@@ -38,37 +51,6 @@ TINY = FlowConfig(
 def _inference() -> Any:
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "token2wav.safetensors")
-
-
-@pytest.fixture(scope="module")
-def cases() -> dict[str, Any]:
-    return json.loads((GOLDEN / "token2wav.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def official(tensors: dict[str, Tensor]) -> Flow:
-    """The golden weights, built on `meta` and with the golden noise."""
-    with torch.device("meta"):
-        flow = Flow(TINY)
-    weights = load_file(GOLDEN / "token2wav_weights.safetensors")
-    own = {key.removeprefix("flow."): value for key, value in weights.items() if key.startswith("flow.")}
-    flow.load_state_dict(own, strict=True, assign=True)
-    flow.decoder.rand_noise[..., :240] = tensors["cfm.rand_noise_head"]
-    return flow.eval()
-
-
-def official_turn(flow: Flow, tensors: dict[str, Tensor]) -> FlowCache:
-    """A session with the golden voice; its look-ahead is silence."""
-    codes = torch.cat((tensors["prompt_tokens"], torch.full((1, 3), 4218)), dim=1).long()
-    empty = flow.empty_history(10)
-    _, (voice,) = flow(codes, tensors["spk_emb"], tensors["prompt_mel"], [FlowCache(empty, empty, 0)], last=False)
-    turn = dataclasses.replace(empty, encoder_conv=voice.encoder_conv, dit_conv=voice.dit_conv)
-    return FlowCache(voice, turn, 0)
 
 
 def small_flow(config: FlowConfig = TINY) -> Flow:
@@ -96,54 +78,121 @@ def continue_turn(flow: Flow, codes: Tensor, caches: list[FlowCache]) -> tuple[T
     return mel, [extend(cache, history, Release.V1_0_6) for cache, history in zip(caches, new, strict=True)]
 
 
-@golden
-def test_encoder_is_the_official_one(official: Flow, tensors: dict[str, Tensor]) -> None:
-    codes = tensors["off.tokens"].long()
-    empty = official.empty_history(1)
-    past = gather([[empty.code_kv]], codes.shape[1]), gather([[empty.mel_kv]], 2 * codes.shape[1])
-    hidden, _ = official.encoder(official.input_embedding(codes), *past, empty.encoder_conv[None], last=True)
-    torch.testing.assert_close(hidden, tensors["enc.full_out"], rtol=1e-4, atol=1e-4)
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """(frames, heads * dim) as (heads, frames, dim)."""
+    return x.unflatten(1, (num_heads, -1)).transpose(0, 1)
 
 
-@golden
-def test_dit_is_the_official_one(official: Flow, tensors: dict[str, Tensor]) -> None:
-    num_frames = tensors["dit.x"].shape[2]
-    speakers = tensors["dit.spks"][:, :, None].expand(-1, -1, num_frames)
-    x = torch.cat((tensors["dit.x"], tensors["dit.mu"], speakers, tensors["dit.cond"]), dim=1).transpose(1, 2)
-    kv, conv = torch.zeros(2, 2, 2, 2, num_frames, 8), torch.zeros(2, 2, 64, 2)
-    velocity, _ = official.decoder.estimator(x, tensors["dit.t"], Past(kv, None), conv)
-    torch.testing.assert_close(velocity.transpose(1, 2), tensors["dit.out"], rtol=1e-4, atol=1e-4)
+def test_relative_attention_is_that_of_transformer_xl() -> None:
+    """score(i, j) = ((q_i + u) · k_j + (q_i + v) · r(i − j)) / sqrt(dim)"""
+    torch.manual_seed(0)
+    attention, hidden, num_heads = RelPosAttention(16, 2), 16, 2
+    old, new = torch.randn(3, hidden), torch.randn(4, hidden)
+    kv = torch.zeros(2, 1, num_heads, 7, hidden // num_heads)
+    kv[0, 0, :, :3] = heads(attention.linear_k(old), num_heads)
+    kv[1, 0, :, :3] = heads(attention.linear_v(old), num_heads)
+
+    out = attention(new[None], distance_embedding(7, 4, new), kv, None)
+
+    seen = torch.cat((old, new))
+    q = heads(attention.linear_q(new), num_heads)
+    k, v = (heads(linear(seen), num_heads) for linear in (attention.linear_k, attention.linear_v))
+    scores = torch.empty(num_heads, 4, 7)
+    for i in range(4):
+        for j in range(7):
+            r = attention.linear_pos(sinusoids(3 + i - j, hidden)).view(num_heads, -1)
+            by_content = ((q[:, i] + attention.pos_bias_u) * k[:, j]).sum(-1)
+            scores[:, i, j] = by_content + ((q[:, i] + attention.pos_bias_v) * r).sum(-1)
+    expected = (scores / math.sqrt(hidden // num_heads)).softmax(-1) @ v
+    torch.testing.assert_close(out[0], attention.linear_out(expected.transpose(0, 1).flatten(1)))
 
 
-@golden
-def test_prompt_leaves_the_official_caches(official: Flow, tensors: dict[str, Tensor]) -> None:
-    voice = official_turn(official, tensors).voice
-    by_code, by_frame = (
-        torch.cat((*voice.code_kv.transpose(0, 1),), -1),
-        torch.cat((*voice.mel_kv.transpose(0, 1),), -1),
-    )
-    packed = torch.cat((by_code.repeat(1, 1, 2, 1), by_frame))[:, None]  # the official cache has both rates in one
-    step0 = torch.cat((*voice.dit_kv[0].transpose(0, 1),), dim=-1)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(packed, tensors["stream.setup.conformer_att_cache"], **close)
-    torch.testing.assert_close(voice.encoder_conv[None], tensors["stream.setup.conformer_cnn_cache"], **close)
-    torch.testing.assert_close(step0, tensors["stream.setup.estimator_att_cache.step0"], **close)
-    torch.testing.assert_close(voice.dit_conv[0], tensors["stream.setup.estimator_cnn_cache.step0"], **close)
+def sinusoids(distance: int, hidden: int) -> Tensor:
+    pairs = [distance / 10000 ** (i / hidden) for i in range(0, hidden, 2)]
+    return torch.tensor([wave(angle) for angle in pairs for wave in (math.sin, math.cos)])
 
 
-@golden
-@pytest.mark.parametrize("name", ["stream", "stream_short", "stream_long"])
-def test_mel_is_the_official_one_also_after_the_history_is_trimmed(
-    official: Flow, tensors: dict[str, Tensor], cases: dict[str, Any], name: str
-) -> None:
-    cache = official_turn(official, tensors)
-    for index, row in enumerate(cases[name]["rows"]):
-        cond = torch.zeros(1, row["mel_frames"], 80)
-        mel, (new,) = official(torch.tensor([row["tokens"]]), tensors["spk_emb"], cond, [cache], row["last_chunk"])
-        cache = extend(cache, new, Release.V1_0_6)
-        torch.testing.assert_close(mel, tensors[f"{name}.c{index}.mel"], rtol=1e-4, atol=1e-4)
-        assert sum(piece.shape[-2] for piece in cache.dit_kv(0)) == row["estimator_att_len"]
-        assert sum(piece.shape[-2] for piece in cache.mel_kv()) == row["conformer_att_len"]
+def test_distances_go_from_the_oldest_key_to_the_newest() -> None:
+    expected = torch.stack([sinusoids(distance, 8) for distance in (4, 3, 2, 1, 0, -1)])
+    torch.testing.assert_close(distance_embedding(5, 2, torch.empty(0, 8)), expected)
+
+
+def test_dit_attention_knows_no_positions_and_normalises_queries_and_keys_per_head() -> None:
+    torch.manual_seed(0)
+    attention = DitAttention(TINY)
+    for norm in (attention.q_norm, attention.k_norm):
+        torch.nn.init.normal_(norm.weight)
+    x, num_heads, dim = torch.randn(5, TINY.dit_hidden_size), TINY.dit_num_heads, TINY.dit_head_dim
+
+    out = attention(x[None], torch.zeros(2, 1, num_heads, 5, dim), None)
+
+    q, k, v = (heads(linear(x), num_heads) for linear in (attention.to_q, attention.to_k, attention.to_v))
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    expected = (q @ k.transpose(1, 2) / math.sqrt(dim)).softmax(-1) @ v
+    torch.testing.assert_close(out[0], attention.proj(expected.transpose(0, 1).flatten(1)))
+
+
+def test_time_is_embedded_in_thousandths() -> None:
+    embedding = TimeEmbedding(8)
+    angles = [1000 * 0.3 / 10000 ** (i / 128) for i in range(128)]
+    waves = torch.tensor([[*map(math.cos, angles), *map(math.sin, angles)]])
+    torch.testing.assert_close(embedding(torch.tensor([0.3])), embedding.mlp(waves), rtol=1e-3, atol=1e-4)
+
+
+def test_convolutions_look_back_and_only_the_first_looks_ahead() -> None:
+    torch.manual_seed(0)
+    ahead, up, dit = PreLookahead(6, 3), UpSample(6, 2), DitConv(6)
+    x = torch.randn(1, 9, 6)
+
+    out, _ = ahead(x, torch.zeros(1, 6, 2))
+    first = F.leaky_relu(F.conv1d(x.transpose(1, 2), ahead.conv1.weight, ahead.conv1.bias))
+    second = F.conv1d(F.pad(first, (2, 0)), ahead.conv2.weight, ahead.conv2.bias)
+    torch.testing.assert_close(out, second.transpose(1, 2) + x[:, :6])
+
+    out, _ = up(x, torch.zeros(1, 6, 4))
+    twice = torch.stack((x, x), dim=2).flatten(1, 2).transpose(1, 2)
+    torch.testing.assert_close(out, F.conv1d(F.pad(twice, (4, 0)), up.conv.weight, up.conv.bias).transpose(1, 2))
+
+    out, _ = dit(x, torch.zeros(1, 12, 2))
+    conv1, norm, conv2 = (dit.block[name] for name in ("1", "3", "6"))
+    hidden = F.mish(norm(F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), conv1.weight, conv1.bias).transpose(1, 2)))
+    expected = F.conv1d(F.pad(hidden.transpose(1, 2), (2, 0)), conv2.weight, conv2.bias).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("num_steps", [5, 10])
+def test_mel_is_noise_moved_along_the_guided_velocity(num_steps: int) -> None:
+    """x += (t' − t) · (1.7 v(condition) − 0.7 v(nothing)), t = 1 − cos(π/2 · step / steps)"""
+    flow, num_frames = small_flow(), 12
+    mu, cond, speaker = torch.randn(1, num_frames, 80), torch.randn(1, num_frames, 80), torch.randn(1, 80)
+    empty = flow.empty_history(num_steps)
+
+    mel, _, _ = flow.decoder(mu, speaker, cond, [FlowCache(empty, empty, 0)])
+
+    def velocity(*condition: Tensor) -> Tensor:
+        kv = torch.zeros(TINY.dit_depth, 2, 1, TINY.dit_num_heads, num_frames, TINY.dit_head_dim)
+        conv = torch.zeros(TINY.dit_depth, 1, 2 * TINY.dit_hidden_size, 2)
+        return flow.decoder.estimator(torch.cat((x, *condition), dim=2), torch.tensor([now]), Past(kv, None), conv)[0]
+
+    x = flow.decoder.rand_noise[..., :num_frames].transpose(1, 2)
+    condition, nothing = (mu, speaker[:, None].expand_as(mu), cond), torch.zeros(1, num_frames, 240)
+    for step in range(num_steps):
+        now, later = (1 - math.cos(math.pi / 2 * index / num_steps) for index in (step, step + 1))
+        x = x + (later - now) * (1.7 * velocity(*condition) - 0.7 * velocity(nothing))
+    torch.testing.assert_close(mel, x, rtol=1e-3, atol=1e-4)
+
+
+def test_speech_in_one_chunk_is_the_encoder_then_the_integration() -> None:
+    flow, codes, speaker = small_flow(), torch.arange(7)[None], torch.randn(1, 192)
+    cond, empty = torch.randn(1, 14, 80), flow.empty_history(3)
+    cache = FlowCache(empty, empty, 0)
+
+    mel, _ = flow(codes, speaker, cond, [cache], last=True)
+
+    mu, *_ = flow.encode(codes, [cache], last=True)
+    unit_speaker = speaker / speaker.norm()
+    expected, _, _ = flow.decoder(mu, flow.spk_embed_affine_layer(unit_speaker), cond, [cache])
+    torch.testing.assert_close(mel, expected.transpose(1, 2))
 
 
 def test_released_sizes() -> None:

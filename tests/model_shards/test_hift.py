@@ -1,24 +1,22 @@
-"""HiFT, standard and causal: against the official numbers, in pieces against whole, batched against alone."""
+"""HiFT, standard and causal: against plain formulas, in pieces against whole, batched against alone.
 
-import json
-import os
-from pathlib import Path
+The official numbers: tests/golden/test_token2wav.py and test_cv3.py.
+"""
+
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from model_shards.config import HiftConfig
-from model_shards.hift import HiftGenerator
+from model_shards.hift import STANDARD, HiftGenerator, ResBlock, Snake, Source
 from model_shards.hift_causal import CausalHiftGenerator
-
-PLACES = [Path(__file__).parents[up] / "shared" / "golden" for up in (2, 3)]
-GOLDEN = Path(os.environ.get("OMNI_GOLDEN") or next((place for place in PLACES if place.is_dir()), PLACES[0]))
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data; OMNI_GOLDEN names its folder")
 
 TINY = HiftConfig(base_channels=32, f0_cond_channels=16)
 TINY_CAUSAL = HiftConfig(base_channels=32, f0_cond_channels=16, causal=True)
@@ -43,31 +41,6 @@ def _inference() -> Any:
         yield
 
 
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "token2wav.safetensors") | load_file(GOLDEN / "cv3.safetensors")
-
-
-@pytest.fixture(scope="module")
-def official() -> HiftGenerator:
-    with torch.device("meta"):
-        hift = HiftGenerator(TINY)
-    weights = load_file(GOLDEN / "token2wav_weights.safetensors")
-    own = {key.removeprefix("hift."): value for key, value in weights.items() if key.startswith("hift.")}
-    hift.load_state_dict(own, strict=True, assign=True)
-    return hift.eval()
-
-
-@pytest.fixture
-def official_causal(tensors: dict[str, Tensor]) -> TableNoise:
-    with torch.device("meta"):
-        hift = TableNoise(TINY_CAUSAL)
-    own = {key.removeprefix("cv3.weight."): value for key, value in tensors.items() if key.startswith("cv3.weight.")}
-    hift.load_state_dict(own, strict=True, assign=True)
-    hift.table = tensors["cv3.noise_table"][0]
-    return hift.eval()
-
-
 def small(kind: type[HiftGenerator] | type[CausalHiftGenerator], config: HiftConfig) -> Any:
     """Random weights, small enough for a wave that isn't clipped, and a predicted F0 of some 100 Hz."""
     torch.manual_seed(3)
@@ -84,57 +57,115 @@ def silence_noise(hift: CausalHiftGenerator) -> TableNoise:
     return quiet
 
 
-@golden
-def test_f0_is_the_official_one(official: HiftGenerator, tensors: dict[str, Tensor]) -> None:
-    f0 = official.f0_predictor(tensors["off.mel"])
-    torch.testing.assert_close(f0, tensors["off.f0"], rtol=1e-4, atol=1e-4)
+def weight_of(conv: Any) -> Tensor:
+    """Weight norm, spelled out."""
+    scale, direction = (getattr(conv.parametrizations.weight, f"original{i}") for i in (0, 1))
+    return scale * direction / direction.square().sum(dim=(1, 2), keepdim=True).sqrt()
 
 
-@golden
-def test_decoding_a_given_source_is_official(official: HiftGenerator, tensors: dict[str, Tensor]) -> None:
-    mel = tensors["hift.mel"]
-    silent = official.decode(mel, torch.zeros(1, mel.shape[2] * HOP))
-    torch.testing.assert_close(silent, tensors["hift.decode_zero_source_wav"], rtol=0, atol=1e-4)
-    time = torch.arange(30 * HOP, dtype=torch.float64) / 24000
-    sine = (0.1 * torch.sin(2 * torch.pi * 180 * time)).float()[None]
-    wave = official.decode(tensors["off.mel"][..., :30], sine)
-    torch.testing.assert_close(wave, tensors["hift.decode_sine180_wav"], rtol=0, atol=1e-4)
+def test_snake_adds_a_squared_sine() -> None:
+    snake = Snake(3)
+    snake.alpha.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    x = torch.randn(1, 3, 10)
+    expected = [x[0, c] + torch.sin(alpha * x[0, c]) ** 2 / alpha for c, alpha in enumerate((0.5, 1.0, 2.0))]
+    torch.testing.assert_close(snake(x)[0], torch.stack(expected))
 
 
-@golden
-def test_a_seed_gives_the_official_draws_and_wave(official: HiftGenerator, tensors: dict[str, Tensor]) -> None:
-    seed = json.loads((GOLDEN / "token2wav.json").read_text(encoding="utf-8"))["hift_manual_seed"]
-    noise = official.draw_noise(torch.Generator().manual_seed(seed), 14)[None]
-    torch.testing.assert_close(noise, tensors["hift.draw1.randn_like"], rtol=0, atol=0)
-    wave, source = official(tensors["hift.mel"], noise)
-    torch.testing.assert_close(source, tensors["hift.source"][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(wave, tensors["hift.wav"], rtol=0, atol=1e-4)
+def test_a_residual_block_is_two_convolutions_per_dilation() -> None:
+    torch.manual_seed(0)
+    block, x = ResBlock(4, 3, (1, 5), STANDARD), torch.randn(1, 4, 30)
+    expected = x
+    for index, dilation in enumerate((1, 5)):
+        conv1, conv2 = block.convs1[index], block.convs2[index]
+        y = expected + torch.sin(expected) ** 2
+        y = F.conv1d(y, weight_of(conv1), conv1.bias, dilation=dilation, padding=dilation)
+        y = y + torch.sin(y) ** 2
+        expected = expected + F.conv1d(y, weight_of(conv2), conv2.bias, padding=1)
+    torch.testing.assert_close(block(x), expected)
 
 
-@golden
-def test_causal_f0_and_decoding_are_official(official_causal: TableNoise, tensors: dict[str, Tensor]) -> None:
-    mel = tensors["cv3.mel"]
-    f0 = official_causal.f0_predictor(mel, last=True)
-    torch.testing.assert_close(f0, tensors["cv3.f0_full"], rtol=1e-5, atol=1e-4)
-    silent = torch.zeros(1, 20 * HOP)
-    whole = official_causal.decode(mel[..., :20], silent, last=True)
-    torch.testing.assert_close(whole, tensors["cv3.decode_zero_source"], rtol=0, atol=1e-4)
-    open_end = official_causal.decode(mel[..., :20], silent, last=False)
-    torch.testing.assert_close(open_end, tensors["cv3.decode_zero_source_nofinal"], rtol=0, atol=1e-4)
+def test_f0_is_never_negative_and_sees_two_frames_per_layer() -> None:
+    hift = small(HiftGenerator, TINY)
+    mel, x = torch.randn(1, 80, 20), None
+    for index in range(0, 10, 2):
+        conv = hift.f0_predictor.condnet[index]
+        x = F.elu(F.conv1d(mel if x is None else x, weight_of(conv), conv.bias, padding=1))
+    assert x is not None
+    expected = F.linear(x.transpose(1, 2), hift.f0_predictor.classifier.weight, hift.f0_predictor.classifier.bias)
+    torch.testing.assert_close(hift.f0_predictor(mel), expected.squeeze(2).abs())
 
 
-@golden
-@pytest.mark.parametrize("run", ["short", "full"])
-def test_causal_stream_is_the_official_one(official_causal: TableNoise, tensors: dict[str, Tensor], run: str) -> None:
-    rows = json.loads((GOLDEN / "cv3.json").read_text(encoding="utf-8"))["rows"]
-    cache, start, silence = official_causal.empty_cache(), 0, 8 * HOP
-    for index, row in enumerate(row for row in rows if row["run"] == run):
-        mel = tensors["cv3.mel"][..., start : start + row["frames"]]
-        (wave,), (cache,) = official_causal.stream(mel, [cache], [torch.Generator()], row["finalize"])
-        assert wave[:silence].eq(0).all()
-        torch.testing.assert_close(wave[None, silence:], tensors[f"cv3.{run}.wav{index}"], rtol=0, atol=1e-4)
-        assert (cache.mel.shape[1], cache.source.shape[0]) == (row["cache"]["mel"][2], row["cache"]["source"][2])
-        start, silence = start + row["frames"], 0
+def test_the_source_is_harmonics_where_there_is_a_voice_and_noise_elsewhere() -> None:
+    torch.manual_seed(0)
+    source = Source(TINY)
+    sines, noise = torch.rand(1, 2, 9), torch.randn(1, 2, 9)
+    mixed = source.mix(torch.tensor([[120.0, 5.0]]), sines, noise)
+    voiced = 0.1 * sines[0, 0] + 0.003 * noise[0, 0]
+    silent = 0.1 / 3 * noise[0, 1]
+    weight, bias = source.l_linear.weight[0], source.l_linear.bias[0]
+    expected = torch.stack([torch.tanh(x @ weight + bias) for x in (voiced, silent)])
+    torch.testing.assert_close(mixed[0], expected)
+
+
+def only_first_harmonic(hift: Any) -> Any:
+    hift.m_source.l_linear.weight.copy_(torch.eye(1, 9))
+    hift.m_source.l_linear.bias.zero_()
+    return hift
+
+
+def test_a_steady_voice_has_its_frequency() -> None:
+    """A frame's phase is reached in its middle; beyond the first and the last middle it stands still."""
+    hift = only_first_harmonic(small(HiftGenerator, TINY))
+    (wave,) = hift.source(torch.full((1, 25), 100.0), torch.zeros(1, 25 * HOP, 9))
+    angle = 2 * math.pi * 100 * (torch.arange(25 * HOP) + 0.5 + HOP / 2) / 24000
+    inner = slice(HOP // 2, -HOP // 2)
+    torch.testing.assert_close(wave[inner], torch.tanh(0.1 * torch.sin(angle))[inner], rtol=0, atol=1e-4)
+
+
+def test_a_causal_voice_holds_its_phase_for_a_frame_and_hands_it_on() -> None:
+    hift = only_first_harmonic(small(CausalHiftGenerator, TINY_CAUSAL))
+    start = torch.full((1, 9), 0.25, dtype=torch.float64)
+    (wave,), phase = hift.source(torch.full((1, 25), 100.0), start, torch.zeros(1, 25 * HOP, 9))
+    angle = 2 * math.pi * (0.25 + 100 * (torch.arange(25 * HOP) // HOP + 1) * HOP / 24000)
+    torch.testing.assert_close(wave, torch.tanh(0.1 * torch.sin(angle)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(phase, start, rtol=0, atol=1e-4)  # 50 whole turns
+
+
+def test_spectrum_and_inverse_are_the_fourier_transforms_of_numpy() -> None:
+    hift, n_fft, hop = small(HiftGenerator, TINY), TINY.istft_n_fft, TINY.istft_hop_len
+    source = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    padded = np.pad(source[0].numpy(), n_fft // 2, mode="reflect")
+    frames = [np.fft.rfft(padded[start : start + n_fft] * window) for start in range(0, 40 + 1, hop)]
+    bands = np.stack(frames, axis=1)
+    torch.testing.assert_close(
+        hift.spectrum(source)[0], torch.from_numpy(np.concatenate((bands.real, bands.imag))).float(), rtol=0, atol=1e-5
+    )
+    magnitude = np.abs(bands).clip(max=100.0)
+    angle = np.random.default_rng(0).normal(size=bands.shape)
+    given = torch.from_numpy(np.concatenate((np.log(magnitude), angle)))[None].float()
+    wave, weight = np.zeros(padded.shape), np.zeros(padded.shape)
+    for index in range(bands.shape[1]):
+        piece = np.fft.irfft(magnitude[:, index] * np.exp(1j * np.sin(angle[:, index])), n_fft)
+        wave[index * hop : index * hop + n_fft] += piece * window
+        weight[index * hop : index * hop + n_fft] += window**2
+    inner = slice(n_fft // 2, -n_fft // 2)
+    expected = torch.from_numpy(wave[inner] / weight[inner]).float()
+    torch.testing.assert_close(hift._inverse(given)[0], expected, rtol=0, atol=1e-4)
+
+
+def test_chunks_are_cross_faded_with_what_was_held_back() -> None:
+    hift = small(HiftGenerator, TINY)
+    mel, generator = torch.randn(1, 80, 50), torch.Generator().manual_seed(0)
+    _, (held,) = hift.stream(mel, [hift.empty_cache()], [generator], last=False)
+    noise = hift.draw_noise(generator.clone_state(), 58)[None]
+    raw, _ = hift(torch.cat((held.mel[None], mel), dim=2), noise, held.source[None])
+
+    (wave,), _ = hift.stream(mel, [held], [generator], last=False)
+
+    hamming = torch.from_numpy(np.hamming(2 * 8 * HOP))
+    faded = raw[0, : 8 * HOP] * hamming[: 8 * HOP] + held.speech * hamming[8 * HOP :]
+    torch.testing.assert_close(wave, torch.cat((faded.float(), raw[0, 8 * HOP : -8 * HOP])))
 
 
 @pytest.mark.parametrize(("kind", "config"), [(HiftGenerator, TINY), (CausalHiftGenerator, TINY_CAUSAL)])

@@ -1,28 +1,28 @@
-"""The talker outside duplex, against the official codes of every attention type, and batched against alone."""
+"""The talker outside duplex: what each attention type remembers, and batched against alone."""
 
-import dataclasses
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from model_shards.config import TtsConfig, load_config
+from model_shards.config import TtsConfig
 from model_shards.errors import ModelError
 from model_shards.sampling import Sampling
 from model_shards.tts import ChunkRequest, Talker, TalkerState
-from model_shards.tts_streaming import Block, SpeechInput, SpeechState, SpeechStream, speak_interleaved
-
-PLACES = [Path(__file__).parents[up] / "shared" / "golden" for up in (2, 3)]
-GOLDEN = Path(os.environ.get("OMNI_GOLDEN") or next((place for place in PLACES if place.is_dir()), PLACES[0]))
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data; OMNI_GOLDEN names its folder")
+from model_shards.tts_streaming import (
+    Block,
+    SpeechInput,
+    SpeechState,
+    SpeechStream,
+    code_rows,
+    reindex,
+    speak_interleaved,
+)
 
 ATTENTION_TYPES = ["full_attention", "sliding_window", "sliding_recompute", "reindex"]
 SAMPLING = Sampling(temperature=0.8, repetition_penalty=1.05, top_p=0.85, top_k=25)
+GREEDY = Sampling(temperature=0.8, repetition_penalty=1.0)
 TINY = TtsConfig(
     llm_dim=24,
     hidden_size=32,
@@ -44,26 +44,6 @@ def _inference() -> Any:
         yield
 
 
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "tts.safetensors")
-
-
-@pytest.fixture(scope="module")
-def cases() -> dict[str, Any]:
-    return json.loads((GOLDEN / "tts.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def official(cases: dict[str, Any]) -> Talker:
-    config = load_config(GOLDEN).tts
-    assert config is not None
-    talker = Talker(dataclasses.replace(config, sliding_window_tokens=cases["token_window_size"]))
-    weights = load_file(GOLDEN / "model.safetensors")
-    talker.load_state_dict({key: value for key, value in weights.items() if key.startswith("tts.")})
-    return talker
-
-
 @pytest.fixture
 def tiny() -> Talker:
     torch.manual_seed(11)
@@ -75,46 +55,80 @@ def piece(num_rows: int, seed: int, text_finished: bool = False) -> SpeechInput:
     return SpeechInput(rows, text_finished)
 
 
-@golden
-@pytest.mark.parametrize("name", [*ATTENTION_TYPES, "full_small_chunk"])
-def test_a_turn_in_pieces_gives_the_official_codes(
-    name: str, official: Talker, tensors: dict[str, Tensor], cases: dict[str, Any]
-) -> None:
-    case, state = cases[name], SpeechState(TalkerState())
-    sampling = Sampling(case["temperature"], case["repetition_penalty"], case["top_p"], case["top_k"])
-    stream = SpeechStream(official, case["attention_type"], sampling, case["chunk_size"])
-    for index, row in enumerate(case["rows"]):
-        text = SpeechInput(tensors[f"{name}.{index}.cond_no_bos"], row["text_finished"])
-        (blocks,) = stream.speak([(state, text)], case["max_new_token"])
-        assert state.last is not None
-        assert state.last.codes == row["sampled"]
-        assert [{"tokens": block.codes, "last": block.last} for block in blocks] == row["yields"]
-        assert (state.talker.next_position, len(state.buffer)) == (row["text_start_pos"], row["buffer_left"])
-        assert state.talker.kv is not None
-        assert state.talker.kv.shape[3] == row["kv_len"]
-    torch.testing.assert_close(state.talker.kv[None, 0, 0], tensors[f"{name}.final_k0"], rtol=1e-4, atol=1e-4)
+MAX_STEPS = 12
 
 
-@golden
+def speak_all(talker: Talker, attention: str, pieces: list[SpeechInput]) -> SpeechState:
+    """One turn, the likeliest code each time."""
+    stream, state = SpeechStream(talker, attention, GREEDY, block_size=7), SpeechState(TalkerState())
+    for text in pieces:
+        stream.speak([(state, text)], MAX_STEPS)
+    return state
+
+
+def spoken(state: SpeechState) -> list[int]:
+    assert state.last is not None
+    return state.last.codes
+
+
+def next_codes(talker: Talker, rows: Tensor, state: TalkerState | None = None) -> list[int]:
+    """The codes behind these rows, with the draw that is given out unfed."""
+    (chunk,) = talker.generate_chunks([(state or TalkerState(), ChunkRequest(rows, 0, MAX_STEPS))], GREEDY)
+    return chunk.codes + [chunk.last_draw] * (chunk.last_draw != talker.eos)
+
+
+def closed(talker: Talker, text: SpeechInput) -> Tensor:
+    return torch.cat([text.condition, talker.text_row(TINY.audio_bos_token_id)])
+
+
+def test_full_attention_remembers_the_whole_turn(tiny: Talker) -> None:
+    """All but the draw given out unfed, whose position stays free."""
+    state, by_hand = speak_all(tiny, "full_attention", [piece(4, 1), piece(5, 2)]), TalkerState()
+    first = next_codes(tiny, closed(tiny, piece(4, 1)), by_hand)
+    by_hand.next_position += len(first) == MAX_STEPS
+    assert spoken(state) == next_codes(tiny, closed(tiny, piece(5, 2)), by_hand)
+
+
+def test_sliding_recompute_reads_the_chunk_before_and_nothing_else(tiny: Talker) -> None:
+    before = speak_all(tiny, "sliding_recompute", [piece(4, 1), piece(5, 2)])
+    rows = [closed(tiny, piece(5, 2)), code_rows(tiny, spoken(before)), closed(tiny, piece(3, 3))]
+    state = speak_all(tiny, "sliding_recompute", [piece(4, 1), piece(5, 2), piece(3, 3)])
+    assert spoken(state) == next_codes(tiny, torch.cat(rows))
+
+
+def test_sliding_window_keeps_the_latest_positions_and_counts_on(tiny: Talker) -> None:
+    full, state = (speak_all(tiny, kind, [piece(6, 1), piece(30, 2)]) for kind in ("full_attention", "sliding_window"))
+    assert state.talker.kv is not None and full.talker.kv is not None
+    assert state.talker.kv.shape[3] == TINY.sliding_window_tokens < full.talker.kv.shape[3]
+    assert state.talker.next_position > TINY.sliding_window_tokens
+
+
+def test_reindex_keeps_the_first_and_the_last_chunk(tiny: Talker) -> None:
+    kept = torch.arange(10.0).view(1, 1, 1, 10, 1).repeat(2, 2, 4, 1, 8)
+    state = TalkerState(kv=kept, next_position=10)
+    reindex(state, 3, 2, TINY.rope_theta)
+    assert state.kv is not None
+    assert state.kv[0, 1, 0, :, 0].tolist() == [0, 1, 2, 8, 9]  # values stay as they are
+    assert torch.equal(state.kv[:, 0, :, :3], kept[:, 0, :, :3])  # so do the oldest keys
+    assert state.next_position == 5
+
+
 @pytest.mark.parametrize("attention", ["full_attention", "sliding_recompute", "reindex"])
-def test_a_whole_text_in_pieces_gives_the_official_codes(
-    attention: str, official: Talker, tensors: dict[str, Tensor], cases: dict[str, Any]
-) -> None:
-    case = cases[f"interleaved.{attention}"]
-    conditions = [tensors[f"interleaved.cond{index}"] for index in range(4)]
-    codes = speak_interleaved(
-        official, conditions, attention, Sampling(0.8, 1.05), max_steps=case["max_new_token_patched"]
-    )
-    assert codes == case["tokens"]
+def test_a_whole_text_in_one_piece_is_one_call(attention: str, tiny: Talker) -> None:
+    rows = closed(tiny, piece(5, 4))
+    assert speak_interleaved(tiny, [rows], attention, GREEDY, max_steps=MAX_STEPS) == next_codes(tiny, rows)[:-1]
 
 
-@golden
-def test_a_whole_text_at_once_gives_the_official_codes(
-    official: Talker, tensors: dict[str, Tensor], cases: dict[str, Any]
-) -> None:
-    request = ChunkRequest(tensors["generate.cond"], min_steps=50, max_steps=cases["generate"]["n_steps"])
-    (spoken,) = official.generate_chunks([(TalkerState(), request)], SAMPLING)
-    assert spoken.codes == cases["generate"]["tokens"]
+def test_a_whole_text_with_sliding_recompute_reads_again_what_the_window_holds(tiny: Talker) -> None:
+    pieces = [closed(tiny, piece(4 + n, n)) for n in range(3)]
+    first, by_hand = TalkerState(), []
+    for rows in pieces[:2]:
+        (chunk,) = tiny.generate_chunks([(first, ChunkRequest(rows, 0, MAX_STEPS))], GREEDY)
+        by_hand.append(chunk.codes)
+    rows = torch.cat([pieces[1], code_rows(tiny, by_hand[1]), pieces[2]])
+    (chunk,) = tiny.generate_chunks([(TalkerState(), ChunkRequest(rows, 0, MAX_STEPS))], GREEDY)
+    codes = speak_interleaved(tiny, pieces, "sliding_recompute", GREEDY, max_steps=MAX_STEPS)
+    assert codes == [code for codes in [*by_hand, chunk.codes] for code in codes]
 
 
 @pytest.mark.parametrize("attention", ATTENTION_TYPES)

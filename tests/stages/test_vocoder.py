@@ -68,9 +68,8 @@ def test_the_end_of_a_turn_sounds_all_that_was_held_back(tiny: Tiny):
     opened(stage)
     (first,) = stage.process([unit("door", 0, voice("door", 0))])
     (last,) = stage.process([unit("door", 1, voice("door", 1, 10, end=True))])
-    # The turn's codes, and before them three of silence with which it begins.
-    assert num_samples([first, last]) == [24_000, (25 + 10 + 3) * 960 - 24_000]
-    assert last.duration_ns == 10 * NS_PER_S // 25 + 120 * NS_PER_MS
+    assert num_samples([first, last]) == [24_000, 10 * 960 + 280 * 24]
+    assert last.duration_ns == 10 * NS_PER_S // 25 + HELD_BACK_NS
 
 
 def test_after_a_turn_the_next_one_begins_anew(tiny: Tiny):
@@ -140,7 +139,7 @@ class Listener:
             self.player.receive(chunk.duration_ns, end_ns, end_of_turn=bool(chunk.attrs["end_of_turn"]))
         self.player.settled(end_ns)
         self.unheard_ns.append(self.player.unheard_ns)
-        self.player.advance(end_ns + NS_PER_S - 1)
+        self.player.advance(end_ns + NS_PER_S)
         self.session.playback.ack(self.player.ack())
 
 

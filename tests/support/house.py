@@ -14,7 +14,7 @@ from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, waterma
 from graph.credit import Limit
 from graph.ledger import Account, merge
 from graph.metrics import Metrics
-from graph.streams import MIC, TEXT
+from graph.streams import MIC, TEXT, camera_stream
 from graph.tail import Ack, ack_chunk
 from graph.window import Late, Unit
 from stages.stage import Session, Stage, StageError
@@ -177,7 +177,6 @@ class House:
             name: self._runner(name, stage, tuple(stages), max_units, wait_s) for name, stage in stages.items()
         }
         self.loop = ActorLoop(self.bus, list(self.runners.values()))
-        self.num_taken: dict[tuple[str, str], int] = {}
 
     def _runner(self, name: str, stage: Stage, stages: tuple[str, ...], max_units: int, wait_s: float) -> StageRunner:
         return StageRunner(
@@ -201,8 +200,9 @@ class House:
         """A session at every stage here, those that send last."""
         opened = session(name, **fields)
         for stage in reversed(list(self.runners)):
-            inputs = [edge for edge in self.edges if _ends(edge)[1] == stage and edge != PLAYED]
-            streams = {{"sound": MIC}.get(port, port): self.late for port in map(_port, inputs) if port != "events"}
+            inputs = [edge for edge in self.edges if _ends(edge)[1] == stage and _port(edge) != "playback"]
+            named = {"sound": MIC, "frames": camera_stream(name)}
+            streams = {named.get(port, port): self.late for port in map(_port, inputs) if port != "events"}
             peers = {edge: 0 for edge in self.edges if _ends(edge)[0] == stage}
             self.runners[stage].open_session(SessionPlan(opened, origin_ns, streams, len(inputs), peers))
         return opened

@@ -137,7 +137,10 @@ def grid_place(row: int, col: int, width: int) -> list[float]:
 
 
 def whole_mel(samples: Samples, dynamic: bool) -> Tensor:
-    """The log-mel [80, n // 160] of a whole buffer, clamped 8 below its loudest bin if `dynamic` (§3.1)."""
+    """The log-mel [80, n // 160] of a whole buffer, clamped 8 below its loudest bin if `dynamic` (§3.1); nothing for
+    what is shorter than a window."""
+    if len(samples) < N_FFT:
+        return torch.zeros(N_MELS, 0)
     filters = mel_filter_bank(N_FFT // 2 + 1, N_MELS, 0.0, RATE_HZ / 2, RATE_HZ, norm="slaney", mel_scale="slaney")
     sound = torch.from_numpy(samples)
     spectrum = torch.stft(sound, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)

@@ -1,0 +1,104 @@
+"""deploy/checkpoints.py: what a checkpoint lacks is switched off; what does not fit is refused with words."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deploy.checkpoints import ACTOR_BYTES, UNTRAINED, Checkpoint, CheckpointError, cache_folder, open_checkpoint
+from graph.spec import PipelineSpec, parse_spec
+from model_shards.config import ModelConfig
+from model_shards.errors import ModelError
+from model_shards.init import TINY
+from tests.support.tiny import Tiny
+
+MINIMAL = "version: 1\ncameras: {test: {source: 'test://pattern'}}\n"
+
+
+def spec(*overrides: str) -> PipelineSpec:
+    return parse_spec(MINIMAL, "pipeline.yaml", overrides)
+
+
+def checkpoint(config: ModelConfig = TINY, **bytes_of: int) -> Checkpoint:
+    return Checkpoint(Path("/models/some"), config, bytes_of)
+
+
+def lacking(**parts: None) -> Checkpoint:
+    return checkpoint(dataclasses.replace(TINY, **parts))
+
+
+def test_a_whole_checkpoint_changes_nothing():
+    asked = spec()
+    assert checkpoint().fit(asked) is asked
+
+
+@pytest.mark.parametrize(
+    ("part", "off"),
+    [
+        ("vision", {"vision_encoder", "camera"}),
+        ("audio", {"audio_encoder", "microphone"}),
+        ("tts", {"tts", "vocoder", "speaker"}),
+        ("vocoder", {"tts", "vocoder", "speaker"}),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_switched_off_with_what_then_has_nothing_to_do(part: str, off: set[str]):
+    asked = spec()
+    fitted = lacking(**{part: None}).fit(asked)
+    assert asked.stages.keys() - fitted.stages.keys() == off
+    assert not off & {stage for edge in fitted.edges for stage in (edge.source.stage, edge.target.stage)}
+
+
+def test_the_official_switches_of_a_checkpoint_are_obeyed(tiny: Tiny, tmp_path: Path):
+    # Given: a checkpoint whose config says that it neither sees nor speaks.
+    folder = shutil.copytree(tiny.path, tmp_path / "deaf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"init_vision": False, "init_tts": False}))
+    asked = spec(f"model={folder}")
+    fitted = open_checkpoint(asked, lambda line: None).fit(asked)
+    assert set(fitted.stages) == {"microphone", "audio_encoder", "llm", "events"}
+
+
+def test_a_stage_that_is_off_already_stays_off():
+    fitted = lacking(vision=None).fit(spec("stages.vision_encoder.replicas=0"))
+    assert "vision_encoder" not in fitted.stages
+
+
+def test_windows_of_another_length_than_the_model_s_are_refused():
+    with pytest.raises(CheckpointError, match=r"window.length is 2s, .*windows of 1s; set window.length: 1s"):
+        checkpoint().fit(spec("window.length=2s"))
+
+
+def test_a_model_that_does_not_hear_takes_any_window():
+    assert lacking(audio=None).fit(spec("window.length=2s")).window.length_ns == 2_000_000_000
+
+
+def test_too_little_memory_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2_000_000_000))
+    with pytest.raises(CheckpointError, match=r"needs about 18\.\d GB of memory and 2\.0 GB are free"):
+        checkpoint(llm=18_000_000_000).check_memory()
+
+
+def test_each_process_counts_beside_its_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * ACTOR_BYTES + 2))
+    checkpoint(llm=1, tts=1).check_memory()
+    with pytest.raises(CheckpointError):
+        checkpoint(llm=1, tts=2).check_memory()
+
+
+def test_the_tiny_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told: list[str] = []
+    first = open_checkpoint(spec(), told.append)
+    again = open_checkpoint(spec(), told.append)
+    assert first.path == again.path == cache_folder() / "tiny"
+    assert told == [f"making the tiny checkpoint in {first.path}", *[f"model tiny: {UNTRAINED}"] * 2]
+    assert set(first.bytes_of) == {"vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
+    assert not first.trained
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"config\.json"):
+        open_checkpoint(spec(f"model={tmp_path}"), lambda line: None)

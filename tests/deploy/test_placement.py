@@ -1,0 +1,100 @@
+"""deploy/placement.py: processes from descriptions, and whether a cluster can hold them."""
+
+import pytest
+
+from deploy.placement import PlacementError, Process, check_fits, num_cpus_for, processes_of
+from graph.spec import PipelineSpec, parse_spec
+
+MINIMAL = "version: 1\ncameras: {test: {source: 'test://pattern'}}\n"
+
+
+def spec(*overrides: str) -> PipelineSpec:
+    return parse_spec(MINIMAL, "pipeline.yaml", overrides)
+
+
+def process(name: str, **resources: float) -> Process:
+    return Process(name, 0, {}, False, resources)
+
+
+def by_name(*overrides: str) -> dict[str, Process]:
+    return {process.name: process for process in processes_of(spec(*overrides))}
+
+
+def test_a_model_stage_has_a_process_and_light_ones_share_one():
+    processes = by_name()
+    assert set(processes) == {"vision_encoder.0", "audio_encoder.0", "llm.0", "tts.0", "vocoder.0", "io.0"}
+    assert set(processes["io.0"].stages) == {"camera", "microphone", "speaker", "events"}
+
+
+def test_every_replica_is_a_process_with_a_number():
+    processes = by_name("stages.llm.replicas=3")
+    assert [processes[f"llm.{n}"].replica for n in range(3)] == [0, 1, 2]
+
+
+def test_light_stages_may_be_taken_apart():
+    processes = by_name("stages.speaker.process=null", "stages.events.process=notes")
+    assert set(processes["io.0"].stages) == {"camera", "microphone"}
+    assert set(processes["notes.0"].stages) == {"events"}
+    assert set(processes["speaker.0"].stages) == {"speaker"}
+
+
+def test_what_opens_files_and_devices_stays_here():
+    processes = by_name("stages.speaker.process=null")
+    assert {name for name, process in processes.items() if process.is_local} == {"io.0", "speaker.0"}
+
+
+def test_a_shared_process_asks_for_what_its_stages_ask_together():
+    processes = by_name("stages.camera.cpus=0.5", "stages.speaker.resources.sound=1")
+    assert processes["io.0"].resources == {"CPU": 1.25, "sound": 1.0}
+
+
+def test_a_replica_asks_for_its_stage_s_resources():
+    processes = by_name("stages.llm.gpus=0.5", "stages.llm.cpus=2", "stages.llm.resources.node_a=1")
+    assert processes["llm.0"].resources == {"CPU": 2.0, "GPU": 0.5, "node_a": 1.0}
+
+
+def test_a_stage_that_is_off_has_no_process():
+    assert "vision_encoder.0" not in by_name("stages.vision_encoder.replicas=0")
+
+
+def test_what_fits_is_not_told():
+    check_fits([process("a", CPU=1.0), process("b", CPU=1.0)], [{"CPU": 1.0}, {"CPU": 1.0}])
+    check_fits(processes_of(spec()), [{"CPU": 4.0}])
+    check_fits([], [])
+
+
+def test_shares_that_add_up_fit_in_spite_of_rounding():
+    check_fits([process(str(n), CPU=0.1) for n in range(10)], [{"CPU": 1.0}])
+
+
+def test_the_large_are_placed_first():
+    check_fits([process("small", CPU=1.0), process("large", CPU=3.0)], [{"CPU": 3.0}, {"CPU": 1.0}])
+
+
+def test_what_is_missing_is_said():
+    message = r"can't hold the pipeline:\n  llm.0 asks for 2 CPU, 1 GPU; GPU: no node has more than 0 left$"
+    with pytest.raises(PlacementError, match=message):
+        check_fits([process("llm.0", CPU=2.0, GPU=1.0)], [{"CPU": 8.0}, {"CPU": 2.0}])
+
+
+def test_what_is_missing_is_said_of_every_process():
+    with pytest.raises(PlacementError) as error:
+        check_fits([process("a", GPU=1.0), process("b", GPU=1.0), process("c", node_a=1.0)], [{"GPU": 1.0}])
+    assert "a asks" not in str(error.value)
+    assert "b asks for 1 GPU; GPU: no node has more than 0 left" in str(error.value)
+    assert "c asks for 1 node_a; node_a: no node has more than 0 left" in str(error.value)
+
+
+def test_resources_that_no_node_has_together_are_said():
+    with pytest.raises(PlacementError, match="no node has all of it left"):
+        check_fits([process("a", CPU=4.0, GPU=1.0)], [{"CPU": 8.0}, {"GPU": 1.0}])
+
+
+def test_an_empty_cluster_holds_nothing():
+    with pytest.raises(PlacementError, match="no node has more than 0 left"):
+        check_fits([process("a", CPU=1.0)], [])
+
+
+def test_our_own_ray_announces_what_there_is_or_what_is_asked_for():
+    processes = [process("a", CPU=1.5), process("b", CPU=1.0), process("c", GPU=1.0)]
+    assert (num_cpus_for(processes, 2), num_cpus_for(processes, 16), num_cpus_for([], 2)) == (3, 16, 2)

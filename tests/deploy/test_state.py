@@ -1,0 +1,84 @@
+"""deploy/state.py: a running pipeline is found, and one that is gone is not."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.state import Running, StateFolder
+
+URL = "http://127.0.0.1:8600"
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateFolder:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = StateFolder(tmp_path / "project")
+    folder.create()
+    return folder
+
+
+def mine() -> Running:
+    return Running(os.getpid(), time.time(), URL)
+
+
+def test_a_pipeline_that_runs_is_found(state: StateFolder):
+    state.write(running := mine())
+    assert state.read() == running
+
+
+def test_nothing_is_found_where_nothing_was_started(state: StateFolder):
+    assert state.read() is None
+
+
+def test_a_process_that_has_ended_is_not_found(state: StateFolder):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    state.write(Running(process.pid, time.time(), URL))
+    assert state.read() is None
+
+
+def test_another_process_with_the_same_number_is_not_ours(state: StateFolder):
+    started_s = psutil.Process().create_time() - 60  # the file is older than the process
+    state.write(Running(os.getpid(), started_s, URL))
+    assert state.read() is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": "x"}', '{"pid": 1}', '{"pid": -1, "other": 2}'])
+def test_a_file_that_is_none_counts_as_nothing(state: StateFolder, text: str):
+    state.file.write_text(text)
+    assert state.read() is None
+
+
+def test_a_forgotten_pipeline_leaves_its_logs_only(state: StateFolder):
+    state.write(mine())
+    (state.logs / "llm.0.log").write_text("what happened")
+    (state.path / "bus").mkdir()
+    (state.path / "bus" / "llm.0-0.ipc").touch()
+    state.forget()
+    state.forget()
+    assert [path.relative_to(state.path) for path in state.path.rglob("*")] == [Path("logs"), Path("logs/llm.0.log")]
+    assert state.read() is None
+
+
+def test_a_new_run_begins_with_empty_logs(state: StateFolder):
+    (state.logs / "llm.0.log").write_text("what happened")
+    state.create()
+    assert list(state.logs.iterdir()) == []
+
+
+def test_nobody_else_may_look_in(state: StateFolder):
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (state.path, state.path.parent)]
+    assert modes == [0o700, 0o700]
+
+
+def test_every_project_has_a_short_folder_of_its_own(tmp_path: Path):
+    one, other = StateFolder(tmp_path / "one"), StateFolder(tmp_path / "other")
+    assert one.path != other.path
+    assert StateFolder(tmp_path / "x" / ".." / "one").path == one.path
+    assert len(one.path.name) == 8
