@@ -106,7 +106,7 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
     from model_shards.duplex import DuplexConfig, DuplexEngine
     from model_shards.kv_cache import KvCache, KvShape
     from model_shards.tokenizer import Tokenizer
-    from stages.llm import Llm, session_tokens
+    from stages.llm import Llm
     from stages.tensors import runtime
 
     assert isinstance(spec, LlmSpec)
@@ -125,7 +125,6 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
         where,
         system_prompt=spec.system_prompt,
         seed=spec.seed,
-        max_session_tokens=session_tokens(spec.context.high, config.max_unit_tokens),
     )
 
 

@@ -207,10 +207,10 @@ class ContextSpec(Section):
     """What is forgotten when a session's context is full.
 
     basic: the oldest units go once more than `high` tokens are cached, until `low` are left. context: the oldest units
-    go, the model's own words stay. off: the session is closed to new units when its context is full.
+    go, the model's own words stay. (The official default is to forget nothing, and to stop when the context is full.)
     """
 
-    mode: Literal["off", "basic", "context"] = "basic"
+    mode: Literal["basic", "context"] = "basic"
     high: int = Field(default=4000, ge=1, le=40960)  # the checkpoint's own defaults
     low: int = Field(default=3500, ge=0, le=40960)
 

@@ -31,8 +31,7 @@ from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.tokenizer import Tokenizer
 
 MAX_TEXT_TOKENS = 18  # the official loop takes 20 steps: one for <|speak|>, one for <|chunk_eos|>
-MAX_ENDING = 3  # <|turn_eos|> <|listen|> </unit>
-MAX_GENERATED = 1 + MAX_TEXT_TOKENS + MAX_ENDING  # <|speak|> first
+MAX_GENERATED = 1 + MAX_TEXT_TOKENS + 3  # <|speak|> first, <|turn_eos|> <|listen|> </unit> at the end
 MAX_CUT = 3  # tokens that can hold a part of one character: UTF-8 has at most 4 bytes
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # how bytes are decoded that are no character
 

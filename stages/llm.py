@@ -11,13 +11,15 @@ from graph.chunk import Chunk, Scalar, SessionId
 from graph.streams import AUDIO, EVENTS, IMAGE, TEXT
 from graph.tail import Ack, TextBudget
 from graph.window import Unit
-from model_shards.duplex import MAX_ENDING, MAX_TEXT_TOKENS, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
+from model_shards.duplex import MAX_TEXT_TOKENS, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
 from model_shards.kv_cache import KvCache
 from model_shards.tokenizer import Tokenizer
 from stages.audio_encoder import VOICE_ROLE
 from stages.events import SAID_EVENT
 from stages.stage import Session, Stage, StageError, session_seed
 from stages.tensors import Runtime, to_arrays, to_tensor
+
+MAX_VOICE_TOKENS = 320  # 30 s of reference voice at 10 per second, and the prompt's own control tokens
 
 
 @dataclass(slots=True)
@@ -37,8 +39,9 @@ class Llm(Stage):
 
     A window takes so many pictures as the model's unit has room for, the newest; an event tells of the others.
     system_prompt: the text of it; the voice comes from the audio encoder with a session's first window.
-    max_session_tokens: what a session may hold in the KV cache; one for which there is no room is refused when it
-    opens, never later.
+    A session for which the KV cache has no room, however long it will live, is refused when it opens, never later.
+
+    Raises StageError for a system prompt that leaves no room for windows.
     """
 
     outputs = (TEXT,)
@@ -53,7 +56,6 @@ class Llm(Stage):
         *,
         system_prompt: str,
         seed: int,
-        max_session_tokens: int,
     ) -> None:
         self._engine = engine
         self._cache = cache
@@ -61,7 +63,7 @@ class Llm(Stage):
         self._where = where
         self._system_prompt = system_prompt
         self._seed = seed
-        self._session_pages = cache.pages_for(max_session_tokens)
+        self._session_pages = cache.pages_for(self._max_session_tokens())
         self._open: dict[SessionId, _Open] = {}
 
     def open_session(self, session: Session) -> None:
@@ -100,6 +102,19 @@ class Llm(Stage):
     def kv_usage(self) -> float:
         """Share of the KV cache's pages in use."""
         return self._cache.num_used_pages / self._cache.num_pages
+
+    def _max_session_tokens(self) -> int:
+        prompt = len(self._tokenizer.encode(self._system_prompt)) + MAX_VOICE_TOKENS
+        window = self._engine.config.window
+        if window.mode == "basic" and prompt >= window.low_tokens:
+            raise StageError(
+                f"llm: system prompt and voice may take {prompt} tokens, which leaves no room for windows below "
+                f"stages.llm.context.low ({window.low_tokens}); shorten stages.llm.system_prompt, or raise low and high"
+            )
+        tokens = self._engine.max_session_tokens(prompt)
+        if tokens is None:
+            raise StageError("llm: a session that forgets nothing has no bound; set stages.llm.context.mode: basic")
+        return tokens
 
     def _begin(self, units: list[Unit]) -> None:
         self._engine.begin([(self._open[unit.session].duplex, self._prompt(unit)) for unit in units])
@@ -166,8 +181,3 @@ def _fitting(pictures: list[list[torch.Tensor]], num_tokens: int) -> list[list[t
             break
         kept.insert(0, picture)
     return kept
-
-
-def session_tokens(high: int, max_unit_tokens: int) -> int:
-    """The most a session can hold: a full window, one more unit, and what is said in it."""
-    return high + max_unit_tokens + MAX_TEXT_TOKENS + 1 + MAX_ENDING

@@ -12,10 +12,10 @@ from graph.streams import EVENTS, TEXT
 from graph.window import Unit
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
-from stages.llm import Llm, session_tokens
+from stages.llm import Llm
 from stages.stage import StageError
 from tests.support.batching import assert_batches, open_all
-from tests.support.tiny import HIGH, MAX_UNIT, Tiny
+from tests.support.tiny import MAX_UNIT, Tiny, session_tokens
 from tests.support.units import DOOR, ack, audio, image, session, unit
 
 DIM = 128
@@ -213,7 +213,7 @@ def test_closing_gives_all_pages_back(tiny: Tiny):
 def test_a_long_session_stays_in_its_bounds(tiny: Tiny):
     stage = tiny.llm(num_sessions=2)
     open_all(stage, ["a", "b"], speech=False)
-    pages = -(-session_tokens(HIGH, MAX_UNIT) // 32)
+    pages = -(-session_tokens(MAX_UNIT) // 32)
     usage = []
     for index in range(150):  # of each, half with a picture
         stage.process([window("a", index, pictures=0), window("b", index, pictures=1)])
@@ -237,3 +237,8 @@ def test_pictures_for_which_a_unit_has_no_room_are_skipped_and_told(tiny: Tiny):
     assert len(recorder.fed[1]) == 1 + 2 * 66 + 10
     newest = torch.from_numpy(window("door", 3, pictures=5).of("image")[-1].arrays["embeds"][0])
     assert torch.equal(recorder.fed[1][-75:-11], newest)  # before its mark and the sound
+
+
+def test_a_system_prompt_that_leaves_no_room_is_refused_before_any_session_opens(tiny: Tiny):
+    with pytest.raises(StageError, match=r"leaves no room for windows below stages\.llm\.context\.low \(400\)"):
+        tiny.llm(system_prompt="See. " * 100)

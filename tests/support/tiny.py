@@ -10,20 +10,25 @@ import torch
 from model_shards.checkpoint import load_ref_audio, load_shard, load_voice
 from model_shards.context import WindowConfig
 from model_shards.decoding import SamplingConfig
-from model_shards.duplex import DuplexConfig, DuplexEngine
+from model_shards.duplex import MAX_GENERATED, DuplexConfig, DuplexEngine
 from model_shards.init import init_checkpoint
 from model_shards.kv_cache import KvCache, KvShape
 from model_shards.tokenizer import Tokenizer
 from stages.audio_encoder import AudioEncoder
-from stages.llm import Llm, session_tokens
+from stages.llm import Llm
 from stages.tensors import Runtime
 from stages.tts import Tts
 from stages.vision_encoder import VisionEncoder
 from stages.vocoder import Vocoder
 
 CPU = Runtime("cpu", torch.float32)
-HIGH, LOW, MAX_UNIT = 400, 300, 200
+HIGH, LOW, MAX_UNIT = 500, 400, 200
 """The LLM's context in tests, in tokens; a unit with a picture and a second of sound has 77."""
+
+
+def session_tokens(max_unit: int) -> int:
+    """What a session of `Tiny.llm` may hold: a full window, one more unit, and what is said in it."""
+    return HIGH + max_unit + MAX_GENERATED
 
 
 class Tiny:
@@ -54,14 +59,15 @@ class Tiny:
         model: Any = None,
         max_unit: int = MAX_UNIT,
         seed: int = 0,
+        system_prompt: str = "See.",
     ) -> Llm:
         model = model or self.model("llm")
         window = WindowConfig(high_tokens=HIGH, low_tokens=LOW)
         config = DuplexConfig(SamplingConfig(mode=mode), window, force_listen_count=0, max_unit_tokens=max_unit)
-        tokens = session_tokens(HIGH, max_unit)
+        tokens = session_tokens(max_unit)
         kv_cache = KvCache(KvShape.of(self.model("llm").config), num_sessions * -(-tokens // 32))
         engine = DuplexEngine(model, kv_cache, self.tokenizer, config)
-        return Llm(engine, kv_cache, self.tokenizer, CPU, system_prompt="See.", seed=seed, max_session_tokens=tokens)
+        return Llm(engine, kv_cache, self.tokenizer, CPU, system_prompt=system_prompt, seed=seed)
 
     def tts(self, seed: int | None = None) -> Tts:
         return Tts(self.model("tts"), CPU, seed)
