@@ -183,12 +183,17 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         sink.write(header)
         for name in order:
             tensor = tensors[name]
-            content = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            content = _bytes_of(tensor)
             sink.write(content)
             whole.update(content)
             digest = hashlib.sha256(content).hexdigest()
             records[name] = TensorRecord(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest)
     return FileRecord(file.stat().st_size, whole.hexdigest(), records)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    # as_strided: a single item counts as contiguous whatever its stride is, but only with stride 1 it has bytes.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:

@@ -86,6 +86,14 @@ def test_basic_forgets_whole_units_until_low_and_keeps_the_system_prompt(model: 
     assert torch.equal(desk.cache.read(desk.context.sequence, 1)[0][:7], system)
 
 
+def test_basic_forgets_no_more_than_down_to_low(model: LanguageModel):
+    desk = Desk(model, high_tokens=24, low_tokens=13)
+    for _ in range(3):
+        desk.add_unit(length=6)
+    desk.slide()
+    assert desk.context.sequence.length == 13
+
+
 def test_basic_keeps_values_and_turns_keys_of_the_units_that_stay(model: LanguageModel):
     desk = Desk(model, high_tokens=30, low_tokens=20)
     for _ in range(4):

@@ -219,6 +219,15 @@ def test_text_stops_before_28_characters(weights: dict[str, Tensor]):
     assert desk.fed_ids(session)[-6:] == [*TOKENIZER.encode("abcd"), S.chunk_eos, S.unit_end]
 
 
+def test_a_token_too_long_to_be_said_opens_the_model_s_turn_but_not_the_talker_s(weights: dict[str, Tensor]):
+    desk = Desk(weights, max_text_chars=5)
+    session = desk.session()
+    output = desk.step(session, [*said("abcd"), S.turn_eos, *TOKENIZER.encode("e")])
+    assert (output.text, output.end_of_turn) == ("abcd", True)
+    assert session.turn_open and not session.speaking
+    assert desk.step(session, [S.speak, S.listen, S.chunk_eos]).token_ids == [S.tts_bos]
+
+
 def test_barge_in_closes_the_turn_and_listens(weights: dict[str, Tensor]):
     desk = Desk(weights)
     session = desk.session()

