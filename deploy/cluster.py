@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from deploy.plan import ActorPlan
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
 PLACEMENT_TIMEOUT_S = 60.0
+KNOCK_TIMEOUT_S = 5.0
 
 
 @dataclass(slots=True)
@@ -82,9 +84,11 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise PlacementError(f"no Ray cluster can be joined at {address}: {error}") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PlacementError(f"no Ray cluster can be joined at {address}: {reason}") from error
         return Cluster(folder=None, groups=[])
     cluster = Cluster(folder=folder, groups=[])
     try:
@@ -103,6 +107,13 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
             raise PlacementError(f"Ray does not start: {str(error).partition(chr(10))[0]}") from error
         raise
     return cluster
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody listens there: Ray would try for minutes. `auto` and ray:// are left to Ray."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def _create(process: Process, plan: ActorPlan, strategy: Any) -> Any:

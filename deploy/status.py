@@ -76,6 +76,7 @@ class Status:
             "process": process.name,
             "pid": address.pid if address else None,
             "node": address.node_ip if address else None,
+            "node_id": address.node_id if address else None,
             "state": "ready" if snapshot else "starting",
             "sessions": len(snapshot.sessions) if snapshot else 0,
             "units": snapshot.num_units if snapshot else 0,

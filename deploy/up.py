@@ -156,7 +156,7 @@ class _Run:
         with ExitStack() as stack:
             cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
             stack.callback(cluster.close)
-            coordinator = Coordinator(self._spec, self._checkpoint.path, self._state.path)
+            coordinator = Coordinator(self._spec, self._checkpoint.path.absolute(), self._state.path)
             stack.callback(coordinator.stop)
             coordinator.start(cluster, lambda name: self._tell(f"  {name} ready"))
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
@@ -205,7 +205,7 @@ class _Run:
         return Session(
             id=SessionId(name),
             camera=name,
-            source=camera.source.reveal(),
+            source=_anchored(camera.source.reveal()),
             fps=camera.fps,
             max_pixels=camera.max_pixels,
             pictures="camera" in spec.stages,
@@ -218,7 +218,7 @@ class _Run:
             duration_ns=options.duration_ns,
             paced=options.paced,
             listener=options.listener,
-            out=options.out,
+            out=None if options.out is None else options.out.absolute(),
         )
 
     def _write_ledger(self, ledger: Mapping[str, Account]) -> None:
@@ -282,6 +282,11 @@ def probe(camera: CameraSpec) -> tuple[str, bool]:
             return f"gave nothing within {PROBE_S:g} s", reader.is_live
     except MediaError as error:
         return str(error), False
+
+
+def _anchored(source: str) -> str:
+    """The source as an actor finds it, which may run in another folder."""
+    return str(Path(source).absolute()) if check_source(source) in ("file", "images", "webcam") else source
 
 
 def parse_cameras(texts: Sequence[str]) -> dict[str, str]:

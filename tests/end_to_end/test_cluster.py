@@ -1,6 +1,7 @@
 """A pipeline whose stages are split over two nodes, with two replicas of a stateless and of a stateful stage."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ def split(place: Place) -> Iterator[SplitRun]:
         yield SplitRun(run, status, tcp, sockets, nodes.free_resources() == nodes.free)
     finally:
         nodes.stop()
+    shutil.rmtree(place.tmp / "ray")  # the cluster's own
     assert place.leftovers() == []
 
 
@@ -116,7 +118,7 @@ def test_every_edge_between_the_nodes_is_exact(split: SplitRun) -> None:
 
 
 def test_each_stage_runs_where_its_resources_are(split: SplitRun) -> None:
-    node_of = {row["process"]: row["node"] for row in split.status["stages"]}
+    node_of = {row["process"]: row["node_id"] for row in split.status["stages"]}
     (node_a,) = {node_of[f"{stage}.0"] for stage in ON_A}
     (node_b,) = {node_of[f"{stage}.0"] for stage in ON_B}
     assert node_a != node_b

@@ -21,24 +21,17 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
-def unused_talker_tensors(config: TtsConfig) -> Shapes:
-    """What the released talker has and inference never touches (reference §1.5): its Llama's own table of embeddings,
-    of LlamaConfig's default size, and a second projector, as large as the first.
+def unused_talker_table(config: TtsConfig) -> Shapes:
+    """What the released talker has and ours has not: its Llama's own table of embeddings, of LlamaConfig's default
+    size. Nothing reads it, as the talker is fed embeddings (reference §1.5).
     """
-    hidden = config.hidden_size
-    return {
-        "tts.model.embed_tokens.weight": (32000, hidden),
-        "tts.projector_spk.linear1.weight": (hidden, config.llm_dim),
-        "tts.projector_spk.linear1.bias": (hidden,),
-        "tts.projector_spk.linear2.weight": (hidden, hidden),
-        "tts.projector_spk.linear2.bias": (hidden,),
-    }
+    return {"tts.model.embed_tokens.weight": (32000, config.hidden_size)}
 
 
 def released_shapes() -> Shapes:
     """Every tensor of the released `model.safetensors`, by official name."""
     assert RELEASED.tts is not None
-    shapes: dict[str, tuple[int, ...]] = dict(unused_talker_tensors(RELEASED.tts))
+    shapes: dict[str, tuple[int, ...]] = dict(unused_talker_table(RELEASED.tts))
     with torch.device("meta"):
         for component in ("llm", "vision", "audio", "tts"):
             shapes |= {name: tuple(t.shape) for name, t in build(component, RELEASED).state_dict().items()}

@@ -17,9 +17,7 @@ MEMORY = 80 * 1024 * 1024
 def main() -> None:
     cluster = Cluster()
     for name in ("a", "b"):
-        cluster.add_node(
-            num_cpus=4, num_gpus=0, resources={name: 1}, object_store_memory=MEMORY, include_dashboard=False
-        )
+        cluster.add_node(num_cpus=4, num_gpus=0, resources={name: 1}, object_store_memory=MEMORY)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)
