@@ -60,6 +60,7 @@ class Coordinator:
         self._directory = directory
         self._actors: dict[str, _Placed] = {}
         self._sessions: dict[SessionId, _Placement] = {}
+        self._first_origin_ns: int | None = None
 
     @property
     def actors(self) -> Mapping[str, Address]:
@@ -118,7 +119,7 @@ class Coordinator:
         replicas = {name: self._least_loaded(name) for name in self._spec.stages}
         placement = _Placement(session, replicas)
         self._sessions[session.id] = placement
-        origin_ns = time.time_ns() + HEAD_START_NS
+        origin_ns = self._next_origin_ns(session.window_ns)
         try:
             for stage in self._opening_order():
                 plan = self._session_plan(stage, session, origin_ns, replicas)
@@ -214,6 +215,14 @@ class Coordinator:
         sinks = [name for name in ("events", "speaker") if name in self._spec.stages]
         rest = [name for name in self._spec.stages if name not in LOCAL_STAGES]
         return rest + sinks + sources
+
+    def _next_origin_ns(self, window_ns: int) -> int:
+        """When the session's event time begins: soon, and in step with the first session's windows, so that the units
+        of all sessions are ready together and share their forwards."""
+        soon_ns = time.time_ns() + HEAD_START_NS
+        if self._first_origin_ns is None:
+            self._first_origin_ns = soon_ns
+        return soon_ns + (self._first_origin_ns - soon_ns) % window_ns
 
     def _session_plan(self, stage: str, session: Session, origin_ns: int, replicas: Mapping[str, int]) -> SessionPlan:
         inputs = [edge for edge in self._spec.edges if edge.target.stage == stage and edge.kind != "playback"]

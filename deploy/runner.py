@@ -272,12 +272,20 @@ class StageRunner:
         candidates = [(state, state.ready[0]) for state in self._open.values() if state.ready and self._may_go(state)]
         if not candidates:
             return []
-        oldest_s = min(ready.since_s for _, ready in candidates)
-        peers = sum(1 for state in self._open.values() if not state.ready)
-        if peers and len(candidates) < self._max_units and time.monotonic() - oldest_s < self._wait_s:
-            return []
         candidates.sort(key=lambda c: c[0].plan.origin_unix_ns + c[1].unit.end_ns)  # earliest deadline first
+        oldest_s = min(ready.since_s for _, ready in candidates)
+        may_wait = len(candidates) < self._max_units and time.monotonic() - oldest_s < self._wait_s
+        if may_wait and self._has_peers(*candidates[0]):
+            return []
         return candidates[: self._max_units]
+
+    def _has_peers(self, first: _Open, ready: _Ready) -> bool:
+        """Is there a session without a unit whose next window ends when that of `ready` does, or before?"""
+        due_ns = first.plan.origin_unix_ns + ready.unit.end_ns + round(self._wait_s * NS_PER_S)
+        return any(
+            not state.ready and state.join is not None and state.plan.origin_unix_ns + state.join.next_end_ns <= due_ns
+            for state in self._open.values()
+        )
 
     def _may_go(self, state: _Open) -> bool:
         if not self._has_room(state):

@@ -244,7 +244,7 @@ class Receiver:
         self._on_invalid = on_invalid
         self._ledger = Ledger()
         self._credits: dict[tuple[bytes, SessionId], ReceiveCredit] = {}
-        self._unsent: set[tuple[bytes, SessionId]] = set()
+        self._unsent: dict[tuple[bytes, SessionId], int] = {}  # grants that are due, with the chunks they are for
 
     def account(self) -> Account:
         return self._ledger.account()
@@ -252,7 +252,7 @@ class Receiver:
     def close_session(self, session: SessionId) -> None:
         for key in [key for key in self._credits if key[1] == session]:
             del self._credits[key]
-            self._unsent.discard(key)
+            self._unsent.pop(key, None)
 
     def receive(self) -> list[Arrival]:
         """What has come in; at most RECEIVE_BATCH messages. Anything that is no chunk is counted and forgotten."""
@@ -285,29 +285,32 @@ class Receiver:
         self._release(arrival)
 
     def flush(self) -> bool:
-        """Send the grants that could not be sent before. False while some are left."""
+        """Send the grants that are due. False while some are left."""
         for key in list(self._unsent):
             self._send_grant(key)
         return not self._unsent
 
     def _release(self, arrival: Arrival) -> None:
+        """Grants are totals, so one may stand for many: it is sent when the loop has nothing else to do (Bus.wait),
+        and at the latest when half the limit has been used up."""
         key = (arrival.sender, arrival.chunk.session)
         credit = self._credits.setdefault(key, ReceiveCredit(self.rule.limit))
         credit.release(arrival.chunk.duration_ns)
-        self._send_grant(key)
+        self._unsent[key] = self._unsent.get(key, 0) + 1
+        if 2 * self._unsent[key] >= self.rule.limit.chunks:
+            self._send_grant(key)
 
     def _send_grant(self, key: tuple[bytes, SessionId]) -> None:
         sender, session = key
         message = _pack_grant(session, self._credits[key].grant())
         try:
             self.socket.send_multipart([sender, message], zmq.NOBLOCK)
-            self._unsent.discard(key)
         except zmq.Again:
-            self._unsent.add(key)
+            return
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:  # the sender is gone; nobody waits for this grant
                 raise
-            self._unsent.discard(key)
+        self._unsent.pop(key, None)
 
 
 def _receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
@@ -393,10 +396,11 @@ class Bus:
         Grants are taken and spent on the way, so a loop that calls this keeps its lanes moving.
         """
         self._watch(frozenset(files))
-        timeout_s = timeout_s if self._flush() else min(timeout_s, RETRY_S)
+        drained = self._flush_senders()
         ready = self._poll(0)
         if ready.keys() <= self._grant_sockets:  # nothing that the caller waits for
-            ready = self._poll(timeout_s)
+            drained = self._flush_receivers() and drained
+            ready = self._poll(timeout_s if drained else min(timeout_s, RETRY_S))
         return [arrival for receiver in self._receivers if receiver.socket in ready for arrival in receiver.receive()]
 
     def close(self) -> None:
@@ -414,12 +418,17 @@ class Bus:
             self._poller.register(descriptor, zmq.POLLIN)
         self._watched = files
 
-    def _flush(self) -> bool:
+    def _flush_senders(self) -> bool:
         """Try again what did not leave before. False when some of it is left."""
         drained = True
         for sender in self._senders:
             if sender.is_blocked:
                 drained = sender.flush() and drained
+        return drained
+
+    def _flush_receivers(self) -> bool:
+        """Send the grants that are due. False when some are left."""
+        drained = True
         for receiver in self._receivers:
             drained = receiver.flush() and drained
         return drained

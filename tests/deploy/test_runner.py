@@ -89,6 +89,15 @@ def test_a_batch_goes_at_once_when_everybody_is_there(build, clock: ManualClock)
     assert echo.batches == [[("door", 0), ("yard", 0)]]
 
 
+def test_a_unit_does_not_wait_for_a_session_whose_window_ends_later(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"llm": echo}, (SOUND,), wait_s=0.005)
+    house.open("door", 0), house.open("yard", 400_000_000)
+    house.window("door", 0)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0)]]
+
+
 def test_a_batch_goes_at_once_when_it_is_full(build, clock: ManualClock):
     echo = Echo()
     house = build({"llm": echo}, (SOUND,), wait_s=0.005, max_units=2)
