@@ -1,4 +1,8 @@
-"""Round trip between two Ray actors: a chunk over the bus and a small one back, beside a Ray call with the same array.
+"""A hop between two Ray actors: a chunk over the bus (and a small one back), beside a Ray call with the same array.
+
+Three comparisons, each in its own row: the hop, from send() until the far loop has the chunk, beside the call that
+would carry it, from .remote() until its result is there; the hop beside the call's way there only; and both round
+trips. Both actors are on one host and read one monotonic clock.
 
 Both actors are Ray actor processes with a real Bus and its metrics, as deploy/actor.py has them; the far one's loop
 runs in a thread of its own while Ray's threads answer calls. One round trip at a time, hops and calls in turns of
@@ -15,8 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ NUM_WARM_UP_TURNS = 3
 TRANSPORTS = {"ipc": None, "tcp": "127.0.0.1"}  # the address to listen on
 SESSION = SessionId("bench")
 QUANTILES = {"p50": 50, "p99": 99}
+FILLING = 7
 
 
 def run() -> list[Row]:
@@ -54,13 +59,20 @@ def run() -> list[Row]:
         return [row for size in SIZES for row in _rows(size, measure(rivals, size, _repetitions(size)))]
 
 
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """One round trip: until the chunk or the call was there, and until the answer was back; ns."""
+
+    there_ns: int
+    back_ns: int
+
+
 @dataclass(slots=True)
 class Samples:
-    """Round trips in ns: over the bus by transport, by Ray from actor to actor, by Ray from the driver to an actor."""
+    """Trips over the bus by transport, and by Ray call from actor to actor."""
 
-    hops: dict[str, list[int]] = field(default_factory=lambda: {transport: [] for transport in TRANSPORTS})
-    actor_calls: list[int] = field(default_factory=list)
-    driver_calls: list[int] = field(default_factory=list)
+    hops: dict[str, list[Trip]] = field(default_factory=lambda: {transport: [] for transport in TRANSPORTS})
+    calls: list[Trip] = field(default_factory=list)
 
 
 def measure(rivals: Rivals, size: str, repetitions: int) -> Samples:
@@ -78,27 +90,26 @@ def _repetitions(size: str) -> int:
 
 
 def _rows(size: str, samples: Samples) -> list[Row]:
-    calls = {
-        f"Ray call actor to actor with the same {size} array, returns an int": samples.actor_calls,
-        f"Ray call driver to actor with the same {size} array, returns an int": samples.driver_calls,
-    }
-    return [
-        less_is_better(
-            f"bus round trip over {transport}, {size} chunk there, small chunk back, {quantile}",
-            _quantile_us(hops, percent),
-            "us",
-            f"{rival}, {quantile}",
-            _quantile_us(times, percent),
-            command_of(NAME),
-        )
-        for transport, hops in samples.hops.items()
-        for rival, times in calls.items()
-        for quantile, percent in QUANTILES.items()
-    ]
+    call_there, call_back = _times(samples.calls)
+    rows = []
+    for transport, hops in samples.hops.items():
+        there, back = _times(hops)
+        for what, ours, rival, theirs in (
+            (f"hop, {transport}, {size}", there, "Ray actor call, to its result", call_back),
+            (f"hop, {transport}, {size}", there, "Ray actor call, the way there", call_there),
+            (f"round trip, {transport}, {size} there, small back", back, "Ray actor call, to its result", call_back),
+        ):
+            rows += [_row(what, ours, rival, theirs, quantile) for quantile in QUANTILES]
+    return rows
 
 
-def _quantile_us(times_ns: list[int], percent: int) -> float:
-    return float(np.percentile(times_ns, percent)) / 1000
+def _row(what: str, ours: list[int], rival: str, theirs: list[int], quantile: str) -> Row:
+    value, rival_value = (float(np.percentile(times, QUANTILES[quantile])) / 1000 for times in (ours, theirs))
+    return less_is_better(f"{what}, {quantile}", value, "us", f"{rival}, {quantile}", rival_value, command_of(NAME))
+
+
+def _times(trips: list[Trip]) -> tuple[list[int], list[int]]:
+    return [trip.there_ns for trip in trips], [trip.back_ns for trip in trips]
 
 
 class Rivals:
@@ -128,8 +139,7 @@ class Rivals:
         """`count` round trips of each kind."""
         for transport, hops in samples.hops.items():
             hops += self._ask(self._near.hops.remote(transport, num_bytes, count))
-        samples.actor_calls += self._ask(self._near.calls.remote(num_bytes, count))
-        samples.driver_calls += ray_calls(self._far, num_bytes, count)
+        samples.calls += self._ask(self._near.calls.remote(num_bytes, count))
 
     @staticmethod
     def _ask(reference: Any) -> Any:
@@ -171,7 +181,7 @@ class End:
 
 
 class Far(End):
-    """Answers every chunk with a small one, and every call with an int."""
+    """Answers every chunk and every call with the time at which it was there."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__("far", directory)
@@ -188,14 +198,16 @@ class Far(End):
         super().stop()
 
     def take(self, array: np.ndarray) -> int:
-        """What the rival calls."""
-        return int(array[-1])
+        """What the rival calls; touches the array and returns the time, monotonic ns."""
+        there_ns = time.monotonic_ns()
+        assert array[-1] == FILLING
+        return there_ns
 
     def _loop(self) -> None:
         while not self._stopping.is_set():
             for arrival in self._bus.wait(0.05):
-                last = self.take(arrival.chunk.arrays["samples"])
-                reply = Chunk(SESSION, "text", arrival.chunk.start_ns, attrs={"last": last})
+                there_ns = self.take(arrival.chunk.arrays["samples"])
+                reply = Chunk(SESSION, "text", arrival.chunk.start_ns, attrs={"there_ns": there_ns})
                 self._senders[_transport_of(arrival)].send(reply)
                 self._settle(arrival)
 
@@ -208,52 +220,36 @@ class Near(End):
         self._far = far
         gc.disable()
 
-    def hops(self, transport: str, num_bytes: int, count: int) -> list[int]:
-        """Round trips over the bus, in ns."""
+    def hops(self, transport: str, num_bytes: int, count: int) -> list[Trip]:
+        """Trips over the bus."""
         array = _payload(num_bytes)
         return [self._hop(transport, Chunk(SESSION, "speech", n, arrays={"samples": array})) for n in range(count)]
 
-    def calls(self, num_bytes: int, count: int) -> list[int]:
-        """Round trips of calls to the other actor, in ns."""
-        return ray_calls(self._far, num_bytes, count)
+    def calls(self, num_bytes: int, count: int) -> list[Trip]:
+        """Trips by calls to the other actor."""
+        import ray
 
-    def _hop(self, transport: str, chunk: Chunk) -> int:
-        begin_ns = time.perf_counter_ns()
+        array, trips = _payload(num_bytes), []
+        for _ in range(count):
+            begin_ns = time.monotonic_ns()
+            there_ns = ray.get(self._far.take.remote(array))
+            trips.append(Trip(there_ns - begin_ns, time.monotonic_ns() - begin_ns))
+        return trips
+
+    def _hop(self, transport: str, chunk: Chunk) -> Trip:
+        begin_ns = time.monotonic_ns()
         self._senders[transport].send(chunk)
         arrivals: list[Arrival] = []
         while not arrivals:
             arrivals = self._bus.wait(1.0)
-        elapsed_ns = time.perf_counter_ns() - begin_ns
+        back_ns = time.monotonic_ns() - begin_ns
+        there_ns = int(arrivals[0].chunk.attrs["there_ns"] or 0) - begin_ns
         self._settle(arrivals[0])
-        return elapsed_ns
-
-
-def ray_calls(actor: Any, num_bytes: int, count: int) -> list[int]:
-    """Round trips of calls to an actor from this process, in ns."""
-    import ray
-
-    array, times = _payload(num_bytes), []
-    with _no_collection():
-        for _ in range(count):
-            begin_ns = time.perf_counter_ns()
-            ray.get(actor.take.remote(array))
-            times.append(time.perf_counter_ns() - begin_ns)
-    return times
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+        return Trip(there_ns, back_ns)
 
 
 def _payload(num_bytes: int) -> np.ndarray:
-    return np.full(num_bytes, 7, np.uint8)
+    return np.full(num_bytes, FILLING, np.uint8)
 
 
 def _transport_of(arrival: Arrival) -> str:
