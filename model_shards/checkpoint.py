@@ -13,17 +13,18 @@ Source: reference/minicpmo-4.5.md §1.6, §6.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model_shards.config import ModelConfig, load_config
 from model_shards.errors import ModelError
@@ -175,10 +176,25 @@ def load_shard(
     Raises ModelError when a file is missing or damaged, or naming the tensors that are missing, unknown or of another
     shape than the config says.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         module = build(component, load_config(path))
     load_component(path, component, module, dtype=dtype, device=device)
     return module
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills new modules: the random initialisation, and the norms that weight_norm takes of it. On the
+    meta device they fill nothing but make torch load its compiler, a second per process."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        if func is torch.norm_except_dim:
+            weight, _, dim = args
+            return weight.new_empty([size if axis == dim else 1 for axis, size in enumerate(weight.shape)])
+        return func(*args, **(kwargs or {}))
 
 
 def load_component(path: Path, component: Component, module: nn.Module, *, dtype: torch.dtype, device: str) -> None:
