@@ -90,15 +90,18 @@ class Feed:
             self._reader = None
 
     def stop(self, now_ns: int) -> None:
-        """End the source with the last whole window before `now_ns`; what was read beyond it is forgotten.
+        """End the source with the window that `now_ns` lies in; what comes after it is forgotten.
 
         In virtual time, where the clock says nothing, with the last whole window that was read.
         """
-        reached_ns = max(now_ns, 0) if self._session.paced else self._seen_ns
-        end_ns = reached_ns // self._session.window_ns * self._session.window_ns
+        window_ns = self._session.window_ns
+        if self._session.paced:
+            end_ns = -(-max(now_ns, 0) // window_ns) * window_ns
+        else:
+            end_ns = self._seen_ns // window_ns * window_ns
+            self.close()
         if self.end_ns is not None and self.end_ns <= end_ns:
             return
-        self.close()
         sides = self._sides
         sides.frames = deque(frame for frame in sides.frames if frame.start_ns < end_ns)
         sides.samples = sides.samples[: max(end_ns * SOUND_RATE_HZ // NS_PER_S - sides.first_sample, 0)]
@@ -211,6 +214,8 @@ class Feed:
 
     def _take_frame(self, frame: Frame, base_ns: int) -> None:
         start_ns = frame.start_ns + base_ns
+        if self.end_ns is not None and start_ns >= self.end_ns:
+            return
         self._come_up(start_ns)
         self._sides.frames.append(Frame(start_ns, frame.image))
         self._shown_ns = max(self._shown_ns, start_ns + 1)
@@ -219,6 +224,8 @@ class Feed:
     def _take_sound(self, sound: Sound, base_ns: int) -> None:
         sides = self._sides
         first = sound.first_sample + base_ns * SOUND_RATE_HZ // NS_PER_S
+        if self.end_ns is not None and first >= self.end_ns * SOUND_RATE_HZ // NS_PER_S:
+            return
         if len(sides.samples) == 0:
             sides.first_sample = max(first, sides.first_sample)
         gap = np.zeros(max(first - sides.first_sample - len(sides.samples), 0), np.float32)
@@ -250,7 +257,8 @@ class Feed:
         self._sides.notices.append(notice)
         # A lost file still owes its windows, as missing, until the time that was asked for is over.
         lost_ns = self._session.duration_ns if notice.type == "camera_lost" else None
-        self.end_ns = self._end_ns() if lost_ns is None else lost_ns
+        end_ns = self._end_ns() if lost_ns is None else lost_ns
+        self.end_ns = end_ns if self.end_ns is None else min(self.end_ns, end_ns)
 
     @property
     def _seen_ns(self) -> int:

@@ -94,7 +94,7 @@ class Stage:
         return True
 
     def end(self, session: SessionId, now_ns: int) -> None:
-        """For sources: stop now; the stream ends with the last whole window."""
+        """For sources: stop; the stream ends with the window of `now_ns`."""
 
     def drain(self, session: SessionId) -> list[Chunk]:
         """What a session still has to say when it ends."""

@@ -74,8 +74,7 @@ def test_a_dead_camera_costs_nobody_else_anything(with_a_dead_decoder: Run, inte
     windows = with_a_dead_decoder.windows("yard")
     assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
     assert all(window["missing"] == [] for window in windows)
-    # Ctrl-C ends sound with the last whole window; a picture of the next one may be out by then.
-    elsewhere = [window["digest"] for window in interrupted.windows("yard") if window["missing"] == []]
+    elsewhere = interrupted.digests("yard")
     assert len(elsewhere) >= 3
     assert with_a_dead_decoder.digests("yard")[: len(elsewhere)] == elsewhere[:NUM_WINDOWS]
 

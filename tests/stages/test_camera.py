@@ -139,13 +139,13 @@ def test_a_file_that_breaks_owes_its_windows_until_the_duration(paced: bool):
     assert door.finished == (True, True)
 
 
-def test_end_stops_both_sources_with_the_last_whole_window():
+def test_end_stops_both_sources_with_the_window_of_now():
     door = Door(FakeMedia(FakeReader(*seconds(0, 20))))
     said = door.until(3.4)
     for stage in (door.camera, door.microphone):
         stage.end(DOOR, round(3.4 * NS_PER_S))
     said += door.until(6, start_s=3.5)
-    assert ends(said) == {CAMERA: [3 * NS_PER_S], "mic": [3 * NS_PER_S]}
+    assert ends(said) == {CAMERA: [4 * NS_PER_S], "mic": [4 * NS_PER_S]}
     assert door.finished == (True, True)
 
 

@@ -158,8 +158,8 @@ def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
     assert (len(media.requests), subject.end_ns) == (1, 20 * NS_PER_S)
 
 
-@pytest.mark.parametrize("now_s", [3.0, 3.4, 3.99])
-def test_stop_ends_with_the_last_whole_window(now_s: float):
+@pytest.mark.parametrize("now_s", [2.01, 2.4, 3.0])
+def test_stop_ends_with_the_window_of_now(now_s: float):
     subject = feed(FakeReader(*seconds(0, 20)))
     for taken_ns in (NS_PER_S, 2 * NS_PER_S):
         subject.pump(0)
@@ -168,6 +168,16 @@ def test_stop_ends_with_the_last_whole_window(now_s: float):
     subject.stop(round(now_s * NS_PER_S))
     assert subject.end_ns == 3 * NS_PER_S
     assert [f.start_ns for f in subject.take_frames(99 * NS_PER_S)] == [2 * NS_PER_S]
+    assert len(subject.take_sound(99 * NS_PER_S)[1]) == SOUND_RATE_HZ
+
+
+def test_what_comes_after_a_stop_still_fills_the_last_window_and_no_other():
+    reader = FakeReader()
+    subject = feed(reader)
+    subject.stop(NS_PER_S // 2)
+    reader.give(*seconds(0, 3))
+    subject.pump(NS_PER_S)
+    assert [f.start_ns for f in subject.take_frames(99 * NS_PER_S)] == [0]
     assert len(subject.take_sound(99 * NS_PER_S)[1]) == SOUND_RATE_HZ
 
 
