@@ -15,15 +15,25 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
+# Two runs side by side: one waits for cameras and clocks most of the time, the other computes.
+REAL_TIME = tests/end_to_end tests/benchmarks
+
 unit: .venv/installed-dev
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest $(REAL_TIME) $(PYTEST_ARGS) > .venv/end_to_end.log 2>&1 & real_time=$$!; \
+	trap 'kill $$real_time 2>/dev/null' INT TERM; \
+	.venv/bin/python -m pytest $(REAL_TIME:%=--ignore=%) $(PYTEST_ARGS); computing=$$?; \
+	wait $$real_time; waiting=$$?; cat .venv/end_to_end.log; exit $$((computing + waiting))
 
 bench: .venv/installed-dev
 	.venv/bin/pipeline bench $(ARGS)
 
 # torch first, on its own: pip then keeps this build for everything that asks for torch.
 .venv/installed: pyproject.toml constraints.txt
-	@test -x .venv/bin/python || { echo "make: creating .venv"; $(PYTHON) -m venv .venv; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: Python 3.11 or newer is needed; name one: make up PYTHON=python3.11" >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 \
+	  || { echo "make: creating .venv"; $(PYTHON) -m venv --clear .venv; } \
+	  || { echo "make: no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "make: installing (the first time takes a few minutes)"
 	@$(PIP_INSTALL) -c constraints.txt torch
 	@$(PIP_INSTALL) -c constraints.txt -e .

@@ -151,7 +151,8 @@ def _vocoder(spec: StageSpec, checkpoint: Path) -> Stage:
     model = load_shard(checkpoint, "vocoder", dtype=where.dtype, device=where.device)
     voice = load_voice(checkpoint)
     if voice is None:
-        raise StageError(f"vocoder: {checkpoint} holds no voice; put prompt.safetensors into its assets/token2wav")
+        remedy = f"give it one: pipeline shards voice {checkpoint} --from speech.wav"
+        raise StageError(f"vocoder: {checkpoint} holds no voice (assets/token2wav/prompt.safetensors); {remedy}")
     model.config = dataclasses.replace(model.config, num_steps=spec.steps)
     with torch.inference_mode():
         cache = model.prepare(voice)

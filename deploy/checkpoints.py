@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from deploy.hub import HubId, fetch
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
 from graph.sections import TINY
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 STAGE_OF = {"vision": "vision_encoder", "audio": "audio_encoder", "llm": "llm", "tts": "tts", "vocoder": "vocoder"}
 ACTOR_BYTES = 250 * 1024**2  # a process with torch in it, before its weights
+MAX_DIFFERENCES_TOLD = 10
 UNTRAINED = "UNTRAINED: random weights, for trying the machinery; what it says means nothing"
 
 
@@ -71,21 +73,43 @@ class Checkpoint:
 
 
 def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint of `spec.model`; `tiny` is made on first use. Raises ModelError or CheckpointError."""
+    """The checkpoint of `spec.model`; `tiny` is made on first use, one of the hub is downloaded.
+
+    Raises ModelError, HubError or CheckpointError.
+    """
     from model_shards.checkpoint import inspect
     from model_shards.config import load_config
 
-    path = _tiny(tell) if spec.model == TINY else Path(spec.model)
+    path = _folder_of(spec.model, tell)
     config = load_config(path)
     sizes = {STAGE_OF[info.component]: info.num_bytes for info in inspect(path)}
     checkpoint = Checkpoint(path, config, sizes)
     tell(f"model {spec.model}" + ("" if checkpoint.trained else f": {UNTRAINED}"))
+    tell_differences(config, tell)
     return checkpoint
+
+
+def tell_differences(config: ModelConfig, tell: Callable[[str], None]) -> None:
+    """Say where a checkpoint that says it is the released one has other sizes; nothing is refused for that."""
+    from model_shards.config import differences
+
+    found = differences(config) if config.official else []
+    for difference in found[:MAX_DIFFERENCES_TOLD]:
+        tell(f"not as released: {difference}")
+    if len(found) > MAX_DIFFERENCES_TOLD:
+        tell(f"not as released: {len(found) - MAX_DIFFERENCES_TOLD} more")
 
 
 def cache_folder() -> Path:
     """Where made checkpoints are kept: $XDG_CACHE_HOME/omni-pipeline."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni-pipeline"
+
+
+def _folder_of(model: str, tell: Callable[[str], None]) -> Path:
+    if model == TINY:
+        return _tiny(tell)
+    hub_id = HubId.parse(model)
+    return Path(model) if hub_id is None or Path(model).is_dir() else fetch(hub_id, tell)
 
 
 def _tiny(tell: Callable[[str], None]) -> Path:

@@ -1,6 +1,6 @@
 """The command line. Data goes to stdout, talk to stderr.
 
-Exit codes: 0 ok · 1 runtime · 2 usage or configuration · 3 objective missed · 4 missing dependency · 130 interrupted.
+Exit codes: 0 ok · 1 runtime · 2 usage or configuration · 4 missing dependency · 130 interrupted.
 Rule: nothing heavy is imported at the top; `--help` answers at once.
 """
 
@@ -208,6 +208,7 @@ def shards_inspect(path: Annotated[Path, typer.Argument(metavar="DIR")], as_json
     """List the components of a checkpoint. --json: [{component, tensors, parameters, bytes, dtypes}]."""
     import json
 
+    from deploy.checkpoints import tell_differences
     from model_shards.checkpoint import inspect
     from model_shards.config import load_config
 
@@ -223,6 +224,7 @@ def shards_inspect(path: Annotated[Path, typer.Argument(metavar="DIR")], as_json
             }
             for info in inspect(path)
         ]
+    tell_differences(config, _tell)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -252,6 +254,29 @@ def shards_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> Non
     with _clear_errors():
         manifest = verify_split(folder)
     _tell(f"{folder}: as its manifest tells: {_what_is_in(manifest)}")
+
+
+@shards.command("voice")
+def shards_voice(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
+    recording: Annotated[Path, typer.Option("--from", metavar="SPEECH.WAV", help="1 to 17 s of one speaker.")],
+) -> None:
+    """Give a checkpoint the voice of a recording; needs onnxruntime, and the ONNX files of a released checkpoint."""
+    from deploy.speech import read_speech
+    from model_shards.checkpoint import VOICE_FILE, save_voice
+    from model_shards.errors import DependencyError
+    from model_shards.mel import RATE_HZ
+    from model_shards.vocoder import MEL_RATE_HZ
+    from model_shards.voice import make_voice
+
+    with _clear_errors():
+        speech = read_speech(recording, RATE_HZ)
+        try:
+            voice = make_voice(checkpoint, speech, read_speech(recording, MEL_RATE_HZ))
+        except DependencyError as error:
+            _fail(str(error), EXIT_DEPENDENCY)
+        save_voice(checkpoint, voice, speech)
+    _tell(f"{checkpoint / VOICE_FILE}: {len(voice.prompt_tokens)} codes from {recording}")
 
 
 def _what_is_in(manifest: Any) -> str:

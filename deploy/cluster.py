@@ -110,7 +110,9 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
 
 
 def _knock(address: str) -> None:
-    """Raises OSError when nobody listens there: Ray would try for minutes. `auto` and ray:// are left to Ray."""
+    """Raises OSError when nobody listens there: Ray would try for minutes. `auto` is left to Ray."""
+    if address.startswith("ray://"):
+        raise ValueError("start `pipeline up` on a node of the cluster and give --address HOST:PORT")
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()

@@ -32,7 +32,7 @@ OTHER: Final = "other"  # the label value of whatever exceeds a bound
 
 Kind = Literal["counter", "gauge", "histogram"]
 Decision = Literal["listen", "speak"]
-TokenKind = Literal["prefill", "text", "codes"]
+TokenKind = Literal["text", "codes"]
 TOKEN_KINDS: Final[tuple[TokenKind, ...]] = get_args(TokenKind)
 
 
@@ -80,21 +80,23 @@ TABLE: Final[tuple[Declaration, ...]] = (
     _counter("omni_window_missing_total", "Windows to which a stream gave nothing.", "camera", "stream"),
     _counter("omni_window_late_total", "Late windows, by the stage that made them late.", "camera", "stage"),
     #
-    _gauge("omni_playback_lead_seconds", "Speech synthesised and not yet heard.", "camera"),
+    _gauge("omni_playback_lead_seconds", "Speech received by the speaker and not yet heard.", "camera"),
     _counter("omni_playback_underruns_total", "Silences inside a turn because speech ran out.", "camera"),
     _counter("omni_playback_underrun_seconds_total", "Length of these silences.", "camera"),
     _counter("omni_speech_seconds_total", "Speech heard, as acknowledged by the sink.", "camera"),
     _counter("omni_speech_interrupted_total", "Turns cut short by barge-in.", "camera"),
     _gauge("omni_text_budget_tokens", "Text tokens TAIL allows in the current window.", "camera"),
-    _gauge("omni_session_parked", "1 while the session waits for a listener who fell silent.", "camera"),
+    _gauge("omni_session_parked", "1 while nothing has been heard of the session's listener for 5 s.", "camera"),
     #
     _gauge("omni_camera_up", "1 while the camera delivers.", "camera"),
     _gauge("omni_camera_last_frame_timestamp_seconds", "Unix time of the newest frame.", "camera"),
-    _counter("omni_camera_frames_total", "Frames decoded.", "camera"),
-    _counter("omni_camera_reconnects_total", "Connections opened anew, by reason.", "camera", "reason"),
+    _counter("omni_camera_frames_total", "Pictures taken from the camera, at its fps.", "camera"),
+    _counter(
+        "omni_camera_reconnects_total", "Times the camera was lost, or not found again, by reason.", "camera", "reason"
+    ),
     #
     _gauge("omni_kv_cache_usage_ratio", "Share of the KV cache's pages in use, 0 to 1."),
-    _counter("omni_tokens_total", "Tokens through the LLM (prefill, text) and the TTS (codes).", "kind"),
+    _counter("omni_tokens_total", "Tokens of text made by the LLM, and codes made by the TTS.", "kind"),
     _counter("omni_decisions_total", "Windows in which the model chose to listen or to speak.", "camera", "decision"),
     #
     _gauge("omni_sessions", "Sessions, by state.", "state"),

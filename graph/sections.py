@@ -30,6 +30,12 @@ from graph.wording import shown, suggest
 
 VERSION: Final = 1
 TINY: Final = "tiny"
+HUB_ID: Final = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95})"
+    r"(@(?P<revision>[A-Za-z0-9][\w./-]{0,95}))?",
+    re.ASCII,
+)
+"""`owner/name` or `owner/name@revision` on the Hugging Face hub."""
 
 # ---- Values as the file spells them ---------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class EdgeSpec:
 
 @dataclass(frozen=True, slots=True)
 class PipelineSpec:
-    """A checked pipeline. `stages` and `edges` hold what runs; `model` is "tiny" or an existing folder."""
+    """A checked pipeline. `stages` and `edges` hold what runs; `model` is "tiny", a folder, or a hub id."""
 
     version: int
     model: str

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from graph.ports import CAN_BE_OFF, NO_SENSES, STAGES, InPort, OutPort, full_graph, lacks_senses, off_with
-from graph.sections import TINY, VERSION, FileSpec, LlmSpec, StageSpec, StagesSpec, WrittenEdge
+from graph.sections import HUB_ID, TINY, VERSION, FileSpec, LlmSpec, StageSpec, StagesSpec, WrittenEdge
 from graph.units import format_duration
 from graph.wording import listed, shown
 from graph.yaml_file import KeyPath
@@ -61,13 +60,9 @@ def _version_findings(file: FileSpec) -> Iterator[Finding]:
 
 
 def _model_findings(model: str) -> Iterator[Finding]:
-    if model == TINY or _is_folder(model):
-        return
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
-        reason = "no such folder, and hub ids can't be fetched yet; download the checkpoint and give its folder"
-    else:
-        reason = f"no such folder; write {TINY} or a folder with a MiniCPM-o 4.5 checkpoint"
-    yield Finding(("model",), f"model {shown(model)}: {reason}")
+    if model != TINY and not _is_folder(model) and not HUB_ID.fullmatch(model):
+        reason = f"no such folder; write {TINY}, a folder with a MiniCPM-o 4.5 checkpoint, or a hub id like owner/name"
+        yield Finding(("model",), f"model {shown(model)}: {reason}")
 
 
 def _is_folder(path: str) -> bool:

@@ -4,7 +4,7 @@
 |---------------|---------------------|---------------------------------------|--------------------------------------|
 | camera/<name> | camera              | a picture, when it was taken          | image uint8 [H, W, 3] RGB            |
 | mic           | microphone          | the sound of one window               | samples float32 [n], 16 kHz mono     |
-| image         | vision_encoder      | one picture, encoded                  | embeds [slices, queries, dim]        |
+| image         | vision_encoder      | one picture, encoded                  | embeds [cells, queries, dim]         |
 | audio         | audio_encoder       | one window of sound, encoded          | embeds [tokens, dim]                 |
 | text          | llm                 | what is said in one window            | token_ids int64 [n], hidden [n, dim] |
 | codes         | tts                 | speech codes of one window            | codes int64 [n], 25 per second       |

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from model_shards.errors import ModelError
@@ -177,10 +178,45 @@ class ModelConfig:
     tts: TtsConfig | None = field(default_factory=TtsConfig)
     vocoder: VocoderConfig | None = field(default_factory=VocoderConfig)
     untrained: bool = False  # written by `pipeline shards init`: random weights, for trying the machinery
+    official: bool = False  # it says that it is the released checkpoint
 
 
-RELEASED = ModelConfig()
+RELEASED = ModelConfig(vision=VisionConfig(slices=SliceConfig(max_slice_nums=9)), official=True)
 """The released checkpoint: reference/minicpmo-4.5.md §1."""
+
+_NOT_TOLD = frozenset(
+    {
+        # §12: the released values could not be read.
+        *("tts.attention_type", "tts.window_size", "tts.recomputed_chunks", "tts.sliding_window_tokens"),
+        *("tts.top_p", "tts.top_k", "tts.repetition_penalty", "tts.temperature", "tts.interleaved"),
+        *("vocoder.hift.causal", "vocoder.num_steps"),  # two vocoders were released
+        *("untrained", "official"),
+    }
+)
+
+_PLAIN_ROPE = (None, {"rope_type": "default"}, {"type": "default"})
+_BUILT_IN: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "model_type": ("minicpmo",),
+        "version": ("4.5", 4.5),
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False,),
+        "rope_scaling": _PLAIN_ROPE,
+        "use_sliding_window": (False,),
+        "vision_config.hidden_act": ("gelu_pytorch_tanh",),
+        "audio_config.activation_function": ("gelu",),
+        "audio_config.num_mel_bins": (80,),
+        "tts_config.hidden_act": ("silu", "swish"),
+        "tts_config.num_vq": (1,),
+        "tts_config.projector_type": ("mlp",),
+        "tts_config.condition_type": ("hidden_text_merge",),
+        "tts_config.backbone_model": ("llama",),
+        "tts_config.use_text": (True,),
+        "tts_config.rope_scaling": _PLAIN_ROPE,
+    }
+)
+"""What our modules are built for: where `config.json` says otherwise, they would compute something else."""
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -194,13 +230,18 @@ def load_config(path: Path) -> ModelConfig:
     written = (folder / "config.json").is_file()
     vocoder = _read_json(folder / "config.json") if written else _released_vocoder(folder)
     try:
+        if foreign := _foreign(raw):
+            raise ModelError(f"{path / 'config.json'}: not a model that is run here: {'; '.join(foreign)}")
         return parse_config(raw, vocoder)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path / 'config.json'}: not a MiniCPM-o 4.5 config: {error!r}") from error
 
 
 def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelConfig:
     """Build the frozen config from the official nested dicts; absent keys take the released values."""
+    raw = {**raw, **_rope(raw)}
+    untrained = bool(raw.get("untrained", False))
+    official = raw.get("architectures") == ["MiniCPMO"] and str(raw.get("version")) == "4.5"
     hidden = int(raw.get("hidden_size", RELEASED.llm.hidden_size))
     return ModelConfig(
         llm=_pick(LlmConfig, raw),
@@ -208,8 +249,40 @@ def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelCon
         audio=_parse_audio(raw, hidden) if raw.get("init_audio", True) else None,
         tts=_parse_tts(raw.get("tts_config", {})) if raw.get("init_tts", True) else None,
         vocoder=_parse_vocoder(vocoder) if raw.get("init_tts", True) else None,
-        untrained=bool(raw.get("untrained", False)),
+        untrained=untrained,
+        official=official and not untrained and not raw.get("nano", False),
     )
+
+
+def differences(config: ModelConfig) -> list[str]:
+    """What is not as in the released checkpoint, like "llm.hidden_size is 128, released: 4096"; a component that is
+    off is one difference. Which of the released vocoders it has is none."""
+    return list(_differences(config, RELEASED, ""))
+
+
+def _differences(config: Any, released: Any, prefix: str) -> Iterator[str]:
+    for part in dataclasses.fields(released):
+        name, ours, theirs = prefix + part.name, getattr(config, part.name), getattr(released, part.name)
+        if name in _NOT_TOLD or ours == theirs:
+            continue
+        if ours is None:
+            yield f"{name} is off, released: on"
+        elif dataclasses.is_dataclass(theirs):
+            yield from _differences(ours, theirs, f"{name}.")
+        else:
+            yield f"{name} is {ours}, released: {theirs}"
+
+
+def _foreign(raw: Mapping[str, Any]) -> list[str]:
+    """What a config says that our modules would not obey."""
+    told = {**raw, **_rope(raw)}
+    for section in ("vision_config", "audio_config", "tts_config"):
+        told |= {f"{section}.{key}": value for key, value in (raw.get(section) or {}).items()}
+    return [
+        f"{name} is {told[name]!r}, expected {allowed[0]!r}"
+        for name, allowed in _BUILT_IN.items()
+        if name in told and told[name] not in allowed
+    ]
 
 
 def _released_vocoder(folder: Path) -> dict[str, Any]:
@@ -219,6 +292,13 @@ def _released_vocoder(folder: Path) -> dict[str, Any]:
     hift_original.pt, which is the HiFT of before; its hift.pt is the causal one (reference §1.6).
     """
     return {"hift": {"causal": (folder / "hift_original.pt").is_file()}}
+
+
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a config which was saved by transformers 5."""
+    parameters = dict(raw.get("rope_parameters") or {})
+    theta = {"rope_theta": parameters.pop("rope_theta")} if "rope_theta" in parameters else {}
+    return theta | ({"rope_scaling": parameters} if parameters else {})
 
 
 def _parse_vision(raw: Mapping[str, Any], hidden: int) -> VisionConfig:

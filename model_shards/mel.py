@@ -45,14 +45,14 @@ class Clamp(Enum):
     FIXED = "fixed"  # -10, which the 1e-10 under the logarithm keeps already: no bound
 
 
-def mel_filters() -> Tensor:
-    """Triangular filters on Slaney's mel scale, each of unit area: [201, 80] float32, from 0 to 8000 Hz.
+def mel_filters(num_mels: int = N_MELS) -> Tensor:
+    """Triangular filters on Slaney's mel scale, each of unit area: [201, num_mels] float32, from 0 to 8000 Hz.
 
     Slaney's scale is linear (200/3 Hz per mel) up to 1000 Hz and logarithmic (27 mels per factor 6.4) above.
     """
     break_mel = 1000.0 / (200.0 / 3.0)
     top_mel = break_mel + 27.0 * math.log(RATE_HZ / 2 / 1000.0) / math.log(6.4)
-    mels = np.linspace(0.0, top_mel, N_MELS + 2)
+    mels = np.linspace(0.0, top_mel, num_mels + 2)
     edges_hz = np.where(mels < break_mel, mels * 200.0 / 3.0, 1000.0 * 6.4 ** ((mels - break_mel) / 27.0))
     bins_hz = np.linspace(0.0, RATE_HZ / 2, N_FFT // 2 + 1)[:, None]
     low, mid, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
@@ -69,7 +69,7 @@ def log_mel(samples: Samples, filters: Tensor, first: int = 0) -> Tensor:
     """Unclamped log10 mel power of frames `first` … of a clip, its edges reflected.
 
     samples: [n] float32 at 16 kHz, n >= 400.
-    returns: [80, n // 160 - first] float32, at least -10.
+    returns: [mels of the filters, n // 160 - first] float32, at least -10.
     """
     start = first * HOP - HALF_WINDOW
     left = 0 if start >= 0 else HALF_WINDOW

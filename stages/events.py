@@ -83,7 +83,8 @@ def window_row(attrs: Mapping[str, Scalar]) -> dict[str, object]:
     """A row of windows.jsonl from the attrs of a window event (deploy/runner.py makes them)."""
     row: dict[str, object] = {key: value for key, value in attrs.items() if key != "type"}
     row["missing"] = [name for name in str(attrs.get("missing", "")).split(",") if name]
-    row["stages"] = json.loads(str(attrs.get("stages", "{}")))
+    for name in ("stages", "compute"):
+        row[name] = json.loads(str(attrs.get(name, "{}")))
     return row
 
 

@@ -19,7 +19,7 @@ class SoundDevice:
         except (ImportError, OSError) as error:
             raise StageError(
                 f"speaker: no sound device can be used ({error}); install libportaudio2 and "
-                "pip install 'omni-pipeline[device]', or set stages.speaker.sink: virtual"
+                ".venv/bin/pip install -e '.[device]' in the checkout, or set stages.speaker.sink: virtual"
             ) from error
         try:
             self._stream: Any = sounddevice.OutputStream(samplerate=SPEECH_RATE_HZ, channels=1, dtype="float32")

@@ -44,7 +44,7 @@ class Session:
     camera: str
     source: str
     fps: float = 1.0
-    max_pixels: int = 448 * 448 * 2
+    max_pixels: int = 4 * 448 * 448
     pictures: bool = True
     microphone: bool = True
     speech: bool = True

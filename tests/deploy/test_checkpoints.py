@@ -2,13 +2,22 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from deploy.checkpoints import ACTOR_BYTES, UNTRAINED, Checkpoint, CheckpointError, cache_folder, open_checkpoint
+from deploy.checkpoints import (
+    ACTOR_BYTES,
+    MAX_DIFFERENCES_TOLD,
+    UNTRAINED,
+    Checkpoint,
+    CheckpointError,
+    cache_folder,
+    open_checkpoint,
+)
 from graph.spec import PipelineSpec, parse_spec
 from model_shards.config import ModelConfig
 from model_shards.errors import ModelError
@@ -102,3 +111,18 @@ def test_the_tiny_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path):
     with pytest.raises(ModelError, match=r"config\.json"):
         open_checkpoint(spec(f"model={tmp_path}"), lambda line: None)
+
+
+def test_a_checkpoint_that_claims_to_be_the_released_one_is_compared_with_it(tiny: Tiny, tmp_path: Path):
+    folder = shutil.copytree(tiny.path, tmp_path / "claims")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"untrained": False}))
+    told: list[str] = []
+    open_checkpoint(spec(f"model={folder}"), told.append)
+    assert told[:3] == [
+        f"model {folder}",
+        f"not as released: llm.vocab_size is {TINY.llm.vocab_size}, released: 151748",
+        "not as released: llm.hidden_size is 128, released: 4096",
+    ]
+    assert len(told) == 1 + MAX_DIFFERENCES_TOLD + 1
+    assert re.fullmatch(r"not as released: \d+ more", told[-1])

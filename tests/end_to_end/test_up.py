@@ -60,7 +60,8 @@ def test_every_window_says_whether_it_was_on_time_and_where_its_time_went(in_rea
     for window in in_real_time.rows("windows.jsonl"):
         assert window["on_time"] == (window["latency_s"] <= 1.0)
         assert bool(window["late_stage"]) != window["on_time"]
-        assert {"vision_encoder.compute", "audio_encoder.compute", "llm.compute"} <= window["stages"].keys()
+        assert {"vision_encoder", "audio_encoder", "llm"} <= window["compute"].keys()
+        assert abs(sum(window["stages"].values()) - window["latency_s"]) < 1e-4
 
 
 def test_every_edge_accounts_for_every_chunk(in_real_time: Run) -> None:

@@ -109,4 +109,9 @@ def test_times_read_as_minutes_and_seconds(at_ns: int, expected: str):
 
 
 def test_a_window_row_names_what_is_missing():
-    assert window_row({"type": "window", "index": 3, "missing": ""}) == {"index": 3, "missing": [], "stages": {}}
+    assert window_row({"type": "window", "index": 3, "missing": ""}) == {
+        "index": 3,
+        "missing": [],
+        "stages": {},
+        "compute": {},
+    }
