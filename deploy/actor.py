@@ -98,9 +98,7 @@ class Actor:
 
     def stop(self) -> None:
         """End the loop, close sockets and decoders."""
-        for runner in self._runners.values():
-            for session in runner.snapshot().sessions:
-                self._do(lambda r=runner, s=session: r.close_session(s))  # type: ignore[misc]
+        self._do(self._close_sessions)
         self._stopping.set()
         self._thread.join(timeout=5)
         self._server.stop()
@@ -108,17 +106,21 @@ class Actor:
     # ---- the loop's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._feeds = Feeds()
-        self._bus = Bus(self._plan.name, self._plan.directory, self._metrics.bus(INVALID_REASONS).invalid)
+        try:
+            self._feeds = Feeds()
+            self._bus = Bus(self._plan.name, self._plan.directory, self._metrics.bus(INVALID_REASONS).invalid)
+        except OSError as error:
+            self._failure = f"{self._plan.name}: {error}"
+            return
         try:
             while not self._stopping.is_set():
                 self._turn()
+            self._failure = f"{self._plan.name} has stopped"
         except Exception as error:
             logging.exception("%s: the loop has failed", self._plan.name)
             self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"
-        finally:
-            self._fail_waiting()
-            self._bus.close()
+            self._close_stages()
+        self._bus.close()
 
     def _turn(self) -> None:
         while not self._commands.empty():
@@ -204,7 +206,13 @@ class Actor:
                 if self._failure is not None:
                     raise RuntimeError(self._failure) from None
 
-    def _fail_waiting(self) -> None:
+    def _close_sessions(self) -> None:
+        for runner in self._runners.values():
+            for session in runner.snapshot().sessions:
+                runner.close_session(session)
+
+    def _close_stages(self) -> None:
+        """After a failure: files and decoders are closed; the sockets' other ends will find out by themselves."""
         for runner in self._runners.values():
             for session in runner.snapshot().sessions:
                 runner.stage.close_session(session)

@@ -56,19 +56,28 @@ class Checkpoint:
         return spec.without(off) if off else spec
 
     def check_tensors(self, spec: PipelineSpec) -> None:
-        """Raises ModelError when the tensors of a stage don't fit the config; no weight is read for that."""
-        from model_shards.checkpoint import COMPONENTS, check
+        """Raises ModelError when the tensors of a stage don't fit the config; no weight is read for that.
 
+        And CheckpointError when speech has no voice.
+        """
+        from model_shards.checkpoint import COMPONENTS, VOICE_FILE, check
+
+        if "vocoder" in spec.stages and not (self.path / VOICE_FILE).is_file():
+            raise CheckpointError(
+                f"{self.path} holds no voice ({VOICE_FILE}); make one with `pipeline shards voice {self.path} "
+                "--from speech.wav`, or run without speech: --set stages.tts.replicas=0"
+            )
         check(self.path, [component for component in COMPONENTS if STAGE_OF[component] in spec.stages])
 
-    def check_memory(self) -> None:
-        """Raises CheckpointError when this machine can't hold weights and processes."""
-        needed = sum(self.bytes_of.values()) + len(self.bytes_of) * ACTOR_BYTES
+    def check_memory(self, spec: PipelineSpec) -> None:
+        """Raises CheckpointError when this machine can't hold the weights and processes of a pipeline of its own."""
+        stages = [(stage, size) for stage, size in self.bytes_of.items() if stage in spec.stages]
+        needed = sum(spec.stages[stage].replicas * (size + ACTOR_BYTES) for stage, size in stages)
         available = psutil.virtual_memory().available
         if needed > available:
             raise CheckpointError(
                 f"{self.path} needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; "
-                "close other programs, take a smaller checkpoint, or spread the stages over a cluster (--address)"
+                "close other programs, take a smaller checkpoint, or join a cluster (--address)"
             )
 
 

@@ -97,7 +97,7 @@ def up(
             actions = parse_listener(listener or [], barge_in or [])
             duration_ns = _duration("--for", duration) if duration is not None else None
             spec = _with_cameras(_load(file, sets), parse_cameras(camera or []))
-            check_sources(spec)
+            check_sources(spec, paced=speed == "real")
         options = UpOptions(duration_ns, out, speed == "real", actions, address)
         outcome = run_up(spec, options, _tell)
     for line in _summary(outcome.ledger):
@@ -264,17 +264,13 @@ def shards_voice(
     """Give a checkpoint the voice of a recording; needs onnxruntime, and the ONNX files of a released checkpoint."""
     from deploy.speech import read_speech
     from model_shards.checkpoint import VOICE_FILE, save_voice
-    from model_shards.errors import DependencyError
     from model_shards.mel import RATE_HZ
     from model_shards.vocoder import MEL_RATE_HZ
     from model_shards.voice import make_voice
 
     with _clear_errors():
         speech = read_speech(recording, RATE_HZ)
-        try:
-            voice = make_voice(checkpoint, speech, read_speech(recording, MEL_RATE_HZ))
-        except DependencyError as error:
-            _fail(str(error), EXIT_DEPENDENCY)
+        voice = make_voice(checkpoint, speech, read_speech(recording, MEL_RATE_HZ))
         save_voice(checkpoint, voice, speech)
     _tell(f"{checkpoint / VOICE_FILE}: {len(voice.prompt_tokens)} codes from {recording}")
 
@@ -435,14 +431,17 @@ def _usage() -> Iterator[None]:
 def _clear_errors() -> Iterator[None]:
     """One clear message and an exit code instead of a traceback, for everything that the world may do wrong."""
     from graph.errors import GraphError
-    from model_shards.errors import ModelError
-    from stages.stage import StageError
+    from model_shards.errors import DependencyError, ModelError
+    from stages.media_wire import MediaError
+    from stages.stage import MissingDependency, StageError
 
     try:
         yield
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
-    except (GraphError, ModelError, StageError, OSError) as error:
+    except (DependencyError, MissingDependency) as error:
+        _fail(str(error), EXIT_DEPENDENCY)
+    except (GraphError, ModelError, StageError, MediaError, OSError) as error:
         _fail(str(error), EXIT_RUNTIME)
 
 

@@ -121,7 +121,7 @@ class Coordinator:
         self._sessions[session.id] = placement
         origin_ns = self._next_origin_ns(session.window_ns)
         try:
-            for stage in self._opening_order():
+            for stage in self._opening_order(session):
                 plan = self._session_plan(stage, session, origin_ns, replicas)
                 self._call(stage, replicas[stage], "open_session", stage, plan)
                 placement.opened.append(stage)
@@ -209,11 +209,12 @@ class Coordinator:
         counts = self.load_of(stage)
         return counts.index(min(counts))
 
-    def _opening_order(self) -> list[str]:
-        """Who only computes, then who listens, then who begins to send."""
-        sources = [name for name in ("microphone", "camera") if name in self._spec.stages]
-        sinks = [name for name in ("events", "speaker") if name in self._spec.stages]
-        rest = [name for name in self._spec.stages if name not in LOCAL_STAGES]
+    def _opening_order(self, session: Session) -> list[str]:
+        """The stages that the session passes: who only computes, then who listens, then who begins to send."""
+        passed = _stages_of(session, self._spec)
+        sources = [name for name in ("microphone", "camera") if name in passed]
+        sinks = [name for name in ("events", "speaker") if name in passed]
+        rest = [name for name in self._spec.stages if name in passed and name not in LOCAL_STAGES]
         return rest + sinks + sources
 
     def _next_origin_ns(self, window_ns: int) -> int:
@@ -225,11 +226,11 @@ class Coordinator:
         return soon_ns + (self._first_origin_ns - soon_ns) % window_ns
 
     def _session_plan(self, stage: str, session: Session, origin_ns: int, replicas: Mapping[str, int]) -> SessionPlan:
-        inputs = [edge for edge in self._spec.edges if edge.target.stage == stage and edge.kind != "playback"]
-        outputs = [edge for edge in self._spec.edges if edge.source.stage == stage]
+        passed = _stages_of(session, self._spec)
+        edges = [edge for edge in self._spec.edges if {edge.source.stage, edge.target.stage} <= passed]
+        inputs = [edge for edge in edges if edge.target.stage == stage and edge.kind != "playback"]
+        outputs = [edge for edge in edges if edge.source.stage == stage]
         streams: dict[str, Late] = {_stream(edge, session): edge.late for edge in inputs if edge.kind != "events"}
-        if not session.microphone:
-            streams = {stream: late for stream, late in streams.items() if stream not in ("mic", "audio")}
         return SessionPlan(
             session=session,
             origin_unix_ns=origin_ns,
@@ -255,6 +256,12 @@ class Coordinator:
             raise CoordinatorError(f"{name} has died: {reason}; see {self._directory / 'logs' / name}.log") from error
         except RayError as error:
             raise CoordinatorError(f"{name} does not answer: {error}") from error
+
+
+def _stages_of(session: Session, spec: PipelineSpec) -> set[str]:
+    """Where a session lives: everywhere, but for the ears of one that has no microphone."""
+    deaf = set() if session.microphone else {"microphone", "audio_encoder"}
+    return spec.stages.keys() - deaf
 
 
 def _stream(edge: EdgeSpec, session: Session) -> str:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
@@ -83,13 +84,13 @@ def fetch(hub_id: HubId, tell: Callable[[str], None]) -> Path:
     """
     name = f"{hub_id.repo}@{hub_id.revision}"
     cached = _cached_folder(hub_id)
-    if hub_id.is_pinned and not missing_files(cached):
+    if hub_id.is_pinned and not _lacking(hub_id, cached):
         return cached
     try:
         folder, why = _download(hub_id), ""
     except _unreachable() as error:
         folder, why = cached, _reason(error)
-    if missing := missing_files(folder):
+    if missing := _lacking(hub_id, folder):
         cause = f"no such folder, and the hub does not give it ({why})" if why else "no whole MiniCPM-o 4.5 checkpoint"
         raise HubError("\n".join([f"model {name}: {cause}; put these files into {folder}:", *missing]))
     if why:
@@ -97,6 +98,19 @@ def fetch(hub_id: HubId, tell: Callable[[str], None]) -> Path:
     elif not hub_id.is_pinned:
         tell(f"model {name} is commit {folder.name}; pin it with {hub_id.repo}@{folder.name}")
     return folder
+
+
+def _lacking(hub_id: HubId, folder: Path) -> list[str]:
+    """What a folder of the cache lacks: of the hub's own list, where a download that was cut off has left it there."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        listed = [file.path for file in get_cached_repo_tree(hub_id.repo, revision=hub_id.revision)]
+    except CachedRepoTreeNotFoundError:
+        return missing_files(folder)
+    wanted = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in ALLOWED)]
+    return [name for name in wanted if not (folder / name).is_file()] or missing_files(folder)
 
 
 def missing_files(folder: Path) -> list[str]:

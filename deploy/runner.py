@@ -25,6 +25,8 @@ from stages.stage import Session, Stage
 TICK_S = 0.01
 """How often a stage that follows the clock looks at it: a hundredth of a window."""
 IDLE_S = 0.05
+MAX_READY = 4
+"""Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,7 @@ class StageRunner:
         """Do what is due; True when there is more to do at once."""
         for state in list(self._open.values()):
             self._advance(state)
-            if state.join is not None:
+            if state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns()))
         batch = self._gather()
         if batch:

@@ -27,6 +27,7 @@ from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
 from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, check_source
+from stages.media_wire import LIVE_KINDS
 from stages.stage import ListenerAction, Session
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
     spec = checkpoint.fit(spec)
     checkpoint.check_tensors(spec)
     cameras = check_cameras(spec, tell)
-    checkpoint.check_memory()
+    if not (options.address or os.environ.get("RAY_ADDRESS")):
+        checkpoint.check_memory(spec)
     status = Status(model=spec.model, trained=checkpoint.trained)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
@@ -244,31 +246,37 @@ def check_cameras(spec: PipelineSpec, tell: Callable[[str], None]) -> Mapping[st
     return spec.cameras
 
 
-def check_sources(spec: PipelineSpec) -> None:
-    """Raises UpError when a source is of a kind that is not read here, whatever the world is like."""
+def check_sources(spec: PipelineSpec, *, paced: bool) -> None:
+    """Raises UpError when a source is not read here, or not at this pace, whatever the world is like."""
     problems = []
     for name, camera in spec.cameras.items():
         try:
-            check_source(camera.source.reveal())
+            kind = check_source(camera.source.reveal())
         except MediaError as error:
             if error.kind == "blocked":
                 problems.append(f"camera {name}: {error}")
+            continue
+        if kind in LIVE_KINDS and not paced:
+            # In virtual time no window expires: one lost picture would hold up the session for ever.
+            problems.append(
+                f"camera {name}: --speed max reads files and test patterns; {camera.source.masked} sets its own pace"
+            )
     if problems:
         raise UpError("\n".join(problems))
 
 
 def probe(camera: CameraSpec) -> tuple[str, bool]:
     """(why the source can't be read, or ""; whether it is a live one)."""
-    request = MediaRequest(
-        source=camera.source.reveal(),
-        fps=camera.fps,
-        max_pixels=camera.max_pixels,
-        want_video=True,
-        want_audio=camera.microphone == "embedded",
-        window_ns=NS_PER_S,
-        duration_ns=None,
-    )
     try:
+        request = MediaRequest(
+            source=camera.source.reveal(),
+            fps=camera.fps,
+            max_pixels=camera.max_pixels,
+            want_video=True,
+            want_audio=camera.microphone == "embedded",
+            piece_ns=NS_PER_S,
+            duration_ns=None,
+        )
         with MediaReader(request) as reader:
             deadline_s = time.monotonic() + PROBE_S
             while time.monotonic() < deadline_s:

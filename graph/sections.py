@@ -146,13 +146,13 @@ class CameraSpec(Section):
     """source may hold credentials: print `masked`, open `reveal()`. microphone: the sound in source, or none.
 
     max_pixels: the decoder makes larger pictures smaller, before the bus. The default is twice the model's 448 x 448
-    in each direction; nine slices want 9 x 448 x 448.
+    in each direction; nine slices want 9 x 448 x 448. The limits are within those of stages/media_wire.py.
     """
 
     source: Annotated[Secret, PlainValidator(_camera_source), _as_text]
-    fps: float = Field(default=1.0, gt=0, le=30)
+    fps: float = Field(default=1.0, ge=0.01, le=30)
     microphone: Annotated[Literal["embedded", "none"], BeforeValidator(_camera_microphone)] = "embedded"
-    max_pixels: int = Field(default=4 * 448 * 448, ge=64 * 64, le=7680 * 4320)
+    max_pixels: int = Field(default=4 * 448 * 448, ge=64 * 64, le=1 << 24)
 
 
 class ReplicasSpec(Section):

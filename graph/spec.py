@@ -47,7 +47,7 @@ from graph.sections import (
     WindowSpec,
     WrittenEdge,
 )
-from graph.spec_check import findings
+from graph.spec_check import findings, least_chunks
 from graph.units import format_duration
 from graph.window import Late
 from graph.wording import listed
@@ -107,9 +107,10 @@ def _written_edges(file: FileSpec) -> list[WrittenEdge]:
     return [WrittenEdge.between(*ports) for ports in full_graph()] if file.edges is None else file.edges
 
 
-def _edge_spec(edge: WrittenEdge) -> EdgeSpec:
+def _edge_spec(edge: WrittenEdge, file: FileSpec) -> EdgeSpec:
     limit, when_full, late = EDGE_DEFAULTS[edge.source.kind]
-    credit = Limit(edge.credit.chunks or limit.chunks, edge.credit.time_ns or limit.duration_ns)
+    chunks = edge.credit.chunks or max(limit.chunks, least_chunks(edge.source.kind, file))
+    credit = Limit(chunks, edge.credit.time_ns or limit.duration_ns)
     return EdgeSpec(edge.source, edge.target, credit, edge.when_full or when_full, edge.late or late)
 
 
@@ -122,7 +123,7 @@ def _build(file: FileSpec) -> PipelineSpec:
         tail=file.tail,
         cameras=dict(file.cameras),
         stages=stages,
-        edges=tuple(map(_edge_spec, _written_edges(file))),
+        edges=tuple(_edge_spec(edge, file) for edge in _written_edges(file)),
         console=file.console,
     )
     return spec.without([name for name, stage in stages.items() if stage.replicas == 0])

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from graph.ports import CAN_BE_OFF, NO_SENSES, STAGES, InPort, OutPort, full_graph, lacks_senses, off_with
+from graph.ports import (
+    CAN_BE_OFF,
+    NO_SENSES,
+    STAGES,
+    InPort,
+    OutPort,
+    StreamKind,
+    full_graph,
+    lacks_senses,
+    off_with,
+)
 from graph.sections import HUB_ID, TINY, VERSION, FileSpec, LlmSpec, StageSpec, StagesSpec, WrittenEdge
 from graph.units import format_duration
 from graph.wording import listed, shown
@@ -128,11 +139,22 @@ def _edge_findings(file: FileSpec) -> Iterator[Finding]:
             yield Finding(("edges", index, "to"), f"edge {source}->{target}: {source} {message}")
         if first.setdefault((source, target), index) != index:
             yield Finding(("edges", index), f"edge {source}->{target} is written twice")
+        if edge.credit.chunks is not None and edge.credit.chunks < (least := least_chunks(source.kind, file)):
+            message = f"{edge.credit.chunks} is too little; with the fps of the cameras a window needs {least}"
+            yield Finding(("edges", index, "credit", "chunks"), f"edge {source}->{target}: credit.chunks {message}")
     if circle := _circle(edges):
         index = next(index for index, edge in enumerate(edges) if (edge.source.stage, edge.target.stage) == circle[-2:])
         yield Finding(("edges", index), f"edges go round in a circle: {' -> '.join(circle)}")
     if file.edges is not None:
         yield from _unfed_findings(file, edges)
+
+
+def least_chunks(kind: StreamKind, file: FileSpec) -> int:
+    """The least credit for pictures: what a window holds until it closes, and the same again of the next."""
+    if kind not in ("frames", "image"):
+        return 1
+    fps = max((camera.fps for camera in file.cameras.values()), default=1.0)
+    return 2 * math.ceil(fps * file.window.length_ns / 1e9) + 2
 
 
 def _circle(edges: Iterable[WrittenEdge]) -> tuple[str, ...]:

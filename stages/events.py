@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -27,11 +29,13 @@ class Events(Stage):
                     (where nothing speaks: when it was written)
 
     out: the folder they are written to, None: nowhere (a session may run without).
+    A file that can't be written to (disk full) is given up, and the session goes on; `lost` counts its lines since.
     """
 
     windowed = False
 
     def __init__(self) -> None:
+        self.lost: Counter[Path] = Counter()
         self._files: dict[Path, TextIO] = {}
         self._begun: set[Path] = set()  # a session may open when another of the same folder has ended already
         self._out: dict[SessionId, Path | None] = {}
@@ -52,7 +56,7 @@ class Events(Stage):
         if out is None or out in self._out.values():
             return
         for path in [path for path in self._files if path.parent == out]:
-            self._files.pop(path).close()
+            self._close(path)
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         for unit in units:
@@ -64,12 +68,28 @@ class Events(Stage):
     def _record(self, out: Path, chunk: Chunk) -> None:
         kind = chunk.attrs.get("type")
         if kind == WINDOW_EVENT:
-            self._write(out / "windows.jsonl", _json_line(chunk.session, window_row(chunk.attrs)))
+            self._append(out / "windows.jsonl", _json_line(chunk.session, window_row(chunk.attrs)))
             return
         row: dict[str, object] = {"time_s": chunk.start_ns / NS_PER_S, **chunk.attrs}
-        self._write(out / "events.jsonl", _json_line(chunk.session, row))
+        self._append(out / "events.jsonl", _json_line(chunk.session, row))
         if kind == self._spoken[chunk.session] and chunk.attrs.get("text"):
-            self._write(out / "transcript.txt", _spoken_line(chunk))
+            self._append(out / "transcript.txt", _spoken_line(chunk))
+
+    def _append(self, path: Path, line: str) -> None:
+        if path in self.lost:
+            self.lost[path] += 1
+            return
+        try:
+            self._write(path, line)
+        except OSError:
+            self._close(path)
+            self.lost[path] += 1
+
+    def _close(self, path: Path) -> None:
+        file = self._files.pop(path, None)
+        with suppress(OSError):  # what could not be written is counted
+            if file is not None:
+                file.close()
 
     def _write(self, path: Path, text: str) -> None:
         if path not in self._files:

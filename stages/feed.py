@@ -158,17 +158,17 @@ class Feed:
 
     def _connect(self, now_ns: int) -> None:
         session = self._session
-        request = MediaRequest(
-            source=session.source,
-            fps=session.fps,
-            max_pixels=session.max_pixels,
-            want_video=session.pictures,
-            want_audio=session.microphone,
-            window_ns=min(PIECE_NS, session.window_ns),
-            duration_ns=session.duration_ns,
-        )
         self._base_ns, self._told = None, False
         try:
+            request = MediaRequest(
+                source=session.source,
+                fps=session.fps,
+                max_pixels=session.max_pixels,
+                want_video=session.pictures,
+                want_audio=session.microphone,
+                piece_ns=min(PIECE_NS, session.window_ns),
+                duration_ns=session.duration_ns,
+            )
             reader = self._open(request)
             self._live = reader.is_live
             reader.start()

@@ -332,7 +332,7 @@ def _with_absolute_path(request: MediaRequest, kind: SourceKind) -> MediaRequest
         request.max_pixels,
         request.want_video,
         request.want_audio,
-        request.window_ns,
+        request.piece_ns,
         request.duration_ns,
     )
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -40,6 +40,7 @@ from stages.media_tracks import (
     FileAxis,
     FrameGrid,
     LiveAxis,
+    Put,
     Scaler,
     SoundTrack,
     Track,
@@ -69,6 +70,7 @@ MAX_FILES: Final = 32
 MAX_STREAMS: Final = 32
 MAX_IMAGES: Final = 100_000
 MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
+SIGN_OF_LIFE_NS: Final = NS_PER_S  # 0.1 fps without sound has nothing else to send; the parent's patience is 6 s
 
 _IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
 # Containers only: no playlist (hls, dash, concat, sdp), no device, no script (lavfi), no pattern (image2).
@@ -229,22 +231,27 @@ def packets(feed: Feed) -> Iterator[tuple[int, Track, Packet[Any]]]:
 
 
 class Teller:
-    """Sends Progress whenever a stream enters a new window: also the sign of life while nothing else is sent."""
+    """Sends Progress whenever a stream enters a new piece, and as a sign of life after a second without."""
 
-    def __init__(self, request: MediaRequest, tracks: list[Track], outlet: Outlet) -> None:
-        self._window_ns = request.window_ns
+    def __init__(
+        self, request: MediaRequest, tracks: list[Track], put: Put, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._piece_ns = request.piece_ns
         self._tracks = tracks
-        self._outlet = outlet
+        self._put = put
+        self._clock = clock
         self._told: tuple[int, int] | None = None
+        self._told_at_ns = 0
 
     def tell(self) -> None:
         video_ns = min((t.position_ns for t in self._tracks if isinstance(t, VideoTrack)), default=FOREVER_NS)
         audio_ns = min((t.position_ns for t in self._tracks if isinstance(t, SoundTrack)), default=FOREVER_NS)
-        windows = (video_ns // self._window_ns, audio_ns // self._window_ns)
-        if windows != self._told:
-            self._told = windows
+        pieces = (video_ns // self._piece_ns, audio_ns // self._piece_ns)
+        now_ns = self._clock()
+        if pieces != self._told or now_ns - self._told_at_ns >= SIGN_OF_LIFE_NS:
+            self._told, self._told_at_ns = pieces, now_ns
             num_gaps = sum(t.num_gaps for t in self._tracks)
-            self._outlet.put(Progress(video_ns, audio_ns, num_gaps, sum(t.num_bad for t in self._tracks)))
+            self._put(Progress(video_ns, audio_ns, num_gaps, sum(t.num_bad for t in self._tracks)))
 
 
 def run_streams(order: Order, outlet: Outlet) -> MediaItem:
@@ -255,7 +262,7 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
         tracks = [track for _, by_index in feeds for track in by_index.values()]
         if not tracks:
             raise MediaError("unreadable", f"has no {_wanted(order.request)} stream")
-        teller = Teller(order.request, tracks, outlet)
+        teller = Teller(order.request, tracks, outlet.put)
         teller.tell()
         finished = play(feeds, tracks, teller, LiveWatch(order))
     if not any(track.num_decoded for track in tracks):

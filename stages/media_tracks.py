@@ -194,7 +194,7 @@ class VideoTrack:
 
 
 class SoundTrack:
-    """One audio stream as gapless 16 kHz mono, one window per item.
+    """One audio stream as gapless 16 kHz mono, one piece per item.
 
     The running sample count is the time. Holes in PTS are filled with zeros, sound which comes twice is left out,
     so that count and PTS never differ by more than GAP_NS.
@@ -206,7 +206,7 @@ class SoundTrack:
         self.num_decoded = 0
         self.ended = False
         self._put = put
-        self._window_ns = request.window_ns
+        self._piece_ns = request.piece_ns
         self._limit = FOREVER_NS if request.duration_ns is None else _samples(request.duration_ns)
         self._parts: list[npt.NDArray[np.float32]] = []
         self._num_sent = 0
@@ -279,10 +279,10 @@ class SoundTrack:
 
     def _append(self, samples: npt.NDArray[np.float32]) -> None:
         while samples.size and self._num_samples < self._limit:
-            window = self._num_sent * NS_PER_S // SOUND_RATE_HZ // self._window_ns
-            end = min(self._window_end(window), self._limit)
-            if end <= self._num_sent:  # the window's length is no whole number of samples
-                end = min(self._window_end(window + 1), self._limit)
+            piece = self._num_sent * NS_PER_S // SOUND_RATE_HZ // self._piece_ns
+            end = min(self._piece_end(piece), self._limit)
+            if end <= self._num_sent:  # the piece's length is no whole number of samples
+                end = min(self._piece_end(piece + 1), self._limit)
             part = samples[: end - self._num_samples]
             samples = samples[part.size :]
             self._parts.append(part)
@@ -290,8 +290,8 @@ class SoundTrack:
             if self._num_samples == end:
                 self._send()
 
-    def _window_end(self, window: int) -> int:
-        return _samples((window + 1) * self._window_ns)
+    def _piece_end(self, piece: int) -> int:
+        return _samples((piece + 1) * self._piece_ns)
 
     def _send(self) -> None:
         if self._parts:

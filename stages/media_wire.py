@@ -26,7 +26,7 @@ FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended
 
 FPS_RANGE: Final = (0.01, 60.0)
 PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message
-WINDOW_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
+PIECE_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
 MAX_TEXT_BYTES: Final = 4096
 
 SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test"]
@@ -61,13 +61,13 @@ class MediaRequest:
     max_pixels: int  # per frame; larger pictures are scaled down, smaller ones never up
     want_video: bool
     want_audio: bool
-    window_ns: int
+    piece_ns: int  # sound comes in pieces so long
     duration_ns: int | None  # None: to the source's end
 
     def __post_init__(self) -> None:
         _check_range("fps", self.fps, FPS_RANGE)
         _check_range("max_pixels", self.max_pixels, PIXELS_RANGE)
-        _check_range("window_ns", self.window_ns, WINDOW_RANGE_NS)
+        _check_range("piece_ns", self.piece_ns, PIECE_RANGE_NS)
         if self.duration_ns is not None and self.duration_ns <= 0:
             raise MediaError("limit", f"duration_ns is {self.duration_ns}; it must be above 0, or None for no end")
         if not (self.want_video or self.want_audio):
@@ -90,7 +90,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sound:
-    """16 kHz mono, float32 [n] in about [-1, 1], read-only: one window, fewer only where the stream ends.
+    """16 kHz mono, float32 [n] in about [-1, 1], read-only: one piece, fewer only where the stream ends.
 
     first_sample is the running count of samples before: items follow each other without gap.
     """
@@ -195,7 +195,7 @@ class ItemParser:
 
     def __init__(self, request: MediaRequest) -> None:
         self._max_pixels = request.max_pixels
-        self._max_samples = request.window_ns * SOUND_RATE_HZ // NS_PER_S + 1
+        self._max_samples = request.piece_ns * SOUND_RATE_HZ // NS_PER_S + 1
         self._next_sample = 0
         self._last_frame_ns = 0
         self._last_progress = Progress(0, 0)

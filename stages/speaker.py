@@ -6,12 +6,9 @@ on the session's time axis. `--speaker device` plays it on a sound device as wel
 
 from __future__ import annotations
 
-import wave
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -20,45 +17,11 @@ from graph.streams import EVENTS, PLAYBACK, SPEECH, SPEECH_RATE_HZ
 from graph.tail import Heard, Player, ack_chunk
 from graph.window import Unit
 from stages.stage import ListenerAction, Session, Stage
+from stages.wav import Output, OutputEvent, WavOutput
 
 ACK_PERIOD_NS = 100 * NS_PER_MS
 """How often the listener is heard of, beside every event: the TTS spends acknowledged playback only, and a tenth of
 a window is well below the lead."""
-
-
-class Output(Protocol):
-    """Where samples go when they are heard."""
-
-    def write(self, at_ns: int, samples: np.ndarray) -> None: ...
-    def close(self, end_ns: int) -> None: ...
-
-
-class WavOutput:
-    """16-bit mono WAV on the session's axis; silence where nothing was heard."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = wave.open(str(path), "wb")  # noqa: SIM115 - closed by close()
-        self._file.setnchannels(1)
-        self._file.setsampwidth(2)
-        self._file.setframerate(SPEECH_RATE_HZ)
-        self._num_samples = 0
-
-    def write(self, at_ns: int, samples: np.ndarray) -> None:
-        self._pad(at_ns)
-        pcm = np.clip(samples * 32767.0, -32768, 32767).astype("<i2")
-        self._file.writeframes(pcm.tobytes())
-        self._num_samples += len(samples)
-
-    def close(self, end_ns: int) -> None:
-        self._pad(end_ns)
-        self._file.close()
-
-    def _pad(self, at_ns: int) -> None:
-        missing = at_ns * SPEECH_RATE_HZ // NS_PER_S - self._num_samples
-        if missing > 1:  # one alone is rounding: speech that goes on has no gap
-            self._file.writeframes(bytes(2 * missing))
-            self._num_samples += missing
 
 
 @dataclass(slots=True)
@@ -119,7 +82,8 @@ class Speaker(Stage):
                 chunks += self._listen(state, unit.end_ns)
             for chunk in unit.of(SPEECH):
                 chunks += self._receive(state, chunk, unit)
-            state.player.settled(unit.end_ns)
+            if unit.closed_by:  # of a window that was given up, speech may still come
+                state.player.settled(unit.end_ns)
             state.end_ns = max(state.end_ns, unit.end_ns)
             if not state.session.paced:
                 chunks += self._listen(state, unit.end_ns + state.session.window_ns)
@@ -168,6 +132,8 @@ class Speaker(Stage):
             chunks += self._hear(state, action.at_ns)
             chunks += self._act(state, action)
         chunks += self._hear(state, now_ns)
+        for output in state.outputs:
+            chunks += _told(state, now_ns, output.advance(now_ns))
         if now_ns >= state.next_ack_ns:
             state.next_ack_ns = (now_ns // ACK_PERIOD_NS + 1) * ACK_PERIOD_NS
             chunks.append(_ack(state))
@@ -181,7 +147,7 @@ class Speaker(Stage):
                 ns * SPEECH_RATE_HZ // NS_PER_S for ns in (heard.offset_ns, heard.offset_ns + heard.duration_ns)
             )
             for output in state.outputs:
-                output.write(heard.at_ns, piece.samples[first:last])
+                chunks += _told(state, heard.at_ns, output.write(heard.at_ns, piece.samples[first:last]))
             if not piece.started:
                 piece.started = True
                 if piece.text:
@@ -220,6 +186,10 @@ class Speaker(Stage):
 
 def _ack(state: _Open) -> Chunk:
     return ack_chunk(state.session.id, state.player.ack())
+
+
+def _told(state: _Open, at_ns: int, events: list[OutputEvent]) -> list[Chunk]:
+    return [_event(state, at_ns, event.kind, **event.attrs) for event in events]
 
 
 def _event(state: _Open, at_ns: int, kind: str, **attrs: int | float | str) -> Chunk:

@@ -1,6 +1,6 @@
 """What a stage is: plain compute on units of many sessions.
 
-Rule: a stage has no clock, socket, thread or metric of its own. The actor (deploy/actor.py) measures, waits and sends;
+Rule: a stage has no clock, socket, thread or metric of its own. The actor (deploy/runner.py) measures, waits and sends;
 it hands in units and times and sends on what comes back.
 """
 
@@ -19,6 +19,10 @@ from graph.window import Unit
 
 class StageError(Exception):
     """A stage can't do what it is asked to; says what, where and what instead."""
+
+
+class MissingDependency(StageError):
+    """A stage needs something that is not installed here."""
 
 
 @dataclass(frozen=True, slots=True)

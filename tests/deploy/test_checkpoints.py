@@ -87,14 +87,26 @@ def test_a_model_that_does_not_hear_takes_any_window():
 def test_too_little_memory_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2_000_000_000))
     with pytest.raises(CheckpointError, match=r"needs about 18\.\d GB of memory and 2\.0 GB are free"):
-        checkpoint(llm=18_000_000_000).check_memory()
+        checkpoint(llm=18_000_000_000).check_memory(spec())
 
 
 def test_each_process_counts_beside_its_weights(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * ACTOR_BYTES + 2))
-    checkpoint(llm=1, tts=1).check_memory()
+    checkpoint(llm=1, tts=1).check_memory(spec())
     with pytest.raises(CheckpointError):
-        checkpoint(llm=1, tts=2).check_memory()
+        checkpoint(llm=1, tts=2).check_memory(spec())
+
+
+def test_each_replica_counts_and_no_stage_that_is_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * ACTOR_BYTES + 2))
+    checkpoint(llm=1, tts=99).check_memory(spec("stages.llm.replicas=2", "stages.tts.replicas=0"))
+    with pytest.raises(CheckpointError):
+        checkpoint(llm=1).check_memory(spec("stages.llm.replicas=3"))
+
+
+def test_speech_without_a_voice_is_refused_before_anything_starts():
+    with pytest.raises(CheckpointError, match=r"holds no voice .*pipeline shards voice"):
+        checkpoint().check_tensors(spec())
 
 
 def test_the_tiny_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

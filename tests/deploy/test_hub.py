@@ -206,6 +206,21 @@ def test_a_download_is_whole_has_no_code_and_tells_its_commit(
         assert python(tmp_path, OFFLINE, "-c", FETCH, f"owner/name@{revision}")[1][-1] == str(folder)
 
 
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_a_download_that_was_cut_off_is_seen_and_its_rest_is_named(
+    hub: ThreadingHTTPServer, tmp_path: Path, revision: str
+) -> None:
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
+    folder = storage(tmp_path) / "snapshots" / COMMIT
+    assert python(tmp_path, environment, "-c", FETCH, "owner/name")[0] == 0
+    (folder / "tokenizer_config.json").unlink()
+    code, lines = python(tmp_path, OFFLINE, "-c", FETCH, f"owner/name@{revision}")
+    assert (code, lines[-1]) == (1, "tokenizer_config.json")
+    assert lines[-2].endswith(f"(HF_HUB_OFFLINE is set); put these files into {folder}:")
+    assert python(tmp_path, environment, "-c", FETCH, f"owner/name@{revision}")[0] == 0
+    assert (folder / "tokenizer_config.json").is_file()
+
+
 def test_what_the_hub_does_not_have_is_told(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
     code, lines = python(tmp_path, environment, "-c", FETCH, "owner/other")

@@ -11,9 +11,14 @@ import pytest
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer import Exit
 from typer.testing import CliRunner
 
-from deploy.cli import app
+from deploy.cli import _clear_errors, app
+from deploy.up import probe
+from graph.secret import Secret
+from graph.sections import CameraSpec
+from stages.media import check_source
 from tests.support.media import Clip, times
 
 PATTERN = ("--camera", "door=test://pattern")
@@ -62,6 +67,7 @@ def told(result: Result) -> list[str]:
         ([*PATTERN, "-f", "absent.yaml"], "absent.yaml: can't be read"),
         (["--camera", "door=gopher://host/clip"], "'gopher:' sources are not read here; use rtsp://"),
         (["--camera", "door=http://127.0.0.1/clip.mp4"], "'http:' sources are not read here"),
+        (["--camera", "door=rtsp://me:canary@10.0.0.7/live", "--speed", "max"], "--speed max reads files and test"),
     ],
 )
 def test_a_wrong_command_is_told_in_one_line_and_exits_with_2(arguments: list[str], message: str) -> None:
@@ -130,6 +136,18 @@ def test_a_camera_that_does_not_answer_is_told_when_it_is_the_only_one() -> None
     assert result.exit_code == 1
     (line,) = told(result)
     assert "refused the connection" in line
+
+
+def test_a_request_that_no_decoder_takes_is_the_cameras_problem() -> None:
+    camera = CameraSpec(source=Secret("test://pattern")).model_copy(update={"fps": 0.001})
+    assert probe(camera) == ("fps is 0.001; it must be between 0.01 and 60.0", False)
+
+
+def test_a_source_that_vanishes_while_the_pipeline_starts_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exit) as end, _clear_errors():
+        check_source("gone.mp4")
+    assert end.value.exit_code == 1
+    assert capsys.readouterr().err == "pipeline: gone.mp4: No such file or directory\n"
 
 
 # --- the checkpoint -----------------------------------------------------------------------------------------------

@@ -93,6 +93,16 @@ def test_a_session_without_a_folder_writes_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_costs_the_file_and_not_the_session(tmp_path: Path):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    subject = Events()
+    subject.open_session(session("door", out=tmp_path))
+    record(subject, event(0.0, "camera_up"), event(1.0, "camera_lost"), window(0))
+    subject.close_session(SessionId("door"))
+    assert subject.lost == {tmp_path / "events.jsonl": 2}
+    assert len(rows(tmp_path / "windows.jsonl")) == 1
+
+
 @pytest.mark.parametrize(
     ("at_ns", "expected"),
     [

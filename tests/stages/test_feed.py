@@ -57,6 +57,12 @@ def test_sound_is_taken_gapless_by_running_sample_counts():
     assert np.array_equal(np.concatenate([samples for _, samples in taken]), np.arange(32_000, dtype=np.float32))
 
 
+def test_a_request_that_no_decoder_takes_is_a_lost_camera():
+    subject = feed(FakeReader(), fps=0.001)
+    (notice,) = subject.take_notices()
+    assert (notice.type, notice.reason) == ("camera_lost", "limit")
+
+
 def test_a_hole_in_the_sound_is_silence():
     subject = feed(FakeReader(progress(0, 0), sound(0, 8_000), sound(12_000, 4_000)))
     subject.pump(0)

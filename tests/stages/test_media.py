@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.sections import CameraSpec
 from stages.media import (
     FOREVER_NS,
     Ended,
@@ -29,7 +30,8 @@ from stages.media import (
     Sound,
     check_source,
 )
-from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, scaled_size
+from stages.media_decoder import Teller
+from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, SoundTrack, scaled_size
 from tests.support.media import Clip, picture, recorded_clip, times
 
 RATE_HZ = 16_000
@@ -37,7 +39,7 @@ RATE_HZ = 16_000
 
 def request(source: object, **changes: Any) -> MediaRequest:
     wanted = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
-    return MediaRequest(str(source), **(wanted | {"window_ns": NS_PER_S, "duration_ns": None} | changes))
+    return MediaRequest(str(source), **(wanted | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
@@ -217,7 +219,7 @@ def test_the_duration_cuts_pictures_and_sound_at_the_same_time(tmp_path):
 
 
 def test_sound_windows_follow_the_window_even_when_it_is_no_whole_number_of_samples(tmp_path):
-    items = read_all(Clip(tmp_path / "clip.m4a").sound(2).write(), window_ns=333_333_333)
+    items = read_all(Clip(tmp_path / "clip.m4a").sound(2).write(), piece_ns=333_333_333)
     firsts = [item.first_sample for item in items if isinstance(item, Sound)]
     assert firsts == [k * 333_333_333 * RATE_HZ // NS_PER_S for k in range(len(firsts))]
 
@@ -278,6 +280,22 @@ def test_seeds_make_different_patterns_and_the_same_seed_the_same():
         return frames_of(read_all(f"test://pattern?seed={seed}", duration_ns=NS_PER_S))[0].image.tobytes()
 
     assert first(1) == first(1) != first(2)
+
+
+@pytest.mark.parametrize("asked", [{"fps": 0.01}, {"fps": 30}, {"max_pixels": 64 * 64}, {"max_pixels": 1 << 24}])
+def test_what_a_description_may_ask_of_a_camera_its_decoder_does(asked):
+    spec = CameraSpec(source="test://pattern", **asked)
+    assert request("test://pattern", fps=spec.fps, max_pixels=spec.max_pixels)
+
+
+def test_a_decoder_which_has_nothing_to_send_gives_a_sign_of_life_every_second():
+    told = []
+    quarters = iter(range(0, 4 * NS_PER_S, NS_PER_S // 4))
+    wanted = request("test://pattern", want_video=False)
+    teller = Teller(wanted, [SoundTrack(wanted, FileAxis(None), told.append)], told.append, lambda: next(quarters))
+    for _ in range(13):
+        teller.tell()
+    assert told == [Progress(FOREVER_NS, 0)] * 4
 
 
 @pytest.mark.parametrize("fps", [0.5, 1.0, 5.0, 12.0])

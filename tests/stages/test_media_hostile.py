@@ -40,7 +40,7 @@ MIB = 1 << 20
 
 def request(source: object, **changes: Any) -> MediaRequest:
     wanted = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
-    return MediaRequest(str(source), **(wanted | {"window_ns": NS_PER_S, "duration_ns": None} | changes))
+    return MediaRequest(str(source), **(wanted | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
@@ -160,7 +160,7 @@ def test_a_file_which_may_not_be_read_is_refused(tmp_path):
         {"fps": float("nan")},
         {"fps": 1e9},
         {"max_pixels": 1 << 40},
-        {"window_ns": 0},
+        {"piece_ns": 0},
         {"duration_ns": 0},
         {"want_video": False, "want_audio": False},
     ],

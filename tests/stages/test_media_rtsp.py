@@ -38,7 +38,7 @@ def read_all(source: str, seconds: float | None = None, **timeouts: float) -> tu
     duration_ns = None if seconds is None else int(seconds * NS_PER_S)
     items: list[MediaItem] = []
     start = time.monotonic()
-    wanted: dict[str, Any] = {"want_video": True, "want_audio": True, "window_ns": NS_PER_S}
+    wanted: dict[str, Any] = {"want_video": True, "want_audio": True, "piece_ns": NS_PER_S}
     with MediaReader(MediaRequest(source, 1.0, 448 * 448, duration_ns=duration_ns, **wanted), **timeouts) as reader:
         assert reader.is_live
         while not items or not isinstance(items[-1], (Ended, Failed)):
@@ -124,6 +124,17 @@ def test_a_pause_of_the_reader_is_no_silence_of_the_camera():
         time.sleep(2.0)  # the pipe is full after one frame
         items = [reader.read(1.0) for _ in range(30)]
     assert not [item for item in items if isinstance(item, Failed)]
+
+
+def test_a_camera_of_few_pictures_and_no_sound_is_not_taken_for_dead():
+    wanted = MediaRequest("", 0.1, 448 * 448, True, False, NS_PER_S, None)
+    with (
+        camera("camera") as url,
+        MediaReader(dataclasses.replace(wanted, source=url), silence_timeout_s=0.5) as reader,
+    ):
+        start = time.monotonic()
+        while time.monotonic() - start < 4.0:  # the watchdog barks after 2.5 s
+            assert not isinstance(item := reader.read(1.0), (Ended, Failed)), item
 
 
 def test_a_camera_which_is_switched_off_refuses():

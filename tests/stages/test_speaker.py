@@ -11,6 +11,7 @@ from graph.streams import SPEECH_RATE_HZ
 from graph.tail import Ack, ack_of
 from stages.speaker import Speaker
 from stages.stage import ListenerAction
+from stages.wav import OutputEvent
 from tests.support.units import DOOR, of_kind, session, speech, unit
 
 TICK_NS = 10 * NS_PER_MS
@@ -245,8 +246,12 @@ class FakeDevice:
         self.samples: list[np.ndarray] = []
         self.closed_ns = 0
 
-    def write(self, at_ns: int, samples: np.ndarray) -> None:
+    def write(self, at_ns: int, samples: np.ndarray) -> list[OutputEvent]:
         self.samples.append(samples)
+        return [OutputEvent("speaker_lost", {"reason": "pulled out"})] if len(self.samples) == 1 else []
+
+    def advance(self, now_ns: int) -> list[OutputEvent]:
+        return []
 
     def close(self, end_ns: int) -> None:
         self.closed_ns = end_ns
@@ -258,6 +263,29 @@ def test_a_device_plays_what_the_virtual_listener_hears():
     room.close()
     assert sum(map(len, device.samples)) == SPEECH_RATE_HZ
     assert device.closed_ns == 3 * NS_PER_S
+
+
+def test_what_an_output_has_to_tell_is_an_event():
+    room = Room(speaker=Speaker(FakeDevice)).to(1.0).hear(0, speech("door", 0, voice(1.0))).to(3.0)
+    assert room.events("speaker_lost") == [(DELAY_S + 1, {"type": "speaker_lost", "reason": "pulled out"})]
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_silence_is_written_as_time_goes_on(tmp_path: Path, paced: bool):
+    room = Room(out=tmp_path, paced=paced).to(3.5)
+    for index in range(0 if paced else 3):
+        room.hear(index)
+    assert len(read(tmp_path / "door.wav")) >= 3 * SPEECH_RATE_HZ
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_session(tmp_path: Path):
+    (tmp_path / "door.wav").symlink_to("/dev/full")
+    room = Room(out=tmp_path).to(1.0).hear(0, speech("door", 0, voice(1.0), "one")).to(4.0)
+    room.close()
+    [(at_s, told)] = room.events("recording_failed")
+    assert (at_s, told["file"]) == (1.0, "door.wav")
+    assert "No space left" in str(told["reason"])
+    assert room.acks()[-1].heard_ns == NS_PER_S
 
 
 def test_closing_twice_does_nothing(tmp_path: Path):

@@ -24,7 +24,8 @@ def unit(name: str, index: int, *chunks: Chunk) -> Unit:
     for chunk in chunks:
         by_stream[chunk.stream].append(chunk)
     streams = {stream: tuple(found) for stream, found in by_stream.items()}
-    return Unit(SessionId(name), index, index * NS_PER_S, (index + 1) * NS_PER_S, streams)
+    closed_by = next(iter(streams), "text")
+    return Unit(SessionId(name), index, index * NS_PER_S, (index + 1) * NS_PER_S, streams, closed_by=closed_by)
 
 
 def image(name: str, start_ns: int, embeds: np.ndarray) -> Chunk:

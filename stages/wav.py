@@ -1,0 +1,121 @@
+"""Where heard speech goes: what an output is, and the one that writes WAV."""
+
+from __future__ import annotations
+
+import wave
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from graph.chunk import NS_PER_S
+from graph.streams import SPEECH_RATE_HZ
+
+MAX_PART_S = 12 * 3600  # 2.07 GB: below 2 GiB, which is as far as some readers of RIFF count
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEvent:
+    """What an output has to tell: an event's type and its fields."""
+
+    kind: str
+    attrs: Mapping[str, float | str]
+
+
+class Output(Protocol):
+    """Where samples go when they are heard. One that fails tells it once and takes all the rest without a word."""
+
+    def write(self, at_ns: int, samples: np.ndarray) -> list[OutputEvent]: ...
+    def advance(self, now_ns: int) -> list[OutputEvent]: ...
+    def close(self, end_ns: int) -> None: ...
+
+
+class WavOutput:
+    """16-bit mono WAV on the session's axis; silence where nothing was heard.
+
+    After max_part_s it goes on in `<session>.2.wav`, `.3.wav` …, each from where the last one ended. What it tells:
+
+    recording_continues  file, seconds: the next part, and where on the session's axis it begins
+    recording_failed     file, reason: nothing more is written (disk full)
+
+    Raises OSError when the first file can't be made.
+    """
+
+    def __init__(self, path: Path, max_part_s: int = MAX_PART_S) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._first = self._path = path
+        self._file: wave.Wave_write | None = _open_wav(path)  # None: failed
+        self._part_samples = self._room = max_part_s * SPEECH_RATE_HZ
+        self._num_parts = 1
+        self._num_samples = 0  # of the axis, all parts
+
+    def write(self, at_ns: int, samples: np.ndarray) -> list[OutputEvent]:
+        pcm = np.clip(samples * 32767.0, -32768, 32767).astype("<i2")
+        return self._pad(at_ns) + self._append(pcm)
+
+    def advance(self, now_ns: int) -> list[OutputEvent]:
+        """Nothing was heard up to now: silence of whole seconds; the rest comes with what follows."""
+        events: list[OutputEvent] = []
+        while self._missing(now_ns) >= SPEECH_RATE_HZ:
+            events += self._append(np.zeros(SPEECH_RATE_HZ, "<i2"))
+        return events
+
+    def close(self, end_ns: int) -> None:
+        self._pad(end_ns)
+        self._close()
+
+    def _missing(self, at_ns: int) -> int:
+        return at_ns * SPEECH_RATE_HZ // NS_PER_S - self._num_samples
+
+    def _pad(self, at_ns: int) -> list[OutputEvent]:
+        events = self.advance(at_ns)
+        missing = self._missing(at_ns)
+        if missing > 1:  # one alone is rounding: speech that goes on has no gap
+            events += self._append(np.zeros(missing, "<i2"))
+        return events
+
+    def _append(self, pcm: np.ndarray) -> list[OutputEvent]:
+        self._num_samples += len(pcm)  # the axis goes on, recorded or not
+        if self._file is None:
+            return []
+        try:
+            return self._record(self._file, pcm)
+        except OSError as error:
+            self._close()
+            return [OutputEvent("recording_failed", {"file": self._path.name, "reason": str(error)})]
+
+    def _record(self, file: wave.Wave_write, pcm: np.ndarray) -> list[OutputEvent]:
+        events: list[OutputEvent] = []
+        while len(pcm):
+            if self._room == 0:
+                file = self._next_part()
+                begin_s = (self._num_samples - len(pcm)) / SPEECH_RATE_HZ
+                events.append(OutputEvent("recording_continues", {"file": self._path.name, "seconds": begin_s}))
+            block, pcm = pcm[: self._room], pcm[self._room :]
+            file.writeframes(block.tobytes())
+            self._room -= len(block)
+        return events
+
+    def _next_part(self) -> wave.Wave_write:
+        self._close()
+        self._num_parts += 1
+        self._path = self._first.with_suffix(f".{self._num_parts}.wav")
+        self._file, self._room = _open_wav(self._path), self._part_samples
+        return self._file
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        with suppress(OSError):  # what could not be written has been told of
+            if file is not None:
+                file.close()
+
+
+def _open_wav(path: Path) -> wave.Wave_write:
+    file = wave.open(str(path), "wb")  # noqa: SIM115 - closed by WavOutput
+    file.setnchannels(1)
+    file.setsampwidth(2)
+    file.setframerate(SPEECH_RATE_HZ)
+    return file
