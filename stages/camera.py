@@ -19,8 +19,9 @@ class _Open(Reading):
 class Camera(FeedStage[_Open]):
     """Source of `camera/<name>`.
 
-    The watermark runs ahead of the clock: after a picture it stands at the next sampling instant, so that a window
-    does not wait for its end when its picture has come. Without pictures it follows the clock, `lateness` behind.
+    The watermark runs ahead of the clock: after a picture it stands where the decoder will sample the next one, so that
+    a window does not wait for its end when its picture has come. Without pictures it follows the clock, `lateness`
+    behind.
     """
 
     def __init__(self, feeds: Feeds) -> None:
@@ -33,11 +34,9 @@ class Camera(FeedStage[_Open]):
         chunks = [_event(session, notice) for notice in state.feed.take_notices()]
         reached_ns = now_ns if state.session.paced else FOREVER_NS
         for frame in state.feed.take_frames(reached_ns):
+            chunks += _advance(state, stream, frame.start_ns)  # first, so that no window waits for more than its own
             chunks.append(Chunk(session, stream, frame.start_ns, arrays={"image": frame.image}))
-            state.watermark_ns = max(state.watermark_ns, _next_sample_ns(frame.start_ns, state.session.fps))
-            chunks.append(watermark(session, stream, state.watermark_ns))
-        chunks += self._settle(state, stream, now_ns)
-        return chunks
+        return chunks + self._settle(state, stream, now_ns)
 
     def _settle(self, state: _Open, stream: str, now_ns: int) -> list[Chunk]:
         feed, session = state.feed, state.session
@@ -47,25 +46,23 @@ class Camera(FeedStage[_Open]):
         if end_ns is not None and feed.next_frame_ns is None and (not session.paced or now_ns >= end_ns):
             state.ended = True
             return [end_of_stream(session.id, stream, end_ns)]
-        settled_ns = _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns)
-        if settled_ns <= state.watermark_ns:
-            return []
-        state.watermark_ns = settled_ns
-        return [watermark(session.id, stream, settled_ns)]
+        return _advance(state, stream, _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns))
+
+
+def _advance(state: _Open, stream: str, settled_ns: int) -> list[Chunk]:
+    """Move the watermark on; it never moves back."""
+    if settled_ns <= state.watermark_ns:
+        return []
+    state.watermark_ns = settled_ns
+    return [watermark(state.session.id, stream, settled_ns)]
 
 
 def _settled_ns(session: Session, read_ns: int, waiting_ns: int | None, now_ns: int) -> int:
-    """Up to where nothing more will come: what has been read and handed out, or given up by the clock."""
+    """Up to where nothing more will come: what the decoder says and has been handed out, or given up by the clock."""
     read_ns = min(read_ns, waiting_ns) if waiting_ns is not None else read_ns
     if not session.paced:
         return read_ns
-    given_up_ns = (now_ns - session.lateness_ns) // session.window_ns * session.window_ns
-    return max(min(read_ns, now_ns), given_up_ns)
-
-
-def _next_sample_ns(start_ns: int, fps: float) -> int:
-    """The earliest time of the next picture; one sampling period later, less rounding."""
-    return start_ns + int(1e9 / fps) - 1
+    return max(read_ns, (now_ns - session.lateness_ns) // session.window_ns * session.window_ns)
 
 
 def _event(session: SessionId, notice: Notice) -> Chunk:

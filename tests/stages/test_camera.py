@@ -64,7 +64,7 @@ def test_in_real_time_nothing_is_said_before_its_time():
     door = Door(FakeMedia(source(20)))
     said = door.until(3.5)
     assert [chunk.start_ns for chunk in data(said, CAMERA)] == [0, NS_PER_S, 2 * NS_PER_S, 3 * NS_PER_S]
-    assert max(watermarks(said, CAMERA)) == 4 * NS_PER_S - 1
+    assert max(watermarks(said, CAMERA)) == 4 * NS_PER_S
 
 
 def test_in_virtual_time_a_source_waits_for_nobody():
@@ -77,7 +77,7 @@ def test_in_virtual_time_a_source_waits_for_nobody():
 def test_after_a_picture_the_watermark_stands_at_the_next_sampling_instant():
     door = Door(FakeMedia(FakeReader(progress(0, None), frame(0.0), progress(0.5, None))), fps=2)
     said = door.at(0.0)
-    assert watermarks(said, CAMERA)[-1] == NS_PER_S // 2 - 1
+    assert watermarks(said, CAMERA)[-1] == NS_PER_S // 2
 
 
 def test_watermarks_never_go_back():
@@ -163,3 +163,9 @@ def test_the_reason_of_a_loss_is_told():
     door = Door(FakeMedia(FakeReader(GONE, live=True)))
     lost = data(door.at(0.5), "events")[0]
     assert (lost.start_ns, lost.attrs["reason"], lost.attrs["message"]) == (NS_PER_S // 2, "closed", GONE.message)
+
+
+def test_a_picture_that_came_late_does_not_close_the_window_of_the_next_one():
+    # Given: after a hole in the stream a picture at 1.15 s; the decoder samples again at 1.8 s.
+    door = Door(FakeMedia(FakeReader(frame(1.15), progress(1.8, None))))
+    assert max(watermarks(door.at(1.2), CAMERA)) == round(1.8 * NS_PER_S)
