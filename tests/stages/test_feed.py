@@ -217,3 +217,12 @@ def test_a_reader_is_closed_when_its_source_has_ended():
     subject = feed(reader)
     subject.pump(0)
     assert (reader.closed, subject.wakes()) == (True, [])
+
+
+def test_a_live_camera_gives_nothing_beyond_the_duration():
+    # Given: its own axis began 0.5 s into the session.
+    subject = feed(FakeReader(frame(0.3), sound(0, SOUND_RATE_HZ), frame(1.3), live=True), duration_ns=NS_PER_S)
+    subject.pump(NS_PER_S * 8 // 10)
+    assert [f.start_ns for f in subject.take_frames(9 * NS_PER_S)] == [NS_PER_S * 8 // 10]
+    first, samples = subject.take_sound(9 * NS_PER_S)
+    assert first + len(samples) == SOUND_RATE_HZ
