@@ -46,7 +46,8 @@ class Camera(FeedStage[_Open]):
         if end_ns is not None and feed.next_frame_ns is None and (not session.paced or now_ns >= end_ns):
             state.ended = True
             return [end_of_stream(session.id, stream, end_ns)]
-        return _advance(state, stream, _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns))
+        settled_ns = _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns)
+        return _advance(state, stream, min(settled_ns, feed.limit_ns))  # beyond the end there are no windows to close
 
 
 def _advance(state: _Open, stream: str, settled_ns: int) -> list[Chunk]:

@@ -214,7 +214,7 @@ class Feed:
 
     def _take_frame(self, frame: Frame, base_ns: int) -> None:
         start_ns = frame.start_ns + base_ns
-        if start_ns >= self._limit_ns:
+        if start_ns >= self.limit_ns:
             return
         self._come_up(start_ns)
         self._sides.frames.append(Frame(start_ns, frame.image))
@@ -226,7 +226,7 @@ class Feed:
         first = sound.first_sample + base_ns * SOUND_RATE_HZ // NS_PER_S
         end_ns = (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ
         self.audio_ns = max(self.audio_ns, end_ns)
-        samples = sound.samples[: max(self._limit_ns * SOUND_RATE_HZ // NS_PER_S - first, 0)]
+        samples = sound.samples[: max(self.limit_ns * SOUND_RATE_HZ // NS_PER_S - first, 0)]
         if len(samples) == 0:
             return
         if len(sides.samples) == 0:
@@ -234,7 +234,7 @@ class Feed:
         gap = np.zeros(max(first - sides.first_sample - len(sides.samples), 0), np.float32)
         sides.samples = np.concatenate([sides.samples, gap, samples])
         self._come_up(end_ns)
-        self._heard_ns = max(self._heard_ns, min(end_ns, self._limit_ns))
+        self._heard_ns = max(self._heard_ns, min(end_ns, self.limit_ns))
 
     def _come_up(self, at_ns: int) -> None:
         """The camera delivers, for the first time or again."""
@@ -262,7 +262,7 @@ class Feed:
         self.end_ns = end_ns if self.end_ns is None else min(self.end_ns, end_ns)
 
     @property
-    def _limit_ns(self) -> int:
+    def limit_ns(self) -> int:
         """What begins here or later is not wanted."""
         return min(ns for ns in (self.end_ns, self._session.duration_ns, FOREVER_NS) if ns is not None)
 

@@ -169,3 +169,9 @@ def test_a_picture_that_came_late_does_not_close_the_window_of_the_next_one():
     # Given: after a hole in the stream a picture at 1.15 s; the decoder samples again at 1.8 s.
     door = Door(FakeMedia(FakeReader(frame(1.15), progress(1.8, None))))
     assert max(watermarks(door.at(1.2), CAMERA)) == round(1.8 * NS_PER_S)
+
+
+def test_the_watermark_does_not_run_beyond_the_duration():
+    # Given: the decoder's next sampling instant lies a window behind the end.
+    door = Door(FakeMedia(FakeReader(frame(0.9), progress(2.9, None))), duration_ns=2 * NS_PER_S)
+    assert max(watermarks(door.at(1.0), CAMERA)) == 2 * NS_PER_S
