@@ -114,27 +114,28 @@ def _unpack(frame: Frame) -> list[Any]:
 
 
 def _decode_arrays(layout: Any, frames: Sequence[Frame]) -> dict[str, Array]:
-    _expect(isinstance(layout, list) and len(layout) <= MAX_ARRAYS, "arrays", "bad list of arrays")
+    _expect(type(layout) is list and len(layout) <= MAX_ARRAYS, "arrays", "bad list of arrays")
     _expect(len(layout) == len(frames), "arrays", "%r arrays announced, %r frames came", len(layout), len(frames))
-    arrays = dict(_decode_array(entry, frame) for entry, frame in zip(layout, frames, strict=True))
+    arrays = dict(map(_decode_array, layout, frames))
     _expect(len(arrays) == len(layout), "arrays", "two arrays of one name")
     return arrays
 
 
 def _decode_array(entry: Any, frame: Frame) -> tuple[str, Array]:
-    _expect(isinstance(entry, list) and len(entry) == 3, "arrays", "array described as %r", entry)
-    name, dtype, shape = entry
-    is_known = _is_name(name) and isinstance(dtype, str) and dtype in DTYPES
-    _expect(is_known, "dtype", "array %r of dtype %r", name, dtype)
-    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and set(map(type, shape)) <= {int}
-    _expect(is_shape and min(shape, default=0) >= 0, "shape", "array %r of shape %r", name, shape)
-    num_bytes = math.prod(shape) * _DTYPE_OF[dtype].itemsize
+    _expect(type(entry) is list and len(entry) == 3, "arrays", "array described as %r", entry)
+    name, dtype_name, shape = entry
+    dtype = _DTYPE_OF.get(dtype_name) if type(dtype_name) is str else None
+    if dtype is None or not _is_name(name):
+        raise CodecError("dtype", f"array {name!r} of dtype {dtype_name!r}")
+    if not (type(shape) is list and len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)):
+        raise CodecError("shape", f"array {name!r} of shape {shape!r}")
+    num_bytes = math.prod(shape) * dtype.itemsize
     fits = num_bytes == len(frame) <= MAX_ARRAY_BYTES
     if fits and not num_bytes:  # an empty array has a size too: numpy won't shape one with a side beyond memory
-        fits = math.prod(max(n, 1) for n in shape) * _DTYPE_OF[dtype].itemsize <= MAX_ARRAY_BYTES
-    _expect(fits, "shape", "array %r: %r does not fit %r bytes", name, shape, len(frame))
-    array = np.frombuffer(memoryview(frame).toreadonly(), dtype=_DTYPE_OF[dtype]).reshape(shape)
-    return name, array
+        fits = math.prod(max(n, 1) for n in shape) * dtype.itemsize <= MAX_ARRAY_BYTES
+    if not fits:
+        raise CodecError("shape", f"array {name!r}: {shape!r} does not fit {len(frame)!r} bytes")
+    return name, np.frombuffer(memoryview(frame).toreadonly(), dtype=dtype).reshape(shape)
 
 
 def _checked_attrs(attrs: Any) -> Mapping[str, Scalar]:
