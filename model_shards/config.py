@@ -18,6 +18,8 @@ from model_shards.errors import ModelError
 
 T = TypeVar("T")
 
+SILENCE_CODE = 4218  # of the released speech tokenizer
+
 
 @dataclass(frozen=True, slots=True)
 class LlmConfig:
@@ -161,11 +163,34 @@ class HiftConfig:
 
 @dataclass(frozen=True, slots=True)
 class VocoderConfig:
-    """Flow and HiFT; `num_steps` are the Euler steps (10: official package default, 5: official demo)."""
+    """Flow and HiFT; `num_steps` are the Euler steps (10: official package default, 5: official demo).
+
+    silence_code: what a turn begins with. release: the minicpmo-utils whose streaming the flow was trained for; None:
+    the one which released the checkpoint's HiFT.
+    """
 
     flow: FlowConfig = field(default_factory=FlowConfig)
     hift: HiftConfig = field(default_factory=HiftConfig)
     num_steps: int = 10
+    silence_code: int = SILENCE_CODE
+    release: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """How the checkpoint's duplex sessions decode and what they remember, where the user says nothing else.
+
+    The defaults are the official demo's. What they mean: `SamplingConfig` (decoding.py), `DuplexConfig` (duplex.py),
+    `WindowConfig` (context.py).
+    """
+
+    repetition_penalty: float = 1.05
+    length_penalty: float = 1.1
+    listen_prob_scale: float = 1.0
+    listen_means_im_end: bool = True
+    max_text_chars: int | None = 28
+    high_tokens: int = 4000
+    low_tokens: int = 3500
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +202,8 @@ class ModelConfig:
     audio: AudioConfig | None = field(default_factory=AudioConfig)
     tts: TtsConfig | None = field(default_factory=TtsConfig)
     vocoder: VocoderConfig | None = field(default_factory=VocoderConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    nano: bool = False  # trained by this project on its synthetic room (model_shards/nano)
     untrained: bool = False  # written by `pipeline shards init`: random weights, for trying the machinery
     official: bool = False  # it says that it is the released checkpoint
 
@@ -189,8 +216,8 @@ _NOT_TOLD = frozenset(
         # §12: the released values could not be read.
         *("tts.attention_type", "tts.window_size", "tts.recomputed_chunks", "tts.sliding_window_tokens"),
         *("tts.top_p", "tts.top_k", "tts.repetition_penalty", "tts.temperature", "tts.interleaved"),
-        *("vocoder.hift.causal", "vocoder.num_steps"),  # two vocoders were released
-        *("untrained", "official"),
+        *("vocoder.hift.causal", "vocoder.num_steps", "vocoder.release"),  # two vocoders were released
+        *("untrained", "official", "nano"),
     }
 )
 
@@ -240,7 +267,7 @@ def load_config(path: Path) -> ModelConfig:
 def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelConfig:
     """Build the frozen config from the official nested dicts; absent keys take the released values."""
     raw = {**raw, **_rope(raw)}
-    untrained = bool(raw.get("untrained", False))
+    untrained, nano = bool(raw.get("untrained", False)), bool(raw.get("nano", False))
     official = raw.get("architectures") == ["MiniCPMO"] and str(raw.get("version")) == "4.5"
     hidden = int(raw.get("hidden_size", RELEASED.llm.hidden_size))
     return ModelConfig(
@@ -249,8 +276,10 @@ def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelCon
         audio=_parse_audio(raw, hidden) if raw.get("init_audio", True) else None,
         tts=_parse_tts(raw.get("tts_config", {})) if raw.get("init_tts", True) else None,
         vocoder=_parse_vocoder(vocoder) if raw.get("init_tts", True) else None,
+        generation=_pick(GenerationConfig, raw.get("generation", {})),
+        nano=nano,
         untrained=untrained,
-        official=official and not untrained and not raw.get("nano", False),
+        official=official and not untrained and not nano,
     )
 
 
@@ -326,6 +355,8 @@ def _parse_vocoder(raw: Mapping[str, Any]) -> VocoderConfig:
         flow=_pick(FlowConfig, raw.get("flow", {})),
         hift=_pick(HiftConfig, {key: _frozen(value) for key, value in raw.get("hift", {}).items()}),
         num_steps=int(raw.get("num_steps", 10)),
+        silence_code=int(raw.get("silence_code", SILENCE_CODE)),
+        release=raw.get("release"),
     )
 
 

@@ -193,10 +193,10 @@ class RelPosAttention(nn.Module):
         positions: (keys + new - 1, hidden), from the largest distance query − key to the smallest.
         """
         num_new, num_keys = x.shape[1], kv.shape[-2]
-        q = _split_heads(self.linear_q(x), self.num_heads)
-        kv[0, ..., -num_new:, :] = _split_heads(self.linear_k(x), self.num_heads)
-        kv[1, ..., -num_new:, :] = _split_heads(self.linear_v(x), self.num_heads)
-        position_keys = _split_heads(self.linear_pos(positions)[None], self.num_heads)
+        q = split_heads(self.linear_q(x), self.num_heads)
+        kv[0, ..., -num_new:, :] = split_heads(self.linear_k(x), self.num_heads)
+        kv[1, ..., -num_new:, :] = split_heads(self.linear_v(x), self.num_heads)
+        position_keys = split_heads(self.linear_pos(positions)[None], self.num_heads)
         by_distance = (q + self.pos_bias_v[:, None]) @ position_keys.transpose(-2, -1)
         # Row i, key j is distance index j + new - 1 - i: in flat memory each row starts one earlier than the last.
         bias = by_distance.flatten(-2)[..., num_new - 1 :].unfold(-1, num_keys, num_keys + num_new - 2)
@@ -207,7 +207,7 @@ class RelPosAttention(nn.Module):
         return self.linear_out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(batch, frames, heads * dim) as (batch, heads, frames, dim)."""
     return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
@@ -369,9 +369,9 @@ class DitAttention(nn.Module):
     def forward(self, x: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
         """Attend to `kv` (2, batch, heads, keys, head_dim), whose last frames become those of x (batch, new, dim)."""
         num_new = x.shape[1]
-        q = self.q_norm(_split_heads(self.to_q(x), self.num_heads))
-        kv[0, ..., -num_new:, :] = self.k_norm(_split_heads(self.to_k(x), self.num_heads))
-        kv[1, ..., -num_new:, :] = _split_heads(self.to_v(x), self.num_heads)
+        q = self.q_norm(split_heads(self.to_q(x), self.num_heads))
+        kv[0, ..., -num_new:, :] = self.k_norm(split_heads(self.to_k(x), self.num_heads))
+        kv[1, ..., -num_new:, :] = split_heads(self.to_v(x), self.num_heads)
         mask = None if visible is None else visible[:, None, None]
         out = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -428,13 +428,13 @@ class DitBlock(nn.Module):
         att_shift, att_scale, att_gate, mlp_shift, mlp_scale, mlp_gate, conv_shift, conv_scale, conv_gate = (
             self.adaLN_modulation(time).chunk(9, dim=-1)
         )
-        x = x + att_gate * self.attn(_modulate(x, att_shift, att_scale), kv, visible)
-        convolved, conv = self.conv(_modulate(x, conv_shift, conv_scale), conv)
+        x = x + att_gate * self.attn(modulate(x, att_shift, att_scale), kv, visible)
+        convolved, conv = self.conv(modulate(x, conv_shift, conv_scale), conv)
         x = x + conv_gate * convolved
-        return x + mlp_gate * self.mlp(_modulate(x, mlp_shift, mlp_scale)), conv
+        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale)), conv
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -446,7 +446,7 @@ class DitFinal(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(time).chunk(2, dim=-1)
-        return self.linear(_modulate(x, shift, scale))  # type: ignore[no-any-return]
+        return self.linear(modulate(x, shift, scale))  # type: ignore[no-any-return]
 
 
 class Dit(nn.Module):

@@ -35,11 +35,10 @@ from model_shards.config import (
     VocoderConfig,
 )
 from model_shards.errors import ModelError
-from model_shards.tokenizer import ADDED_TOKENS, Tokenizer, build_backend
+from model_shards.tokenizer import ADDED_TOKENS, NUM_BYTES, Tokenizer, build_backend, byte_texts
 from model_shards.vocoder import Voice
 
-_NUM_BYTES = 256
-_NUM_TOKENS = _NUM_BYTES + 1 + len(ADDED_TOKENS)  # bytes, <unk>, and the official added tokens
+_NUM_TOKENS = NUM_BYTES + 1 + len(ADDED_TOKENS)  # bytes, <unk>, and the official added tokens
 
 TINY = ModelConfig(
     llm=LlmConfig(
@@ -63,8 +62,8 @@ TINY = ModelConfig(
         num_attention_heads=4,
         num_key_value_heads=4,
         num_text_tokens=_NUM_TOKENS,
-        audio_bos_token_id=_NUM_BYTES + 1 + ADDED_TOKENS.index("<focus>"),
-        text_eos_token_id=_NUM_BYTES + 1 + ADDED_TOKENS.index("</perception>"),
+        audio_bos_token_id=NUM_BYTES + 1 + ADDED_TOKENS.index("<focus>"),
+        text_eos_token_id=NUM_BYTES + 1 + ADDED_TOKENS.index("</perception>"),
     ),
     vocoder=VocoderConfig(
         flow=FlowConfig(
@@ -159,7 +158,7 @@ def _write_vocoder(folder: Path, config: ModelConfig, vocoder: VocoderConfig, se
 
 def vocoder_sizes(config: VocoderConfig) -> dict[str, Any]:
     """The content of an `assets/token2wav/config.json` that is read as `config`."""
-    return {"flow": asdict(config.flow), "hift": asdict(config.hift), "num_steps": config.num_steps}
+    return asdict(config)
 
 
 def official_config(config: ModelConfig) -> dict[str, Any]:
@@ -186,18 +185,17 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
         "vision_config": vision | {"num_hidden_layers": config.vision.num_hidden_layers + 1},
         "audio_config": audio,
         "tts_config": asdict(config.tts),
+        "generation": asdict(config.generation),
+        "nano": config.nano,
         "untrained": config.untrained,
     }
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """A token per byte, numbered and written as in GPT-2's and Qwen's vocabularies, and the official added tokens."""
-    printable = [*range(ord("!"), 127), *range(161, 173), *range(174, _NUM_BYTES)]
-    others = [byte for byte in range(_NUM_BYTES) if byte not in printable]
-    texts = [chr(byte) for byte in printable] + [chr(_NUM_BYTES + index) for index in range(len(others))]
-    backend = build_backend({text: index for index, text in enumerate(texts)}, [], ["<unk>", *ADDED_TOKENS])
-    bytes_by_id = enumerate(printable + others)
-    return Tokenizer(backend, [index for index, byte in bytes_by_id if chr(byte) not in _CIRCLE])
+    """A token per byte, and the official added tokens."""
+    texts = byte_texts()
+    backend = build_backend({text: index for index, text in enumerate(texts.values())}, [], ["<unk>", *ADDED_TOKENS])
+    return Tokenizer(backend, [index for index, byte in enumerate(texts) if chr(byte) not in _CIRCLE])
 
 
 def _draw_component(component: Component, config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -85,14 +85,14 @@ class _Decoder(nn.Module):
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class _Layer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
-        self.self_attn = _Attention(config)
+        self.self_attn = DecoderAttention(config)
         self.mlp = _Mlp(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -115,7 +115,7 @@ class _Mlp(nn.Module):
         return out
 
 
-class _Attention(nn.Module):
+class DecoderAttention(nn.Module):
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim

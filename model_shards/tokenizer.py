@@ -23,6 +23,8 @@ PRE_TOKENIZER_REGEX = (
 )
 """How Qwen splits text before the byte-level BPE."""
 
+NUM_BYTES = 256
+
 # Added by Qwen, then by MiniCPM-o, in the order of their ids. `<unk>` stands apart: it is an entry of the vocabulary.
 _PLAIN_TOKENS = (
     *("<tool_call>", "</tool_call>"),
@@ -146,11 +148,22 @@ class Tokenizer:
         (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+def byte_texts() -> dict[int, str]:
+    """What each byte is called in a byte-level vocabulary, in the order of GPT-2's and Qwen's ids."""
+    printable = [*range(ord("!"), 127), *range(161, 173), *range(174, NUM_BYTES)]
+    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    texts = {byte: chr(byte) for byte in printable}
+    return texts | {byte: chr(NUM_BYTES + index) for index, byte in enumerate(others)}
+
+
 def build_backend(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Sequence[str]
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Sequence[str], *, whole_words: bool = False
 ) -> tokenizers.Tokenizer:
-    """Byte-level BPE as Qwen has it. `added` tokens take the ids after the vocabulary, save those which are in it."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
+    """Byte-level BPE as Qwen has it. `added` tokens take the ids after the vocabulary, save those which are in it.
+
+    whole_words: a word that is in the vocabulary is one token, also where no merges lead to it.
+    """
+    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=whole_words))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZER_REGEX), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(

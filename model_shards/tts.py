@@ -127,7 +127,7 @@ class _Mlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     def __init__(self, config: TtsConfig) -> None:
         super().__init__()
         self.self_attn = _Attention(config)
@@ -149,7 +149,7 @@ class Backbone(nn.Module):
     def __init__(self, config: TtsConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property

@@ -28,7 +28,6 @@ from model_shards.hift_causal import CausalHiftCache, CausalHiftGenerator
 T = TypeVar("T")
 SpeechCache = HiftCache | CausalHiftCache
 
-SILENCE_CODE = 4218
 LOOKAHEAD_CODES = 3
 WINDOW_CODES = 25  # one second
 MIN_WINDOW_CODES = 5  # a shorter rest waits for the next codes
@@ -111,7 +110,7 @@ class Vocoder(nn.Module):
     def __init__(self, config: VocoderConfig, release: Release | None = None) -> None:
         super().__init__()
         self.config = config
-        self.release = release or (Release.V1_0_7 if config.hift.causal else Release.V1_0_6)
+        self.release = release or _release_of(config)
         self.flow = Flow(config.flow)
         self.hift = CausalHiftGenerator(config.hift) if config.hift.causal else HiftGenerator(config.hift)
 
@@ -125,7 +124,7 @@ class Vocoder(nn.Module):
         if self.release is Release.V1_0_7:
             ahead = codes[:LOOKAHEAD_CODES]
         else:
-            ahead = codes.new_full((LOOKAHEAD_CODES,), SILENCE_CODE)
+            ahead = codes.new_full((LOOKAHEAD_CODES,), self.config.silence_code)
         empty = self._no_voice()
         codes = torch.cat((codes, ahead))[None]
         _, (history,) = self.flow(codes, voice.spk_emb, voice.prompt_mel, [empty], last=False)
@@ -241,7 +240,7 @@ class Vocoder(nn.Module):
     def _turn_start(self, voice: VoiceCache) -> tuple[list[int], FlowCache, SpeechCache]:
         empty = self.flow.empty_history(self.config.num_steps)
         turn = replace(empty, encoder_conv=voice.history.encoder_conv, dit_conv=voice.history.dit_conv)
-        codes = [SILENCE_CODE] * LOOKAHEAD_CODES  # so that the turn's first 25 codes give a second at once
+        codes = [self.config.silence_code] * LOOKAHEAD_CODES  # so that the turn's first 25 codes give a second at once
         return codes, FlowCache(voice.history, turn, 0), self.hift.empty_cache()
 
     def _placed(self, voice: Voice) -> Voice:
@@ -267,6 +266,12 @@ class Vocoder(nn.Module):
                 raise ModelError(f"vocoder: a window of {len(window.codes)} codes; it needs {least}")
             if min(window.codes) < 0 or max(window.codes) >= num_codes:
                 raise ModelError(f"vocoder: {window.codes} are not all speech codes, 0 to {num_codes - 1}")
+
+
+def _release_of(config: VocoderConfig) -> Release:
+    if config.release is not None:
+        return Release(config.release)
+    return Release.V1_0_7 if config.hift.causal else Release.V1_0_6
 
 
 class _Due(NamedTuple):

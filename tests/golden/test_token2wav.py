@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model_shards.config import SILENCE_CODE
 from model_shards.flow import Flow, FlowCache, FlowHistory, Past, extend, gather
 from model_shards.hift import HiftCache, HiftGenerator
 from model_shards.vocoder import (
     LOOKAHEAD_CODES,
-    SILENCE_CODE,
     Vocoder,
     VocoderInput,
     VocoderState,

@@ -11,6 +11,7 @@ import pytest
 
 from model_shards.config import (
     RELEASED,
+    GenerationConfig,
     HiftConfig,
     LlmConfig,
     TtsConfig,
@@ -53,6 +54,16 @@ def test_the_sizes_of_the_reference_are_the_released_ones():
     assert (tts.num_audio_tokens, tts.num_text_tokens, tts.audio_bos_token_id, tts.text_eos_token_id) == (
         *(6562, 152064, 151687, 151692),
     )
+
+
+def test_a_checkpoint_says_how_it_is_to_be_decoded(tmp_path: Path):
+    config = load_config(written(tmp_path, OFFICIAL | {"generation": {"repetition_penalty": 1.0, "other": 1}}))
+    assert config.generation == GenerationConfig(repetition_penalty=1.0)
+
+
+def test_nano_is_not_taken_for_the_released_checkpoint(tmp_path: Path):
+    config = load_config(written(tmp_path, OFFICIAL | {"nano": True}))
+    assert (config.nano, config.official, config.untrained) == (True, False, False)
 
 
 def test_every_difference_is_named_with_both_values():

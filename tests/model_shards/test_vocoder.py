@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model_shards.config import FlowConfig, HiftConfig, VocoderConfig
+from model_shards.config import SILENCE_CODE, FlowConfig, HiftConfig, VocoderConfig
 from model_shards.errors import ModelError
 from model_shards.flow import Release
 from model_shards.vocoder import (
-    SILENCE_CODE,
     Vocoder,
     VocoderInput,
     VocoderState,
