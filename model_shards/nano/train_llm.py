@@ -1,0 +1,294 @@
+"""Stage "llm": teaches nano when to speak and what to say.
+
+Rule: what is scored is nano set free (`rehearsal`), never what it would say after a perfect past.
+
+Lessons get longer, as sessions are: short ones in which nobody speaks, then everything, then minutes with little to
+tell. In the last part nano also learns from its own mistakes: it is set free, and the oracle says at each unit what
+should come after what nano really said.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_shards.duplex import MAX_TEXT_TOKENS, UnitOutput
+from model_shards.llm import LanguageModel
+from model_shards.nano import sizes
+from model_shards.nano.lessons import Lesson, Senses, from_tokens, teach, to_tokens
+from model_shards.nano.oracle import Oracle, Output
+from model_shards.nano.phrases import REQUESTS, SCENE_EVENTS, SOUNDS
+from model_shards.nano.rehearsal import rehearse
+from model_shards.nano.score import Score, Utterance, score, summary
+from model_shards.nano.sequences import NO_TARGET, Batch, Unit, collate, hidden_states, prompt_ids
+from model_shards.nano.train_audio import Listener, train_bank, unheard_bank
+from model_shards.nano.train_vision import ATTRIBUTES, UNKNOWN, Seeing, attribute_classes
+from model_shards.nano.training import Schedule, Training, load_averaged
+from model_shards.nano.truth import truth_of
+from model_shards.nano.vocabulary import build_tokenizer
+from model_shards.nano.world import NS_PER_S, SIMPLE, UNSEEN, Activity, Episode, Mix, plan_episode
+from model_shards.tokenizer import Tokenizer
+
+TOKENS_PER_STEP: Final = 5000
+TOKENS_PER_UNIT: Final = 33
+POOL_UNITS: Final = 30_000  # embedded, 10 KB each
+HINT_WEIGHT: Final = 0.5
+MIN_SESSIONS: Final = 3
+OWN_MISTAKES_FROM: Final = 0.7  # of the time
+REHEARSED: Final = 12  # sessions that are set free together
+HEARD_AFTER_NS: Final = 340_000_000  # a unit's first word, after its window's end: playout delay and lead-in
+MUON_SCALE: Final = 3.0
+LOOK_EVERY: Final = 50  # steps
+REFRESH_S: Final = 480.0
+FROZEN_FROM: Final = 0.5  # of the time
+PLAIN_MIX: Final = Mix()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How lessons look. num_units: of a session. activities and mix: see `plan_episode`."""
+
+    num_units: int
+    activities: Mapping[Activity, float]
+    mix: Mix = PLAIN_MIX
+
+
+def plan_at(passed: float, rng: Random) -> Plan:
+    """What lessons look like after this part of the time."""
+    if passed < 0.1:
+        return Plan(16, {"busy": 1.0}, SIMPLE)
+    if passed < 0.55:
+        return Plan(rng.choice((16, 20, 24)), {"busy": 0.85, "calm": 0.1, "quiet": 0.05})
+    return Plan(rng.choice((24, 40, 60)), {"busy": 0.55, "calm": 0.25, "quiet": 0.2})
+
+
+class Behaving(nn.Module):
+    """The language model, and heads which read at each decision what is there to know. They are thrown away."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        config = sizes.llm_config(vocab_size)
+        self.llm = LanguageModel(config)
+        self.heads = nn.Linear(config.hidden_size, sum(_HEAD_SIZES))
+        _initialise(self.llm)
+
+    def hints(self, hidden: Tensor) -> list[Tensor]:
+        """hidden [units, dim] to the logits of each of the ATTRIBUTES, of all SCENE_EVENTS, of sound and request."""
+        return list(self.heads(hidden).float().split(_HEAD_SIZES, dim=1))
+
+
+_HEAD_SIZES: Final = [*attribute_classes(), len(SCENE_EVENTS), len(SOUNDS) + 1, len(REQUESTS) + 1]
+
+
+def _initialise(llm: LanguageModel) -> None:
+    depth = llm.config.num_hidden_layers
+    for name, parameter in llm.named_parameters():
+        if parameter.ndim > 1:
+            writes_back = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.5 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=std / (2 * depth) ** 0.5 if writes_back else std)
+            if ".layers." in name:
+                parameter.by_muon, parameter.rate_scale = True, MUON_SCALE  # type: ignore[attr-defined]
+
+
+class School:
+    """Lessons without end, kept in a pool so that each comes about twice."""
+
+    def __init__(self, senses: Senses, tokenizer: Tokenizer, first_seed: int) -> None:
+        self._senses, self._tokenizer, self._seed = senses, tokenizer, first_seed
+        self._rng = Random(first_seed)
+        self._pool: dict[int, deque[Lesson]] = {}
+
+    def refresh(self, senses: Senses) -> None:
+        """Go on with other eyes and ears, and forget what the old ones saw and heard."""
+        self._senses = senses
+        self._pool.clear()
+
+    def lessons(self, passed: float) -> list[Lesson]:
+        """Sessions of equal length for one step; half of them fresh, once there are enough."""
+        plan = plan_at(passed, self._rng)
+        count = max(MIN_SESSIONS, round(TOKENS_PER_STEP / TOKENS_PER_UNIT / plan.num_units))
+        pool = self._pool.setdefault(plan.num_units, deque(maxlen=POOL_UNITS // plan.num_units // 4))
+        num_fresh = count if len(pool) < 2 * count else (count + 1) // 2
+        fresh = [self.fresh(plan) for _ in range(num_fresh)]
+        replayed = self._rng.sample(pool, count - num_fresh)
+        pool.extend(fresh)
+        return [*fresh, *replayed]
+
+    def fresh(self, plan: Plan) -> Lesson:
+        self._seed += 1
+        activity = self._rng.choices(list(plan.activities), list(plan.activities.values()))[0]
+        duration_ns = plan.num_units * NS_PER_S
+        episode = plan_episode(self._seed, duration_ns, activity, self._senses.bank.duration_ns, plan.mix)
+        return teach(episode, self._senses, self._tokenizer)
+
+
+# Learning
+
+
+def loss_of(model: Behaving, batch: Batch, hints: Tensor, weight: float) -> tuple[Tensor, dict[str, float]]:
+    """hints: [units, NUM_HINTS] of all units of the batch, in the order of its decisions."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = hidden_states(model.llm, batch)
+        learnt = batch.targets != NO_TARGET
+        logits = model.llm.logits(hidden[learnt]).float()
+        known = model.hints(hidden[batch.decisions[:, 0], batch.decisions[:, 1]])
+    targets = batch.targets[learnt]
+    words = F.cross_entropy(logits, targets)
+    hinted = _hint_loss(known, hints)
+    with torch.no_grad():
+        right = float((logits.argmax(-1) == targets).float().mean())
+        happened = hints[:, len(ATTRIBUTES) : -2].bool()
+        seen = (known[len(ATTRIBUTES)] > 0)[happened].float().mean() if happened.any() else torch.tensor(0.0)
+    numbers = {"words": float(words.detach()), "hints": float(hinted.detach()), "right": right, "events": float(seen)}
+    return words + weight * hinted, numbers
+
+
+def _hint_loss(known: Sequence[Tensor], hints: Tensor) -> Tensor:
+    count = len(ATTRIBUTES)
+    seen = [F.cross_entropy(known[i], hints[:, i], ignore_index=UNKNOWN) for i in range(count)]
+    events = F.binary_cross_entropy_with_logits(known[count], hints[:, count:-2].float()) * len(SCENE_EVENTS)
+    heard = F.cross_entropy(known[-2], hints[:, -2]) + F.cross_entropy(known[-1], hints[:, -1])
+    return 3 * torch.stack(seen).nanmean() + 2 * events + heard
+
+
+# Set free
+
+
+@torch.inference_mode()
+def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Lesson], rng: Random) -> list[list[Unit]]:
+    """The lessons as nano lived them: what it said, and what it should have said after that.
+
+    Now and then so little may be said in a unit as a slow listener allows.
+    """
+    oracles, before = [Oracle() for _ in lessons], [_nothing() for _ in lessons]
+    units: list[list[Unit]] = [[] for _ in lessons]
+
+    def max_tokens(row: int, unit: int) -> int:
+        return rng.randint(1, 4) if rng.random() < 0.03 else MAX_TEXT_TOKENS
+
+    outputs = rehearse(model, tokenizer, [lesson.embedded for lesson in lessons], max_tokens)
+    for index, unit_outputs in enumerate(outputs):
+        for row, output in enumerate(unit_outputs):
+            lesson = lessons[row]
+            wanted = to_tokens(oracles[row].step(lesson.windows[index], before[row]), tokenizer)
+            said = _said(output, tokenizer)
+            before[row] = from_tokens(output.is_listen, output.token_ids, output.end_of_turn, tokenizer)
+            images, audio = lesson.embedded.images[index].float(), lesson.embedded.audio[index].float()
+            units[row].append(Unit(images, audio, said, wanted))
+    return units
+
+
+def _nothing() -> Output | None:
+    return None
+
+
+def _said(output: UnitOutput, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a unit as they stand in the cache."""
+    special = tokenizer.special
+    if output.is_listen:
+        return [special.listen]
+    return [special.speak, *output.token_ids, special.chunk_eos]
+
+
+@torch.inference_mode()
+def judge(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Lesson]) -> Score:
+    """Set nano free on lessons of equal length and hold what it says against the truth."""
+    turns: list[list[Utterance]] = [[] for _ in lessons]
+    open_words: list[list[tuple[int, str]] | None] = [None for _ in lessons]
+    outputs = rehearse(model, tokenizer, [lesson.embedded for lesson in lessons], lambda row, unit: MAX_TEXT_TOKENS)
+    for index, unit_outputs in enumerate(outputs):
+        for row, output in enumerate(unit_outputs):
+            words = open_words[row]
+            if output.is_listen:
+                continue
+            words = [] if words is None or output.turn_start else words
+            if output.text.strip():
+                words.append((index, output.text.strip()))
+            open_words[row] = words
+            if output.end_of_turn or index == len(lessons[row].windows) - 1:
+                turns[row] += _turn(words, index, ended=output.end_of_turn)
+                open_words[row] = None
+    judged = [score(truth_of(lesson.episode), said) for lesson, said in zip(lessons, turns, strict=True)]
+    return sum(judged, Score())
+
+
+def _turn(words: list[tuple[int, str]], last: int, *, ended: bool) -> Iterator[Utterance]:
+    if words:
+        yield Utterance(tuple(words), (words[0][0] + 1) * NS_PER_S + HEARD_AFTER_NS, last, ended)
+
+
+def exam(senses: Senses, tokenizer: Tokenizer, num_units: int, count: int, first_seed: int) -> list[Lesson]:
+    """Unseen episodes, heard from unheard voices: a quarter of them quiet, a quarter calm, the others busy."""
+    kinds: tuple[Activity, ...] = ("busy", "quiet", "busy", "calm")
+    episodes: list[Episode] = [
+        plan_episode(first_seed + i, num_units * NS_PER_S, kinds[i % 4], senses.bank.duration_ns) for i in range(count)
+    ]
+    return [teach(episode, senses, tokenizer) for episode in episodes]
+
+
+class Encoders:
+    """The eyes and ears of the trainings "vision" and "audio", which may still go on."""
+
+    def __init__(self, trainings: Path) -> None:
+        self._vision, self._audio = trainings / "vision", trainings / "audio"
+        self._loaded = 0.0
+
+    def have_changed(self) -> bool:
+        """Whether both trainings have saved anew, some time ago."""
+        return min(self._saved_at(folder) for folder in (self._vision, self._audio)) > self._loaded + REFRESH_S
+
+    def senses(self, *, unheard: bool, seed: int) -> Senses:
+        """unheard: with voices that no training has."""
+        self._loaded = max(self._saved_at(folder) for folder in (self._vision, self._audio))
+        seeing, listening = load_averaged(self._vision, Seeing()), load_averaged(self._audio, Listener())
+        assert isinstance(seeing, Seeing) and isinstance(listening, Listener)
+        bank = unheard_bank() if unheard else train_bank(self._audio)
+        return Senses(seeing.encoder, listening.encoder, bank, seed)
+
+    @staticmethod
+    def _saved_at(folder: Path) -> float:
+        return (folder / "state.pt").stat().st_mtime
+
+
+def train(folder: Path, minutes: float) -> None:
+    """Teach in `folder`, with the eyes and ears of the folders beside it, or go on where it stands there."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = Behaving(len(tokenizer))
+    training = Training(folder, model, Schedule(minutes=minutes, rate=1.2e-3, average=0.997, eval_every_minutes=6.0))
+    prompt = prompt_ids(tokenizer)
+    seed = 1000 * training.step
+    encoders = Encoders(folder.parent)
+    school = School(encoders.senses(unheard=False, seed=seed), tokenizer, seed)
+    lessons = exam(encoders.senses(unheard=True, seed=UNSEEN), tokenizer, 40, 24, UNSEEN)
+    rng = Random(seed)
+
+    def loss(step: int, passed: float) -> tuple[Tensor, Mapping[str, float]]:
+        nonlocal lessons
+        if step % LOOK_EVERY == 0 and passed < FROZEN_FROM and encoders.have_changed():
+            school.refresh(encoders.senses(unheard=False, seed=1000 * step))
+            lessons = exam(encoders.senses(unheard=True, seed=UNSEEN), tokenizer, 40, 24, UNSEEN)
+        taken = school.lessons(passed)
+        units = [lesson.units() for lesson in taken]
+        if passed > OWN_MISTAKES_FROM and step % 2:
+            units = own_words(training.averaged.llm, tokenizer, taken, rng)  # type: ignore[arg-type]
+        batch = collate(units, prompt, tokenizer, sizes.EMBED_DIM)
+        hints = torch.cat([lesson.hints for lesson in taken])
+        return loss_of(model, batch, hints, HINT_WEIGHT if passed < 0.7 else HINT_WEIGHT / 3)
+
+    def evaluate(averaged: nn.Module) -> Mapping[str, float]:
+        assert isinstance(averaged, Behaving)
+        told = summary([judge(averaged.llm, tokenizer, lessons)])
+        return {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
+
+    training.run(loss, evaluate)
