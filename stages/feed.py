@@ -1,7 +1,9 @@
 """One camera's media on the session's axis: what the decoder process reads ahead, handed out when its time has come.
 
 Camera and microphone of a session share a feed, so that one connection serves both. The feed never holds more than
-`MAX_AHEAD_NS` of media: what it does not read waits in the decoder's pipe, and the decoder waits with it.
+`MAX_AHEAD_NS` of media, or two windows. What it does not read of a file waits in the decoder's pipe, and the decoder
+waits with it. A live camera waits for nobody: where one of the two takes nothing, or much comes too late at once, the
+oldest windows are forgotten, which are missing then, and the other one goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from stages.media import Ended, Failed, Frame, MediaError, MediaReader, MediaReq
 from stages.stage import Session, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
-PIECE_NS = 50 * NS_PER_MS  # sound comes in pieces so short, since a live source's pieces begin anywhere in a window
+PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
 FIRST_RETRY_NS, LAST_RETRY_NS = NS_PER_S, 30 * NS_PER_S  # a camera that is gone is looked for again, ever less often
 
 Open = Callable[[MediaRequest], MediaReader]
@@ -55,9 +57,8 @@ class Feed:
         self._reader: MediaReader | None = None
         self._live = False  # the last reader that could be made reads a source that sets the pace itself
         self._told = False  # the current reader has said which streams there are
-        self._base_ns: int | None = None  # event time at which the current reader's axis begins, once that is known
         self._retry_ns = FIRST_RETRY_NS
-        self._retry_at_ns = 0
+        self._retry_at_ns = -FOREVER_NS  # at once, before event time 0
         self._sides = _Sides()
         self._up = False
         self._shown_ns = 0  # end of what was really seen, and heard
@@ -79,10 +80,6 @@ class Feed:
     def audio_end_ns(self) -> int | None:
         """Where the sound ends, once that is known; samples that have been read may still wait to be taken."""
         return self._end_of(self.audio_ns, self._heard_ns)
-
-    def start(self) -> None:
-        """Start the decoder. Raises nothing: a source that can't be opened is a lost camera."""
-        self._connect(0)
 
     def close(self) -> None:
         if self._reader is not None:
@@ -112,12 +109,17 @@ class Feed:
         return [self._reader.fileno()] if self._reader is not None and self._has_room() else []
 
     def pump(self, now_ns: int) -> None:
-        """Read ahead what there is, without waiting; find a lost camera again."""
+        """Read ahead what there is, without waiting; the first time, start the decoder; find a lost camera again.
+
+        Raises nothing: a source that can't be opened is a lost camera.
+        """
         duration_ns = self._session.duration_ns
         if self._live and duration_ns is not None and now_ns >= duration_ns + self._session.lateness_ns:
             self.stop(duration_ns)
         if self._reader is None and not self.over and now_ns >= self._retry_at_ns:
             self._connect(now_ns)
+        if self._live:
+            self._make_room()
         while self._reader is not None and self._has_room():
             item = self._reader.read(0)
             if item is None:
@@ -151,14 +153,34 @@ class Feed:
         return self._sides.frames[0].start_ns if self._sides.frames else None
 
     def _has_room(self) -> bool:
-        frames, session = self._sides.frames, self._session
-        ahead_frames = max(int(session.fps * MAX_AHEAD_NS // NS_PER_S), 2)
-        ahead_samples = MAX_AHEAD_NS * SOUND_RATE_HZ // NS_PER_S
-        return len(frames) < ahead_frames and len(self._sides.samples) < ahead_samples
+        return self._has_room_to_see and self._has_room_to_hear
+
+    @property
+    def _has_room_to_see(self) -> bool:
+        return len(self._sides.frames) < max(int(self._session.fps * self._ahead_ns // NS_PER_S), 2)
+
+    @property
+    def _has_room_to_hear(self) -> bool:
+        return len(self._sides.samples) < self._ahead_ns * SOUND_RATE_HZ // NS_PER_S
+
+    @property
+    def _ahead_ns(self) -> int:
+        return max(MAX_AHEAD_NS, 2 * self._session.window_ns)
+
+    def _make_room(self) -> None:
+        """Forget the oldest window of what nobody takes; once per `pump`, so that no source keeps us here."""
+        sides = self._sides
+        if not self._has_room_to_see:
+            self.take_frames(self._window_end_ns(sides.frames[0].start_ns) - 1)
+        if not self._has_room_to_hear:
+            self.take_sound(self._window_end_ns(sides.first_sample * NS_PER_S // SOUND_RATE_HZ))
+
+    def _window_end_ns(self, time_ns: int) -> int:
+        return (time_ns // self._session.window_ns + 1) * self._session.window_ns
 
     def _connect(self, now_ns: int) -> None:
         session = self._session
-        self._base_ns, self._told = None, False
+        self._told = False
         try:
             request = MediaRequest(
                 source=session.source,
@@ -171,17 +193,17 @@ class Feed:
             )
             reader = self._open(request)
             self._live = reader.is_live
-            reader.start()
+            reader.start(now_ns)
         except MediaError as error:
             self._lose(Failed(error.kind, error.message), now_ns)
         else:
             self._reader = reader
 
     def _take(self, item: Frame | Sound | Progress | Ended | Failed, now_ns: int) -> None:
-        if isinstance(item, Frame | Sound):
-            if self._base_ns is None:
-                self._base_ns = self._find_base_ns(item, now_ns)
-            self._take_media(item, self._base_ns)
+        if isinstance(item, Frame):
+            self._take_frame(item)
+        elif isinstance(item, Sound):
+            self._take_sound(item)
         elif isinstance(item, Progress):
             self.video_ns = max(self.video_ns, self._reached_ns(item.video_ns))
             self.audio_ns = max(self.audio_ns, self._reached_ns(item.audio_ns))
@@ -191,39 +213,22 @@ class Feed:
         else:
             self._lose(item, now_ns)
 
-    def _find_base_ns(self, first: Frame | Sound, now_ns: int) -> int:
-        """A file begins with the session. A live source's first media is what happens now."""
-        if not self._live:
-            return 0
-        ready_ns = first.start_ns
-        if isinstance(first, Sound):
-            ready_ns += len(first.samples) * NS_PER_S // SOUND_RATE_HZ
-        return max(now_ns - ready_ns, self._seen_ns)
-
-    def _take_media(self, item: Frame | Sound, base_ns: int) -> None:
-        if isinstance(item, Frame):
-            self._take_frame(item, base_ns)
-        else:
-            self._take_sound(item, base_ns)
-
     def _reached_ns(self, progress_ns: int) -> int:
         if progress_ns < FOREVER_NS:
-            return progress_ns + (self._base_ns or 0)
+            return progress_ns
         # A stream of a live source that "ends" has lost its connection, which comes again.
         return 0 if self._live and self._told else FOREVER_NS
 
-    def _take_frame(self, frame: Frame, base_ns: int) -> None:
-        start_ns = frame.start_ns + base_ns
-        if start_ns >= self.limit_ns:
+    def _take_frame(self, frame: Frame) -> None:
+        # A camera that was lost and found within one long period gives a second picture of it.
+        if not self.video_ns <= frame.start_ns < self.limit_ns:
             return
-        self._come_up(start_ns)
-        self._sides.frames.append(Frame(start_ns, frame.image))
-        self._shown_ns = max(self._shown_ns, start_ns + 1)
-        self.video_ns = max(self.video_ns, start_ns + 1)
+        self._come_up(frame.start_ns)
+        self._sides.frames.append(frame)
+        self._shown_ns = self.video_ns = frame.start_ns + 1
 
-    def _take_sound(self, sound: Sound, base_ns: int) -> None:
-        sides = self._sides
-        first = sound.first_sample + base_ns * SOUND_RATE_HZ // NS_PER_S
+    def _take_sound(self, sound: Sound) -> None:
+        sides, first = self._sides, sound.first_sample
         end_ns = (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ
         self.audio_ns = max(self.audio_ns, end_ns)
         samples = sound.samples[: max(self.limit_ns * SOUND_RATE_HZ // NS_PER_S - first, 0)]
@@ -290,10 +295,9 @@ class Feeds:
         self._users: dict[SessionId, int] = {}
 
     def open(self, session: Session) -> Feed:
-        """The session's feed; started by its first user."""
+        """The session's feed, made by its first user."""
         if session.id not in self._feeds:
             self._feeds[session.id] = Feed(session, self._open)
-            self._feeds[session.id].start()
         self._users[session.id] = self._users.get(session.id, 0) + 1
         return self._feeds[session.id]
 

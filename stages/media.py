@@ -14,6 +14,7 @@ pace by the items' times. A live source must be read as fast as it comes; what w
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -23,12 +24,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import parse_qs, urlsplit
 
+from graph.chunk import NS_PER_S
 from stages.media_wire import (
     FOREVER_NS,
     IMAGE_SUFFIXES,
@@ -76,10 +78,17 @@ _KINDS: Final[dict[str, SourceKind]] = {
     "http": "http",
     "https": "http",
     "test": "test",
+    "synthetic": "synthetic",
 }
 _NEEDS_CONSENT: Final = ("http", "https")
-_PATTERN_SEED: Final = re.compile(r"\d{1,9}")
-_PATTERN_SIZE: Final = re.compile(r"\d{2,5}x\d{2,5}")
+_PATTERN_QUERY: Final = {"seed": re.compile(r"\d{1,9}"), "size": re.compile(r"\d{2,5}x\d{2,5}")}
+_ROOM_QUERY: Final = {
+    "seed": re.compile(r"\d{1,9}"),
+    "events": re.compile("quiet|calm|busy"),
+    "voices": re.compile("room|evaluation"),
+    "picture_delay": re.compile(r"\d"),
+    "sound_delay": re.compile(r"\d"),
+}
 
 
 def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
@@ -102,7 +111,9 @@ def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
             f"/dev/video0. A file whose name has a colon is written with its folder: ./name",
         )
     if kind == "test":
-        _check_pattern(source)
+        _check_made(source, "pattern", _PATTERN_QUERY, "test://pattern?seed=1&size=640x480")
+    elif kind == "synthetic":
+        _check_made(source, "room", _ROOM_QUERY, "synthetic://room?seed=7&events=busy")
     else:
         _check_url(source)
     return kind
@@ -118,18 +129,18 @@ def _check_url(source: str) -> None:
         raise MediaError("blocked", f"{mask_source(source)}: has no host; write {url.scheme}://host/path")
 
 
-def _check_pattern(source: str) -> None:
+def _check_made(source: str, name: str, allowed: Mapping[str, re.Pattern[str]], example: str) -> None:
+    """A source which we make ourselves: its name, and what may be asked of it."""
     url = urlsplit(source)
     query = parse_qs(url.query, keep_blank_values=True)
-    sound = (
-        url.netloc == "pattern"
+    is_known = (
+        url.netloc == name
         and url.path in ("", "/")
-        and set(query) <= {"seed", "size"}
-        and all(_PATTERN_SEED.fullmatch(value) for value in query.get("seed", ()))
-        and all(_PATTERN_SIZE.fullmatch(value) for value in query.get("size", ()))
+        and query.keys() <= allowed.keys()
+        and all(allowed[key].fullmatch(value) for key, values in query.items() for value in values)
     )
-    if not sound:
-        raise MediaError("missing", f"{source}: no such test source; write test://pattern?seed=1&size=640x480")
+    if not is_known:
+        raise MediaError("missing", f"{source}: no such {url.scheme} source; write {example}")
 
 
 def _check_path(source: str) -> SourceKind:
@@ -179,7 +190,7 @@ class MediaReader:
     ) -> None:
         """MediaError as by check_source: a source is judged before anything starts."""
         kind = check_source(request.source, allow)
-        self._order = Order(kind, _with_absolute_path(request, kind), open_timeout_s, silence_timeout_s)
+        self._order = Order(kind, _with_absolute_path(request, kind), open_timeout_s, silence_timeout_s, origin_ns=0)
         self._parser = ItemParser(request)
         self._process: subprocess.Popen[bytes] | None = None
         self._poll = select.poll()
@@ -202,9 +213,17 @@ class MediaReader:
         assert self._process is not None and self._process.stdout is not None
         return self._process.stdout.fileno()
 
-    def start(self) -> None:
-        """Start the decoder. MediaError "limit" when the system gives no process or pipe."""
+    def start(self, now_ns: int = 0) -> None:
+        """Start the decoder, at this event time: what a live source gives next happens from then on.
+
+        MediaError "limit" when the system gives no process or pipe.
+        """
         assert self._process is None, "a MediaReader is started once"
+        self._order = dataclasses.replace(self._order, origin_ns=time.monotonic_ns() - now_ns)
+        if self.is_live:
+            start_ns = max(now_ns, 0)
+            last_ns = start_ns + round(self._patience_s * NS_PER_S)
+            self._parser = ItemParser(self._order.request, (start_ns, last_ns))
         try:
             self._process = _spawn()
         except OSError as error:
@@ -326,15 +345,7 @@ class MediaReader:
 def _with_absolute_path(request: MediaRequest, kind: SourceKind) -> MediaRequest:
     if kind not in ("file", "images", "webcam"):
         return request
-    return MediaRequest(
-        str(Path(request.source).absolute()),
-        request.fps,
-        request.max_pixels,
-        request.want_video,
-        request.want_audio,
-        request.piece_ns,
-        request.duration_ns,
-    )
+    return dataclasses.replace(request, source=str(Path(request.source).absolute()))
 
 
 def _spawn() -> subprocess.Popen[bytes]:

@@ -20,10 +20,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from urllib.parse import parse_qs, urlsplit
 
 import av
@@ -35,6 +35,7 @@ from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
+from graph.streams import SOUND_RATE_HZ
 from stages.media_tracks import (
     MAX_PICTURE_PIXELS,
     FileAxis,
@@ -61,15 +62,23 @@ from stages.media_wire import (
     MediaRequest,
     Order,
     Progress,
+    Sound,
+    SourceKind,
     mask_source,
     to_bytes,
 )
+
+if TYPE_CHECKING:
+    from model_shards.nano.clips import Cast
+    from model_shards.nano.synthetic import SyntheticRoom
+    from model_shards.nano.world import Activity
 
 MAX_MEMORY_BYTES: Final = 3 << 29  # address space. H.264 with 4 reference pictures takes 0.36 GiB in 4K, 0.62 in 8K
 MAX_FILES: Final = 32
 MAX_STREAMS: Final = 32
 MAX_IMAGES: Final = 100_000
 MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
+ROOM_SIDE: Final = 224
 SIGN_OF_LIFE_NS: Final = NS_PER_S  # 0.1 fps without sound has nothing else to send; the parent's patience is 6 s
 
 _IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
@@ -202,15 +211,17 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet) -
     streams: list[VideoStream | AudioStream] = [*video[: request.want_video], *audio[: request.want_audio]]
     starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
     feeds: list[Feed] = [(container, {}) for container in containers]
+    is_live = order.kind in LIVE_KINDS
+    start_ns = max(session_ns(order), 0) if is_live else 0
     for stream in streams:
-        axis = LiveAxis() if order.kind in LIVE_KINDS else FileAxis(min(starts, default=None))
+        axis = LiveAxis() if is_live else FileAxis(min(starts, default=None))
         tracks = next(tracks for container, tracks in feeds if container is stream.container)
         stream.codec_context.thread_count = 1  # 30 cameras share a core; more threads buy delay and memory only
         if isinstance(stream, VideoStream):
             stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
-            tracks[stream.index] = VideoTrack(stream, request, axis, outlet.put)
+            tracks[stream.index] = VideoTrack(stream, request, axis, outlet.put, start_ns)
         else:
-            tracks[stream.index] = SoundTrack(request, axis, outlet.put)
+            tracks[stream.index] = SoundTrack(request, axis, outlet.put, start_ns)
     for container, tracks in feeds:
         for other in container.streams:
             other.discard = Discard.default if other.index in tracks else Discard.all
@@ -262,9 +273,13 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
         tracks = [track for _, by_index in feeds for track in by_index.values()]
         if not tracks:
             raise MediaError("unreadable", f"has no {_wanted(order.request)} stream")
+        if not any(isinstance(track, SoundTrack) for track in tracks):
+            check_duration(order.request)
         teller = Teller(order.request, tracks, outlet.put)
         teller.tell()
-        finished = play(feeds, tracks, teller, LiveWatch(order))
+        if all(track.done for track in tracks):  # a camera that was found again when its time is over
+            return Ended("the duration asked for is over")
+        finished = play(order, feeds, tracks, teller)
     if not any(track.num_decoded for track in tracks):
         raise MediaError("unreadable", "holds nothing which could be decoded")
     if finished:
@@ -274,15 +289,31 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
     return Ended("the source is at its end")
 
 
+def check_duration(request: MediaRequest) -> None:
+    """MediaError "limit" when the duration which is asked for ends before the first picture."""
+    first_ns = FrameGrid(request.fps).next_ns
+    if request.duration_ns is not None and request.duration_ns <= first_ns:
+        raise MediaError(
+            "limit",
+            f"is to run for {request.duration_ns / NS_PER_S:g} s, but its first picture is taken at "
+            f"{first_ns / NS_PER_S:g} s (fps {request.fps:g}): let it run longer, or raise its fps",
+        )
+
+
+def session_ns(order: Order) -> int:
+    """The event time that is now."""
+    return time.monotonic_ns() - order.origin_ns
+
+
 class LiveWatch:
     """When a live source is given up: files have all the time in the world, and their parent's watchdog."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, now_ns: int) -> None:
         is_live = order.kind in LIVE_KINDS
         self._silence_ns = int(order.silence_timeout_s * NS_PER_S) if is_live else FOREVER_NS
         duration_ns = order.request.duration_ns
         self._until_ns = FOREVER_NS if duration_ns is None or not is_live else duration_ns + NS_PER_S
-        self._listening_since_ns = 0
+        self._listening_since_ns = now_ns
 
     def is_over(self, arrival_ns: int) -> bool:
         """Whether the duration has passed, though a stream which died never reaches it.
@@ -298,18 +329,17 @@ class LiveWatch:
         self._listening_since_ns = now_ns
 
 
-def play(feeds: list[Feed], tracks: list[Track], teller: Teller, watch: LiveWatch) -> bool:
+def play(order: Order, feeds: list[Feed], tracks: list[Track], teller: Teller) -> bool:
     """Decode packets of all feeds in the order of their time; True when the duration was reached, False at the end."""
-    epoch_ns: int | None = None
+    watch = LiveWatch(order, session_ns(order))
     for _, track, packet in heapq.merge(*map(packets, feeds), key=itemgetter(0)):
-        now_ns = time.monotonic_ns()
-        epoch_ns = now_ns if epoch_ns is None else epoch_ns
-        over = watch.is_over(now_ns - epoch_ns)
-        decode(packet, track, now_ns - epoch_ns)
+        arrival_ns = session_ns(order)
+        over = watch.is_over(arrival_ns)
+        decode(packet, track, arrival_ns)
         teller.tell()
         if over or all(track.done for track in tracks):
             return not all(track.ended for track in tracks)
-        watch.listen(time.monotonic_ns() - epoch_ns)
+        watch.listen(session_ns(order))
     return False
 
 
@@ -333,6 +363,7 @@ def run_images(order: Order, outlet: Outlet) -> MediaItem:
     """The images of a folder by name, or one image, each for one period; a damaged one leaves its period empty."""
     request = order.request
     grid, scaler, num_bad = FrameGrid(request.fps), Scaler(request.max_pixels), 0
+    check_duration(request)
     names = image_names(Path(request.source))
     outlet.put(Progress(0, FOREVER_NS))
     for index, path in enumerate(names):
@@ -350,6 +381,47 @@ def run_images(order: Order, outlet: Outlet) -> MediaItem:
     if num_bad == len(names):
         raise MediaError("unreadable", f"has no image which can be decoded, of {num_bad}")
     return Ended("the last image has been shown")
+
+
+def run_room(order: Order, outlet: Outlet) -> MediaItem:
+    """Pictures and sound of synthetic://room, as fast as the parent takes them."""
+    request = order.request
+    room = open_room(request)
+    grid, until_ns = FrameGrid(request.fps), FOREVER_NS if request.duration_ns is None else request.duration_ns
+    outlet.put(Progress(0 if request.want_video else FOREVER_NS, 0 if request.want_audio else FOREVER_NS))
+    num_sent, start_ns = 0, 0
+    while start_ns < until_ns:
+        start_ns = min(start_ns + request.piece_ns, until_ns)
+        while request.want_video and grid.next_ns < start_ns:
+            outlet.put(Frame(grid.next_ns, room.picture(grid.next_ns)))
+            grid.take(grid.next_ns)
+        if request.want_audio:
+            num_samples = start_ns * SOUND_RATE_HZ // NS_PER_S
+            outlet.put(Sound(num_sent, room.samples(sample_ns(num_sent), sample_ns(num_samples))))
+            num_sent = num_samples
+        video_ns = max(start_ns, grid.next_ns) if request.want_video else FOREVER_NS
+        outlet.put(Progress(video_ns, sample_ns(num_sent) if request.want_audio else FOREVER_NS))
+    return Ended("the duration asked for is over")
+
+
+def open_room(request: MediaRequest) -> SyntheticRoom:
+    """The room of a source which check_source has let through; its pictures are as large as may be, up to 224."""
+    from model_shards.nano.synthetic import SyntheticRoom  # here, so that other sources don't wait for Pillow
+
+    query = {key: values[-1] for key, values in parse_qs(urlsplit(request.source).query).items()}
+    return SyntheticRoom(
+        seed=int(query.get("seed", "0")),
+        activity=cast("Activity", query.get("events", "calm")),
+        cast=cast("Cast", query.get("voices", "room")),
+        side=min(ROOM_SIDE, math.isqrt(request.max_pixels) // 2 * 2),
+        picture_delay=int(query.get("picture_delay", "0")),
+        sound_delay=int(query.get("sound_delay", "0")),
+    )
+
+
+def sample_ns(index: int) -> int:
+    """When a sample begins, rounded up, so that it is found again from its time."""
+    return -(-index * NS_PER_S // SOUND_RATE_HZ)
 
 
 def image_names(folder: Path) -> list[Path]:
@@ -399,10 +471,13 @@ def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     return Failed(kind, f"{mask_source(order.request.source)} {what}{detail}")
 
 
+_RUNS: Final[Mapping[SourceKind, Callable[[Order, Outlet], MediaItem]]] = {"images": run_images, "synthetic": run_room}
+
+
 def decode_order(order: Order, outlet: Outlet) -> MediaItem:
     """Do what was ordered; the last item to send, whatever happened."""
     try:
-        return (run_images if order.kind == "images" else run_streams)(order, outlet)
+        return _RUNS.get(order.kind, run_streams)(order, outlet)
     except MediaError as error:
         return Failed(error.kind, f"{mask_source(order.request.source)} {error.message}")
     except (FFmpegError, OSError, MemoryError) as error:

@@ -1,7 +1,7 @@
 """Packets in, items out: the tracks of a decoder, and the time which they give to pictures and samples.
 
-Rule: event time is made in this file. Zero is the first media of the source. A file's time is its PTS; a live
-source's time is PTS too, moved onto the clock of arrival whenever the two drift apart.
+Rule: event time is made in this file. A file's time is its PTS, and zero its first media. A live source's time is PTS
+too, moved onto the clock of arrival, which is the session's, whenever the two drift apart.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class FrameGrid:
     @property
     def next_ns(self) -> int:
         return self.instant_ns(self._index)
+
+    def skip_to(self, time_ns: int) -> None:
+        """Leave out the periods before the one which this time lies in."""
+        self._index = max(self._index, int(self._rate * time_ns / NS_PER_S))
 
     def take(self, time_ns: int) -> bool:
         """Whether the picture of this time becomes a frame; times must not go back."""
@@ -143,20 +147,24 @@ def to_ns(count: int | None, time_base: Fraction | None) -> int | None:
 
 
 class VideoTrack:
-    """One video stream: decodes every picture, sends those on the grid."""
+    """One video stream: decodes every picture, sends those on the grid.
 
-    def __init__(self, stream: VideoStream, request: MediaRequest, axis: Axis, put: Put) -> None:
+    start_ns: event time at which the source was opened; nothing is earlier.
+    """
+
+    def __init__(self, stream: VideoStream, request: MediaRequest, axis: Axis, put: Put, start_ns: int = 0) -> None:
         self.axis = axis
         self.num_bad = 0
         self.num_decoded = 0
         self.ended = False
         self._put = put
         self._grid = FrameGrid(request.fps)
+        self._grid.skip_to(start_ns)
         self._scaler = Scaler(request.max_pixels)
         self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
         self._period_ns = NS_PER_S / (stream.average_rate or DEFAULT_FPS)  # for pictures without PTS
-        self._time_ns = 0
-        self._anchor_ns = 0  # time of the last picture which had a PTS, and the pictures since
+        self._start_ns = self._time_ns = start_ns
+        self._anchor_ns = start_ns  # time of the last picture which had a PTS, and the pictures since
         self._num_since = 0
 
     @property
@@ -181,10 +189,12 @@ class VideoTrack:
         self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
         if pts_ns is not None:
             self._anchor_ns, self._num_since = self._time_ns, 0
+        if self.num_decoded == 0:  # else the first picture would be a frame of the period before, and the next its own
+            self._grid.skip_to(self._time_ns)
         self._num_since += 1
         self.num_decoded += 1
         check_size(frame.width, frame.height)
-        if self.num_decoded > MAX_SOURCE_FPS * (self._time_ns // NS_PER_S + 1):
+        if self.num_decoded > MAX_SOURCE_FPS * ((self._time_ns - self._start_ns) // NS_PER_S + 1):
             raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
         if self._time_ns < self._until_ns and self._grid.take(self._time_ns):
             self._put(Frame(self._time_ns, self._scaler.to_rgb(frame)))
@@ -198,9 +208,11 @@ class SoundTrack:
 
     The running sample count is the time. Holes in PTS are filled with zeros, sound which comes twice is left out,
     so that count and PTS never differ by more than GAP_NS.
+
+    start_ns: event time at which the source was opened; nothing is earlier.
     """
 
-    def __init__(self, request: MediaRequest, axis: Axis, put: Put) -> None:
+    def __init__(self, request: MediaRequest, axis: Axis, put: Put, start_ns: int = 0) -> None:
         self.axis = axis
         self.num_bad = 0
         self.num_decoded = 0
@@ -209,13 +221,13 @@ class SoundTrack:
         self._piece_ns = request.piece_ns
         self._limit = FOREVER_NS if request.duration_ns is None else _samples(request.duration_ns)
         self._parts: list[npt.NDArray[np.float32]] = []
-        self._num_sent = 0
-        self._num_samples = 0  # sent, and waiting in _parts
+        self._num_sent = _samples(start_ns)  # since event time 0, whoever sent them
+        self._num_samples = self._num_sent  # sent, and waiting in _parts
         self._num_holes = 0
         self._overlaps = False  # the sound which comes now has been before
         self._resampler: AudioResampler | None = None
         self._source_format: tuple[int, str, str] | None = None
-        self._anchor_ns = 0  # start of the present stretch without holes, and the source's samples since
+        self._anchor_ns = start_ns  # start of the present stretch without holes, and the source's samples since
         self._num_source_samples = 0
 
     @property

@@ -29,7 +29,7 @@ PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message
 PIECE_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
 MAX_TEXT_BYTES: Final = 4096
 
-SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test"]
+SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test", "synthetic"]
 LIVE_KINDS: Final[tuple[SourceKind, ...]] = ("rtsp", "webcam")  # these set the pace themselves
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 FailKind: TypeAlias = Literal["missing", "unreadable", "refused", "blocked", "timeout", "closed", "crashed", "limit"]
@@ -56,7 +56,7 @@ class WireError(Exception):
 class MediaRequest:
     """What is wanted of one source. MediaError "limit" when a number is outside what a decoder may be asked for."""
 
-    source: str  # URL, file, image, folder of images, /dev/video0 or test://pattern[?seed=&size=WxH]
+    source: str  # URL, file, image, folder of images, /dev/video0, test://pattern[?…] or synthetic://room[?…]
     fps: float  # frames per second of event time, not of the source
     max_pixels: int  # per frame; larger pictures are scaled down, smaller ones never up
     want_video: bool
@@ -107,7 +107,8 @@ class Sound:
 class Progress:
     """Nothing before these times will come any more; FOREVER_NS for a stream which is absent or has ended.
 
-    The first item of every source is a Progress: it is open, and the streams at FOREVER_NS do not exist.
+    The first item of every source is a Progress: it is open, and the streams at FOREVER_NS do not exist. The others
+    begin there: a file at 0, a live source when it was opened.
     """
 
     video_ns: int
@@ -136,12 +137,16 @@ MediaItem: TypeAlias = Frame | Sound | Progress | Ended | Failed
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The line which starts a decoder; it goes through stdin, since URLs hold passwords and argv is public."""
+    """The line which starts a decoder; it goes through stdin, since URLs hold passwords and argv is public.
+
+    origin_ns: when event time 0 is, on this host's monotonic clock; a live source's media is put on that axis.
+    """
 
     kind: SourceKind
     request: MediaRequest
     open_timeout_s: float
     silence_timeout_s: float
+    origin_ns: int
 
     def to_line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -191,12 +196,15 @@ class ItemParser:
     """Bytes from a decoder become items; WireError at the first byte which doesn't fit the request.
 
     Put bytes into `space()`, then say how many to `filled()`. Takes memory for one message of checked size at a time.
+
+    begins_ns: the source's streams begin in this span of event time.
     """
 
-    def __init__(self, request: MediaRequest) -> None:
+    def __init__(self, request: MediaRequest, begins_ns: tuple[int, int] = (0, 0)) -> None:
         self._max_pixels = request.max_pixels
         self._max_samples = request.piece_ns * SOUND_RATE_HZ // NS_PER_S + 1
-        self._next_sample = 0
+        first, last = (begin_ns * SOUND_RATE_HZ // NS_PER_S for begin_ns in begins_ns)
+        self._next_samples = range(first, last + 1)  # the next sound begins with one of these
         self._last_frame_ns = 0
         self._last_progress = Progress(0, 0)
         self._header: tuple[int, int, int, int, int] | None = None  # kind, length, time, height, width
@@ -263,9 +271,9 @@ class ItemParser:
         return Frame(start_ns, image)
 
     def _read_sound(self, first_sample: int, samples: npt.NDArray[np.float32]) -> Sound:
-        if first_sample != self._next_sample or not np.isfinite(samples).all():
-            raise WireError(f"sound which begins at sample {first_sample}, not {self._next_sample}, or isn't finite")
-        self._next_sample += samples.size
+        if first_sample not in self._next_samples or not np.isfinite(samples).all():
+            raise WireError(f"sound which begins at sample {first_sample}, not {self._next_samples}, or isn't finite")
+        self._next_samples = range(first_sample + samples.size, first_sample + samples.size + 1)
         samples.flags.writeable = False
         return Sound(first_sample, samples)
 

@@ -18,9 +18,7 @@ def session(**fields: object) -> Session:
 
 
 def feed(*script: FakeReader | MediaError, **fields: object) -> Feed:
-    subject = Feed(session(**fields), FakeMedia(*script))
-    subject.start()
-    return subject
+    return Feed(session(**fields), FakeMedia(*script))
 
 
 def told(subject: Feed) -> list[str]:
@@ -42,6 +40,37 @@ def test_a_feed_with_room_waits_for_its_decoder():
     assert subject.wakes() == [reader.fileno()]
 
 
+def test_a_file_with_windows_of_five_seconds_is_read_a_window_ahead():
+    subject = feed(FakeReader(*seconds(0, 20)), window_ns=5 * NS_PER_S)
+    subject.pump(0)
+    assert len(subject.take_sound(5 * NS_PER_S)[1]) == 5 * SOUND_RATE_HZ
+
+
+def test_sound_that_nobody_takes_does_not_stop_a_live_cameras_pictures():
+    reader, shown = FakeReader(live=True), []
+    subject = feed(reader)
+    for at in range(9):
+        reader.give(*seconds(at, at + 1))
+        subject.pump(at * NS_PER_S), subject.pump(at * NS_PER_S)
+        shown += subject.take_frames(at * NS_PER_S)
+    assert [f.start_ns for f in shown] == [at * NS_PER_S for at in range(9)]
+    first, samples = subject.take_sound(9 * NS_PER_S)
+    assert (first % SOUND_RATE_HZ, first + len(samples)) == (0, 9 * SOUND_RATE_HZ), "whole windows are forgotten"
+    assert len(samples) <= 3 * SOUND_RATE_HZ
+
+
+def test_pictures_that_nobody_takes_do_not_stop_a_live_cameras_sound():
+    reader, heard = FakeReader(live=True), []
+    subject = feed(reader)
+    for at in range(9):
+        reader.give(*seconds(at, at + 1))
+        subject.pump(at * NS_PER_S), subject.pump(at * NS_PER_S)
+        heard.append(subject.take_sound((at + 1) * NS_PER_S))
+    assert [first for first, _ in heard] == [at * SOUND_RATE_HZ for at in range(9)]
+    assert {len(samples) for _, samples in heard} == {SOUND_RATE_HZ}
+    assert 1 <= len(subject.take_frames(9 * NS_PER_S)) <= 3
+
+
 def test_pictures_are_handed_out_when_their_time_has_come():
     subject = feed(FakeReader(*seconds(0, 2)))
     subject.pump(0)
@@ -57,8 +86,18 @@ def test_sound_is_taken_gapless_by_running_sample_counts():
     assert np.array_equal(np.concatenate([samples for _, samples in taken]), np.arange(32_000, dtype=np.float32))
 
 
+def test_the_decoder_starts_when_the_clock_does_and_is_told_the_time():
+    reader = FakeReader()
+    subject = feed(reader)
+    assert reader.started_at_ns == []
+    for now_ns in (-200_000_000, -190_000_000):
+        subject.pump(now_ns)
+    assert reader.started_at_ns == [-200_000_000]
+
+
 def test_a_request_that_no_decoder_takes_is_a_lost_camera():
     subject = feed(FakeReader(), fps=0.001)
+    subject.pump(0)
     (notice,) = subject.take_notices()
     assert (notice.type, notice.reason) == ("camera_lost", "limit")
 
@@ -83,13 +122,12 @@ def test_a_source_ends_where_its_last_picture_or_sample_was():
 def test_a_live_camera_that_breaks_off_is_looked_for_ever_less_often():
     media = FakeMedia(*(FakeReader(GONE, live=True) for _ in range(4)))
     subject = Feed(session(), media)
-    subject.start()
     tried_s = []
     for tenth in range(100):
         before = len(media.requests)
         subject.pump(tenth * NS_PER_S // 10)
         tried_s += [tenth / 10] * (len(media.requests) - before)
-    assert tried_s == [1.0, 3.0, 7.0]
+    assert tried_s == [0.0, 1.0, 3.0, 7.0]
     assert told(subject) == ["camera_lost"] * 4
 
 
@@ -97,7 +135,6 @@ def test_a_camera_that_delivers_again_is_tried_at_once_when_it_is_lost_next():
     again = FakeReader(live=True)
     media = FakeMedia(FakeReader(GONE, live=True), FakeReader(GONE, live=True), again, FakeReader(live=True))
     subject = Feed(session(), media)
-    subject.start()
     for now_ns in (0, NS_PER_S, 3 * NS_PER_S):
         subject.pump(now_ns)
     again.give(*seconds(0, 1), GONE)
@@ -107,19 +144,24 @@ def test_a_camera_that_delivers_again_is_tried_at_once_when_it_is_lost_next():
     assert told(subject) == ["camera_lost", "camera_lost", "camera_up", "camera_lost"]
 
 
-def test_what_a_live_camera_gives_first_happens_now():
-    # Given: connecting took 0.7 s, and the decoder counts from its first packet.
-    subject = feed(FakeReader(frame(0.8), frame(1.8), live=True))
-    subject.pump(NS_PER_S * 15 // 10)
-    assert [f.start_ns for f in subject.take_frames(9 * NS_PER_S)] == [NS_PER_S * 15 // 10, NS_PER_S * 25 // 10]
+def test_a_camera_that_came_back_is_told_the_time_and_goes_on_from_there():
+    again = FakeReader(*seconds(3, 4), live=True)
+    subject = feed(FakeReader(*seconds(0, 1), GONE, live=True), again)
+    for now_ns in (NS_PER_S, NS_PER_S * 26 // 10):
+        subject.pump(now_ns)
+    assert again.started_at_ns == [NS_PER_S * 26 // 10]
+    assert [f.start_ns for f in subject.take_frames(9 * NS_PER_S)] == [0, 3 * NS_PER_S]
 
 
-def test_a_camera_that_came_back_goes_on_from_now():
-    subject = feed(FakeReader(*seconds(0, 1), GONE, live=True), FakeReader(*seconds(0, 1), live=True))
-    subject.pump(NS_PER_S // 2)
-    subject.pump(NS_PER_S * 33 // 10)
-    frames = subject.take_frames(9 * NS_PER_S)
-    assert [f.start_ns for f in frames] == [NS_PER_S // 2, NS_PER_S * 33 // 10]
+def test_a_second_picture_of_one_period_is_left_out():
+    # Given: one picture per 10 s, taken before the camera was lost and found.
+    again = FakeReader(progress(8, None), frame(9.5), progress(18, None), frame(18), live=True)
+    subject = feed(FakeReader(frame(8), progress(18, None), GONE, live=True), again, fps=0.1)
+    shown = []
+    for now_s in (8, 9, 19):
+        subject.pump(now_s * NS_PER_S)
+        shown += subject.take_frames(now_s * NS_PER_S)
+    assert [f.start_ns for f in shown] == [8 * NS_PER_S, 18 * NS_PER_S]
 
 
 def test_a_live_stream_that_ends_is_a_connection_that_breaks():
@@ -132,7 +174,6 @@ def test_a_live_stream_that_ends_is_a_connection_that_breaks():
 def test_a_camera_that_never_comes_back_ends_with_the_duration():
     media = FakeMedia(FakeReader(GONE, live=True), FakeReader(GONE, live=True))
     subject = Feed(session(duration_ns=2 * NS_PER_S), media)
-    subject.start()
     for tenth in range(23):
         subject.pump(tenth * NS_PER_S // 10)
     assert (subject.over, subject.end_ns) == (True, 2 * NS_PER_S)
@@ -151,13 +192,13 @@ def test_a_device_that_was_pulled_out_is_a_lost_camera_and_no_error():
 
 def test_a_file_that_can_not_be_opened_is_a_lost_camera():
     subject = feed(MediaError("missing", "clip.mp4: not there"), duration_ns=5 * NS_PER_S)
+    subject.pump(0)
     assert (subject.end_ns, told(subject)) == (5 * NS_PER_S, ["camera_lost"])
 
 
 def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
     media = FakeMedia(FakeReader(*seconds(0, 2), Failed("unreadable", "clip.mp4 is damaged")))
     subject = Feed(session(duration_ns=20 * NS_PER_S), media)
-    subject.start()
     subject.pump(0)
     subject.take_frames(NS_PER_S * 9), subject.take_sound(NS_PER_S * 9)
     subject.pump(10 * NS_PER_S)
@@ -180,6 +221,7 @@ def test_stop_ends_with_the_window_of_now(now_s: float):
 def test_what_comes_after_a_stop_still_fills_the_last_window_and_no_other():
     reader = FakeReader()
     subject = feed(reader)
+    subject.pump(0)
     subject.stop(NS_PER_S // 2)
     reader.give(*seconds(0, 3))
     subject.pump(NS_PER_S)
@@ -204,9 +246,10 @@ def test_in_virtual_time_stop_ends_with_what_was_read():
 def test_the_last_of_its_users_closes_a_feed():
     reader = FakeReader(*seconds(0, 1))
     feeds = Feeds(FakeMedia(reader))
-    assert feeds.open(session()) is feeds.open(session())
+    one, other = feeds.open(session()), feeds.open(session())
+    one.pump(0), other.pump(0)
     feeds.close(DOOR)
-    assert (reader.num_starts, reader.closed) == (1, False)
+    assert (reader.started_at_ns, reader.closed) == ([0], False)
     feeds.close(DOOR)
     assert (reader.closed, feeds.wakes()) == (True, [])
     feeds.close(DOOR)
@@ -220,8 +263,8 @@ def test_a_reader_is_closed_when_its_source_has_ended():
 
 
 def test_a_live_camera_gives_nothing_beyond_the_duration():
-    # Given: its own axis began 0.5 s into the session.
-    subject = feed(FakeReader(frame(0.3), sound(0, SOUND_RATE_HZ), frame(1.3), live=True), duration_ns=NS_PER_S)
+    half = SOUND_RATE_HZ // 2
+    subject = feed(FakeReader(frame(0.8), sound(half, 2 * half), frame(1.3), live=True), duration_ns=NS_PER_S)
     subject.pump(NS_PER_S * 8 // 10)
     assert [f.start_ns for f in subject.take_frames(9 * NS_PER_S)] == [NS_PER_S * 8 // 10]
     first, samples = subject.take_sound(9 * NS_PER_S)

@@ -7,9 +7,12 @@ import struct
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -31,7 +34,7 @@ from stages.media import (
     check_source,
 )
 from stages.media_decoder import Teller
-from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, SoundTrack, scaled_size
+from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, SoundTrack, VideoTrack, scaled_size
 from tests.support.media import Clip, picture, recorded_clip, times
 
 RATE_HZ = 16_000
@@ -304,6 +307,40 @@ def test_the_test_pattern_gives_exactly_the_wanted_rate(fps):
     assert len(frames_of(items)) == 4 * fps
 
 
+def test_the_synthetic_room_is_seen_and_heard():
+    items = read_all("synthetic://room?seed=7&events=busy", duration_ns=20 * NS_PER_S)
+    frames = frames_of(items)
+    assert [frame.start_ns for frame in frames] == [k * NS_PER_S + 800_000_000 for k in range(20)]
+    assert {frame.image.shape for frame in frames} == {(224, 224, 3)}
+    assert samples_of(items).size == 20 * RATE_HZ
+    assert np.abs(samples_of(items)).max() > 0.02
+    assert isinstance(items[-1], Ended)
+
+
+def test_the_same_address_is_the_same_room():
+    def read(source: str, **changes: Any) -> tuple[list[bytes], bytes]:
+        items = read_all(source, duration_ns=4 * NS_PER_S, **changes)
+        return [frame.image.tobytes() for frame in frames_of(items)], samples_of(items).tobytes()
+
+    once = read("synthetic://room?seed=3&events=busy")
+    assert read("synthetic://room?seed=3&events=busy") == once
+    assert read("synthetic://room?seed=3&events=busy", piece_ns=NS_PER_S // 10) == once
+    assert read("synthetic://room?seed=4&events=busy") != once
+
+
+@pytest.mark.parametrize("asked", [{"want_audio": False}, {"want_video": False}, {"fps": 0.5}, {"fps": 10.0}])
+def test_the_synthetic_room_gives_what_is_wanted(asked):
+    items = read_all("synthetic://room", duration_ns=4 * NS_PER_S, **asked)
+    assert len(frames_of(items)) == 4 * asked.get("fps", 1.0) * asked.get("want_video", True)
+    num_samples = sum(item.samples.size for item in items if isinstance(item, Sound))
+    assert num_samples == 4 * RATE_HZ * asked.get("want_audio", True)
+
+
+def test_the_synthetic_room_is_drawn_as_small_as_is_asked():
+    (frame,) = frames_of(read_all("synthetic://room", max_pixels=100 * 100, duration_ns=NS_PER_S))
+    assert frame.image.shape == (100, 100, 3)
+
+
 # --- the reader ---------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +348,7 @@ def test_only_cameras_are_live(tmp_path):
     path = Clip(tmp_path / "clip.mp4").video(times(1)).write()
     assert not MediaReader(request(path)).is_live
     assert not MediaReader(request("test://pattern")).is_live
+    assert not MediaReader(request("synthetic://room")).is_live
     assert MediaReader(request("rtsp://127.0.0.1/live")).is_live
 
 
@@ -420,6 +458,42 @@ def test_the_grid_skips_exactly_the_instants_which_have_passed(fps, index):
     now_ns = grid.instant_ns(index)
     assert grid.take(now_ns)
     assert grid.next_ns == grid.instant_ns(index + 1)
+
+
+@given(st.integers(0, 10**10), st.integers(1, 33))
+def test_a_camera_has_one_frame_in_every_window_whenever_it_is_opened(start_ns, delay_ms):
+    # Given: 30 pictures per second, the first so long after the camera was opened, until a window begins.
+    fake: Any = SimpleNamespace(average_rate=Fraction(30))
+    wanted, frames = request("rtsp://door", duration_ns=20 * NS_PER_S, want_audio=False), []
+    track = VideoTrack(fake, wanted, LiveAxis(), frames.append, start_ns)
+    first_ns = start_ns + delay_ms * NS_PER_MS
+    num_pictures = (-first_ns % NS_PER_S + 3 * NS_PER_S) * 30 // NS_PER_S
+    for index in range(num_pictures):
+        picture = av.VideoFrame(32, 32, "rgb24")
+        picture.pts, picture.time_base = index, Fraction(1, 30)
+        track.add(picture, first_ns + index * NS_PER_S // 30)
+    windows = [frame.start_ns // NS_PER_S for frame in frames]
+    first_window = -(-first_ns // NS_PER_S)
+    assert [window for window in windows if window >= first_window] == [first_window + k for k in range(3)]
+    assert windows.count(first_window - 1) <= 1 and min(windows) >= first_window - 1
+    assert frames[0].start_ns >= first_ns
+
+
+def test_a_cameras_sound_is_numbered_from_the_sessions_beginning():
+    wanted, sounds = request("rtsp://door", duration_ns=20 * NS_PER_S, piece_ns=NS_PER_S // 20), []
+    track = SoundTrack(wanted, LiveAxis(), sounds.append, 5 * NS_PER_S + NS_PER_S // 3)
+    first_ns = 5 * NS_PER_S + NS_PER_S // 2
+    for index in range(50):
+        piece = av.AudioFrame.from_ndarray(np.full((1, 320), 0.5, np.float32), "fltp", "mono")
+        piece.rate, piece.pts, piece.time_base = 16_000, index * 320, Fraction(1, 16_000)
+        track.add(piece, first_ns + index * 20 * NS_PER_MS)
+    track.finish()
+    ends = [sound.first_sample + sound.samples.size for sound in sounds]
+    assert sounds[0].first_sample == 85_333
+    assert [sound.first_sample for sound in sounds[1:]] == ends[:-1]
+    assert [end % 800 for end in ends[:-1]] == [0] * (len(ends) - 1), "pieces end where a window may end"
+    heard = np.concatenate([sound.samples for sound in sounds])
+    assert np.flatnonzero(heard)[0] + 85_333 == 88_000
 
 
 @given(st.integers(1, 16_384), st.integers(1, 16_384), st.integers(64, 1 << 24))

@@ -128,6 +128,15 @@ def test_a_test_pattern_takes_numbers_only(source):
         check_source(source)
 
 
+@pytest.mark.parametrize(
+    "query", ["seed=-1", "seed=1234567890", "events=wild", "voices=/etc/passwd", "picture_delay=10", "size=640x480"]
+)
+def test_a_synthetic_room_takes_what_it_knows_only(query):
+    with pytest.raises(MediaError, match="write synthetic://room") as refusal:
+        check_source(f"synthetic://room?{query}")
+    assert refusal.value.kind == "missing"
+
+
 def test_a_missing_file_is_named_with_the_one_which_was_meant(tmp_path):
     (tmp_path / "garage.mp4").write_bytes(b"x")
     with pytest.raises(MediaError, match=r"garag\.mp4: No such file.*Did you mean 'garage\.mp4'\?") as refusal:
@@ -383,8 +392,8 @@ def test_the_decoder_has_its_limits():
 # --- bytes of a decoder which was taken over ----------------------------------------------------------------------
 
 
-def parse(data: bytes, **changes: Any) -> list[MediaItem]:
-    parser, items = ItemParser(request("test://pattern", **changes)), []
+def parse(data: bytes, begins_ns: tuple[int, int] = (0, 0)) -> list[MediaItem]:
+    parser, items = ItemParser(request("test://pattern"), begins_ns), []
     while data:
         space = parser.space()
         part = data[: len(space)]
@@ -449,3 +458,15 @@ def test_no_header_makes_the_parent_take_much_memory(kind, length, start, height
 def test_messages_which_contradict_the_request_or_themselves_are_refused(lie):
     with pytest.raises(WireError):
         parse(wire(*lie))
+
+
+@pytest.mark.parametrize("first", [16_000, 20_000, 32_000])
+def test_a_cameras_sound_begins_while_it_is_opened(first):
+    sent = [Sound(at, np.zeros(9, np.float32)) for at in (first, first + 9)]
+    assert [sound.first_sample for sound in parse(wire(*sent), (NS_PER_S, 2 * NS_PER_S))] == [first, first + 9]
+
+
+@pytest.mark.parametrize("first", [0, 15_999, 32_001, 1 << 60])
+def test_a_cameras_sound_of_another_time_is_refused(first):
+    with pytest.raises(WireError):
+        parse(wire(Sound(first, np.zeros(9, np.float32))), (NS_PER_S, 2 * NS_PER_S))

@@ -23,11 +23,11 @@ class FakeReader:
     def __init__(self, *items: MediaItem, live: bool = False) -> None:
         self.is_live = live
         self.items = deque(items)
-        self.num_starts = 0
+        self.started_at_ns: list[int] = []
         self.closed = False
 
-    def start(self) -> None:
-        self.num_starts += 1
+    def start(self, now_ns: int = 0) -> None:
+        self.started_at_ns.append(now_ns)
 
     def read(self, timeout_s: float) -> MediaItem | None:
         assert not self.closed, "nobody reads a closed reader"
