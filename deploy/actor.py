@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -63,6 +63,10 @@ class Actor:
         """Returns once the process is up (not yet its models: see `load`)."""
         return Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
 
+    def clock(self) -> int:
+        """The wall clock of this node, ns."""
+        return time.time_ns()
+
     def bind(self, over_tcp: Mapping[str, bool]) -> dict[str, str]:
         """Open the receiving ends of this actor's edges; returns the endpoints. over_tcp: by edge."""
         return self._do(lambda: {edge: self._bind(edge, tcp) for edge, tcp in over_tcp.items()})
@@ -75,9 +79,23 @@ class Actor:
         """Build the stages, with their weights. Raises what they raise."""
         self._do(self._load)
 
-    def open_session(self, stage: str, plan: SessionPlan) -> None:
-        """Raises StageError when there is no room."""
-        self._do(lambda: self._runners[stage].open_session(plan))
+    def open_sessions(self, stage: str, plans: Sequence[SessionPlan]) -> None:
+        """Raises StageError when there is no room for one; those before it are open then."""
+
+        def work() -> None:
+            for plan in plans:
+                self._runners[stage].open_session(plan)
+
+        self._do(work)
+
+    def begin_sessions(self, stage: str, sessions: Sequence[SessionId], origin_unix_ns: int) -> None:
+        """Let their clocks run, from event time 0 at `origin_unix_ns` of this node's wall clock."""
+
+        def work() -> None:
+            for session in sessions:
+                self._runners[stage].begin_session(session, origin_unix_ns)
+
+        self._do(work)
 
     def end_session(self, stage: str, session: SessionId) -> None:
         """Let a source stop: its stream ends now."""

@@ -11,6 +11,8 @@ from graph.sections import LlmSpec, SpeakerSpec, StageSpec, TtsSpec, VisionEncod
 from stages.stage import Stage, StageError
 
 if TYPE_CHECKING:
+    from model_shards.config import GenerationConfig
+    from model_shards.duplex import DuplexConfig
     from stages.feed import Feeds
 
 
@@ -101,9 +103,8 @@ def _audio_encoder(spec: StageSpec, checkpoint: Path) -> Stage:
 
 def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
     from model_shards.checkpoint import load_shard
-    from model_shards.context import WindowConfig
-    from model_shards.decoding import SamplingConfig
-    from model_shards.duplex import DuplexConfig, DuplexEngine
+    from model_shards.config import load_config
+    from model_shards.duplex import DuplexEngine
     from model_shards.kv_cache import KvCache, KvShape
     from model_shards.tokenizer import Tokenizer
     from stages.llm import Llm
@@ -113,10 +114,7 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
     where = runtime(device_of(spec), spec.dtype)
     model = load_shard(checkpoint, "llm", dtype=where.dtype, device=where.device)
     tokenizer = Tokenizer.load(checkpoint)
-    window = WindowConfig(mode=spec.context.mode, high_tokens=spec.context.high, low_tokens=spec.context.low)
-    config = DuplexConfig(
-        sampling=SamplingConfig(mode=spec.decoding), window=window, force_listen_count=spec.force_listen
-    )
+    config = duplex_config(spec, load_config(checkpoint).generation)
     cache = KvCache.of_bytes(KvShape.of(model.config), spec.kv_memory_bytes, dtype=where.dtype, device=where.device)
     return Llm(
         DuplexEngine(model, cache, tokenizer, config),
@@ -125,6 +123,31 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
         where,
         system_prompt=spec.system_prompt,
         seed=spec.seed,
+    )
+
+
+def duplex_config(spec: LlmSpec, generation: GenerationConfig) -> DuplexConfig:
+    """How sessions behave: as the user says, else as the checkpoint does."""
+    from model_shards.context import WindowConfig
+    from model_shards.decoding import SamplingConfig
+    from model_shards.duplex import DuplexConfig
+
+    high, low = spec.context.high, spec.context.low
+    return DuplexConfig(
+        sampling=SamplingConfig(
+            mode=spec.decoding,
+            repetition_penalty=generation.repetition_penalty,
+            length_penalty=generation.length_penalty,
+            listen_prob_scale=generation.listen_prob_scale,
+            listen_means_im_end=generation.listen_means_im_end,
+        ),
+        window=WindowConfig(
+            mode=spec.context.mode,
+            high_tokens=generation.high_tokens if high is None else high,
+            low_tokens=generation.low_tokens if low is None else low,
+        ),
+        max_text_chars=generation.max_text_chars,
+        force_listen_count=spec.force_listen,
     )
 
 

@@ -13,7 +13,7 @@ import psutil
 from deploy.hub import HubId, fetch
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
-from graph.sections import TINY
+from graph.sections import NANO, TINY
 from graph.spec import PipelineSpec
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ STAGE_OF = {"vision": "vision_encoder", "audio": "audio_encoder", "llm": "llm", 
 ACTOR_BYTES = 250 * 1024**2  # a process with torch in it, before its weights
 MAX_DIFFERENCES_TOLD = 10
 UNTRAINED = "UNTRAINED: random weights, for trying the machinery; what it says means nothing"
+OF_THE_ROOM = "trained on a synthetic room (synthetic://room); it knows nothing else"
 
 
 class CheckpointError(GraphError):
@@ -40,6 +41,13 @@ class Checkpoint:
     @property
     def trained(self) -> bool:
         return not self.config.untrained
+
+    @property
+    def caution(self) -> str:
+        """What whoever listens to it should know; "" for a checkpoint of the real world."""
+        if self.config.untrained:
+            return UNTRAINED
+        return OF_THE_ROOM if self.config.nano else ""
 
     def fit(self, spec: PipelineSpec) -> PipelineSpec:
         """The pipeline without the stages whose component the checkpoint switches off (`init_vision: false` …)."""
@@ -82,7 +90,7 @@ class Checkpoint:
 
 
 def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint of `spec.model`; `tiny` is made on first use, one of the hub is downloaded.
+    """The checkpoint of `spec.model`; `nano` is shipped, `tiny` is made on first use, one of the hub is downloaded.
 
     Raises ModelError, HubError or CheckpointError.
     """
@@ -93,7 +101,7 @@ def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoi
     config = load_config(path)
     sizes = {STAGE_OF[info.component]: info.num_bytes for info in inspect(path)}
     checkpoint = Checkpoint(path, config, sizes)
-    tell(f"model {spec.model}" + ("" if checkpoint.trained else f": {UNTRAINED}"))
+    tell(": ".join(filter(None, (f"model {spec.model}", checkpoint.caution))))
     tell_differences(config, tell)
     return checkpoint
 
@@ -114,7 +122,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni-pipeline"
 
 
+def shipped() -> Path:
+    """The folder of the nano checkpoint, which lies beside its code, in a checkout as in a wheel. It is only read."""
+    import model_shards.nano
+
+    path = Path(model_shards.nano.__path__[0]) / "checkpoint"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"this installation lacks the nano checkpoint ({path}); take another: --set model=tiny")
+    return path
+
+
 def _folder_of(model: str, tell: Callable[[str], None]) -> Path:
+    if model == NANO:
+        return shipped()
     if model == TINY:
         return _tiny(tell)
     hub_id = HubId.parse(model)

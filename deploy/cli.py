@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 shards = typer.Typer(no_args_is_help=True, help="Look at checkpoints, and make them.")
 app.add_typer(shards, name="shards")
+nano = typer.Typer(no_args_is_help=True, help="Measure nano, the small model which is shipped.")
+app.add_typer(nano, name="nano")
 
 File = Annotated[Path | None, typer.Option("-f", "--file", help="The pipeline's description (default: pipeline.yaml).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the description.")]
@@ -275,6 +277,28 @@ def shards_voice(
     _tell(f"{checkpoint / VOICE_FILE}: {len(voice.prompt_tokens)} codes from {recording}")
 
 
+@nano.command("eval")
+def nano_eval(
+    seed: Annotated[int, typer.Option(help="Of the rooms; all of them are unseen.")] = 0,
+    episodes: Annotated[int, typer.Option(help="Of a minute each: calm, busy and quiet in turn.")] = 12,
+    ablation: Annotated[
+        str, typer.Option(metavar="NAME", help="tail-off, frames-late, half-frames, audio-late, or all beside whole.")
+    ] = "whole",
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep what the runs leave.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch episodes of the synthetic room in virtual time, and count what nano said right. --json: {recall, precision,
+    reaction_p95_s, false_per_10min, question_accuracy, standing_honoured, stop_obeyed, wer, teacher_wer,
+    unheard_max_s, by_kind}; with --ablation all, one such per ablation."""
+    from deploy.nano import EvalOptions, run_eval
+
+    with _clear_errors():
+        with _usage():
+            options = EvalOptions(seed, episodes, ablation, as_json, tuple(overrides or ()), out)
+        run_eval(options)
+
+
 def _what_is_in(manifest: Any) -> str:
     num_tensors = sum(len(file.tensors) for file in manifest.values())
     num_bytes = sum(file.num_bytes for file in manifest.values())
@@ -350,7 +374,8 @@ def _detach() -> None:
     state = StateFolder(Path.cwd())
     if (other := state.read()) is not None:
         _fail(f"a pipeline of this folder is running already (pid {other.pid}); `pipeline down` stops it", EXIT_RUNTIME)
-    state.create()
+    with _clear_errors(), state.hold():
+        state.create()
     log = state.logs / "up.log"
     arguments = [argument for argument in sys.argv[1:] if argument not in ("-d", "--detach")]
     with log.open("wb") as sink:

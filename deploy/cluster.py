@@ -31,6 +31,11 @@ class Cluster:
     folder: Path | None
     groups: list[PlacementGroup]
 
+    @property
+    def node_id(self) -> str:
+        """The node that we run on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def place(self, processes: Iterable[Process], plans: Iterable[ActorPlan]) -> dict[str, Any]:
         """Create the actors; returns their handles by name, before they are up.
 
@@ -45,8 +50,7 @@ class Cluster:
         for process, plan in zip(processes, plans, strict=True):
             strategy: Any
             if _stays_here(process):
-                here = ray.get_runtime_context().get_node_id()
-                strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+                strategy = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
             else:
                 strategy = PlacementGroupSchedulingStrategy(group, elsewhere.index(process))
             handles[process.name] = _create(process, plan, strategy)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from deploy.clock import clock_ahead_ns
 from deploy.cluster import Cluster
 from deploy.placement import LOCAL_STAGES, Process, processes_of
 from deploy.plan import ActorPlan, Address
@@ -25,7 +27,11 @@ from stages.stage import Session, StageError
 
 START_TIMEOUT_S = 300.0  # a 9 B checkpoint from a slow disk takes minutes
 CALL_TIMEOUT_S = 60.0
-HEAD_START_NS = 300 * NS_PER_MS  # from the opening of a session to its event time 0: the decoder starts meanwhile
+# From the opening of sessions to their event time 0 their decoders start, each on a core; alone it takes one 0.2 s.
+HEAD_START_NS = 300 * NS_PER_MS
+DECODER_START_NS = 200 * NS_PER_MS
+NUM_CLOCK_QUESTIONS = 8
+SOURCES = ("microphone", "camera")
 
 
 class CoordinatorError(GraphError):
@@ -34,11 +40,12 @@ class CoordinatorError(GraphError):
 
 @dataclass(slots=True)
 class _Placed:
-    """An actor that runs."""
+    """An actor that runs. clock_ahead_ns: its node's wall clock minus ours."""
 
     process: Process
     handle: Any
     address: Address
+    clock_ahead_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -90,6 +97,9 @@ class Coordinator:
         for process in processes:
             address = self._get(process.name, addresses[process.name], START_TIMEOUT_S)
             self._actors[process.name] = _Placed(process, handles[process.name], address)
+        for placed in self._actors.values():
+            if placed.address.node_id != cluster.node_id:
+                placed.clock_ahead_ns = self._clock_ahead_ns(placed)
         self._wire()
         loading = {name: placed.handle.load.remote() for name, placed in self._actors.items()}
         while loading:
@@ -114,19 +124,27 @@ class Coordinator:
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
-    def open_session(self, session: Session) -> None:
-        """Open a session at every stage it passes, sources last. Raises StageError when a stage has no room for it."""
-        replicas = {name: self._least_loaded(name) for name in self._spec.stages}
-        placement = _Placement(session, replicas)
-        self._sessions[session.id] = placement
-        origin_ns = self._next_origin_ns(session.window_ns)
+    def open_sessions(self, sessions: Sequence[Session]) -> None:
+        """Open sessions at every stage they pass, stage by stage; then the time of all begins, sources last.
+
+        Raises StageError when a stage has no room for one; then none of them is open.
+        """
+        for session in sessions:
+            replicas = {name: self._least_loaded(name) for name in self._spec.stages}
+            self._sessions[session.id] = _Placement(session, replicas)
         try:
-            for stage in self._opening_order(session):
-                plan = self._session_plan(stage, session, origin_ns, replicas)
-                self._call(stage, replicas[stage], "open_session", stage, plan)
-                placement.opened.append(stage)
+            order = self._opening_order()
+            for stage in order:
+                self._open_at(stage, sessions)
+            origin_ns = self._next_origin_ns(sessions)
+            others = [stage for stage in order if stage not in SOURCES]
+            sources = [stage for stage in order if stage in SOURCES]
+            self._get_all(self._ask_to_begin(others, sessions, origin_ns))
+            # A call per session: each starts a decoder, which takes its actor a while.
+            self._get_all([call for one in sessions for call in self._ask_to_begin(sources, [one], origin_ns)])
         except BaseException:
-            self.close_session(session.id)
+            for session in sessions:
+                self.close_session(session.id)
             raise
 
     def close_session(self, session: SessionId) -> None:
@@ -140,7 +158,7 @@ class Coordinator:
     def end_session(self, session: SessionId) -> None:
         """Let a session's sources stop now; it then runs to its end by itself."""
         placement = self._sessions[session]
-        for stage in ("camera", "microphone"):
+        for stage in SOURCES:
             if stage in placement.opened:
                 self._call(stage, placement.replicas[stage], "end_session", stage, session)
 
@@ -209,23 +227,59 @@ class Coordinator:
         counts = self.load_of(stage)
         return counts.index(min(counts))
 
-    def _opening_order(self, session: Session) -> list[str]:
-        """The stages that the session passes: who only computes, then who listens, then who begins to send."""
-        passed = _stages_of(session, self._spec)
-        sources = [name for name in ("microphone", "camera") if name in passed]
-        sinks = [name for name in ("events", "speaker") if name in passed]
-        rest = [name for name in self._spec.stages if name in passed and name not in LOCAL_STAGES]
-        return rest + sinks + sources
+    def _opening_order(self) -> list[str]:
+        """All stages: who only computes, then who listens, then who begins to send."""
+        stages = self._spec.stages
+        local = [name for name in ("events", "speaker", *SOURCES) if name in stages]
+        return [name for name in stages if name not in LOCAL_STAGES] + local
 
-    def _next_origin_ns(self, window_ns: int) -> int:
-        """When the session's event time begins: soon, and in step with the first session's windows, so that the units
+    def _open_at(self, stage: str, sessions: Iterable[Session]) -> None:
+        """Open the sessions that pass a stage, at all its replicas at once."""
+        asked = []
+        for placed, here in self._by_replica(stage, sessions):
+            plans = [self._session_plan(stage, session) for session in here]
+            for session in here:
+                self._sessions[session.id].opened.append(stage)  # before it is, for one of them may fail
+            asked.append((placed, placed.handle.open_sessions.remote(stage, plans)))
+        self._get_all(asked)
+
+    def _ask_to_begin(
+        self, stages: Iterable[str], sessions: Sequence[Session], origin_ns: int
+    ) -> list[tuple[_Placed, Any]]:
+        """Let the sessions' clocks run at these stages; returns whom it asked. origin_ns: on our wall clock."""
+        asked = []
+        for stage in stages:
+            for placed, here in self._by_replica(stage, sessions):
+                ids = [session.id for session in here]
+                theirs_ns = origin_ns + placed.clock_ahead_ns
+                asked.append((placed, placed.handle.begin_sessions.remote(stage, ids, theirs_ns)))
+        return asked
+
+    def _by_replica(self, stage: str, sessions: Iterable[Session]) -> list[tuple[_Placed, list[Session]]]:
+        """Which of the sessions pass a stage, and at which replica."""
+        passing = [session for session in sessions if stage in _stages_of(session, self._spec)]
+        by_replica = [
+            (placed, [session for session in passing if self._sessions[session.id].replicas[stage] == replica])
+            for replica, placed in enumerate(self._replicas_of(stage))
+        ]
+        return [(placed, here) for placed, here in by_replica if here]
+
+    def _next_origin_ns(self, sessions: Sequence[Session]) -> int:
+        """When the sessions' event time begins: soon, and in step with the first session's windows, so that the units
         of all sessions are ready together and share their forwards."""
-        soon_ns = time.time_ns() + HEAD_START_NS
+        soon_ns = time.time_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // (os.cpu_count() or 1)
         if self._first_origin_ns is None:
             self._first_origin_ns = soon_ns
-        return soon_ns + (self._first_origin_ns - soon_ns) % window_ns
+        return soon_ns + (self._first_origin_ns - soon_ns) % self._spec.window.length_ns
 
-    def _session_plan(self, stage: str, session: Session, origin_ns: int, replicas: Mapping[str, int]) -> SessionPlan:
+    def _clock_ahead_ns(self, placed: _Placed) -> int:
+        return clock_ahead_ns(
+            lambda: int(self._get(placed.process.name, placed.handle.clock.remote(), CALL_TIMEOUT_S)),
+            num_questions=NUM_CLOCK_QUESTIONS,
+        )
+
+    def _session_plan(self, stage: str, session: Session) -> SessionPlan:
+        replicas = self._sessions[session.id].replicas
         passed = _stages_of(session, self._spec)
         edges = [edge for edge in self._spec.edges if {edge.source.stage, edge.target.stage} <= passed]
         inputs = [edge for edge in edges if edge.target.stage == stage and edge.kind != "playback"]
@@ -233,7 +287,6 @@ class Coordinator:
         streams: dict[str, Late] = {_stream(edge, session): edge.late for edge in inputs if edge.kind != "events"}
         return SessionPlan(
             session=session,
-            origin_unix_ns=origin_ns,
             streams=streams,
             num_inputs=len(inputs),
             peers={edge.id: replicas[edge.target.stage] for edge in outputs},
@@ -242,6 +295,13 @@ class Coordinator:
     def _call(self, stage: str, replica: int, method: str, *args: object) -> Any:
         placed = self._replicas_of(stage)[replica]
         return self._get(placed.process.name, getattr(placed.handle, method).remote(*args), CALL_TIMEOUT_S)
+
+    def _get_all(self, asked: Sequence[tuple[_Placed, Any]]) -> None:
+        """Wait for all calls, so that what is done next comes after them; raise what the first of them raised."""
+        if asked:
+            ray.wait([reference for _, reference in asked], num_returns=len(asked), timeout=START_TIMEOUT_S)
+        for placed, reference in asked:
+            self._get(placed.process.name, reference, CALL_TIMEOUT_S)
 
     def _get(self, name: str, reference: Any, timeout_s: float) -> Any:
         try:

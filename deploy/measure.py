@@ -99,6 +99,10 @@ class StageMeter:
         if self._llm is not None and self._readings is not None:
             self._llm.kv_cache_usage(self._readings.kv_usage())
 
+    def carried(self, num_chunks: int) -> None:
+        """Chunks came after their window had left, and are in the next unit."""
+        self._stage.carried(num_chunks)
+
     def made(self, session: Session, chunk: Chunk) -> None:
         """The stage made a data chunk."""
         bound = self._sessions[session.id]

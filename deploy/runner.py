@@ -33,14 +33,12 @@ MAX_READY = 4
 class SessionPlan:
     """How one stage replica takes part in a session.
 
-    origin_unix_ns: when event time 0 is, on the wall clock.
     streams:        what the join waits for, with what happens to late chunks; empty for a source.
     num_inputs:     input edges; a stage without windows ends with the last of them.
     peers:          per output edge the replica that this session goes to.
     """
 
     session: Session
-    origin_unix_ns: int
     streams: Mapping[str, Late] = field(default_factory=dict)
     num_inputs: int = 0
     peers: Mapping[str, int] = field(default_factory=dict)
@@ -77,9 +75,10 @@ class _Open:
     """A session, at this stage."""
 
     plan: SessionPlan
-    offset_ns: int  # session time = monotonic + this
     join: WindowJoin | None
     lanes: dict[str, Sender]
+    begun: bool = False
+    offset_ns: int = 0  # session time = monotonic + this, once it has begun
     fence: EpochFence = field(default_factory=EpochFence)
     ready: deque[_Ready] = field(default_factory=deque)
     arrivals: dict[tuple[str, int, str], Arrival] = field(default_factory=dict)
@@ -95,6 +94,9 @@ class _Open:
 
     def now_ns(self) -> int:
         return time.monotonic_ns() + self.offset_ns
+
+    def monotonic_ns(self, event_ns: int) -> int:
+        return event_ns - self.offset_ns
 
 
 class StageRunner:
@@ -129,15 +131,23 @@ class StageRunner:
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
     def open_session(self, plan: SessionPlan) -> None:
-        """Raises StageError when the stage has no room; then nothing has changed."""
+        """Make room for a session, whose time then begins with `begin_session`.
+
+        Raises StageError when the stage has no room; then nothing has changed.
+        """
         session = plan.session
         self.stage.open_session(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         for sender in lanes.values():
             sender.open_session(session.id, lossless=not session.paced)
-        offset_ns = time.time_ns() - time.monotonic_ns() - plan.origin_unix_ns
-        self._open[session.id] = _Open(plan, offset_ns, self._join(plan), lanes)
+        self._open[session.id] = _Open(plan, self._join(plan), lanes)
         self._meter.opened(session)
+
+    def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
+        """Let a session's clock run. origin_unix_ns: when event time 0 is, on this host's wall clock."""
+        state = self._open[session]
+        state.offset_ns = time.time_ns() - time.monotonic_ns() - origin_unix_ns
+        state.begun = True
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
@@ -223,6 +233,7 @@ class StageRunner:
     def _joined(self, state: _Open, joined: Joined) -> None:
         for chunk in joined.late:
             self._settle(state, chunk, "late")
+        self._meter.carried(len(joined.carried))
         now_ns, now_s = state.now_ns(), time.monotonic()
         state.ready.extend(_Ready(unit, now_ns, now_s) for unit in joined.units)
 
@@ -245,7 +256,7 @@ class StageRunner:
 
     def step(self) -> bool:
         """Do what is due; True when there is more to do at once."""
-        for state in list(self._open.values()):
+        for state in [state for state in self._open.values() if state.begun]:
             self._advance(state)
             if state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns()))
@@ -274,7 +285,7 @@ class StageRunner:
         candidates = [(state, state.ready[0]) for state in self._open.values() if state.ready and self._may_go(state)]
         if not candidates:
             return []
-        candidates.sort(key=lambda c: c[0].plan.origin_unix_ns + c[1].unit.end_ns)  # earliest deadline first
+        candidates.sort(key=lambda c: c[0].monotonic_ns(c[1].unit.end_ns))  # earliest deadline first
         oldest_s = min(ready.since_s for _, ready in candidates)
         may_wait = len(candidates) < self._max_units and time.monotonic() - oldest_s < self._wait_s
         if may_wait and self._has_peers(*candidates[0]):
@@ -283,9 +294,9 @@ class StageRunner:
 
     def _has_peers(self, first: _Open, ready: _Ready) -> bool:
         """Is there a session without a unit whose next window ends when that of `ready` does, or before?"""
-        due_ns = first.plan.origin_unix_ns + ready.unit.end_ns + round(self._wait_s * NS_PER_S)
+        due_ns = first.monotonic_ns(ready.unit.end_ns) + round(self._wait_s * NS_PER_S)
         return any(
-            not state.ready and state.join is not None and state.plan.origin_unix_ns + state.join.next_end_ns <= due_ns
+            not state.ready and state.join is not None and state.monotonic_ns(state.join.next_end_ns) <= due_ns
             for state in self._open.values()
         )
 
@@ -426,17 +437,18 @@ class ActorLoop:
     def __init__(self, bus: Bus, runners: list[StageRunner]) -> None:
         self._bus = bus
         self._runners = {runner.name: runner for runner in runners}
+        self._has_more = False
 
     def turn(self) -> None:
-        """Wait for something to come or to be due, and do it."""
+        """Wait for something to come or to be due, and do it: a batch per stage, so that one which falls behind still
+        takes what comes, and its actor what it is told."""
         files = {descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes()}
-        due_s = min(runner.due_s() for runner in self._runners.values())
+        due_s = 0.0 if self._has_more else min(runner.due_s() for runner in self._runners.values())
         arrivals = self._bus.wait(due_s, files)
         for arrival in sorted(arrivals, key=lambda a: a.chunk.kind < Kind.PLAYBACK):  # what overtakes, overtakes
             self._runner_of(arrival.edge).take(arrival)
-        for runner in self._runners.values():
-            while runner.step():
-                pass
+        more = [runner.step() for runner in self._runners.values()]  # each takes its step
+        self._has_more = any(more)
 
     def _runner_of(self, edge: str) -> StageRunner:
         return self._runners[edge.partition("->")[2].partition(".")[0]]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
+from graph.errors import GraphError
+
+
+class StateError(GraphError):
+    """Another process runs the pipeline of this folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,30 @@ class StateFolder:
     @property
     def file(self) -> Path:
         return self.path / "running.json"
+
+    @property
+    def lock(self) -> Path:
+        """Stays when nothing runs: who removes a lock may remove another one's."""
+        return self.path.with_suffix(".lock")
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep every other `up` out, from its first check until everything is gone. The kernel lets go after a kill.
+
+        Raises StateError, which names the process that holds it.
+        """
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)
+        with self.lock.open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                message = f"a pipeline of this folder is starting or running already (pid {lock.read()})"
+                raise StateError(message) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
 
     def create(self) -> None:
         """Make the folder, without an earlier run's logs."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 DRAIN_S = 8.0  # after the first Ctrl-C; the listener may still have a lead and a window to hear
-PROBE_S = 12.0
+PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
+PROBE_LOOK_S = 0.2  # between two looks whether that is enough
+MAX_LIVE_AT_ONCE = 64
+MAX_FILES_AT_ONCE = 8  # a decoder takes a core 0.2 s to start, and a file that waits for one is not broken
 
 
 class UpError(GraphError):
@@ -105,22 +109,23 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         raise UpError(
             f"a pipeline of this folder is running already (pid {other.pid}, {other.url}); `pipeline down` it"
         )
-    _check_output(options.out)
-    checkpoint = open_checkpoint(spec, tell)
-    spec = checkpoint.fit(spec)
-    checkpoint.check_tensors(spec)
-    cameras = check_cameras(spec, tell)
-    if not (options.address or os.environ.get("RAY_ADDRESS")):
-        checkpoint.check_memory(spec)
-    status = Status(model=spec.model, trained=checkpoint.trained)
     with ExitStack() as stack:
+        stack.enter_context(state.hold())
+        stack.callback(state.forget)  # the last thing, so that who sees it gone may start another
+        _check_output(options.out)
+        checkpoint = open_checkpoint(spec, tell)
+        spec = checkpoint.fit(spec)
+        checkpoint.check_tensors(spec)
+        cameras = check_cameras(spec, options.duration_ns, tell)
+        if not (options.address or os.environ.get("RAY_ADDRESS")):
+            checkpoint.check_memory(spec)
+        status = Status(model=spec.model, trained=checkpoint.trained)
         interrupts = stack.enter_context(Interrupts())
         state.create()
         gateway = GatewayServer(build_gateway(status), spec.console.host, spec.console.port)
         gateway.start()
         stack.callback(gateway.stop)
         state.write(Running(os.getpid(), time.time(), gateway.url))
-        stack.callback(state.forget)
         return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, tell).run(cameras)
 
 
@@ -162,8 +167,7 @@ class _Run:
             stack.callback(coordinator.stop)
             coordinator.start(cluster, lambda name: self._tell(f"  {name} ready"))
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
-            for name, camera in cameras.items():
-                coordinator.open_session(self._session(name, camera))
+            coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
             meter = PipelineMeter(self._spec.model, self._status.trained, replicas_of(coordinator.processes))
             stack.callback(meter.stop)
             self._status.own_port = meter.port
@@ -229,14 +233,13 @@ class _Run:
             (self._options.out / "ledger.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def check_cameras(spec: PipelineSpec, tell: Callable[[str], None]) -> Mapping[str, CameraSpec]:
+def check_cameras(spec: PipelineSpec, duration_ns: int | None, tell: Callable[[str], None]) -> Mapping[str, CameraSpec]:
     """Open every source once, before anything is started. A broken file is an error; a live camera that does not
     answer is told, and looked for again while the pipeline runs, unless it is the only one.
 
     Raises UpError with all that is wrong.
     """
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        failures = dict(zip(spec.cameras, pool.map(probe, spec.cameras.values()), strict=True))
+    failures = probe_all(spec.cameras, partial(probe, duration_ns))
     broken = {name: why for name, (why, live) in failures.items() if why and not live}
     absent = {name: why for name, (why, live) in failures.items() if why and live}
     if broken or (absent and len(absent) == len(spec.cameras)):
@@ -265,8 +268,12 @@ def check_sources(spec: PipelineSpec, *, paced: bool) -> None:
         raise UpError("\n".join(problems))
 
 
-def probe(camera: CameraSpec) -> tuple[str, bool]:
-    """(why the source can't be read, or ""; whether it is a live one)."""
+Probed = tuple[str, bool]
+"""Why a source can't be read, or ""; whether it is a live one."""
+
+
+def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+    """Open a source once, as for a run of this duration, unless that is over before it answers."""
     try:
         request = MediaRequest(
             source=camera.source.reveal(),
@@ -275,12 +282,11 @@ def probe(camera: CameraSpec) -> tuple[str, bool]:
             want_video=True,
             want_audio=camera.microphone == "embedded",
             piece_ns=NS_PER_S,
-            duration_ns=None,
+            duration_ns=duration_ns,
         )
         with MediaReader(request) as reader:
-            deadline_s = time.monotonic() + PROBE_S
-            while time.monotonic() < deadline_s:
-                item = reader.read(1.0)
+            while not is_over():
+                item = reader.read(PROBE_LOOK_S)
                 if isinstance(item, Failed):
                     return item.message, reader.is_live
                 if isinstance(item, Ended):
@@ -290,6 +296,38 @@ def probe(camera: CameraSpec) -> tuple[str, bool]:
             return f"gave nothing within {PROBE_S:g} s", reader.is_live
     except MediaError as error:
         return str(error), False
+
+
+def probe_all(
+    cameras: Mapping[str, CameraSpec], ask: Callable[[CameraSpec, Callable[[], bool]], Probed]
+) -> dict[str, Probed]:
+    """What `ask` says of every camera. All live ones are asked at once, for `PROBE_S` in all.
+
+    An interrupt does not wait for those which have not answered.
+    """
+    live = [name for name, camera in cameras.items() if _is_live(camera)]
+    files = [name for name in cameras if name not in live]
+    interrupted = threading.Event()
+    deadline_s = time.monotonic() + PROBE_S
+
+    def is_over() -> bool:
+        return interrupted.is_set() or time.monotonic() >= deadline_s
+
+    pool = ThreadPoolExecutor(min(len(live), MAX_LIVE_AT_ONCE) + MAX_FILES_AT_ONCE)
+    try:
+        asked = {name: pool.submit(ask, cameras[name], is_over) for name in live}
+        asked |= {name: pool.submit(ask, cameras[name], interrupted.is_set) for name in files}
+        return {name: asked[name].result() for name in cameras}
+    finally:
+        interrupted.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_live(camera: CameraSpec) -> bool:
+    try:
+        return check_source(camera.source.reveal()) in LIVE_KINDS
+    except MediaError:
+        return False
 
 
 def _anchored(source: str) -> str:

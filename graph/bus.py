@@ -326,7 +326,7 @@ def _receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 def _has_more(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message waits. To ask costs half of what it takes to be refused one (zmq.Again)."""
-    return bool(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _pack_grant(session: SessionId, grant: Grant) -> bytes:

@@ -29,7 +29,10 @@ from graph.window import Late
 from graph.wording import shown, suggest
 
 VERSION: Final = 1
+NANO: Final = "nano"
 TINY: Final = "tiny"
+BUILT_IN: Final = (NANO, TINY)
+"""Models that need no folder and no download: one is shipped, the other made on first use."""
 HUB_ID: Final = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95})"
     r"(@(?P<revision>[A-Za-z0-9][\w./-]{0,95}))?",
@@ -210,15 +213,15 @@ class VisionEncoderSpec(StageSpec):
 
 
 class ContextSpec(Section):
-    """What is forgotten when a session's context is full.
+    """What is forgotten when a session's context is full. None: as the checkpoint says.
 
     basic: the oldest units go once more than `high` tokens are cached, until `low` are left. context: the oldest units
     go, the model's own words stay. (The official default is to forget nothing, and to stop when the context is full.)
     """
 
     mode: Literal["basic", "context"] = "basic"
-    high: int = Field(default=4000, ge=1, le=40960)  # the checkpoint's own defaults
-    low: int = Field(default=3500, ge=0, le=40960)
+    high: Annotated[int, Field(ge=1, le=40960)] | None = None
+    low: Annotated[int, Field(ge=0, le=40960)] | None = None
 
 
 class LlmSpec(StageSpec):

@@ -36,7 +36,7 @@ from graph.ports import (
 )
 from graph.secret import mask_urls
 from graph.sections import (
-    TINY,
+    BUILT_IN,
     VERSION,
     CameraSpec,
     ConsoleSpec,
@@ -78,7 +78,7 @@ class EdgeSpec:
 
 @dataclass(frozen=True, slots=True)
 class PipelineSpec:
-    """A checked pipeline. `stages` and `edges` hold what runs; `model` is "tiny", a folder, or a hub id."""
+    """A checked pipeline. `stages` and `edges` hold what runs; `model` is one of BUILT_IN, a folder, or a hub id."""
 
     version: int
     model: str
@@ -118,7 +118,7 @@ def _build(file: FileSpec) -> PipelineSpec:
     stages = file.stages.by_name()
     spec = PipelineSpec(
         version=VERSION,
-        model=file.model if file.model == TINY else str(Path(file.model).expanduser()),
+        model=file.model if file.model in BUILT_IN else str(Path(file.model).expanduser()),
         window=file.window,
         tail=file.tail,
         cameras=dict(file.cameras),

@@ -18,10 +18,20 @@ from graph.ports import (
     lacks_senses,
     off_with,
 )
-from graph.sections import HUB_ID, TINY, VERSION, FileSpec, LlmSpec, StageSpec, StagesSpec, WrittenEdge
+from graph.sections import (
+    BUILT_IN,
+    HUB_ID,
+    VERSION,
+    ContextSpec,
+    FileSpec,
+    LlmSpec,
+    StageSpec,
+    StagesSpec,
+    WrittenEdge,
+)
 from graph.units import format_duration
 from graph.wording import listed, shown
-from graph.yaml_file import KeyPath
+from graph.yaml_file import KeyPath, dotted
 
 MAX_CAMERAS: Final = 256
 
@@ -71,8 +81,9 @@ def _version_findings(file: FileSpec) -> Iterator[Finding]:
 
 
 def _model_findings(model: str) -> Iterator[Finding]:
-    if model != TINY and not _is_folder(model) and not HUB_ID.fullmatch(model):
-        reason = f"no such folder; write {TINY}, a folder with a MiniCPM-o 4.5 checkpoint, or a hub id like owner/name"
+    if model not in BUILT_IN and not _is_folder(model) and not HUB_ID.fullmatch(model):
+        known = f"{', '.join(BUILT_IN)}, a folder with a MiniCPM-o 4.5 checkpoint, or a hub id like owner/name"
+        reason = f"no such folder; write {known}"
         yield Finding(("model",), f"model {shown(model)}: {reason}")
 
 
@@ -113,9 +124,19 @@ def _stage_findings(name: str, stage: StageSpec) -> Iterator[Finding]:
     elif stage.process and stage.max_replicas > 1:
         message = f"must be 1 in a shared process ({stage.process!r}); for more write `process: null`"
         yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
-    if isinstance(stage, LlmSpec) and stage.context.low >= stage.context.high:
-        message = f"{stage.context.low} is not less than high ({stage.context.high})"
-        yield Finding((*path, "context", "low"), f"stages.{name}.context.low: {message}")
+    if isinstance(stage, LlmSpec):
+        yield from _context_findings((*path, "context"), stage.context)
+
+
+def _context_findings(path: KeyPath, context: ContextSpec) -> Iterator[Finding]:
+    if context.high is None and context.low is None:
+        return
+    if context.high is None or context.low is None:
+        other = "high" if context.high is None else "low"
+        yield Finding(path, f"{dotted(path)}: high and low go together; write {other}, too, or neither")
+    elif context.low >= context.high:
+        message = f"{context.low} is not less than high ({context.high})"
+        yield Finding((*path, "low"), f"{dotted(path)}.low: {message}")
 
 
 def _together_findings(stages: StagesSpec) -> Iterator[Finding]:

@@ -48,10 +48,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What came out of the join: units that are complete, and chunks that were too late to be in any."""
+    """What came out of the join: complete units, chunks too late to be in any, and those which are in a later one."""
 
     units: tuple[Unit, ...] = ()
     late: tuple[Chunk, ...] = ()
+    carried: tuple[Chunk, ...] = ()
 
 
 NOTHING = Joined()
@@ -83,7 +84,6 @@ class WindowJoin:
         self._last_stream = ""
         self._ended_ns = 0  # the latest END of any stream
         self._index = 0  # the next unit to leave
-        self.num_carried = 0
 
     @property
     def next_end_ns(self) -> int:
@@ -104,26 +104,17 @@ class WindowJoin:
         all_ended = min(self._watermarks.values()) == FOREVER_NS
         return all_ended and self._index * self._window_ns >= self._ended_ns and not self.num_pending
 
-    @property
-    def expires_ns(self) -> int | None:
-        """When `expire` will next give up a window; None when it never will."""
-        if self._lateness_ns is None or self.finished:
-            return None
-        return self.next_end_ns + self._lateness_ns
-
     def add(self, chunk: Chunk) -> Joined:
         """Take a data chunk. It never completes a window by itself: a watermark does.
 
         Raises KeyError when the stream is not one of this join's.
         """
-        start_of_next_ns = self._index * self._window_ns
         pending = self._pending[chunk.stream]
-        if chunk.start_ns < start_of_next_ns:
-            if self._late.get(chunk.stream, "drop") == "drop":
-                return Joined(late=(chunk,))
-            self.num_carried += 1
+        is_late = chunk.start_ns < self._index * self._window_ns
+        if is_late and self._late.get(chunk.stream, "drop") == "drop":
+            return Joined(late=(chunk,))
         pending.append(chunk)
-        return NOTHING
+        return Joined(carried=(chunk,)) if is_late else NOTHING
 
     def advance(self, stream: str, watermark_ns: int, trace: Trace | None = None) -> Joined:
         """Nothing before `watermark_ns` will come on `stream`. A watermark never moves back."""

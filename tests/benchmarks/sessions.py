@@ -37,6 +37,7 @@ MEASURED_S = "10"
 NUM_WARM_UP_WINDOWS = 2
 DRAIN_S = 10.0  # after the sources' end; the listener may still have a lead to hear
 RIVAL = "the same sessions, one at a time in each model stage (batch: 1, wait: 0s)"
+TINY = ["model=tiny"]
 UNBATCHED = [f"stages.{stage}.{setting}" for stage in MODEL_STAGES for setting in ("batch=1", "wait=0s")]
 
 
@@ -84,8 +85,7 @@ class Pipeline:
         _tell(f"{self._name}: {num_sessions} session(s)")
         out = self._folder / f"{num_sessions}-sessions"
         sessions = [SessionId(f"{self._name}-{n}") for n in range(num_sessions)]
-        for session in sessions:
-            self.coordinator.open_session(Session(session, session, "test://pattern", out=out))
+        self.coordinator.open_sessions([Session(session, session, "test://pattern", out=out) for session in sessions])
         time.sleep(NUM_WARM_UP_WINDOWS)
         begin_s, cpu_s = time.monotonic(), self._cpu_s()
         time.sleep(measured_s)
@@ -116,7 +116,8 @@ class Pipeline:
 @contextmanager
 def _pipelines() -> Iterator[tuple[Pipeline, Pipeline]]:
     """Ours and the rival, in one Ray."""
-    specs = {"batched": load_spec(ROOT / "pipeline.yaml"), "unbatched": load_spec(ROOT / "pipeline.yaml", UNBATCHED)}
+    settings = {"batched": TINY, "unbatched": [*TINY, *UNBATCHED]}
+    specs = {name: load_spec(ROOT / "pipeline.yaml", sets) for name, sets in settings.items()}
     checkpoint = open_checkpoint(specs["batched"], _tell)
     ray_environment.prepare(None)
     from deploy.cluster import connect

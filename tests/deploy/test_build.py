@@ -1,12 +1,16 @@
-"""deploy/build.py: where a stage computes."""
+"""deploy/build.py: where a stage computes, and how sessions decode."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from deploy.build import device_of
-from graph.sections import StageSpec
+from deploy.build import device_of, duplex_config
+from graph.sections import ContextSpec, LlmSpec, StageSpec
+from model_shards.config import GenerationConfig
+from model_shards.context import WindowConfig
+from model_shards.decoding import SamplingConfig
+from model_shards.duplex import DuplexConfig
 from stages.tensors import Runtime, runtime
 
 
@@ -24,3 +28,21 @@ def test_auto_dtype_follows_the_device() -> None:
     assert runtime("cuda", "auto") == Runtime("cuda", torch.bfloat16)
     assert runtime("cpu", "auto") == Runtime("cpu", torch.float32)
     assert runtime("cuda", "float32") == Runtime("cuda", torch.float32)
+
+
+def test_sessions_decode_as_the_official_demo_where_nobody_says_otherwise() -> None:
+    window = WindowConfig(high_tokens=4000, low_tokens=3500)
+    assert duplex_config(LlmSpec(), GenerationConfig()) == DuplexConfig(SamplingConfig(), window)
+
+
+def test_a_checkpoint_brings_its_own_way_to_decode() -> None:
+    own = GenerationConfig(repetition_penalty=1.0, max_text_chars=None, high_tokens=1500, low_tokens=1100)
+    config = duplex_config(LlmSpec(decoding="greedy"), own)
+    assert (config.sampling.mode, config.sampling.repetition_penalty, config.max_text_chars) == ("greedy", 1.0, None)
+    assert (config.window.high_tokens, config.window.low_tokens) == (1500, 1100)
+
+
+def test_what_the_user_says_goes_before_the_checkpoint() -> None:
+    spec = LlmSpec(context=ContextSpec(high=300, low=200))
+    window = duplex_config(spec, GenerationConfig(high_tokens=1500, low_tokens=1100)).window
+    assert (window.high_tokens, window.low_tokens) == (300, 200)

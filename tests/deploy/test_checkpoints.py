@@ -12,6 +12,7 @@ import pytest
 from deploy.checkpoints import (
     ACTOR_BYTES,
     MAX_DIFFERENCES_TOLD,
+    OF_THE_ROOM,
     UNTRAINED,
     Checkpoint,
     CheckpointError,
@@ -24,7 +25,7 @@ from model_shards.errors import ModelError
 from model_shards.init import TINY
 from tests.support.tiny import Tiny
 
-MINIMAL = "version: 1\ncameras: {test: {source: 'test://pattern'}}\n"
+MINIMAL = "version: 1\nmodel: tiny\ncameras: {test: {source: 'test://pattern'}}\n"
 
 
 def spec(*overrides: str) -> PipelineSpec:
@@ -118,6 +119,16 @@ def test_the_tiny_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert told == [f"making the tiny checkpoint in {first.path}", *[f"model tiny: {UNTRAINED}"] * 2]
     assert set(first.bytes_of) == {"vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
     assert not first.trained
+
+
+def test_nano_is_what_is_shipped_and_its_line_says_what_it_knows(tiny: Tiny, tmp_path: Path):
+    folder = shutil.copytree(tiny.path, tmp_path / "trained")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"untrained": False, "nano": True}))
+    told: list[str] = []
+    opened = open_checkpoint(spec(f"model={folder}"), told.append)
+    assert opened.trained
+    assert told == [f"model {folder}: {OF_THE_ROOM}"]
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path):

@@ -70,6 +70,7 @@ def run_llm(connection: Connection) -> None:
         edge.delivered(age_s=0.15)
         edge.received(65_536)
         stage.processed(num_units=1, queue_s=0.01, compute_s=0.2)
+        stage.carried(1)
         tokens.add("text", 4)
         windows.finished(latency_s=0.45)
         windows.finished(latency_s=1.2, late_stage="llm")

@@ -56,6 +56,13 @@ def test_a_batch_counts_its_units_and_both_its_times():
     assert meter.value("omni_stage_batch_units_count", stage="vision_encoder") == 2
 
 
+def test_chunks_in_a_later_unit_than_their_own_are_counted():
+    meter = Meter("llm")
+    for num_chunks in (0, 2, 1):
+        meter.meter.carried(num_chunks)
+    assert meter.value("omni_stage_carried_total", stage="llm") == 3
+
+
 def test_a_camera_is_up_while_it_delivers():
     meter = Meter("camera")
     states = [meter.of_door("omni_camera_up")]

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from deploy.runner import ActorLoop
+from deploy.runner import ActorLoop, SessionPlan
 from graph.bus import Arrival
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.streams import MIC, SPEECH, TEXT
 from graph.tail import Ack, ack_chunk
-from stages.stage import StageError
+from graph.window import Unit
+from stages.stage import Session, StageError
 from tests.support.house import (
     NOTED,
     PLAYED,
@@ -182,6 +183,36 @@ def test_a_chunk_is_settled_when_its_unit_has_been_processed(build, clock: Manua
     assert (house.account(SOUND).in_flight, house.account(SOUND).delivered) == (0, 1)
 
 
+def test_a_stage_that_falls_behind_still_takes_what_comes(build, clock: ManualClock):
+    class Slow(Echo):
+        def process(self, units: list[Unit]) -> list[Chunk]:
+            clock.advance(3.0 * len(units))
+            assert len(self.batches) < 9, "it never looks up"
+            return super().process(units)
+
+    echo = Slow()
+    house = build({"llm": echo}, (SOUND,))
+    house.open("door", paced=True)
+    clock.advance(3600.0)
+    for num_turns in range(1, 6):
+        house.loop.turn()
+        assert len(echo.batches) == num_turns
+
+
+# ---- the beginning ---------------------------------------------------------------------------------------------------
+
+
+def test_a_source_is_silent_until_its_sessions_time_begins(build, clock: ManualClock):
+    house = build({"microphone": Ticker(1)}, (SOUND,))
+    runner = house.runners["microphone"]
+    runner.open_session(SessionPlan(Session(DOOR, "door", "test://pattern"), peers={SOUND: 0}))
+    runner.step()
+    assert house.account(SOUND).accepted == 0
+    runner.begin_session(DOOR, 0)
+    runner.step()
+    assert house.account(SOUND).accepted == 1
+
+
 # ---- late ------------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +242,7 @@ def test_what_is_late_may_be_carried_into_the_next_unit(build, clock: ManualCloc
     house.runners["llm"].step()
     assert [chunk.seq for chunk in echo.units[1].of(MIC)] == [0, 1]
     assert house.account(SOUND).delivered == 2
+    assert house.registry.get_sample_value("omni_stage_carried_total", {"stage": "llm"}) == 1
 
 
 def test_virtual_time_gives_nothing_up(build, clock: ManualClock):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.state import Running, StateFolder
+from deploy.state import Running, StateError, StateFolder
 
 URL = "http://127.0.0.1:8600"
 
@@ -53,6 +53,38 @@ def test_another_process_with_the_same_number_is_not_ours(state: StateFolder):
 def test_a_file_that_is_none_counts_as_nothing(state: StateFolder, text: str):
     state.file.write_text(text)
     assert state.read() is None
+
+
+def test_only_one_may_start_and_the_other_is_told_whom_it_waits_for(state: StateFolder):
+    with state.hold(), pytest.raises(StateError, match=rf"running already \(pid {os.getpid()}\)"), state.hold():
+        raise AssertionError("held twice")
+    with state.hold():
+        pass
+
+
+HOLD = """
+import sys, pathlib, deploy.state
+with deploy.state.StateFolder(pathlib.Path(sys.argv[1])).hold():
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_holds_nothing(state: StateFolder, tmp_path: Path):
+    command, environment = (
+        [sys.executable, "-c", HOLD, str(tmp_path / "project")],
+        os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(StateError, match=f"pid {process.pid}"), state.hold():
+            raise AssertionError("held twice")
+        process.kill()
+        process.wait()
+        with state.hold():
+            pass
 
 
 def test_a_forgotten_pipeline_leaves_its_logs_only(state: StateFolder):

@@ -15,6 +15,7 @@ from typer import Exit
 from typer.testing import CliRunner
 
 from deploy.cli import _clear_errors, app
+from deploy.state import StateFolder
 from deploy.up import probe
 from graph.secret import Secret
 from graph.sections import CameraSpec
@@ -140,7 +141,24 @@ def test_a_camera_that_does_not_answer_is_told_when_it_is_the_only_one() -> None
 
 def test_a_request_that_no_decoder_takes_is_the_cameras_problem() -> None:
     camera = CameraSpec(source=Secret("test://pattern")).model_copy(update={"fps": 0.001})
-    assert probe(camera) == ("fps is 0.001; it must be between 0.01 and 60.0", False)
+    assert probe(None, camera, lambda: False) == ("fps is 0.001; it must be between 0.01 and 60.0", False)
+
+
+def test_a_run_that_ends_before_the_first_picture_is_told(project: Path) -> None:
+    Clip(project / "mute.mp4").video(times(3)).write()
+    result = up("--camera=door=mute.mp4", "--for=0.5s")
+    assert result.exit_code == 1
+    (line,) = told(result)
+    assert line.endswith(
+        "is to run for 0.5 s, but its first picture is taken at 0.8 s (fps 1): let it run longer, or raise its fps"
+    )
+
+
+def test_a_second_pipeline_of_a_folder_is_refused_while_the_first_one_starts(project: Path) -> None:
+    with StateFolder(project).hold():
+        result = up(*PATTERN)
+    assert result.exit_code == 1
+    assert told(result) == [f"a pipeline of this folder is starting or running already (pid {os.getpid()})"]
 
 
 def test_a_source_that_vanishes_while_the_pipeline_starts_is_told(capsys: pytest.CaptureFixture[str]) -> None:

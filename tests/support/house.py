@@ -204,7 +204,9 @@ class House:
             named = {"sound": MIC, "frames": camera_stream(name)}
             streams = {named.get(port, port): self.late for port in map(_port, inputs) if port != "events"}
             peers = {edge: 0 for edge in self.edges if _ends(edge)[0] == stage}
-            self.runners[stage].open_session(SessionPlan(opened, origin_ns, streams, len(inputs), peers))
+            self.runners[stage].open_session(SessionPlan(opened, streams, len(inputs), peers))
+        for runner in self.runners.values():
+            runner.begin_session(opened.id, origin_ns)
         return opened
 
     def take(self, chunk: Chunk, edge: str = SOUND) -> None:

@@ -83,9 +83,12 @@ class Place:
         return kept | ours
 
     def start(self, *arguments: object, **changes: str) -> "subprocess.Popen[str]":
-        """The command, in a process group of its own, as a shell would start it. `up` gets a free port, unless told."""
+        """The command, in a process group of its own, as a shell would start it.
+
+        `up` gets a free port and the tiny model, unless told.
+        """
         return subprocess.Popen(
-            [str(PIPELINE), *map(str, _with_port(arguments))],
+            [str(PIPELINE), *map(str, _completed(arguments))],
             cwd=self.folder,
             env=self.environment | changes,
             stdin=subprocess.DEVNULL,
@@ -205,10 +208,13 @@ def _json_of(path: Path) -> Any:
         return None
 
 
-def _with_port(arguments: tuple[object, ...]) -> tuple[object, ...]:
-    if arguments[:1] != ("up",) or any("console.listen" in str(argument) for argument in arguments):
+def _completed(arguments: tuple[object, ...]) -> tuple[object, ...]:
+    if arguments[:1] != ("up",):
         return arguments
-    return (*arguments, "--set", "console.listen=127.0.0.1:0")
+    told = " ".join(map(str, arguments))
+    defaults = {"console.listen=": "127.0.0.1:0", "model=": "tiny"}
+    settings = [name + value for name, value in defaults.items() if name not in told]
+    return (*arguments, *(word for setting in settings for word in ("--set", setting)))
 
 
 def _shared_memory() -> set[str]:

@@ -1,0 +1,88 @@
+"""deploy/up.py: what is asked of the cameras before anything starts."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from deploy.up import MAX_FILES_AT_ONCE, PROBE_S, Probed, probe, probe_all
+from graph.secret import Secret
+from graph.sections import CameraSpec
+
+SILENT = ("gave nothing", True)
+
+
+def live(count: int) -> dict[str, CameraSpec]:
+    return {f"door{k}": CameraSpec(source=Secret(f"rtsp://10.0.0.{k}/live")) for k in range(count)}
+
+
+def files(count: int) -> dict[str, CameraSpec]:
+    return {f"clip{k}": CameraSpec(source=Secret("test://pattern")) for k in range(count)}
+
+
+def test_all_live_cameras_are_asked_at_once():
+    everybody = threading.Barrier(40, timeout=10)
+
+    def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+        everybody.wait()
+        return SILENT
+
+    assert probe_all(live(40), ask) == dict.fromkeys(live(40), SILENT)
+
+
+def test_files_are_asked_while_dead_cameras_keep_silent():
+    num_files = 3 * MAX_FILES_AT_ONCE
+    heard = threading.Semaphore(0)
+
+    def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+        if camera.source.reveal().startswith("rtsp"):
+            for _ in range(num_files):
+                assert heard.acquire(timeout=10)
+            return SILENT
+        heard.release()
+        return "", False
+
+    assert list(probe_all(live(1) | files(num_files), ask).values()) == [SILENT, *[("", False)] * num_files]
+
+
+def test_live_cameras_share_one_deadline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deploy.up.PROBE_S", 0.2)
+    monkeypatch.setattr("deploy.up.MAX_LIVE_AT_ONCE", 1)
+    num_looks = []
+
+    def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+        looks = 0
+        while not is_over():
+            looks += 1
+            time.sleep(0.01)
+        num_looks.append(looks)
+        return SILENT
+
+    probe_all(live(MAX_FILES_AT_ONCE + 3), ask)
+    assert sorted(num_looks)[:2] == [0, 0], "those whose turn comes after it are not waited for"
+
+
+def test_an_interrupt_waits_for_nobody():
+    left = []
+
+    def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+        if camera.source.reveal() == "rtsp://10.0.0.0/live":
+            signal.raise_signal(signal.SIGINT)
+        while not is_over():
+            time.sleep(0.01)
+        left.append(camera)
+        return SILENT
+
+    start_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        probe_all(live(5) | files(30), ask)
+    assert time.monotonic() - start_s < PROBE_S / 2
+    assert len(left) <= 5 + MAX_FILES_AT_ONCE, "who had not been asked is not asked any more"
+
+
+def test_a_camera_that_keeps_silent_is_left_when_it_is_over():
+    start_s = time.monotonic()
+    assert probe(None, files(1)["clip0"], lambda: True) == (f"gave nothing within {PROBE_S:g} s", False)
+    assert time.monotonic() - start_s < PROBE_S / 2

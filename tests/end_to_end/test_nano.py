@@ -1,0 +1,79 @@
+"""What the shipped model does where it is at home: the default run, and a short evaluation with its floors."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deploy.checkpoints import shipped
+from model_shards.nano.phrases import remarks, sentences
+from tests.support.pipeline import Place, Run
+
+pytestmark = pytest.mark.ray
+
+RATE_HZ = 24_000
+FLOORS = {"recall": 0.0, "precision": 0.0, "question_accuracy": 0.0}
+"""Well below what 3 episodes give (model_shards/nano/checkpoint/MODEL_CARD.md): for a fall, not for a measurement."""
+
+
+@pytest.fixture(scope="module")
+def by_default(place: Place) -> Run:
+    """`make up`, for 20 seconds."""
+    return place.up("--set", "model=nano", "--for", "20s")
+
+
+@pytest.fixture(scope="module")
+def measured(by_default: Run, place: Place) -> dict[str, object]:
+    run = place.run("nano", "eval", "--episodes", "3", "--seed", "1", "--json")
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(run.stdout))
+
+
+def test_the_checkpoint_is_small_and_has_its_card() -> None:
+    files = [path for path in shipped().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40_000_000
+    assert (shipped() / "MODEL_CARD.md").is_file()
+
+
+def test_the_default_run_says_what_its_model_knows(by_default: Run) -> None:
+    assert by_default.returncode == 0, by_default.stderr
+    assert "model nano: trained on a synthetic room" in by_default.stderr
+    assert "not as released" not in by_default.stderr
+
+
+def test_within_20_seconds_something_is_remarked_aloud(by_default: Run) -> None:
+    spoken = {text for session in _sessions(by_default) for text in _said(by_default, session)}
+    assert spoken & set(remarks())
+    assert spoken <= set(sentences())
+
+
+def test_what_is_heard_is_in_the_wav(by_default: Run) -> None:
+    for session in _sessions(by_default):
+        for heard in by_default.events(session, "heard"):
+            rate_hz, samples = by_default.speech(session)
+            assert rate_hz == RATE_HZ
+            first = round(heard["time_s"] * RATE_HZ)
+            assert np.abs(samples[first : first + RATE_HZ // 2]).max() > 1000
+
+
+def test_an_evaluation_stays_above_its_floors(measured: dict[str, object]) -> None:
+    assert {name: measured[name] for name in FLOORS if measured[name] < FLOORS[name]} == {}  # type: ignore[operator]
+
+
+def test_no_speech_runs_further_ahead_than_it_may(measured: dict[str, object]) -> None:
+    assert measured["unheard_max_s"] <= 2.0  # type: ignore[operator]
+
+
+def _sessions(run: Run) -> set[str]:
+    return {row["session"] for row in run.rows("windows.jsonl")}
+
+
+def _said(run: Run, session: str) -> list[str]:
+    """Whole sentences; the end of the run may cut the last one off."""
+    sentence, found = "", []
+    for row in run.events(session, "said"):
+        sentence += row["text"]
+        if row["end_of_turn"]:
+            found.append(sentence.strip())
+            sentence = ""
+    return found
