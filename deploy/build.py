@@ -135,7 +135,7 @@ def duplex_config(spec: LlmSpec, generation: GenerationConfig) -> DuplexConfig:
     high, low = spec.context.high, spec.context.low
     return DuplexConfig(
         sampling=SamplingConfig(
-            mode=spec.decoding,
+            mode=spec.decoding or generation.decoding,
             repetition_penalty=generation.repetition_penalty,
             length_penalty=generation.length_penalty,
             listen_prob_scale=generation.listen_prob_scale,
@@ -153,13 +153,15 @@ def duplex_config(spec: LlmSpec, generation: GenerationConfig) -> DuplexConfig:
 
 def _tts(spec: StageSpec, checkpoint: Path) -> Stage:
     from model_shards.checkpoint import load_shard
+    from model_shards.config import load_config
     from stages.tensors import runtime
     from stages.tts import Tts
 
     assert isinstance(spec, TtsSpec)
     where = runtime(device_of(spec), spec.dtype)
     model = load_shard(checkpoint, "tts", dtype=where.dtype, device=where.device)
-    return Tts(model, where, spec.seed if spec.decoding == "sampling" else None)
+    decoding = spec.decoding or load_config(checkpoint).generation.decoding
+    return Tts(model, where, spec.seed if decoding == "sampling" else None)
 
 
 def _vocoder(spec: StageSpec, checkpoint: Path) -> Stage:

@@ -225,10 +225,10 @@ class ContextSpec(Section):
 
 
 class LlmSpec(StageSpec):
-    """force_listen: the session listens for this many windows at first."""
+    """decoding None: as the checkpoint says. force_listen: the session listens for this many windows at first."""
 
     batch: Count = 8
-    decoding: Literal["greedy", "sampling"] = "sampling"
+    decoding: Literal["greedy", "sampling"] | None = None
     seed: Seed = 0
     system_prompt: str = Field(default="Streaming Omni Conversation.", max_length=20_000)
     kv_memory_bytes: Annotated[
@@ -239,8 +239,10 @@ class LlmSpec(StageSpec):
 
 
 class TtsSpec(StageSpec):
+    """decoding None: as the checkpoint says."""
+
     batch: Count = 8
-    decoding: Literal["greedy", "sampling"] = "sampling"
+    decoding: Literal["greedy", "sampling"] | None = None
     seed: Seed = 0
 
 

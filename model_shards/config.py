@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from model_shards.errors import ModelError
 
 T = TypeVar("T")
+Decoding = Literal["greedy", "sampling"]
 
 SILENCE_CODE = 4218  # of the released speech tokenizer
 
@@ -184,6 +185,7 @@ class GenerationConfig:
     `WindowConfig` (context.py).
     """
 
+    decoding: Decoding = "sampling"  # of the talker, too
     repetition_penalty: float = 1.05
     length_penalty: float = 1.1
     listen_prob_scale: float = 1.0

@@ -26,7 +26,7 @@ from model_shards.nano.scene import Change, Scene
 from model_shards.nano.timing import num_units, words_by_unit
 
 NUM_SILENT: Final = 3  # windows at the start of a session; DuplexConfig.force_listen_count
-MAX_TRIES: Final = 2  # of one utterance, when the model says it wrongly
+MAX_TRIES: Final = 2  # of one utterance, when the model does not say it, or wrongly
 
 Cause: TypeAlias = SceneEvent | Sound | Request
 Kind: TypeAlias = Literal["remark", "promise", "sound", "answer"]
@@ -93,9 +93,14 @@ class _Turn:
 
 
 class Oracle:
-    """One session's ideal. Ask once per window, in order."""
+    """One session's ideal. Ask once per window, in order.
 
-    def __init__(self) -> None:
+    max_tries: how often an utterance is begun, when the model stays silent instead or says something else. 1 for who
+    learns from it: a model that has missed something can't know later what it was.
+    """
+
+    def __init__(self, max_tries: int = MAX_TRIES) -> None:
+        self._max_tries = max_tries
         self._answers: deque[Utterance] = deque()
         self._remarks: deque[Utterance] = deque()
         self._turn: _Turn | None = None
@@ -109,6 +114,11 @@ class Oracle:
     def saying(self) -> Utterance | None:
         """What the last step's unit is about; None: nothing, or something that nobody asked for."""
         return self._saying
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the model goes on with something that nobody asked for: there is no right way to do that."""
+        return self._turn is not None and self._turn.utterance is None
 
     @property
     def under_way(self) -> Utterance | None:
@@ -195,6 +205,9 @@ class Oracle:
         if isinstance(said, Listen):
             if self._turn is not None:  # the engine forbids it; taken as the turn's end
                 self._end_turn()
+            elif self._saying is not None:
+                (self._answers if self._saying.kind == "answer" else self._remarks).remove(self._saying)
+                self._put_back(self._saying)
             return
         if self._turn is None:
             self._turn = _Turn(self._take(said.words))
@@ -230,7 +243,7 @@ class Oracle:
 
     def _put_back(self, utterance: Utterance) -> None:
         """What was said wrongly is said again, once."""
-        if self._is_stopped or utterance.tries + 1 >= MAX_TRIES:
+        if self._is_stopped or utterance.tries + 1 >= self._max_tries:
             return
         again = Utterance(utterance.text, utterance.kind, utterance.cause, utterance.window, utterance.tries + 1)
         (self._answers if utterance.kind == "answer" else self._remarks).appendleft(again)

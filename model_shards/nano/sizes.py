@@ -25,7 +25,12 @@ AUDIO: Final = AudioConfig(
     d_model=128, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=512, embed_dim=EMBED_DIM
 )
 GENERATION: Final = GenerationConfig(
-    repetition_penalty=1.0, length_penalty=1.0, max_text_chars=None, high_tokens=1500, low_tokens=1100
+    decoding="greedy",
+    repetition_penalty=1.0,
+    length_penalty=1.0,
+    max_text_chars=None,
+    high_tokens=1500,
+    low_tokens=1100,
 )
 """As `rehearsal` judges it. Its sentences repeat words; 1100 to 1500 tokens are the last 33 to 45 seconds."""
 

@@ -2,7 +2,8 @@
 
 Rule: a unit is a second. Its words are those whose speech starts in it; the unit in which the speech ends closes the
 turn with <|turn_eos|>. A model's own sense of time is rougher than that, so turns are also drawn with words that come
-early, words that come a unit late (then there is a pause before them) and ends that come a unit late.
+early, words that come a unit late (then there is a pause before them) and ends that come a unit late. Some turns are
+cut short: the voice of the last word promises more, no more words come, and the talker must not make them up.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Final
 from model_shards.nano.speech_sizes import CODES_PER_UNIT
 
 _CODES_PER_S: Final = 25
-_AT_ONCE, _EARLY, _LATE, _LATE_END = 0.06, 0.34, 0.10, 0.15  # parts of all turns
+_AT_ONCE, _EARLY, _LATE, _LATE_END, _CUT_SHORT = 0.06, 0.34, 0.10, 0.15, 0.25  # parts of all turns
 _MOST_EARLY: Final = 3  # words
+_SILENT_END: Final = 3  # codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ def on_time(turn: SpokenTurn) -> list[SpokenUnit]:
 
 def some_pacing(turn: SpokenTurn, silence: int, random: Random) -> list[SpokenUnit]:
     """The turn as a model which keeps time less well might pace it. silence: the code to fill pauses with."""
+    if random.random() < _CUT_SHORT:
+        turn = _cut_short(turn, silence, random)
     if random.random() < _LATE_END:
         turn = _ended_late(turn, silence)
     kind = random.random()
@@ -70,6 +74,15 @@ def _in_units(turn: SpokenTurn, unit_of_word: Sequence[int]) -> list[SpokenUnit]
         )
         for unit in range(num_units)
     ]
+
+
+def _cut_short(turn: SpokenTurn, silence: int, random: Random) -> SpokenTurn:
+    """The first words only, then a little silence."""
+    kept = random.randint(1, len(turn.words))
+    if kept == len(turn.words) or turn.starts[kept] == turn.starts[kept - 1]:  # the two are one to the teacher
+        return turn
+    codes = (*turn.codes[: turn.starts[kept]], *[silence] * _SILENT_END)
+    return SpokenTurn(turn.words[:kept], turn.starts[:kept], codes)
 
 
 def _ended_late(turn: SpokenTurn, silence: int) -> SpokenTurn:

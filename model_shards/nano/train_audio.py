@@ -343,13 +343,12 @@ class Batch:
 class Classroom:
     """Fresh lessons without end: bank and noises are its own, the rest is drawn for each."""
 
-    NUM_NOISES: Final = 96
-
-    def __init__(self, bank: Bank, first_seed: int) -> None:
+    def __init__(self, bank: Bank, first_seed: int, num_noises: int = 96) -> None:
+        """num_noises: how many backgrounds there are at a time; every fourth batch brings a new one."""
         self._bank = bank
         self._seed = first_seed
         self._num_batches = 0
-        self._noises = [noise_loop(first_seed + number) for number in range(self.NUM_NOISES)]
+        self._noises = [noise_loop(first_seed + number) for number in range(num_noises)]
 
     def batch(self, num_lessons: int, num_seconds: int, mix: Mix | None = None) -> Batch:
         """mix: of all lessons; by default busy ones, sparse ones and quiet ones."""
@@ -357,7 +356,7 @@ class Classroom:
         rng = np.random.default_rng((self._seed, 6))
         self._num_batches += 1
         if self._num_batches % 4 == 0:
-            self._noises[self._num_batches // 4 % self.NUM_NOISES] = noise_loop(self._seed)
+            self._noises[self._num_batches // 4 % len(self._noises)] = noise_loop(self._seed)
         starts = bool(rng.random() < 0.3)
         heard = num_seconds if starts else num_seconds + 1  # a second of what came before
         lessons = [
@@ -377,7 +376,7 @@ class Classroom:
         )
 
     def _sound(self, lesson: Lesson, rng: np.random.Generator) -> Samples:
-        noise = self._noises[int(rng.integers(self.NUM_NOISES))]
+        noise = self._noises[int(rng.integers(len(self._noises)))]
         if rng.random() < 0.04:
             noise = np.zeros_like(noise)  # a microphone that gives nothing between the sounds
         return Track(lesson, self._bank, noise=noise).samples(0, lesson.duration_ns)

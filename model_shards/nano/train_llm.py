@@ -169,7 +169,7 @@ def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Less
 
     Now and then so little may be said in a unit as a slow listener allows.
     """
-    oracles, before = [Oracle() for _ in lessons], [_nothing() for _ in lessons]
+    oracles, before = [Oracle(max_tries=1) for _ in lessons], [_nothing() for _ in lessons]
     units: list[list[Unit]] = [[] for _ in lessons]
 
     def max_tokens(row: int, unit: int) -> int:
@@ -179,7 +179,8 @@ def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Less
     for index, unit_outputs in enumerate(outputs):
         for row, output in enumerate(unit_outputs):
             lesson = lessons[row]
-            wanted = to_tokens(oracles[row].step(lesson.windows[index], before[row]), tokenizer)
+            label = oracles[row].step(lesson.windows[index], before[row])
+            wanted = () if oracles[row].is_lost else to_tokens(label, tokenizer)
             said = _said(output, tokenizer)
             before[row] = from_tokens(output.is_listen, output.token_ids, output.end_of_turn, tokenizer)
             images, audio = lesson.embedded.images[index].float(), lesson.embedded.audio[index].float()

@@ -32,17 +32,20 @@ def test_auto_dtype_follows_the_device() -> None:
 
 def test_sessions_decode_as_the_official_demo_where_nobody_says_otherwise() -> None:
     window = WindowConfig(high_tokens=4000, low_tokens=3500)
-    assert duplex_config(LlmSpec(), GenerationConfig()) == DuplexConfig(SamplingConfig(), window)
+    config = duplex_config(LlmSpec(), GenerationConfig())
+    assert config == DuplexConfig(SamplingConfig(), window)
+    assert config.sampling.mode == "sampling"
 
 
 def test_a_checkpoint_brings_its_own_way_to_decode() -> None:
-    own = GenerationConfig(repetition_penalty=1.0, max_text_chars=None, high_tokens=1500, low_tokens=1100)
-    config = duplex_config(LlmSpec(decoding="greedy"), own)
+    own = GenerationConfig("greedy", repetition_penalty=1.0, max_text_chars=None, high_tokens=1500, low_tokens=1100)
+    config = duplex_config(LlmSpec(), own)
     assert (config.sampling.mode, config.sampling.repetition_penalty, config.max_text_chars) == ("greedy", 1.0, None)
     assert (config.window.high_tokens, config.window.low_tokens) == (1500, 1100)
 
 
 def test_what_the_user_says_goes_before_the_checkpoint() -> None:
-    spec = LlmSpec(context=ContextSpec(high=300, low=200))
-    window = duplex_config(spec, GenerationConfig(high_tokens=1500, low_tokens=1100)).window
-    assert (window.high_tokens, window.low_tokens) == (300, 200)
+    spec = LlmSpec(decoding="sampling", context=ContextSpec(high=300, low=200))
+    config = duplex_config(spec, GenerationConfig("greedy", high_tokens=1500, low_tokens=1100))
+    assert (config.window.high_tokens, config.window.low_tokens) == (300, 200)
+    assert config.sampling.mode == "sampling"

@@ -12,8 +12,9 @@ from tests.support.pipeline import Place, Run
 pytestmark = pytest.mark.ray
 
 RATE_HZ = 24_000
-FLOORS = {"recall": 0.0, "precision": 0.0, "question_accuracy": 0.0}
-"""Well below what 3 episodes give (model_shards/nano/checkpoint/MODEL_CARD.md): for a fall, not for a measurement."""
+FLOORS = {"recall": 0.6, "precision": 0.7, "question_accuracy": 0.5}
+"""Below what these 3 episodes give (0.85, 1.0, 1.0 after half of the training): for a fall, not for a measurement."""
+MOST = {"reaction_p95_s": 2.5, "false_per_10min": 3.0, "wer": 0.15, "unheard_max_s": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def by_default(place: Place) -> Run:
 
 
 @pytest.fixture(scope="module")
-def measured(by_default: Run, place: Place) -> dict[str, object]:
+def measured(by_default: Run, place: Place) -> dict[str, float]:
     run = place.run("nano", "eval", "--episodes", "3", "--seed", "1", "--json")
     assert run.returncode == 0, run.stderr
     return dict(json.loads(run.stdout))
@@ -56,12 +57,13 @@ def test_what_is_heard_is_in_the_wav(by_default: Run) -> None:
             assert np.abs(samples[first : first + RATE_HZ // 2]).max() > 1000
 
 
-def test_an_evaluation_stays_above_its_floors(measured: dict[str, object]) -> None:
-    assert {name: measured[name] for name in FLOORS if measured[name] < FLOORS[name]} == {}  # type: ignore[operator]
+def test_an_evaluation_stays_above_its_floors(measured: dict[str, float]) -> None:
+    assert {name: measured[name] for name, floor in FLOORS.items() if measured[name] < floor} == {}
 
 
-def test_no_speech_runs_further_ahead_than_it_may(measured: dict[str, object]) -> None:
-    assert measured["unheard_max_s"] <= 2.0  # type: ignore[operator]
+def test_an_evaluation_stays_below_its_ceilings(measured: dict[str, float | None]) -> None:
+    found = {name: measured[name] for name in MOST}
+    assert {name: value for name, value in found.items() if value is not None and value > MOST[name]} == {}
 
 
 def _sessions(run: Run) -> set[str]:

@@ -33,6 +33,9 @@ class Minute:
 
 BUSY = Minute((Heard("bark", 1_300_000_000), Heard("how_many", 2_950_000_000), Heard("alarm", 5_000_000_001)))
 
+TRACK = Track(BUSY, BANK)
+WHOLE = Track(BUSY, BANK).samples(0, 10 * NS_PER_S)
+
 
 def loudness(samples: Samples) -> float:
     return float(np.sqrt(np.mean(samples**2)))
@@ -75,10 +78,9 @@ def test_a_noise_loop_has_no_seam_and_a_level_well_below_speech() -> None:
 @given(start=st.integers(0, 8 * NS_PER_S), length=st.integers(0, NS_PER_S))
 @settings(max_examples=30, deadline=None)
 def test_any_window_of_a_track_is_a_cut_of_the_whole(start: int, length: int) -> None:
-    whole = Track(BUSY, BANK).samples(0, 10 * NS_PER_S)
-    window = Track(BUSY, BANK).samples(start, start + length)
+    window = TRACK.samples(start, start + length)
     first = start * RATE_HZ // NS_PER_S
-    np.testing.assert_array_equal(window, whole[first : first + len(window)])
+    np.testing.assert_array_equal(window, WHOLE[first : first + len(window)])
     assert abs(len(window) - length * RATE_HZ / NS_PER_S) <= 1
 
 

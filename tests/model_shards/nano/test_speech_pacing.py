@@ -30,11 +30,14 @@ def test_a_turn_whose_speech_ends_later_has_a_last_unit_without_words():
 
 
 @given(turns(), st.integers())
-def test_pacing_loses_neither_words_nor_codes(turn: SpokenTurn, seed: int):
+def test_pacing_keeps_the_order_and_says_what_is_given(turn: SpokenTurn, seed: int):
+    """A turn may be cut short: then neither the words nor their codes come."""
     units = some_pacing(turn, SILENCE, Random(seed))
-    said = [code for unit in units for code in unit.codes]
-    assert [word for unit in units for word in unit.words] == list(turn.words)
-    assert [code for code in said if code != SILENCE] == list(turn.codes)
+    said = [code for unit in units for code in unit.codes if code != SILENCE]
+    words = [word for unit in units for word in unit.words]
+    assert words == list(turn.words[: len(words)])
+    assert said == list(turn.codes[: len(said)])
+    assert len(said) == (turn.starts[len(words)] if len(words) < len(turn.words) else len(turn.codes))
 
 
 @given(turns(), st.integers())
@@ -49,5 +52,5 @@ def test_no_word_comes_after_its_speech_has_begun(turn: SpokenTurn, seed: int):
     units = some_pacing(turn, SILENCE, Random(seed))
     said = [code for unit in units for code in unit.codes]
     given_in = [index for index, unit in enumerate(units) for _ in unit.words]
-    for start, unit in zip(turn.starts, given_in, strict=True):
+    for start, unit in zip(turn.starts, given_in, strict=False):
         assert said.index(100 + start) >= unit * 25

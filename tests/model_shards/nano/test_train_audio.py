@@ -143,7 +143,7 @@ def test_nothing_is_claimed_about_noise() -> None:
 
 
 def test_a_batch_has_as_many_labels_as_the_listener_has_answers() -> None:
-    batch = Classroom(BANK, first_seed=3).batch(2, 3)
+    batch = Classroom(BANK, first_seed=3, num_noises=2).batch(2, 3)
     sound, request, piece = Listener()(batch.units, batch.phase, starts=batch.starts)
     assert sound.shape[:2] == batch.sound_labels.shape == (2, 3)
     assert request.shape[:2] == batch.request_labels.shape == (2, 3)
