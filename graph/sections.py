@@ -316,7 +316,7 @@ class FileSpec(Section):
     """The whole file."""
 
     version: int | None = None
-    model: str = TINY
+    model: str = NANO
     window: Annotated[WindowSpec, _or_empty] = WindowSpec()
     tail: Annotated[TailSpec, _or_empty] = TailSpec()
     cameras: Annotated[Mapping[Name, CameraSpec], _or_empty] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ for word. Lines `# --set a.b=c` in a file are overrides.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import time
 from pathlib import Path
@@ -81,7 +82,16 @@ def test_the_corpus_has_no_password_in_what_is_said() -> None:
 
 
 def test_the_shipped_file_spells_out_the_defaults() -> None:
-    assert load_spec(Path(__file__).parents[2] / "pipeline.yaml") == parse(MINIMAL)
+    shipped = load_spec(Path(__file__).parents[2] / "pipeline.yaml")
+    assert dataclasses.replace(shipped, cameras=parse(MINIMAL).cameras) == parse(MINIMAL)
+
+
+def test_the_shipped_file_watches_three_rooms() -> None:
+    cameras = load_spec(Path(__file__).parents[2] / "pipeline.yaml").cameras
+    assert len(cameras) == 3
+    for camera in cameras.values():
+        assert camera.source.reveal().startswith("synthetic://room?")
+        assert camera == camera.model_copy(update={"fps": 1.0, "microphone": "embedded", "max_pixels": 4 * 448 * 448})
 
 
 def test_default_path_prefers_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
