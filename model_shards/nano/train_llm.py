@@ -42,8 +42,7 @@ TOKENS_PER_UNIT: Final = 33
 POOL_UNITS: Final = 30_000  # embedded, 10 KB each
 HINT_WEIGHT: Final = 0.5
 MIN_SESSIONS: Final = 3
-OWN_MISTAKES_FROM: Final = 0.7  # of the time
-REHEARSED: Final = 12  # sessions that are set free together
+OWN_MISTAKES_FROM: Final = 0.7  # of the time; from then on hints count for a third
 HEARD_AFTER_NS: Final = 340_000_000  # a unit's first word, after its window's end: playout delay and lead-in
 MUON_SCALE: Final = 3.0
 LOOK_EVERY: Final = 50  # steps
@@ -169,7 +168,8 @@ def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Less
 
     Now and then so little may be said in a unit as a slow listener allows.
     """
-    oracles, before = [Oracle(max_tries=1) for _ in lessons], [_nothing() for _ in lessons]
+    oracles = [Oracle(max_tries=1) for _ in lessons]
+    before: list[Output | None] = [None] * len(lessons)
     units: list[list[Unit]] = [[] for _ in lessons]
 
     def max_tokens(row: int, unit: int) -> int:
@@ -186,10 +186,6 @@ def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Less
             images, audio = lesson.embedded.images[index].float(), lesson.embedded.audio[index].float()
             units[row].append(Unit(images, audio, said, wanted))
     return units
-
-
-def _nothing() -> Output | None:
-    return None
 
 
 def _said(output: UnitOutput, tokenizer: Tokenizer) -> list[int]:
@@ -285,7 +281,7 @@ def train(folder: Path, minutes: float) -> None:
             units = own_words(training.averaged.llm, tokenizer, taken, rng)  # type: ignore[arg-type]
         batch = collate(units, prompt, tokenizer, sizes.EMBED_DIM)
         hints = torch.cat([lesson.hints for lesson in taken])
-        return loss_of(model, batch, hints, HINT_WEIGHT if passed < 0.7 else HINT_WEIGHT / 3)
+        return loss_of(model, batch, hints, HINT_WEIGHT if passed <= OWN_MISTAKES_FROM else HINT_WEIGHT / 3)
 
     def evaluate(averaged: nn.Module) -> Mapping[str, float]:
         assert isinstance(averaged, Behaving)
