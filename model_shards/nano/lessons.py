@@ -17,12 +17,12 @@ from torch import Tensor
 from model_shards.audio import AudioEncoder
 from model_shards.nano.oracle import Listen, Oracle, Output, Speak, Window
 from model_shards.nano.painter import Painter
-from model_shards.nano.phrases import REQUESTS, SCENE_EVENTS, SOUNDS
+from model_shards.nano.phrases import ANIMALS, COLOURS, REQUESTS, SCENE_EVENTS, SOUNDS
 from model_shards.nano.rehearsal import Embedded
 from model_shards.nano.sequences import Unit
 from model_shards.nano.sounds import RATE_HZ, Bank, Samples, Track, noise_loop
 from model_shards.nano.train_audio import SECONDS_BEFORE_RESET, hear, mel_units, stream_peak
-from model_shards.nano.train_vision import ATTRIBUTES, describe, plain_attention, shrink, to_patches
+from model_shards.nano.train_vision import attribute_classes, describe, plain_attention, shrink, to_patches
 from model_shards.nano.vocabulary import words_as_text
 from model_shards.nano.world import NS_PER_S, PICTURE_NS, Episode
 from model_shards.tokenizer import Tokenizer
@@ -38,8 +38,7 @@ class Lesson:
     """An episode, embedded.
 
     labels: what to say in each unit, as tokens, if all before was said right. hints: [units, NUM_HINTS] int64, what
-    can be known in each unit: the classes of `describe`, then per SceneEvent whether it happened, then the sound
-    that began and the request that ended, 0 for none.
+    can be known in each unit: the classes of CHOICES, then whether each of FLAGS is so.
     """
 
     episode: Episode
@@ -53,7 +52,11 @@ class Lesson:
         return [Unit(image, audio, label) for image, audio, label in pairs]
 
 
-NUM_HINTS: Final = len(ATTRIBUTES) + len(SCENE_EVENTS) + 2
+CHOICES: Final = (*attribute_classes(), len(SOUNDS) + 1, len(SOUNDS) + 1, len(REQUESTS) + 1)
+"""How many classes each has: what `describe` tells, the sound that began, the last sound, the request that ended."""
+FLAGS: Final = (*SCENE_EVENTS, *COLOURS, *ANIMALS, "person")
+"""Which event is seen, on whom (by colour), and who is awaited."""
+NUM_HINTS: Final = len(CHOICES) + len(FLAGS)
 
 
 class Senses:
@@ -120,10 +123,11 @@ def embed_sound(encoder: AudioEncoder, samples: Samples) -> Tensor:
 def teach(episode: Episode, senses: Senses, tokenizer: Tokenizer) -> Lesson:
     """An episode with everything that is to be learnt from it."""
     windows = tuple(episode.windows())
-    oracle = Oracle()
-    labels = tuple(to_tokens(oracle.step(window), tokenizer) for window in windows)
-    hints = torch.tensor([_hints(window) for window in windows])
-    return Lesson(episode, windows, senses.embed(episode), labels, hints)
+    oracle, labels, hints = Oracle(), [], []
+    for window in windows:
+        labels.append(to_tokens(oracle.step(window), tokenizer))
+        hints.append(_hints(window, oracle))
+    return Lesson(episode, windows, senses.embed(episode), tuple(labels), torch.tensor(hints))
 
 
 def to_tokens(output: Output, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -142,8 +146,17 @@ def from_tokens(is_listen: bool, token_ids: Sequence[int], end_of_turn: bool, to
     return Speak(tuple(tokenizer.decode(token_ids, skip_special=True).split()), end_of_turn)
 
 
-def _hints(window: Window) -> list[int]:
-    happened = {change.event for change in window.changes}
-    sound = SOUNDS.index(window.sounds[-1]) + 1 if window.sounds else 0
-    request = REQUESTS.index(window.requests[-1]) + 1 if window.requests else 0
-    return [*describe(window.scene), *(int(event in happened) for event in SCENE_EVENTS), sound, request]
+def _hints(window: Window, oracle: Oracle) -> list[int]:
+    """oracle: after this window."""
+    true = {change.event for change in window.changes} | {change.colour for change in window.changes} | oracle.awaited
+    return [
+        *describe(window.scene),
+        _place_in(SOUNDS, window.sounds[-1] if window.sounds else None),
+        _place_in(SOUNDS, oracle.last_sound),
+        _place_in(REQUESTS, window.requests[-1] if window.requests else None),
+        *(int(flag in true) for flag in FLAGS),
+    ]
+
+
+def _place_in(names: Sequence[str], name: str | None) -> int:
+    return 0 if name is None else names.index(name) + 1

@@ -116,6 +116,15 @@ class Oracle:
         return self._saying
 
     @property
+    def awaited(self) -> frozenset[Awaited]:
+        """What somebody has asked to be told, and that has not come since."""
+        return frozenset(self._awaited)
+
+    @property
+    def last_sound(self) -> Sound | None:
+        return self._last_sound
+
+    @property
     def is_lost(self) -> bool:
         """Whether the model goes on with something that nobody asked for: there is no right way to do that."""
         return self._turn is not None and self._turn.utterance is None

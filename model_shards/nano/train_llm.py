@@ -9,9 +9,12 @@ should come after what nano really said.
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -23,14 +26,14 @@ from torch.nn import functional as F
 from model_shards.duplex import MAX_TEXT_TOKENS, UnitOutput
 from model_shards.llm import LanguageModel
 from model_shards.nano import sizes
-from model_shards.nano.lessons import Lesson, Senses, from_tokens, teach, to_tokens
+from model_shards.nano.lessons import CHOICES, FLAGS, Lesson, Senses, from_tokens, teach, to_tokens
 from model_shards.nano.oracle import Oracle, Output
-from model_shards.nano.phrases import REQUESTS, SCENE_EVENTS, SOUNDS
+from model_shards.nano.phrases import SCENE_EVENTS
 from model_shards.nano.rehearsal import rehearse
 from model_shards.nano.score import Score, Utterance, score, summary
 from model_shards.nano.sequences import NO_TARGET, Batch, Unit, collate, hidden_states, prompt_ids
 from model_shards.nano.train_audio import Listener, train_bank, unheard_bank
-from model_shards.nano.train_vision import ATTRIBUTES, UNKNOWN, Seeing, attribute_classes
+from model_shards.nano.train_vision import ATTRIBUTES, UNKNOWN, Seeing
 from model_shards.nano.training import Schedule, Training, load_averaged
 from model_shards.nano.truth import truth_of
 from model_shards.nano.vocabulary import build_tokenizer
@@ -40,15 +43,20 @@ from model_shards.tokenizer import Tokenizer
 TOKENS_PER_STEP: Final = 5000
 TOKENS_PER_UNIT: Final = 33
 POOL_UNITS: Final = 30_000  # embedded, 10 KB each
+CLASSES_AHEAD: Final = 6  # steps whose lessons are being made
+MOST_REPLAYED: Final = 1  # steps in a row without anything fresh
 HINT_WEIGHT: Final = 0.5
 MIN_SESSIONS: Final = 3
 OWN_MISTAKES_FROM: Final = 0.7  # of the time; from then on hints count for a third
+SLOW_LISTENER: Final = 0.08  # how often, in units
 HEARD_AFTER_NS: Final = 340_000_000  # a unit's first word, after its window's end: playout delay and lead-in
 MUON_SCALE: Final = 3.0
 LOOK_EVERY: Final = 50  # steps
 REFRESH_S: Final = 480.0
 FROZEN_FROM: Final = 0.5  # of the time
 PLAIN_MIX: Final = Mix()
+TRYING: Final = Mix(rush=0.2, twin=0.05, standing=2.5)
+"""More of what is hard: things that happen while others are told, and promises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +67,23 @@ class Plan:
     activities: Mapping[Activity, float]
     mix: Mix = PLAIN_MIX
 
+    @property
+    def num_sessions(self) -> int:
+        return num_sessions(self.num_units)
+
+
+def num_sessions(num_units: int) -> int:
+    """How many sessions of this length make one step."""
+    return max(MIN_SESSIONS, round(TOKENS_PER_STEP / TOKENS_PER_UNIT / num_units))
+
 
 def plan_at(passed: float, rng: Random) -> Plan:
     """What lessons look like after this part of the time."""
     if passed < 0.1:
         return Plan(16, {"busy": 1.0}, SIMPLE)
     if passed < 0.55:
-        return Plan(rng.choice((16, 20, 24)), {"busy": 0.85, "calm": 0.1, "quiet": 0.05})
-    return Plan(rng.choice((24, 40, 60)), {"busy": 0.55, "calm": 0.25, "quiet": 0.2})
+        return Plan(rng.choice((16, 20, 24, 40)), {"busy": 0.85, "calm": 0.1, "quiet": 0.05}, TRYING)
+    return Plan(rng.choice((24, 40, 60)), {"busy": 0.6, "calm": 0.25, "quiet": 0.15}, TRYING)
 
 
 class Behaving(nn.Module):
@@ -80,11 +97,11 @@ class Behaving(nn.Module):
         _initialise(self.llm)
 
     def hints(self, hidden: Tensor) -> list[Tensor]:
-        """hidden [units, dim] to the logits of each of the ATTRIBUTES, of all SCENE_EVENTS, of sound and request."""
+        """hidden [units, dim] to the logits of each of the CHOICES, and of all FLAGS."""
         return list(self.heads(hidden).float().split(_HEAD_SIZES, dim=1))
 
 
-_HEAD_SIZES: Final = [*attribute_classes(), len(SCENE_EVENTS), len(SOUNDS) + 1, len(REQUESTS) + 1]
+_HEAD_SIZES: Final = [*CHOICES, len(FLAGS)]
 
 
 def _initialise(llm: LanguageModel) -> None:
@@ -99,35 +116,69 @@ def _initialise(llm: LanguageModel) -> None:
 
 
 class School:
-    """Lessons without end, kept in a pool so that each comes about twice."""
+    """Lessons without end, made by a process beside this one, and kept in a pool so that each comes about twice."""
 
-    def __init__(self, senses: Senses, tokenizer: Tokenizer, first_seed: int) -> None:
-        self._senses, self._tokenizer, self._seed = senses, tokenizer, first_seed
+    def __init__(self, trainings: Path, first_seed: int) -> None:
+        """trainings: see `Encoders`."""
+        self._trainings, self._seed = trainings, first_seed
         self._rng = Random(first_seed)
         self._pool: dict[int, deque[Lesson]] = {}
+        self._num_replayed = 0
+        self._begin()
 
-    def refresh(self, senses: Senses) -> None:
-        """Go on with other eyes and ears, and forget what the old ones saw and heard."""
-        self._senses = senses
+    def _begin(self) -> None:
+        self._classes: deque[Future[bytes]] = deque()
+        self._maker = ProcessPoolExecutor(1, get_context("spawn"), _open_eyes, (self._trainings, self._seed))
+
+    def refresh(self) -> None:
+        """Go on with the eyes and ears of now, and forget what the old ones saw and heard."""
+        self.close()
         self._pool.clear()
+        self._begin()
+
+    def close(self) -> None:
+        self._maker.shutdown(cancel_futures=True)
 
     def lessons(self, passed: float) -> list[Lesson]:
-        """Sessions of equal length for one step; half of them fresh, once there are enough."""
-        plan = plan_at(passed, self._rng)
-        count = max(MIN_SESSIONS, round(TOKENS_PER_STEP / TOKENS_PER_UNIT / plan.num_units))
-        pool = self._pool.setdefault(plan.num_units, deque(maxlen=POOL_UNITS // plan.num_units // 4))
-        num_fresh = count if len(pool) < 2 * count else (count + 1) // 2
-        fresh = [self.fresh(plan) for _ in range(num_fresh)]
-        replayed = self._rng.sample(pool, count - num_fresh)
+        """Sessions of equal length for one step: half of them fresh, or, when none are ready, none."""
+        while len(self._classes) < CLASSES_AHEAD:
+            plan = plan_at(passed, self._rng)
+            num_fresh = (plan.num_sessions + 1) // 2
+            self._classes.append(self._maker.submit(_make_lessons, self._seed, num_fresh, plan))
+            self._seed += num_fresh
+        if not self._classes[0].done() and self._num_replayed < MOST_REPLAYED and self._pool:
+            self._num_replayed += 1
+            pool = self._rng.choice(list(self._pool.values()))
+            return self._rng.sample(pool, min(len(pool), num_sessions(len(pool[0].windows))))
+        self._num_replayed = 0
+        fresh: list[Lesson] = pickle.loads(self._classes.popleft().result())
+        num_units = len(fresh[0].windows)
+        pool = self._pool.setdefault(num_units, deque(maxlen=POOL_UNITS // num_units // 4))
+        replayed = self._rng.sample(pool, min(len(pool), num_sessions(num_units) - len(fresh)))
         pool.extend(fresh)
         return [*fresh, *replayed]
 
-    def fresh(self, plan: Plan) -> Lesson:
-        self._seed += 1
-        activity = self._rng.choices(list(plan.activities), list(plan.activities.values()))[0]
-        duration_ns = plan.num_units * NS_PER_S
-        episode = plan_episode(self._seed, duration_ns, activity, self._senses.bank.duration_ns, plan.mix)
-        return teach(episode, self._senses, self._tokenizer)
+
+_senses: Senses | None = None  # of the process that makes lessons
+
+
+def _open_eyes(trainings: Path, seed: int) -> None:
+    global _senses
+    torch.set_num_threads(1)
+    _senses = Encoders(trainings).senses(unheard=False, seed=seed)
+
+
+def _make_lessons(first_seed: int, count: int, plan: Plan) -> bytes:
+    """Pickled: tensors that come from another process as they are hold a file open, each."""
+    assert _senses is not None
+    return pickle.dumps([make_lesson(seed, plan, _senses) for seed in range(first_seed, first_seed + count)])
+
+
+def make_lesson(seed: int, plan: Plan, senses: Senses) -> Lesson:
+    """One lesson as planned."""
+    activity = Random(seed).choices(list(plan.activities), list(plan.activities.values()))[0]
+    episode = plan_episode(seed, plan.num_units * NS_PER_S, activity, senses.bank.duration_ns, plan.mix)
+    return teach(episode, senses, build_tokenizer())
 
 
 # Learning
@@ -145,18 +196,19 @@ def loss_of(model: Behaving, batch: Batch, hints: Tensor, weight: float) -> tupl
     hinted = _hint_loss(known, hints)
     with torch.no_grad():
         right = float((logits.argmax(-1) == targets).float().mean())
-        happened = hints[:, len(ATTRIBUTES) : -2].bool()
-        seen = (known[len(ATTRIBUTES)] > 0)[happened].float().mean() if happened.any() else torch.tensor(0.0)
+        happened = hints[:, len(CHOICES) : len(CHOICES) + len(SCENE_EVENTS)].bool()
+        said = known[-1][:, : len(SCENE_EVENTS)] > 0
+        seen = said[happened].float().mean() if happened.any() else torch.tensor(0.0)
     numbers = {"words": float(words.detach()), "hints": float(hinted.detach()), "right": right, "events": float(seen)}
     return words + weight * hinted, numbers
 
 
 def _hint_loss(known: Sequence[Tensor], hints: Tensor) -> Tensor:
-    count = len(ATTRIBUTES)
-    seen = [F.cross_entropy(known[i], hints[:, i], ignore_index=UNKNOWN) for i in range(count)]
-    events = F.binary_cross_entropy_with_logits(known[count], hints[:, count:-2].float()) * len(SCENE_EVENTS)
-    heard = F.cross_entropy(known[-2], hints[:, -2]) + F.cross_entropy(known[-1], hints[:, -1])
-    return 3 * torch.stack(seen).nanmean() + 2 * events + heard
+    *choices, flags = known
+    losses = [F.cross_entropy(logits, hints[:, i], ignore_index=UNKNOWN) for i, logits in enumerate(choices)]
+    seen, heard = losses[: len(ATTRIBUTES)], losses[len(ATTRIBUTES) :]
+    true = F.binary_cross_entropy_with_logits(flags, hints[:, len(CHOICES) :].float()) * len(FLAGS)
+    return 3 * torch.stack(seen).nanmean() + 2 * true + torch.stack(heard).sum()
 
 
 # Set free
@@ -173,7 +225,7 @@ def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Less
     units: list[list[Unit]] = [[] for _ in lessons]
 
     def max_tokens(row: int, unit: int) -> int:
-        return rng.randint(1, 4) if rng.random() < 0.03 else MAX_TEXT_TOKENS
+        return rng.randint(1, 4) if rng.random() < SLOW_LISTENER else MAX_TEXT_TOKENS
 
     outputs = rehearse(model, tokenizer, [lesson.embedded for lesson in lessons], max_tokens)
     for index, unit_outputs in enumerate(outputs):
@@ -266,14 +318,14 @@ def train(folder: Path, minutes: float) -> None:
     prompt = prompt_ids(tokenizer)
     seed = 1000 * training.step
     encoders = Encoders(folder.parent)
-    school = School(encoders.senses(unheard=False, seed=seed), tokenizer, seed)
+    school = School(folder.parent, seed)
     lessons = exam(encoders.senses(unheard=True, seed=UNSEEN), tokenizer, 40, 24, UNSEEN)
     rng = Random(seed)
 
     def loss(step: int, passed: float) -> tuple[Tensor, Mapping[str, float]]:
         nonlocal lessons
         if step % LOOK_EVERY == 0 and passed < FROZEN_FROM and encoders.have_changed():
-            school.refresh(encoders.senses(unheard=False, seed=1000 * step))
+            school.refresh()
             lessons = exam(encoders.senses(unheard=True, seed=UNSEEN), tokenizer, 40, 24, UNSEEN)
         taken = school.lessons(passed)
         units = [lesson.units() for lesson in taken]
@@ -288,4 +340,7 @@ def train(folder: Path, minutes: float) -> None:
         told = summary([judge(averaged.llm, tokenizer, lessons)])
         return {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
 
-    training.run(loss, evaluate)
+    try:
+        training.run(loss, evaluate)
+    finally:
+        school.close()

@@ -111,7 +111,8 @@ class Mix:
     stop: in how many windows of speech somebody says "stop". idle_stop: part of the requests which are a "stop" in
     silence. heard_later: after how many sounds it is asked what was heard. decoy: how often something else comes before
     what is awaited. twin: how often two things happen in one window; rush: in how many windows something may happen
-    though there is more than one unit still to be spoken, so that it is told late. fullness: of the room at the start.
+    though there is more than one unit still to be spoken, so that it is told late. standing: how often requests are
+    standing ones, relative to what is usual. fullness: of the room at the start.
     """
 
     scene: float = 0.55
@@ -123,6 +124,7 @@ class Mix:
     decoy: float = 0.5
     twin: float = 0.02
     rush: float = 0.04
+    standing: float = 1.0
     fullness: float = 0.35
 
 
@@ -278,7 +280,10 @@ class _Planner:
     def _choose_request(self) -> Request:
         if self._rng.random() < self._mix.idle_stop:
             return "stop"
-        return self._weighted(_QUESTION_WEIGHTS)
+        standing = self._mix.standing
+        return self._weighted(
+            {asked: weight * (standing if asked in AWAITED else 1.0) for asked, weight in _QUESTION_WEIGHTS.items()}
+        )
 
     def _weighted(self, weights: dict[Item, float]) -> Item:
         return self._rng.choices(list(weights), list(weights.values()))[0]
