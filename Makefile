@@ -15,13 +15,15 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
-# Two runs side by side: one waits for cameras and clocks most of the time, the other computes.
+# Two runs side by side, of about the same length: one waits for cameras and clocks most of the time, the other computes.
 REAL_TIME = tests/end_to_end tests/benchmarks
+MOVED = tests/end_to_end/test_nano.py
+COMPUTING = $(filter-out $(REAL_TIME),$(patsubst %/,%,$(wildcard tests/*/))) $(MOVED)
 
 unit: .venv/installed-dev
-	@.venv/bin/python -m pytest $(REAL_TIME) $(PYTEST_ARGS) > .venv/end_to_end.log 2>&1 & real_time=$$!; \
+	@.venv/bin/python -m pytest $(REAL_TIME) $(MOVED:%=--ignore=%) $(PYTEST_ARGS) > .venv/end_to_end.log 2>&1 & real_time=$$!; \
 	trap 'kill $$real_time 2>/dev/null' INT TERM; \
-	.venv/bin/python -m pytest $(REAL_TIME:%=--ignore=%) $(PYTEST_ARGS); computing=$$?; \
+	.venv/bin/python -m pytest $(COMPUTING) $(PYTEST_ARGS); computing=$$?; \
 	wait $$real_time; waiting=$$?; cat .venv/end_to_end.log; exit $$((computing + waiting))
 
 bench: .venv/installed-dev

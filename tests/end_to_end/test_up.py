@@ -14,6 +14,7 @@ pytestmark = pytest.mark.ray
 NUM_WINDOWS = 10
 GREEDY = ("--set", "stages.llm.decoding=greedy", "--set", "stages.tts.decoding=greedy")
 RATE_HZ = 24_000
+PLAYOUT_DELAY_S = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,9 @@ def test_greedy_decoding_says_the_same_at_the_same_times(at_full_speed: Run, aga
 
 
 def test_greedy_decoding_says_in_real_time_what_it_says_at_full_speed(in_real_time: Run, again: Run) -> None:
-    if not all(window["on_time"] for window in in_real_time.rows("windows.jsonl")):
-        pytest.skip("a window was late: this machine is too busy to speak as planned")
+    slowest_s = max(window["latency_s"] for window in in_real_time.rows("windows.jsonl"))
+    if slowest_s > PLAYOUT_DELAY_S:
+        pytest.skip(f"a window took {slowest_s:.2f} s: this machine is too busy to speak at the planned times")
     for session in ("door", "yard"):
         assert in_real_time.transcript(session) == again.transcript(session)
 
@@ -130,4 +132,6 @@ def test_virtual_time_is_neither_on_time_nor_late(at_full_speed: Run) -> None:
 
 
 def _clock(time_s: float) -> str:
-    return f"{int(time_s // 60):02d}:{time_s % 60:06.3f}"
+    """Whole milliseconds, not rounded up."""
+    minutes, milliseconds = divmod(round(time_s * 1e9) // 1_000_000, 60_000)
+    return f"{minutes:02d}:{milliseconds / 1000:06.3f}"
