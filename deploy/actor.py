@@ -26,6 +26,7 @@ from deploy.plan import ActorPlan, Address
 from deploy.runner import ActorLoop, SessionPlan, StageRunner, StageSnapshot
 from graph.bus import Bus, EdgeRule, Receiver, Sender
 from graph.chunk import SessionId
+from graph.gather import Gathering
 from graph.ledger import Account, merge
 from graph.metrics import EdgeMetrics, Metrics, serve_metrics
 from graph.sections import StageSpec
@@ -175,8 +176,7 @@ class Actor:
             {e.id: self._receivers[e.id] for e in self._plan.edges if e.target.stage == name},
             {e.id: self._senders[e.id] for e in self._plan.edges if e.source.stage == name},
             StageMeter(self._metrics, name, stage, self._plan.all_stages),
-            max_units=spec.batch,
-            wait_s=spec.wait_ns * 1e-9,
+            Gathering(spec.batch, spec.wait_ns),
         )
 
     def _accounts(self) -> dict[str, Account]:

@@ -15,6 +15,7 @@ from deploy.measure import StageMeter
 from graph.bus import Arrival, Bus, Receiver, Sender
 from graph.chunk import NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
 from graph.epoch import EpochFence
+from graph.gather import Gathering, Waiting
 from graph.streams import EVENTS, port_of
 from graph.tail import ack_of
 from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
@@ -67,7 +68,6 @@ class _Ready:
 
     unit: Unit
     since_ns: int  # session time
-    since_s: float  # monotonic
 
 
 @dataclass(slots=True)
@@ -98,12 +98,18 @@ class _Open:
     def monotonic_ns(self, event_ns: int) -> int:
         return event_ns - self.offset_ns
 
+    def waiting(self) -> Waiting:
+        """The unit that is next, for `Gathering`."""
+        ready = self.ready[0]
+        end_ns = self.monotonic_ns(ready.unit.end_ns)
+        deadline_ns = end_ns + self.session.window_ns if self.session.paced else None
+        return Waiting(self.session.id, self.monotonic_ns(ready.since_ns), end_ns, deadline_ns)
+
 
 class StageRunner:
     """One replica of one stage.
 
     receivers: by edge. senders: by edge, one per replica of the other end.
-    max_units, wait_s: a batch takes so many units, and waits so long for peers once one is there.
     """
 
     def __init__(
@@ -113,17 +119,14 @@ class StageRunner:
         receivers: Mapping[str, Receiver],
         senders: Mapping[str, list[Sender]],
         meter: StageMeter,
-        *,
-        max_units: int,
-        wait_s: float,
+        gathering: Gathering,
     ) -> None:
         self.name = name
         self.stage = stage
         self._receivers = receivers
         self._senders = senders
         self._meter = meter
-        self._max_units = max_units
-        self._wait_s = wait_s
+        self._gathering = gathering
         self.num_units = 0
         self._open: dict[SessionId, _Open] = {}
         self._follows_clock = type(stage).advance is not Stage.advance
@@ -234,8 +237,8 @@ class StageRunner:
         for chunk in joined.late:
             self._settle(state, chunk, "late")
         self._meter.carried(len(joined.carried))
-        now_ns, now_s = state.now_ns(), time.monotonic()
-        state.ready.extend(_Ready(unit, now_ns, now_s) for unit in joined.units)
+        now_ns = state.now_ns()
+        state.ready.extend(_Ready(unit, now_ns) for unit in joined.units)
 
     def _settle(self, state: _Open, chunk: Chunk, reason: str | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason."""
@@ -271,10 +274,9 @@ class StageRunner:
         """How long the loop may sleep if nothing comes."""
         if self._follows_clock and self._open:
             return TICK_S
-        now_s = time.monotonic()
-        going = [s for s in self._open.values() if s.ready and self._may_go(s)]  # the others wait for what comes in
-        waiting = [self._wait_s - (now_s - s.ready[0].since_s) for s in going]
-        return max(min([*waiting, IDLE_S]), 0.001)
+        going = [state.waiting() for state in self._open.values() if state.ready and self._may_go(state)]
+        due_ns = self._gathering.due_in_ns(going, time.monotonic_ns())  # the others wait for what comes in
+        return IDLE_S if due_ns is None else max(min(due_ns / NS_PER_S, IDLE_S), 0.001)
 
     def _advance(self, state: _Open) -> None:
         if self._follows_clock and not state.ending and self._has_room(state):
@@ -282,23 +284,14 @@ class StageRunner:
 
     def _gather(self) -> list[tuple[_Open, _Ready]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
-        candidates = [(state, state.ready[0]) for state in self._open.values() if state.ready and self._may_go(state)]
-        if not candidates:
-            return []
-        candidates.sort(key=lambda c: c[0].monotonic_ns(c[1].unit.end_ns))  # earliest deadline first
-        oldest_s = min(ready.since_s for _, ready in candidates)
-        may_wait = len(candidates) < self._max_units and time.monotonic() - oldest_s < self._wait_s
-        if may_wait and self._has_peers(*candidates[0]):
-            return []
-        return candidates[: self._max_units]
-
-    def _has_peers(self, first: _Open, ready: _Ready) -> bool:
-        """Is there a session without a unit whose next window ends when that of `ready` does, or before?"""
-        due_ns = first.monotonic_ns(ready.unit.end_ns) + round(self._wait_s * NS_PER_S)
-        return any(
-            not state.ready and state.join is not None and state.monotonic_ns(state.join.next_end_ns) <= due_ns
+        going = [state.waiting() for state in self._open.values() if state.ready and self._may_go(state)]
+        next_ends_ns = (
+            state.monotonic_ns(state.join.next_end_ns)
             for state in self._open.values()
+            if not state.ready and state.join is not None
         )
+        sessions = self._gathering.batch(going, next_ends_ns, time.monotonic_ns())
+        return [(self._open[session], self._open[session].ready[0]) for session in sessions]
 
     def _may_go(self, state: _Open) -> bool:
         if not self._has_room(state):
@@ -320,9 +313,8 @@ class StageRunner:
         started_s = time.monotonic()
         chunks = self.stage.process([ready.unit for _, ready in batch])
         compute_s = time.monotonic() - started_s
-        self._meter.processed(
-            len(batch), queue_s=started_s - min(ready.since_s for _, ready in batch), compute_s=compute_s
-        )
+        queue_ns = max(now_ns - ready.since_ns for now_ns, (_, ready) in zip(started, batch, strict=True))
+        self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
         for chunk in chunks:
             self._send(self._open[chunk.session], chunk)
         for (state, ready), started_ns in zip(batch, started, strict=True):

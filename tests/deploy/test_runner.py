@@ -68,7 +68,7 @@ def whole(build, num_windows: int = 20, echo: Echo | None = None, **kwargs: obje
 
 def test_a_unit_waits_for_peers_and_no_longer_than_it_may(build, clock: ManualClock):
     echo = Echo()
-    house = build({"llm": echo}, (SOUND,), wait_s=0.005)
+    house = build({"llm": echo}, (SOUND,), wait_ns=5_000_000)
     house.open("door"), house.open("yard")
     house.window("door", 0)
     house.runners["llm"].step()
@@ -83,7 +83,7 @@ def test_a_unit_waits_for_peers_and_no_longer_than_it_may(build, clock: ManualCl
 
 def test_a_batch_goes_at_once_when_everybody_is_there(build, clock: ManualClock):
     echo = Echo()
-    house = build({"llm": echo}, (SOUND,), wait_s=0.005)
+    house = build({"llm": echo}, (SOUND,), wait_ns=5_000_000)
     house.open("door"), house.open("yard")
     house.window("door", 0), house.window("yard", 0)
     house.runners["llm"].step()
@@ -92,7 +92,7 @@ def test_a_batch_goes_at_once_when_everybody_is_there(build, clock: ManualClock)
 
 def test_a_unit_does_not_wait_for_a_session_whose_window_ends_later(build, clock: ManualClock):
     echo = Echo()
-    house = build({"llm": echo}, (SOUND,), wait_s=0.005)
+    house = build({"llm": echo}, (SOUND,), wait_ns=5_000_000)
     house.open("door", 0), house.open("yard", 400_000_000)
     house.window("door", 0)
     house.runners["llm"].step()
@@ -101,7 +101,7 @@ def test_a_unit_does_not_wait_for_a_session_whose_window_ends_later(build, clock
 
 def test_a_batch_goes_at_once_when_it_is_full(build, clock: ManualClock):
     echo = Echo()
-    house = build({"llm": echo}, (SOUND,), wait_s=0.005, max_units=2)
+    house = build({"llm": echo}, (SOUND,), wait_ns=5_000_000, max_units=2)
     for name in ("a", "b", "c"):
         house.open(name)
     house.window("a", 0), house.window("b", 0)
@@ -131,7 +131,7 @@ def test_a_session_has_one_unit_in_a_batch(build, clock: ManualClock):
 
 
 def test_the_loop_sleeps_as_long_as_a_unit_may_wait(build, clock: ManualClock):
-    house = build({"llm": Echo()}, (SOUND,), wait_s=0.02)
+    house = build({"llm": Echo()}, (SOUND,), wait_ns=20_000_000)
     house.open("door"), house.open("yard")
     assert house.runners["llm"].due_s() == pytest.approx(0.05)
     house.window("door", 0)
@@ -497,7 +497,7 @@ def test_the_last_words_of_a_stage_come_before_its_end(build):
 
 
 def test_a_snapshot_tells_what_is_done_and_what_waits(build, clock: ManualClock):
-    house = build({"llm": Echo()}, (SOUND,), wait_s=0.005)
+    house = build({"llm": Echo()}, (SOUND,), wait_ns=5_000_000)
     house.open("door"), house.open("yard")
     house.window("door", 0), house.window("yard", 0)
     house.runners["llm"].step()

@@ -12,6 +12,7 @@ from deploy.runner import ActorLoop, SessionPlan, StageRunner
 from graph.bus import Arrival, Bus, EdgeRule
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.credit import Limit
+from graph.gather import Gathering
 from graph.ledger import Account, merge
 from graph.metrics import Metrics
 from graph.streams import MIC, TEXT, camera_stream
@@ -159,7 +160,7 @@ class House:
         limit: Limit = Limit(8),  # noqa: B008 - a frozen value
         when_full: str = "wait",
         max_units: int = 8,
-        wait_s: float = 0.0,
+        wait_ns: int = 0,
         late: Late = "drop",
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="bus-", dir="/tmp"))
@@ -174,19 +175,19 @@ class House:
         self.metrics = Metrics(self.registry)
         self.late = late
         self.runners = {
-            name: self._runner(name, stage, tuple(stages), max_units, wait_s) for name, stage in stages.items()
+            name: self._runner(name, stage, tuple(stages), Gathering(max_units, wait_ns))
+            for name, stage in stages.items()
         }
         self.loop = ActorLoop(self.bus, list(self.runners.values()))
 
-    def _runner(self, name: str, stage: Stage, stages: tuple[str, ...], max_units: int, wait_s: float) -> StageRunner:
+    def _runner(self, name: str, stage: Stage, stages: tuple[str, ...], gathering: Gathering) -> StageRunner:
         return StageRunner(
             name,
             stage,
             {edge: receiver for edge, receiver in self.receivers.items() if _ends(edge)[1] == name},
             {edge: [sender] for edge, sender in self.senders.items() if _ends(edge)[0] == name},
             StageMeter(self.metrics, name, stage, stages),
-            max_units=max_units,
-            wait_s=wait_s,
+            gathering,
         )
 
     def __enter__(self) -> "House":
