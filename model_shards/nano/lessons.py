@@ -39,6 +39,7 @@ class Lesson:
 
     labels: what to say in each unit, as tokens, if all before was said right. hints: [units, NUM_HINTS] int64, what
     can be known in each unit: the classes of CHOICES, then whether each of FLAGS is so.
+    lived: what nano said in each unit, and what it should have said then; None: it has not been set free.
     """
 
     episode: Episode
@@ -46,10 +47,12 @@ class Lesson:
     embedded: Embedded
     labels: tuple[tuple[int, ...], ...]
     hints: Tensor
+    lived: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] | None = None
 
     def units(self) -> list[Unit]:
-        pairs = zip(self.embedded.images.float(), self.embedded.audio.float(), self.labels, strict=True)
-        return [Unit(image, audio, label) for image, audio, label in pairs]
+        units = self.lived or [(label, label) for label in self.labels]
+        rows = zip(self.embedded.images.float(), self.embedded.audio.float(), units, strict=True)
+        return [Unit(image, audio, said, wanted) for image, audio, (said, wanted) in rows]
 
 
 CHOICES: Final = (*attribute_classes(), len(SOUNDS) + 1, len(SOUNDS) + 1, len(REQUESTS) + 1)

@@ -1,89 +1,40 @@
 """Stage "llm": teaches nano when to speak and what to say.
 
 Rule: what is scored is nano set free (`rehearsal`), never what it would say after a perfect past.
-
-Lessons get longer, as sessions are: short ones in which nobody speaks, then everything, then minutes with little to
-tell. In the last part nano also learns from its own mistakes: it is set free, and the oracle says at each unit what
-should come after what nano really said.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_shards.duplex import MAX_TEXT_TOKENS, UnitOutput
+from model_shards.duplex import MAX_TEXT_TOKENS
 from model_shards.llm import LanguageModel
 from model_shards.nano import sizes
-from model_shards.nano.lessons import CHOICES, FLAGS, Lesson, Senses, from_tokens, teach, to_tokens
-from model_shards.nano.oracle import Oracle, Output
+from model_shards.nano.lessons import CHOICES, FLAGS, Lesson, Senses, teach
 from model_shards.nano.phrases import SCENE_EVENTS
 from model_shards.nano.rehearsal import rehearse
+from model_shards.nano.school import OWN_MISTAKES_FROM, Encoders, School
 from model_shards.nano.score import Score, Utterance, score, summary
-from model_shards.nano.sequences import NO_TARGET, Batch, Unit, collate, hidden_states, prompt_ids
-from model_shards.nano.train_audio import Listener, train_bank, unheard_bank
-from model_shards.nano.train_vision import ATTRIBUTES, UNKNOWN, Seeing
-from model_shards.nano.training import Schedule, Training, load_averaged
+from model_shards.nano.sequences import NO_TARGET, Batch, collate, hidden_states, prompt_ids
+from model_shards.nano.train_vision import ATTRIBUTES, UNKNOWN
+from model_shards.nano.training import Schedule, Training
 from model_shards.nano.truth import truth_of
 from model_shards.nano.vocabulary import build_tokenizer
-from model_shards.nano.world import NS_PER_S, SIMPLE, UNSEEN, Activity, Episode, Mix, plan_episode
+from model_shards.nano.world import NS_PER_S, UNSEEN, Activity, Episode, plan_episode
 from model_shards.tokenizer import Tokenizer
 
-TOKENS_PER_STEP: Final = 5000
-TOKENS_PER_UNIT: Final = 33
-POOL_UNITS: Final = 30_000  # embedded, 10 KB each
-CLASSES_AHEAD: Final = 6  # steps whose lessons are being made
-MOST_REPLAYED: Final = 1  # steps in a row without anything fresh
 HINT_WEIGHT: Final = 0.5
-MIN_SESSIONS: Final = 3
-OWN_MISTAKES_FROM: Final = 0.7  # of the time; from then on hints count for a third
-SLOW_LISTENER: Final = 0.08  # how often, in units
+LAST_HINT_WEIGHT: Final = HINT_WEIGHT / 3  # once nano learns from its own mistakes
 HEARD_AFTER_NS: Final = 340_000_000  # a unit's first word, after its window's end: playout delay and lead-in
 MUON_SCALE: Final = 3.0
 LOOK_EVERY: Final = 50  # steps
-REFRESH_S: Final = 480.0
 FROZEN_FROM: Final = 0.5  # of the time
-PLAIN_MIX: Final = Mix()
-TRYING: Final = Mix(rush=0.2, twin=0.05, standing=2.5)
-"""More of what is hard: things that happen while others are told, and promises."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How lessons look. num_units: of a session. activities and mix: see `plan_episode`."""
-
-    num_units: int
-    activities: Mapping[Activity, float]
-    mix: Mix = PLAIN_MIX
-
-    @property
-    def num_sessions(self) -> int:
-        return num_sessions(self.num_units)
-
-
-def num_sessions(num_units: int) -> int:
-    """How many sessions of this length make one step."""
-    return max(MIN_SESSIONS, round(TOKENS_PER_STEP / TOKENS_PER_UNIT / num_units))
-
-
-def plan_at(passed: float, rng: Random) -> Plan:
-    """What lessons look like after this part of the time."""
-    if passed < 0.1:
-        return Plan(16, {"busy": 1.0}, SIMPLE)
-    if passed < 0.55:
-        return Plan(rng.choice((16, 20, 24, 40)), {"busy": 0.85, "calm": 0.1, "quiet": 0.05}, TRYING)
-    return Plan(rng.choice((24, 40, 60)), {"busy": 0.6, "calm": 0.25, "quiet": 0.15}, TRYING)
 
 
 class Behaving(nn.Module):
@@ -113,72 +64,6 @@ def _initialise(llm: LanguageModel) -> None:
             nn.init.normal_(parameter, std=std / (2 * depth) ** 0.5 if writes_back else std)
             if ".layers." in name:
                 parameter.by_muon, parameter.rate_scale = True, MUON_SCALE  # type: ignore[attr-defined]
-
-
-class School:
-    """Lessons without end, made by a process beside this one, and kept in a pool so that each comes about twice."""
-
-    def __init__(self, trainings: Path, first_seed: int) -> None:
-        """trainings: see `Encoders`."""
-        self._trainings, self._seed = trainings, first_seed
-        self._rng = Random(first_seed)
-        self._pool: dict[int, deque[Lesson]] = {}
-        self._num_replayed = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._classes: deque[Future[bytes]] = deque()
-        self._maker = ProcessPoolExecutor(1, get_context("spawn"), _open_eyes, (self._trainings, self._seed))
-
-    def refresh(self) -> None:
-        """Go on with the eyes and ears of now, and forget what the old ones saw and heard."""
-        self.close()
-        self._pool.clear()
-        self._begin()
-
-    def close(self) -> None:
-        self._maker.shutdown(cancel_futures=True)
-
-    def lessons(self, passed: float) -> list[Lesson]:
-        """Sessions of equal length for one step: half of them fresh, or, when none are ready, none."""
-        while len(self._classes) < CLASSES_AHEAD:
-            plan = plan_at(passed, self._rng)
-            num_fresh = (plan.num_sessions + 1) // 2
-            self._classes.append(self._maker.submit(_make_lessons, self._seed, num_fresh, plan))
-            self._seed += num_fresh
-        if not self._classes[0].done() and self._num_replayed < MOST_REPLAYED and self._pool:
-            self._num_replayed += 1
-            pool = self._rng.choice(list(self._pool.values()))
-            return self._rng.sample(pool, min(len(pool), num_sessions(len(pool[0].windows))))
-        self._num_replayed = 0
-        fresh: list[Lesson] = pickle.loads(self._classes.popleft().result())
-        num_units = len(fresh[0].windows)
-        pool = self._pool.setdefault(num_units, deque(maxlen=POOL_UNITS // num_units // 4))
-        replayed = self._rng.sample(pool, min(len(pool), num_sessions(num_units) - len(fresh)))
-        pool.extend(fresh)
-        return [*fresh, *replayed]
-
-
-_senses: Senses | None = None  # of the process that makes lessons
-
-
-def _open_eyes(trainings: Path, seed: int) -> None:
-    global _senses
-    torch.set_num_threads(1)
-    _senses = Encoders(trainings).senses(unheard=False, seed=seed)
-
-
-def _make_lessons(first_seed: int, count: int, plan: Plan) -> bytes:
-    """Pickled: tensors that come from another process as they are hold a file open, each."""
-    assert _senses is not None
-    return pickle.dumps([make_lesson(seed, plan, _senses) for seed in range(first_seed, first_seed + count)])
-
-
-def make_lesson(seed: int, plan: Plan, senses: Senses) -> Lesson:
-    """One lesson as planned."""
-    activity = Random(seed).choices(list(plan.activities), list(plan.activities.values()))[0]
-    episode = plan_episode(seed, plan.num_units * NS_PER_S, activity, senses.bank.duration_ns, plan.mix)
-    return teach(episode, senses, build_tokenizer())
 
 
 # Learning
@@ -212,40 +97,6 @@ def _hint_loss(known: Sequence[Tensor], hints: Tensor) -> Tensor:
 
 
 # Set free
-
-
-@torch.inference_mode()
-def own_words(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Lesson], rng: Random) -> list[list[Unit]]:
-    """The lessons as nano lived them: what it said, and what it should have said after that.
-
-    Now and then so little may be said in a unit as a slow listener allows.
-    """
-    oracles = [Oracle(max_tries=1) for _ in lessons]
-    before: list[Output | None] = [None] * len(lessons)
-    units: list[list[Unit]] = [[] for _ in lessons]
-
-    def max_tokens(row: int, unit: int) -> int:
-        return rng.randint(1, 4) if rng.random() < SLOW_LISTENER else MAX_TEXT_TOKENS
-
-    outputs = rehearse(model, tokenizer, [lesson.embedded for lesson in lessons], max_tokens)
-    for index, unit_outputs in enumerate(outputs):
-        for row, output in enumerate(unit_outputs):
-            lesson = lessons[row]
-            label = oracles[row].step(lesson.windows[index], before[row])
-            wanted = () if oracles[row].is_lost else to_tokens(label, tokenizer)
-            said = _said(output, tokenizer)
-            before[row] = from_tokens(output.is_listen, output.token_ids, output.end_of_turn, tokenizer)
-            images, audio = lesson.embedded.images[index].float(), lesson.embedded.audio[index].float()
-            units[row].append(Unit(images, audio, said, wanted))
-    return units
-
-
-def _said(output: UnitOutput, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a unit as they stand in the cache."""
-    special = tokenizer.special
-    if output.is_listen:
-        return [special.listen]
-    return [special.speak, *output.token_ids, special.chunk_eos]
 
 
 @torch.inference_mode()
@@ -284,30 +135,6 @@ def exam(senses: Senses, tokenizer: Tokenizer, num_units: int, count: int, first
     return [teach(episode, senses, tokenizer) for episode in episodes]
 
 
-class Encoders:
-    """The eyes and ears of the trainings "vision" and "audio", which may still go on."""
-
-    def __init__(self, trainings: Path) -> None:
-        self._vision, self._audio = trainings / "vision", trainings / "audio"
-        self._loaded = 0.0
-
-    def have_changed(self) -> bool:
-        """Whether both trainings have saved anew, some time ago."""
-        return min(self._saved_at(folder) for folder in (self._vision, self._audio)) > self._loaded + REFRESH_S
-
-    def senses(self, *, unheard: bool, seed: int) -> Senses:
-        """unheard: with voices that no training has."""
-        self._loaded = max(self._saved_at(folder) for folder in (self._vision, self._audio))
-        seeing, listening = load_averaged(self._vision, Seeing()), load_averaged(self._audio, Listener())
-        assert isinstance(seeing, Seeing) and isinstance(listening, Listener)
-        bank = unheard_bank() if unheard else train_bank(self._audio)
-        return Senses(seeing.encoder, listening.encoder, bank, seed)
-
-    @staticmethod
-    def _saved_at(folder: Path) -> float:
-        return (folder / "state.pt").stat().st_mtime
-
-
 def train(folder: Path, minutes: float) -> None:
     """Teach in `folder`, with the eyes and ears of the folders beside it, or go on where it stands there."""
     torch.set_num_threads(1)
@@ -318,9 +145,8 @@ def train(folder: Path, minutes: float) -> None:
     prompt = prompt_ids(tokenizer)
     seed = 1000 * training.step
     encoders = Encoders(folder.parent)
-    school = School(folder.parent, seed)
+    school = School(folder.parent, folder, seed)
     lessons = exam(encoders.senses(unheard=True, seed=UNSEEN), tokenizer, 40, 24, UNSEEN)
-    rng = Random(seed)
 
     def loss(step: int, passed: float) -> tuple[Tensor, Mapping[str, float]]:
         nonlocal lessons
@@ -328,12 +154,9 @@ def train(folder: Path, minutes: float) -> None:
             school.refresh()
             lessons = exam(encoders.senses(unheard=True, seed=UNSEEN), tokenizer, 40, 24, UNSEEN)
         taken = school.lessons(passed)
-        units = [lesson.units() for lesson in taken]
-        if passed > OWN_MISTAKES_FROM and step % 2:
-            units = own_words(training.averaged.llm, tokenizer, taken, rng)  # type: ignore[arg-type]
-        batch = collate(units, prompt, tokenizer, sizes.EMBED_DIM)
+        batch = collate([lesson.units() for lesson in taken], prompt, tokenizer, sizes.EMBED_DIM)
         hints = torch.cat([lesson.hints for lesson in taken])
-        return loss_of(model, batch, hints, HINT_WEIGHT if passed <= OWN_MISTAKES_FROM else HINT_WEIGHT / 3)
+        return loss_of(model, batch, hints, HINT_WEIGHT if passed <= OWN_MISTAKES_FROM else LAST_HINT_WEIGHT)
 
     def evaluate(averaged: nn.Module) -> Mapping[str, float]:
         assert isinstance(averaged, Behaving)

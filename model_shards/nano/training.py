@@ -152,6 +152,12 @@ class Training:
         self.step, self.spent_s = int(state["step"]), float(state["spent_s"])
 
 
+def saved_at(folder: Path) -> float:
+    """When a training saved last, in s of the wall clock; 0 when it never has."""
+    file = folder / "state.pt"
+    return file.stat().st_mtime if file.is_file() else 0.0
+
+
 def load_averaged_tensors(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a training, as its module names them."""
     tensors: dict[str, Tensor] = torch.load(folder / "state.pt", weights_only=True)["averaged"]

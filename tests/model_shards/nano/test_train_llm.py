@@ -9,9 +9,10 @@ from model_shards.nano.clips import load_bank
 from model_shards.nano.lessons import Lesson, teach, to_tokens
 from model_shards.nano.oracle import NUM_SILENT, Oracle
 from model_shards.nano.rehearsal import Embedded
+from model_shards.nano.school import live
 from model_shards.nano.sequences import NO_TARGET, collate, prompt_ids
 from model_shards.nano.sizes import EMBED_DIM
-from model_shards.nano.train_llm import Behaving, judge, loss_of, own_words
+from model_shards.nano.train_llm import Behaving, judge, loss_of
 from model_shards.nano.vocabulary import build_tokenizer
 from model_shards.nano.world import NS_PER_S, Episode, plan_episode
 
@@ -43,13 +44,17 @@ def lessons() -> list[Lesson]:
     return [teach(episode, Blank(), TOKENIZER) for episode in episodes]  # type: ignore[arg-type]
 
 
+def lived(model: Behaving, lessons: list[Lesson]) -> list[Lesson]:
+    return live(model.llm, TOKENIZER, lessons, Random(0))
+
+
 def test_in_the_first_windows_nano_listens_and_is_to_listen(model: Behaving, lessons: list[Lesson]):
-    for units in own_words(model.llm, TOKENIZER, lessons, Random(0)):
-        assert [unit.targets() for unit in units[:NUM_SILENT]] == NUM_SILENT * [[TOKENIZER.special.listen]]
+    for lesson in lived(model, lessons):
+        assert [unit.targets() for unit in lesson.units()[:NUM_SILENT]] == NUM_SILENT * [[TOKENIZER.special.listen]]
 
 
 def test_what_is_learnt_of_its_own_words_begins_as_the_oracle_would(model: Behaving, lessons: list[Lesson]):
-    units, oracle = own_words(model.llm, TOKENIZER, lessons[:1], Random(0))[0], Oracle(max_tries=1)
+    units, oracle = lived(model, lessons[:1])[0].units(), Oracle(max_tries=1)
     wanted = [to_tokens(oracle.step(window), TOKENIZER) for window in lessons[0].windows[: NUM_SILENT + 1]]
     assert units[NUM_SILENT].targets()[0] == wanted[-1][0]
 
