@@ -24,8 +24,9 @@ from deploy.measure import StageMeter
 from deploy.packages import check_packages
 from deploy.plan import ActorPlan, Address
 from deploy.runner import ActorLoop, SessionPlan, StageRunner, StageSnapshot
-from graph.bus import Bus, EdgeRule, Receiver, Sender
+from graph.bus import Bus
 from graph.chunk import SessionId
+from graph.edge import EdgeRule, Receiver, Sender
 from graph.gather import Gathering
 from graph.ledger import Account, merge
 from graph.metrics import EdgeMetrics, Metrics, serve_metrics

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from deploy.measure import StageMeter
-from graph.bus import Arrival, Bus, Receiver, Sender
+from graph.bus import Bus
 from graph.chunk import NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
+from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
 from graph.gather import Gathering, Waiting
 from graph.streams import EVENTS, port_of

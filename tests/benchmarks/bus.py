@@ -30,9 +30,10 @@ from prometheus_client import CollectorRegistry
 
 from deploy import ray_environment
 from deploy.bench import Row, command_of, less_is_better, option
-from graph.bus import Arrival, Bus, EdgeRule, Receiver, Sender
+from graph.bus import Bus
 from graph.chunk import Chunk, SessionId
 from graph.credit import Limit
+from graph.edge import Arrival, EdgeRule, Receiver, Sender
 from graph.metrics import Metrics
 
 NAME = "bus"

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from deploy.runner import ActorLoop, SessionPlan
-from graph.bus import Arrival
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.credit import Limit
+from graph.edge import Arrival
 from graph.streams import MIC, SPEECH, TEXT
 from graph.tail import Ack, ack_chunk
 from graph.window import Unit
@@ -274,8 +274,8 @@ class FakeBus:
 def test_a_barge_in_overtakes_what_came_before_it(build, clock: ManualClock):
     house = build({"tts": Echo()}, ("llm.text->tts.text", "speaker.playback->tts.playback"))
     house.open("door")
-    text = [Arrival(said(DOOR, index, epoch=0), "llm.text->tts.text", b"x", 0) for index in range(3)]
-    barge = Arrival(barge_in(DOOR, 5, epoch=1), "speaker.playback->tts.playback", b"x", 0)
+    text = [Arrival(said(DOOR, index, epoch=0), "llm.text->tts.text", b"x") for index in range(3)]
+    barge = Arrival(barge_in(DOOR, 5, epoch=1), "speaker.playback->tts.playback", b"x")
     ActorLoop(FakeBus(*text, barge), list(house.runners.values())).turn()
     assert house.account("llm.text->tts.text").dropped["stale"] == 3
 
@@ -286,7 +286,7 @@ def test_after_a_barge_in_what_was_said_before_is_stale_and_others_feel_nothing(
     house.open("door"), house.open("yard")
     for session in (DOOR, YARD):
         house.take(said(session, 0, epoch=0), SPOKEN)
-    house.runners["speaker"].take(Arrival(barge_in(DOOR, 5, epoch=1), PLAYED, b"x", 0))
+    house.runners["speaker"].take(Arrival(barge_in(DOOR, 5, epoch=1), PLAYED, b"x"))
     for session in (DOOR, YARD):
         house.take(said(session, 1, epoch=0), SPOKEN)
         house.take(watermark(session, TEXT, 2 * NS_PER_S), SPOKEN)
@@ -322,7 +322,7 @@ def test_what_a_stage_makes_after_a_barge_in_belongs_to_the_new_epoch(build):
     house = whole(build, num_windows=0)
     ear = house.runners["speaker"].stage
     house.open("door")
-    house.runners["llm"].take(Arrival(barge_in(DOOR, 0, epoch=3), PLAYED, b"x", 0))
+    house.runners["llm"].take(Arrival(barge_in(DOOR, 0, epoch=3), PLAYED, b"x"))
     house.window("door", 0)
     house.take(end_of_stream(DOOR, MIC, NS_PER_S))
     house.run()

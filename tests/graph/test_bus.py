@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import zmq
 
-from graph.bus import MAX_SESSIONS, Arrival, Bus, BusError, EdgeRule, Receiver, Sender
+from graph.bus import Bus, BusError
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, Span, Trace, end_of_stream, watermark
 from graph.codec import encode
 from graph.credit import Limit
+from graph.edge import MAX_SESSIONS, Arrival, EdgeRule, Receiver, Sender
 from graph.ledger import merge
 
 PORCH, YARD = SessionId("porch"), SessionId("yard")
@@ -157,10 +158,10 @@ def test_a_trace_arrives_with_its_watermark(edge: Edge) -> None:
     assert (chunk.kind, chunk.start_ns, chunk.trace) == (Kind.WATERMARK, NS_PER_S, trace)
 
 
-def test_an_arrival_names_its_edge_and_its_sender(edge: Edge) -> None:
+def test_an_arrival_names_its_edge_and_its_peer(edge: Edge) -> None:
     edge.sender.send(piece(0))
     edge.until_arrived(1)
-    assert (edge.arrived[0].edge, edge.arrived[0].sender) == (WAIT.id, b"camera-0")
+    assert (edge.arrived[0].edge, edge.arrived[0].peer) == (WAIT.id, b"camera-0")
 
 
 # ---- a full edge ---------------------------------------------------------------------------------------------------

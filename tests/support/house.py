@@ -9,9 +9,10 @@ from prometheus_client import CollectorRegistry
 
 from deploy.measure import StageMeter
 from deploy.runner import ActorLoop, SessionPlan, StageRunner
-from graph.bus import Arrival, Bus, EdgeRule
+from graph.bus import Bus
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.credit import Limit
+from graph.edge import Arrival, EdgeRule
 from graph.gather import Gathering
 from graph.ledger import Account, merge
 from graph.metrics import Metrics
@@ -214,7 +215,7 @@ class House:
         """A chunk comes in on an edge, as from the bus."""
         if not chunk.is_control:
             self.senders[edge]._ledger.accept()
-        self.runners[_ends(edge)[1]].take(Arrival(chunk, edge, b"house", 0))
+        self.runners[_ends(edge)[1]].take(Arrival(chunk, edge, b"house"))
 
     def window(self, name: str, index: int, epoch: int = 0) -> None:
         """A whole window of sound comes in."""

@@ -1,0 +1,277 @@
+"""The two ends of an edge: what may leave now, what waits, what is dropped and why. A link moves the chunks.
+
+Rule: credit, order and the ledger of an edge are kept in this file and nowhere else.
+
+    Sender    one edge, one receiving replica; per session a lane with its credit
+    Receiver  one edge, all its senders; gives credit back by grants
+
+Data waits in its lane for credit (`wait`), or pushes the oldest waiting one out (`drop_oldest`). Watermarks and ends
+keep their place behind the data of their lane; barge-in and playback overtake everything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import monotonic_ns
+from typing import Literal, Protocol
+
+from graph.chunk import Chunk, Kind, SessionId
+from graph.credit import Grant, Limit, ReceiveCredit, SendCredit
+from graph.ledger import Account, Ledger, Reason
+
+MAX_SESSIONS = 256  # sizes the sockets' high-water marks, together with the edge's limit
+CONTROL_PER_CHUNK = 2  # watermarks that may stand beside a data chunk
+
+NowNs = Callable[[], int]
+
+
+class SendLink(Protocol):
+    """The way to one receiving replica."""
+
+    def send(self, chunk: Chunk) -> bool:
+        """Never blocks. False: the link is full, and nothing has been sent."""
+
+    def grants(self) -> Iterable[tuple[SessionId, Grant]]:
+        """The grants that have come back since."""
+
+
+class ReceiveLink(Protocol):
+    """The way from all senders of an edge. A peer is known by a name of its own."""
+
+    def receive(self) -> list[tuple[bytes, Chunk]]:
+        """What has come in, a bounded number: who sent it, and what."""
+
+    def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
+        """Never blocks. False: try again. True also for a peer that is gone."""
+
+
+class EdgeObserver(Protocol):
+    """What the metrics of an edge want to hear (graph/metrics.py: EdgeMetrics)."""
+
+    def accepted(self) -> None: ...
+    def delivered(self, age_s: float) -> None: ...
+    def dropped(self, reason: Reason) -> None: ...
+    def waited(self, wait_s: float) -> None: ...
+    def sent(self, num_bytes: int) -> None: ...
+    def received(self, num_bytes: int) -> None: ...
+
+
+class SilentObserver:
+    """For those who count nothing."""
+
+    def accepted(self) -> None: ...
+    def delivered(self, age_s: float) -> None: ...
+    def dropped(self, reason: Reason) -> None: ...
+    def waited(self, wait_s: float) -> None: ...
+    def sent(self, num_bytes: int) -> None: ...
+    def received(self, num_bytes: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeRule:
+    """What both ends of an edge agree on."""
+
+    id: str
+    limit: Limit
+    when_full: Literal["wait", "drop_oldest"] = "wait"
+
+    @property
+    def high_water_mark(self) -> int:
+        """Messages a socket may hold: what credit allows, and the control beside it."""
+        return self.limit.chunks * (1 + CONTROL_PER_CHUNK) * MAX_SESSIONS
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One session on one edge, at the sender."""
+
+    credit: SendCredit
+    waits: bool
+    waiting: deque[tuple[Chunk, int]] = field(default_factory=deque)  # (chunk, queued at, monotonic ns)
+    num_data: int = 0
+
+    def queue(self, chunk: Chunk, queued_ns: int) -> None:
+        """Append. Of the watermarks at the tail, the latest of each stream says it all, but for their traces: only an
+        edge that drops data may lose those."""
+        for index in reversed(range(len(self.waiting))):
+            earlier = self.waiting[index][0]
+            if not chunk.kind is earlier.kind is Kind.WATERMARK:
+                break
+            if earlier.stream == chunk.stream and not (self.waits and earlier.trace):
+                del self.waiting[index]
+                break
+        self.waiting.append((chunk, queued_ns))
+
+
+class Sender:
+    """The sending end of an edge to one replica."""
+
+    def __init__(self, rule: EdgeRule, link: SendLink, observer: EdgeObserver, now_ns: NowNs = monotonic_ns) -> None:
+        self.rule = rule
+        self._link = link
+        self._observer = observer
+        self._now_ns = now_ns
+        self._ledger = Ledger()
+        self._lanes: dict[SessionId, _Lane] = {}
+        self.is_blocked = False  # the link was full; nobody tells when it no longer is
+
+    def open_session(self, session: SessionId, *, lossless: bool = False) -> None:
+        """lossless: in virtual time a full edge waits, whatever its rule says."""
+        self._lanes[session] = _Lane(SendCredit(self.rule.limit), waits=lossless or self.rule.when_full == "wait")
+
+    def close_session(self, session: SessionId) -> None:
+        """Forget a session. What still waits is dropped as `shed`."""
+        lane = self._lanes.pop(session, None)
+        for chunk, _ in lane.waiting if lane else ():
+            if not chunk.is_control:
+                self._drop("shed")
+
+    def has_room(self, session: SessionId) -> bool:
+        """False while this session waits for credit, or for a link that is full: its stage shall not make more."""
+        lane = self._lanes[session]
+        return not lane.waits or not lane.waiting
+
+    def is_drained(self, session: SessionId) -> bool:
+        """True when nothing of this session waits any more, control included: it may be closed without loss."""
+        return not self._lanes[session].waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Data chunks that wait for credit."""
+        return sum(lane.num_data for lane in self._lanes.values())
+
+    @property
+    def num_in_flight(self) -> int:
+        """Data chunks sent and not yet released by the receiver."""
+        return sum(lane.credit.in_flight for lane in self._lanes.values())
+
+    def account(self) -> Account:
+        return self._ledger.account()
+
+    def send(self, chunk: Chunk) -> None:
+        """Send now, or queue for credit. Never blocks."""
+        lane = self._lanes[chunk.session]
+        if chunk.kind in (Kind.PLAYBACK, Kind.BARGE_IN):
+            if (
+                not self._link.send(chunk) and chunk.kind is Kind.BARGE_IN
+            ):  # the next playback says more than a lost one
+                lane.waiting.appendleft((chunk, self._now_ns()))
+                self.is_blocked = True
+            return
+        if not chunk.is_control:
+            self._ledger.accept()
+            self._observer.accepted()
+            lane.num_data += 1
+        lane.queue(chunk, self._now_ns())
+        self.is_blocked = not self._flush_lane(lane) or self.is_blocked
+        if not lane.waits and lane.num_data > self.rule.limit.chunks:
+            self._drop_oldest(lane)
+
+    def flush(self) -> bool:
+        """Take the grants that came and send what they allow. False when the link would not take it all."""
+        for session, grant in self._link.grants():
+            if session in self._lanes:
+                self._lanes[session].credit.grant(grant)
+        self.is_blocked = False
+        for lane in self._lanes.values():
+            self.is_blocked = not self._flush_lane(lane) or self.is_blocked
+        return not self.is_blocked
+
+    def _flush_lane(self, lane: _Lane) -> bool:
+        while lane.waiting:
+            chunk, queued_ns = lane.waiting[0]
+            if not chunk.is_control and not lane.credit.fits(chunk.duration_ns):
+                return True
+            if not self._link.send(chunk):
+                return False
+            lane.waiting.popleft()
+            if not chunk.is_control:
+                lane.credit.take(chunk.duration_ns)
+                lane.num_data -= 1
+                self._observer.waited((self._now_ns() - queued_ns) * 1e-9)
+        return True
+
+    def _drop_oldest(self, lane: _Lane) -> None:
+        entries = list(lane.waiting)
+        del entries[next(index for index, (chunk, _) in enumerate(entries) if not chunk.is_control)]
+        lane.waiting.clear()
+        for chunk, queued_ns in entries:  # watermarks that the dropped chunk held apart stand together now
+            lane.queue(chunk, queued_ns)
+        lane.num_data -= 1
+        self._drop("overflow")
+
+    def _drop(self, reason: Reason) -> None:
+        self._ledger.drop(reason)
+        self._observer.dropped(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A chunk that came in on an edge, and from whom. Data must be settled by `Receiver.deliver` or `drop`."""
+
+    chunk: Chunk
+    edge: str
+    peer: bytes
+
+
+class Receiver:
+    """The receiving end of an edge."""
+
+    def __init__(self, rule: EdgeRule, link: ReceiveLink, observer: EdgeObserver, now_ns: NowNs = monotonic_ns) -> None:
+        self.rule = rule
+        self._link = link
+        self._observer = observer
+        self._ledger = Ledger()
+        self._credits: dict[tuple[bytes, SessionId], ReceiveCredit] = {}
+        self._unsent: dict[tuple[bytes, SessionId], int] = {}  # grants that are due, with the chunks they are for
+
+    def account(self) -> Account:
+        return self._ledger.account()
+
+    def close_session(self, session: SessionId) -> None:
+        for key in [key for key in self._credits if key[1] == session]:
+            del self._credits[key]
+            self._unsent.pop(key, None)
+
+    def receive(self) -> list[Arrival]:
+        """What has come in, a bounded number."""
+        return [Arrival(chunk, self.rule.id, peer) for peer, chunk in self._link.receive()]
+
+    def deliver(self, arrival: Arrival, age_s: float) -> None:
+        """The chunk has been used, `age_s` after its end in event time: its credit goes back."""
+        self._ledger.deliver()
+        self._observer.delivered(age_s)
+        self._release(arrival)
+
+    def drop(self, arrival: Arrival, reason: Reason) -> None:
+        """The chunk will not be used: counted under its reason, its credit goes back."""
+        self._ledger.drop(reason)
+        self._observer.dropped(reason)
+        self._release(arrival)
+
+    @property
+    def owes_grants(self) -> bool:
+        return bool(self._unsent)
+
+    def flush(self) -> bool:
+        """Send the grants that are due. False while some are left."""
+        for key in list(self._unsent):
+            self._send_grant(key)
+        return not self._unsent
+
+    def _release(self, arrival: Arrival) -> None:
+        """Grants are totals, so one may stand for many: it is sent when nothing else came for a while (Bus.wait), and
+        at the latest when half the limit has been used up."""
+        key = (arrival.peer, arrival.chunk.session)
+        credit = self._credits.setdefault(key, ReceiveCredit(self.rule.limit))
+        credit.release(arrival.chunk.duration_ns)
+        self._unsent[key] = self._unsent.get(key, 0) + 1
+        if 2 * self._unsent[key] >= self.rule.limit.chunks:
+            self._send_grant(key)
+
+    def _send_grant(self, key: tuple[bytes, SessionId]) -> None:
+        peer, session = key
+        if self._link.grant(peer, session, self._credits[key].grant()):
+            self._unsent.pop(key, None)
