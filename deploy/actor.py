@@ -26,6 +26,7 @@ from deploy.plan import ActorPlan, Address
 from deploy.runner import ActorLoop, SessionPlan, StageRunner, StageSnapshot
 from graph.bus import Bus
 from graph.chunk import SessionId
+from graph.clock import SystemClock
 from graph.edge import EdgeRule, Receiver, Sender
 from graph.gather import Gathering
 from graph.ledger import Account, merge
@@ -178,6 +179,7 @@ class Actor:
             {e.id: self._senders[e.id] for e in self._plan.edges if e.source.stage == name},
             StageMeter(self._metrics, name, stage, self._plan.all_stages),
             Gathering(spec.batch, spec.wait_ns),
+            SystemClock(),
         )
 
     def _accounts(self) -> dict[str, Account]:

@@ -6,14 +6,14 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 from __future__ import annotations
 
 import json
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from deploy.measure import StageMeter
-from graph.bus import Bus
-from graph.chunk import NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
+from graph.clock import Clock
 from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
 from graph.gather import Gathering, Waiting
@@ -24,9 +24,8 @@ from graph.window import Joined, Late, Unit, WindowJoin
 from stages.events import WINDOW_EVENT
 from stages.stage import Session, Stage
 
-TICK_S = 0.01
-"""How often a stage that follows the clock looks at it: a hundredth of a window."""
-IDLE_S = 0.05
+IDLE_NS = 50 * NS_PER_MS
+LEAST_SLEEP_NS = NS_PER_MS
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
 
@@ -78,6 +77,7 @@ class _Open:
     plan: SessionPlan
     join: WindowJoin | None
     lanes: dict[str, Sender]
+    clock: Clock
     begun: bool = False
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
     fence: EpochFence = field(default_factory=EpochFence)
@@ -94,7 +94,7 @@ class _Open:
         return self.plan.session
 
     def now_ns(self) -> int:
-        return time.monotonic_ns() + self.offset_ns
+        return self.clock.monotonic_ns() + self.offset_ns
 
     def monotonic_ns(self, event_ns: int) -> int:
         return event_ns - self.offset_ns
@@ -121,6 +121,7 @@ class StageRunner:
         senders: Mapping[str, list[Sender]],
         meter: StageMeter,
         gathering: Gathering,
+        clock: Clock,
     ) -> None:
         self.name = name
         self.stage = stage
@@ -128,6 +129,7 @@ class StageRunner:
         self._senders = senders
         self._meter = meter
         self._gathering = gathering
+        self._clock = clock
         self.num_units = 0
         self._open: dict[SessionId, _Open] = {}
         self._follows_clock = type(stage).advance is not Stage.advance
@@ -144,13 +146,13 @@ class StageRunner:
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         for sender in lanes.values():
             sender.open_session(session.id, lossless=not session.paced)
-        self._open[session.id] = _Open(plan, self._join(plan), lanes)
+        self._open[session.id] = _Open(plan, self._join(plan), lanes, self._clock)
         self._meter.opened(session)
 
     def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
         """Let a session's clock run. origin_unix_ns: when event time 0 is, on this host's wall clock."""
         state = self._open[session]
-        state.offset_ns = time.time_ns() - time.monotonic_ns() - origin_unix_ns
+        state.offset_ns = self._clock.unix_ns() - self._clock.monotonic_ns() - origin_unix_ns
         state.begun = True
 
     def close_session(self, session: SessionId) -> None:
@@ -273,15 +275,24 @@ class StageRunner:
 
     def due_s(self) -> float:
         """How long the loop may sleep if nothing comes."""
-        if self._follows_clock and self._open:
-            return TICK_S
+        now_ns = self._clock.monotonic_ns()
         going = [state.waiting() for state in self._open.values() if state.ready and self._may_go(state)]
-        due_ns = self._gathering.due_in_ns(going, time.monotonic_ns())  # the others wait for what comes in
-        return IDLE_S if due_ns is None else max(min(due_ns / NS_PER_S, IDLE_S), 0.001)
+        due_ns = [IDLE_NS]
+        if (gathered_ns := self._gathering.due_in_ns(going, now_ns)) is not None:  # the others wait for what comes in
+            due_ns.append(gathered_ns)
+        if self._follows_clock:
+            advancing = [
+                (name, state) for name, state in self._open.items() if state.begun and self._may_advance(state)
+            ]
+            due_ns += [self.stage.due_in_ns(name, state.now_ns()) for name, state in advancing]
+        return max(min(due_ns), LEAST_SLEEP_NS) / NS_PER_S
 
     def _advance(self, state: _Open) -> None:
-        if self._follows_clock and not state.ending and self._has_room(state):
+        if self._follows_clock and self._may_advance(state):
             self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
+
+    def _may_advance(self, state: _Open) -> bool:
+        return state.begun and not state.ending and self._has_room(state)
 
     def _gather(self) -> list[tuple[_Open, _Ready]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
@@ -291,7 +302,7 @@ class StageRunner:
             for state in self._open.values()
             if not state.ready and state.join is not None
         )
-        sessions = self._gathering.batch(going, next_ends_ns, time.monotonic_ns())
+        sessions = self._gathering.batch(going, next_ends_ns, self._clock.monotonic_ns())
         return [(self._open[session], self._open[session].ready[0]) for session in sessions]
 
     def _may_go(self, state: _Open) -> bool:
@@ -311,15 +322,15 @@ class StageRunner:
             self._advance(state)
             ready.unit = self._without_stale(state, ready.unit)
         started = [state.now_ns() for state, _ in batch]
-        started_s = time.monotonic()
+        started_ns = self._clock.monotonic_ns()
         chunks = self.stage.process([ready.unit for _, ready in batch])
-        compute_s = time.monotonic() - started_s
+        compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(now_ns - ready.since_ns for now_ns, (_, ready) in zip(started, batch, strict=True))
         self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
         for chunk in chunks:
             self._send(self._open[chunk.session], chunk)
-        for (state, ready), started_ns in zip(batch, started, strict=True):
-            self._leave(state, ready, started_ns)
+        for (state, ready), since_ns in zip(batch, started, strict=True):
+            self._leave(state, ready, since_ns)
 
     def _without_stale(self, state: _Open, unit: Unit) -> Unit:
         """A barge-in may have come after the unit was complete."""
@@ -424,10 +435,17 @@ class StageRunner:
         return [edge for edge in state.lanes if edge.startswith(start)]
 
 
+class Arrivals(Protocol):
+    """Where an actor's chunks come from: graph/bus.py's Bus, or a simulated one."""
+
+    def wait(self, timeout_s: float, files: Iterable[int] = ()) -> list[Arrival]:
+        """Wait until something comes, or a file descriptor is readable, or the time is up; returns what came."""
+
+
 class ActorLoop:
     """The loop of one actor process: its bus, and the stages that live in it."""
 
-    def __init__(self, bus: Bus, runners: list[StageRunner]) -> None:
+    def __init__(self, bus: Arrivals, runners: list[StageRunner]) -> None:
         self._bus = bus
         self._runners = {runner.name: runner for runner in runners}
         self._has_more = False
@@ -436,12 +454,15 @@ class ActorLoop:
         """Wait for something to come or to be due, and do it: a batch per stage, so that one which falls behind still
         takes what comes, and its actor what it is told."""
         files = {descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes()}
-        due_s = 0.0 if self._has_more else min(runner.due_s() for runner in self._runners.values())
-        arrivals = self._bus.wait(due_s, files)
+        arrivals = self._bus.wait(self.due_s(), files)
         for arrival in sorted(arrivals, key=lambda a: a.chunk.kind < Kind.PLAYBACK):  # what overtakes, overtakes
             self._runner_of(arrival.edge).take(arrival)
         more = [runner.step() for runner in self._runners.values()]  # each takes its step
         self._has_more = any(more)
+
+    def due_s(self) -> float:
+        """How long this may sleep if nothing comes."""
+        return 0.0 if self._has_more else min(runner.due_s() for runner in self._runners.values())
 
     def _runner_of(self, edge: str) -> StageRunner:
         return self._runners[edge.partition("->")[2].partition(".")[0]]

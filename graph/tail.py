@@ -231,6 +231,14 @@ class Player:
         return self._ack.received_ns - self._ack.heard_ns
 
     @property
+    def next_change_ns(self) -> int | None:
+        """When the next piece begins to be heard, or the one that is being heard ends; None: not as things are."""
+        if self._paused or not self._pieces:
+            return None
+        piece = self._pieces[0]
+        return piece.start_ns + piece.duration_ns if piece.heard_ns else max(piece.start_ns, self._now_ns + 1)
+
+    @property
     def last_end_ns(self) -> int:
         """When the last piece will have been heard, as scheduled; now when nothing is queued."""
         return self._pieces[-1].start_ns + self._pieces[-1].duration_ns if self._pieces else self._now_ns

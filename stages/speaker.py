@@ -16,7 +16,7 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, SessionId
 from graph.streams import EVENTS, PLAYBACK, SPEECH, SPEECH_RATE_HZ
 from graph.tail import Heard, Player, ack_chunk
 from graph.window import Unit
-from stages.stage import ListenerAction, Session, Stage
+from stages.stage import TICK_NS, ListenerAction, Session, Stage
 from stages.wav import Output, OutputEvent, WavOutput
 
 ACK_PERIOD_NS = 100 * NS_PER_MS
@@ -97,6 +97,13 @@ class Speaker(Stage):
         if state.next_ack_ns == 0:  # virtual time starts: no speech can come before the end of window 0
             return self._listen(state, state.session.window_ns)
         return []
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        state = self._open[session]
+        if self._open_device is not None or not state.session.paced:
+            return TICK_NS  # a device wants its sound in small pieces; virtual time is moved by what comes in
+        due_ns = [state.next_ack_ns, *(action.at_ns for action in state.actions), state.player.next_change_ns]
+        return max(min(at_ns for at_ns in due_ns if at_ns is not None) - now_ns, 0)
 
     def finished(self, session: SessionId) -> bool:
         """True once everything queued has been heard, or nobody will listen any more. In virtual time: at once."""

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from graph.chunk import Chunk, SessionId
+from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.tail import Ack, Playback
 from graph.window import Unit
+
+TICK_NS = 10 * NS_PER_MS
+"""How often a stage looks at the clock that can't say when it will have something to do: a hundredth of a window."""
 
 
 class StageError(Exception):
@@ -88,6 +91,10 @@ class Stage:
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         """For sources and sinks: what is due by event time `now_ns`, control chunks included."""
         return []
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        """For sources and sinks: in how many ns `advance` has something to do, if nothing comes in until then."""
+        return TICK_NS
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         """The listener barged in: forget what was to be said. ack tells what was heard."""

@@ -32,11 +32,9 @@ DOOR, YARD = SessionId("door"), SessionId("yard")
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
-    """The runner reads the time itself, as the edge of the house may; here it reads this clock."""
-    manual = ManualClock()
-    monkeypatch.setattr("deploy.runner.time", manual)
-    return manual
+def clock() -> ManualClock:
+    """What the houses of a test that asks for it go by."""
+    return ManualClock()
 
 
 @pytest.fixture
@@ -49,9 +47,11 @@ def houses() -> Iterator[list[House]]:
 
 
 @pytest.fixture
-def build(houses: list[House]):
+def build(houses: list[House], request: pytest.FixtureRequest):
+    clock = request.getfixturevalue("clock") if "clock" in request.fixturenames else None
+
     def build(*args: object, **kwargs: object) -> House:
-        houses.append(House(*args, **kwargs))
+        houses.append(House(*args, clock=clock, **kwargs))
         return houses[-1]
 
     return build

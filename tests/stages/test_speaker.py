@@ -1,6 +1,7 @@
 """stages/speaker.py: what is heard, when, and who is told."""
 
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,23 @@ def sounding(samples: np.ndarray) -> list[tuple[float, float]]:
 
 def test_the_listener_is_heard_of_every_100_ms():
     assert [ack.at_ns for ack in Room().to(1.0).acks()[1:]] == [100 * NS_PER_MS * k for k in range(1, 11)]
+
+
+def test_who_looks_only_when_it_is_due_hears_all_that_a_steady_look_hears():
+    def told(room: Room, step_ns: Callable[[Room], int]) -> list[tuple[object, ...]]:
+        for index, seconds in enumerate((1.0, 0.4, 0.0, 1.0)):
+            room.hear(index, *([speech("door", index, voice(seconds), "word")] if seconds else []))
+            while room.now_ns < (index + 2) * NS_PER_S:
+                room.now_ns = min(room.now_ns + step_ns(room), (index + 2) * NS_PER_S)
+                room.told += room.speaker.advance(DOOR, room.now_ns)
+        return [(c.kind, c.start_ns, dict(c.attrs)) for c in room.told]
+
+    actions = (action(1.75, "pause"), action(2.45, "resume"), action(3.33, "barge_in"))
+    steady = told(Room(listener=actions), lambda room: NS_PER_MS)
+    when_due = told(Room(listener=actions), lambda room: room.speaker.due_in_ns(DOOR, room.now_ns) + 1)
+    acks = [told for told in when_due if told[0] is Kind.PLAYBACK]
+    assert [t for t in when_due if t[0] is not Kind.PLAYBACK] == [t for t in steady if t[0] is not Kind.PLAYBACK]
+    assert len(acks) == sum(t[0] is Kind.PLAYBACK for t in steady)
 
 
 def test_speech_of_a_window_is_heard_from_its_end_and_the_delay_on():

@@ -11,6 +11,7 @@ from deploy.measure import StageMeter
 from deploy.runner import ActorLoop, SessionPlan, StageRunner
 from graph.bus import Bus
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
+from graph.clock import Clock, SystemClock
 from graph.credit import Limit
 from graph.edge import Arrival, EdgeRule
 from graph.gather import Gathering
@@ -30,7 +31,7 @@ CHAIN = (SOUND, SPOKEN, PLAYED, NOTED)
 
 
 class ManualClock:
-    """In the place of `time`: it stands until a test moves it. Event time is the same for sessions of origin 0."""
+    """It stands until a test moves it. Event time is the same for sessions of origin 0."""
 
     def __init__(self) -> None:
         self.now_ns = 0
@@ -38,13 +39,10 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         self.now_ns += round(seconds * NS_PER_S)
 
-    def monotonic(self) -> float:
-        return self.now_ns / NS_PER_S
-
     def monotonic_ns(self) -> int:
         return self.now_ns
 
-    def time_ns(self) -> int:
+    def unix_ns(self) -> int:
         return self.now_ns
 
 
@@ -163,7 +161,9 @@ class House:
         max_units: int = 8,
         wait_ns: int = 0,
         late: Late = "drop",
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or SystemClock()
         self.directory = Path(tempfile.mkdtemp(prefix="bus-", dir="/tmp"))
         self.bus = Bus("house", self.directory)
         self.edges = [edge for edge in edges if _ends(edge)[0] in stages or _ends(edge)[1] in stages]
@@ -189,6 +189,7 @@ class House:
             {edge: [sender] for edge, sender in self.senders.items() if _ends(edge)[0] == name},
             StageMeter(self.metrics, name, stage, stages),
             gathering,
+            self.clock,
         )
 
     def __enter__(self) -> "House":
