@@ -14,15 +14,14 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from deploy.clock import clock_ahead_ns
 from deploy.cluster import Cluster
-from deploy.placement import LOCAL_STAGES, Process, processes_of
+from deploy.placement import Process, processes_of
 from deploy.plan import ActorPlan, Address
-from deploy.runner import SessionPlan, StageSnapshot
+from deploy.routing import SOURCES, least_loaded, opening_order, session_plan, stages_of
+from deploy.runner import StageSnapshot
 from graph.chunk import NS_PER_MS, SessionId
 from graph.errors import GraphError
 from graph.ledger import Account, merge
-from graph.spec import EdgeSpec, PipelineSpec
-from graph.streams import camera_stream
-from graph.window import Late
+from graph.spec import PipelineSpec
 from stages.stage import Session, StageError
 
 START_TIMEOUT_S = 300.0  # a 9 B checkpoint from a slow disk takes minutes
@@ -31,7 +30,6 @@ CALL_TIMEOUT_S = 60.0
 HEAD_START_NS = 300 * NS_PER_MS
 DECODER_START_NS = 200 * NS_PER_MS
 NUM_CLOCK_QUESTIONS = 8
-SOURCES = ("microphone", "camera")
 
 
 class CoordinatorError(GraphError):
@@ -130,10 +128,10 @@ class Coordinator:
         Raises StageError when a stage has no room for one; then none of them is open.
         """
         for session in sessions:
-            replicas = {name: self._least_loaded(name) for name in self._spec.stages}
+            replicas = {name: least_loaded(self.load_of(name)) for name in self._spec.stages}
             self._sessions[session.id] = _Placement(session, replicas)
         try:
-            order = self._opening_order()
+            order = opening_order(self._spec)
             for stage in order:
                 self._open_at(stage, sessions)
             origin_ns = self._next_origin_ns(sessions)
@@ -223,21 +221,11 @@ class Coordinator:
         placed = [placed for placed in self._actors.values() if stage in placed.process.stages]
         return sorted(placed, key=lambda p: p.process.replica)
 
-    def _least_loaded(self, stage: str) -> int:
-        counts = self.load_of(stage)
-        return counts.index(min(counts))
-
-    def _opening_order(self) -> list[str]:
-        """All stages: who only computes, then who listens, then who begins to send."""
-        stages = self._spec.stages
-        local = [name for name in ("events", "speaker", *SOURCES) if name in stages]
-        return [name for name in stages if name not in LOCAL_STAGES] + local
-
     def _open_at(self, stage: str, sessions: Iterable[Session]) -> None:
         """Open the sessions that pass a stage, at all its replicas at once."""
         asked = []
         for placed, here in self._by_replica(stage, sessions):
-            plans = [self._session_plan(stage, session) for session in here]
+            plans = [session_plan(self._spec, stage, s, self._sessions[s.id].replicas) for s in here]
             for session in here:
                 self._sessions[session.id].opened.append(stage)  # before it is, for one of them may fail
             asked.append((placed, placed.handle.open_sessions.remote(stage, plans)))
@@ -257,7 +245,7 @@ class Coordinator:
 
     def _by_replica(self, stage: str, sessions: Iterable[Session]) -> list[tuple[_Placed, list[Session]]]:
         """Which of the sessions pass a stage, and at which replica."""
-        passing = [session for session in sessions if stage in _stages_of(session, self._spec)]
+        passing = [session for session in sessions if stage in stages_of(session, self._spec)]
         by_replica = [
             (placed, [session for session in passing if self._sessions[session.id].replicas[stage] == replica])
             for replica, placed in enumerate(self._replicas_of(stage))
@@ -276,20 +264,6 @@ class Coordinator:
         return clock_ahead_ns(
             lambda: int(self._get(placed.process.name, placed.handle.clock.remote(), CALL_TIMEOUT_S)),
             num_questions=NUM_CLOCK_QUESTIONS,
-        )
-
-    def _session_plan(self, stage: str, session: Session) -> SessionPlan:
-        replicas = self._sessions[session.id].replicas
-        passed = _stages_of(session, self._spec)
-        edges = [edge for edge in self._spec.edges if {edge.source.stage, edge.target.stage} <= passed]
-        inputs = [edge for edge in edges if edge.target.stage == stage and edge.kind != "playback"]
-        outputs = [edge for edge in edges if edge.source.stage == stage]
-        streams: dict[str, Late] = {_stream(edge, session): edge.late for edge in inputs if edge.kind != "events"}
-        return SessionPlan(
-            session=session,
-            streams=streams,
-            num_inputs=len(inputs),
-            peers={edge.id: replicas[edge.target.stage] for edge in outputs},
         )
 
     def _call(self, stage: str, replica: int, method: str, *args: object) -> Any:
@@ -316,14 +290,3 @@ class Coordinator:
             raise CoordinatorError(f"{name} has died: {reason}; see {self._directory / 'logs' / name}.log") from error
         except RayError as error:
             raise CoordinatorError(f"{name} does not answer: {error}") from error
-
-
-def _stages_of(session: Session, spec: PipelineSpec) -> set[str]:
-    """Where a session lives: everywhere, but for the ears of one that has no microphone."""
-    deaf = set() if session.microphone else {"microphone", "audio_encoder"}
-    return spec.stages.keys() - deaf
-
-
-def _stream(edge: EdgeSpec, session: Session) -> str:
-    """The stream that comes in on an edge."""
-    return {"frames": camera_stream(session.camera), "sound": "mic"}.get(edge.kind, edge.kind)

@@ -6,7 +6,7 @@ event times and returns numbers.
     sink   Player        what the listener has heard; speaks Acks
     LLM    TextBudget    n text tokens for a window:  B = L + T - ((G - P) + E),  n = clamp(B // r, 0, 18)
     TTS, vocoder
-           SpeechCredit  a piece of d ns may be made when  G - P + d <= L + T
+           SpeechQueue   a piece of d ns may be made when  G - P + d <= L + T
 
 P is what was heard, G what was synthesised, E the speech estimated for text not yet synthesised, r the ns of speech
 per text token (a moving average), L the lead, T the window. Decisions for window k are taken as of its end, (k+1)·T:
@@ -20,12 +20,16 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId
 from graph.streams import PLAYBACK
+
+Item = TypeVar("Item")
 
 MAX_TEXT_TOKENS = 18  # the official loop samples at most 19 tokens per unit, the first of which is <|speak|>
 FIRST_NS_PER_TOKEN = 270_000_000  # 3.7 tokens per second of speech, until a turn has been measured
@@ -182,6 +186,35 @@ class SpeechCredit:
     def interrupted(self) -> None:
         """What was under way will be dropped as stale."""
         self._under_way.clear()
+
+
+class SpeechQueue(Generic[Item]):
+    """What waits to become speech at one stage, in order, and leaves as far as TAIL allows."""
+
+    def __init__(self, playback: Playback, *, lead_ns: int, window_ns: int) -> None:
+        self._credit = SpeechCredit(playback, lead_ns=lead_ns, window_ns=window_ns)
+        self._waiting: deque[Item] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, item: Item) -> None:
+        self._waiting.append(item)
+
+    def take(self, longest_ns: Callable[[Item], int], now_ns: int) -> Item | None:
+        """The next one, if it may be made as of `now_ns`. longest_ns: what it can sound for, at most."""
+        if self._waiting and self._credit.allows(longest_ns(self._waiting[0]), now_ns):
+            return self._waiting.popleft()
+        return None
+
+    def made(self, duration_ns: int, window_end_ns: int) -> None:
+        """Account for what was made of it; see `SpeechCredit.made`."""
+        self._credit.made(duration_ns, window_end_ns)
+
+    def interrupted(self) -> None:
+        """The listener barged in: nothing waits any more."""
+        self._waiting.clear()
+        self._credit.interrupted()
 
 
 @dataclass(slots=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from graph.chunk import Chunk, SessionId
 from graph.streams import CODES, TEXT
-from graph.tail import Ack, SpeechCredit
+from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from model_shards.tts import Talker, TalkerInput, TalkerState
 from stages.stage import Session, Stage, session_seed
@@ -19,17 +18,16 @@ from stages.tensors import Runtime, to_tensor
 
 @dataclass(slots=True)
 class _Open:
-    credit: SpeechCredit
+    queue: SpeechQueue[Chunk]  # text that the listener is not ready for
     talker: TalkerState
     window_ns: int
-    backlog: deque[Chunk] = field(default_factory=deque)  # text that the listener is not ready for
 
 
 class Tts(Stage):
     """`text` → `codes`: at most one window of speech per window and session, and only as far as TAIL allows.
 
     Text that may not be spoken yet waits in order; a window without text inside a turn ("the speech goes on") does
-    not queue behind it, because the waiting text goes on by itself. So the backlog is bounded by the text budget.
+    not queue behind it, because the waiting text goes on by itself. So the queue is bounded by the text budget.
     seed: the codes of a session are drawn from it and the session's name; None takes the likeliest code.
     """
 
@@ -46,17 +44,16 @@ class Tts(Stage):
         generator = None
         if self._seed is not None:
             generator = torch.Generator(self._where.device).manual_seed(session_seed(self._seed, session.id))
-        credit = SpeechCredit(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
-        self._open[session.id] = _Open(credit, TalkerState(generator=generator), session.window_ns)
+        queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        self._open[session.id] = _Open(queue, TalkerState(generator=generator), session.window_ns)
 
     def close_session(self, session: SessionId) -> None:
         self._open.pop(session, None)
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         state = self._open[session]
-        state.backlog.clear()
+        state.queue.interrupted()
         state.talker.end_turn()
-        state.credit.interrupted()
         return []
 
     @torch.inference_mode()
@@ -70,11 +67,9 @@ class Tts(Stage):
         state = self._open[unit.session]
         for text in unit.of(TEXT):
             goes_on = len(text.arrays["token_ids"]) == 0 and not text.attrs.get("end_of_turn")
-            if not (goes_on and state.backlog):
-                state.backlog.append(text)
-        if state.backlog and state.credit.allows(state.window_ns, unit.end_ns):
-            return state.backlog.popleft()
-        return None
+            if not (goes_on and state.queue):
+                state.queue.put(text)
+        return state.queue.take(lambda text: state.window_ns, unit.end_ns)
 
     def _input(self, text: Chunk) -> TalkerInput:
         token_ids = torch.from_numpy(np.array(text.arrays["token_ids"])).to(self._where.device)
@@ -82,6 +77,6 @@ class Tts(Stage):
 
     def _say(self, unit: Unit, text: Chunk, codes: list[int]) -> Chunk:
         state = self._open[unit.session]
-        state.credit.made(state.window_ns, unit.end_ns)
+        state.queue.made(state.window_ns, unit.end_ns)
         attrs = {key: text.attrs.get(key) for key in ("text", "turn_start", "end_of_turn")}
         return unit.emit(CODES, arrays={"codes": np.array(codes, dtype=np.int64)}, attrs=attrs)

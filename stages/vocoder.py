@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from graph.streams import CODES, CODES_PER_S, SPEECH, SPEECH_RATE_HZ
-from graph.tail import Ack, SpeechCredit
+from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from model_shards.vocoder import Vocoder as VocoderModel
 from model_shards.vocoder import VocoderInput, VocoderState, VoiceCache
@@ -21,9 +20,8 @@ HELD_BACK_NS = 280 * NS_PER_MS
 
 @dataclass(slots=True)
 class _Open:
-    credit: SpeechCredit
+    queue: SpeechQueue[Chunk]  # codes that the listener is not ready for
     vocoder: VocoderState
-    backlog: deque[Chunk] = field(default_factory=deque)  # codes that the listener is not ready for
     text: str = ""  # of codes that were too few to sound; it is heard with the next ones
 
 
@@ -41,19 +39,18 @@ class Vocoder(Stage):
 
     @torch.inference_mode()
     def open_session(self, session: Session) -> None:
-        credit = SpeechCredit(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
         state = self._model.open(self._voice, noise_seed=session_seed(self._seed, session.id))
-        self._open[session.id] = _Open(credit, state)
+        self._open[session.id] = _Open(queue, state)
 
     def close_session(self, session: SessionId) -> None:
         self._open.pop(session, None)
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         state = self._open[session]
-        state.backlog.clear()
+        state.queue.interrupted()
         state.text = ""
         self._model.reset(state.vocoder)
-        state.credit.interrupted()
         return []
 
     @torch.inference_mode()
@@ -66,10 +63,9 @@ class Vocoder(Stage):
 
     def _next_codes(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]
-        state.backlog.extend(unit.of(CODES))
-        if state.backlog and state.credit.allows(_longest_ns(state.backlog[0]), unit.end_ns):
-            return state.backlog.popleft()
-        return None
+        for codes in unit.of(CODES):
+            state.queue.put(codes)
+        return state.queue.take(_longest_ns, unit.end_ns)
 
     def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk | None:
         state = self._open[unit.session]
@@ -78,7 +74,7 @@ class Vocoder(Stage):
             return None
         samples = wave.to(torch.float32).cpu().numpy()
         duration_ns = len(samples) * NS_PER_S // SPEECH_RATE_HZ
-        state.credit.made(duration_ns, unit.end_ns)
+        state.queue.made(duration_ns, unit.end_ns)
         text, state.text = state.text, ""
         attrs = {**codes.attrs, "text": text}
         return Chunk(unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=attrs)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.tail import Playback
 from graph.window import Unit
 from stages.stage import Session
 from stages.tts import Tts
@@ -44,10 +45,18 @@ def texts(chunks: list[Chunk]) -> list[object]:
 class Free(Tts):
     """A TTS whose listeners hear everything at once."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.playbacks: dict[SessionId, Playback] = {}
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        self.playbacks[session.id] = session.playback
+
     def process(self, units: list[Unit]) -> list[Chunk]:
         for one in units:
             heard_s = one.end_ns / NS_PER_S
-            self._open[one.session].credit._playback.ack(ack(heard_s, through_s=heard_s))
+            self.playbacks[one.session].ack(ack(heard_s, through_s=heard_s))
         return super().process(units)
 
 

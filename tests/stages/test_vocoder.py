@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from graph.streams import SPEECH_RATE_HZ
-from graph.tail import Player
+from graph.tail import Playback, Player
 from graph.window import Unit
 from stages.stage import Session
 from stages.vocoder import HELD_BACK_NS, Vocoder
@@ -33,10 +33,18 @@ def num_samples(chunks: list[Chunk]) -> list[int]:
 class Free(Vocoder):
     """A vocoder whose listeners hear everything at once."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.playbacks: dict[SessionId, Playback] = {}
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        self.playbacks[session.id] = session.playback
+
     def process(self, units: list[Unit]) -> list[Chunk]:
         for one in units:
             heard_s = one.end_ns / NS_PER_S
-            self._open[one.session].credit._playback.ack(ack(heard_s, through_s=heard_s))
+            self.playbacks[one.session].ack(ack(heard_s, through_s=heard_s))
         return super().process(units)
 
 

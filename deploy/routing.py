@@ -1,0 +1,51 @@
+"""Which way a session takes through the pipeline: its stages, and at each of them the replica. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from deploy.placement import LOCAL_STAGES
+from deploy.runner import SessionPlan
+from graph.spec import EdgeSpec, PipelineSpec
+from graph.streams import camera_stream
+from graph.window import Late
+from stages.stage import Session
+
+SOURCES = ("microphone", "camera")
+
+
+def stages_of(session: Session, spec: PipelineSpec) -> set[str]:
+    """Where a session lives: everywhere, but for the ears of one that has no microphone."""
+    deaf = set() if session.microphone else {"microphone", "audio_encoder"}
+    return spec.stages.keys() - deaf
+
+
+def least_loaded(num_sessions: Sequence[int]) -> int:
+    """The replica that a new session goes to, by how many each has."""
+    return num_sessions.index(min(num_sessions))
+
+
+def opening_order(spec: PipelineSpec) -> list[str]:
+    """All stages: who only computes, then who listens, then who begins to send."""
+    local = [name for name in ("events", "speaker", *SOURCES) if name in spec.stages]
+    return [name for name in spec.stages if name not in LOCAL_STAGES] + local
+
+
+def session_plan(spec: PipelineSpec, stage: str, session: Session, replicas: Mapping[str, int]) -> SessionPlan:
+    """How a stage takes part in a session. replicas: by stage, where the session goes."""
+    passed = stages_of(session, spec)
+    edges = [edge for edge in spec.edges if {edge.source.stage, edge.target.stage} <= passed]
+    inputs = [edge for edge in edges if edge.target.stage == stage and edge.kind != "playback"]
+    outputs = [edge for edge in edges if edge.source.stage == stage]
+    streams: dict[str, Late] = {_stream(edge, session): edge.late for edge in inputs if edge.kind != "events"}
+    return SessionPlan(
+        session=session,
+        streams=streams,
+        num_inputs=len(inputs),
+        peers={edge.id: replicas[edge.target.stage] for edge in outputs},
+    )
+
+
+def _stream(edge: EdgeSpec, session: Session) -> str:
+    """The stream that comes in on an edge."""
+    return {"frames": camera_stream(session.camera), "sound": "mic"}.get(edge.kind, edge.kind)
