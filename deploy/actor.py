@@ -25,7 +25,7 @@ from deploy.packages import check_packages
 from deploy.plan import ActorPlan, Address
 from deploy.runner import ActorLoop, SessionPlan, StageRunner, StageSnapshot
 from graph.bus import Bus
-from graph.chunk import SessionId
+from graph.chunk import NS_PER_S, SessionId
 from graph.clock import SystemClock
 from graph.edge import EdgeRule, Receiver, Sender
 from graph.gather import Gathering
@@ -36,6 +36,7 @@ from stages.feed import Feeds
 
 T = TypeVar("T")
 GAUGE_PERIOD_S = 1.0
+IDLE_S = 0.05  # what Ray's threads ask for waits at most so long
 INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
 
 
@@ -149,7 +150,9 @@ class Actor:
         if not self._runners:
             time.sleep(0.002)  # nothing to run yet: only commands
             return
-        self._loop.turn()
+        due_ns = self._loop.due_in_ns()
+        sleep_s = IDLE_S if due_ns is None else min(due_ns / NS_PER_S, IDLE_S)
+        self._loop.turn(self._bus.wait(sleep_s, self._loop.files()))
         if time.monotonic() >= self._gauges_at:
             self._gauges_at = time.monotonic() + GAUGE_PERIOD_S
             self._set_gauges()
@@ -167,7 +170,7 @@ class Actor:
 
     def _load(self) -> None:
         runners = [self._runner(name, spec) for name, spec in self._plan.stages.items()]
-        self._loop = ActorLoop(self._bus, runners)
+        self._loop = ActorLoop(runners)
         self._runners = {runner.name: runner for runner in runners}
 
     def _runner(self, name: str, spec: StageSpec) -> StageRunner:

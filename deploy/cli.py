@@ -1,6 +1,7 @@
 """The command line. Data goes to stdout, talk to stderr.
 
-Exit codes: 0 ok · 1 runtime · 2 usage or configuration · 4 missing dependency · 130 interrupted.
+Exit codes: 0 ok · 1 runtime · 2 usage or configuration · 3 what must hold does not · 4 missing dependency ·
+130 interrupted.
 Rule: nothing heavy is imported at the top; `--help` answers at once.
 """
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from graph.spec import PipelineSpec
     from stages.stage import ListenerAction
 
-EXIT_RUNTIME, EXIT_USAGE, EXIT_DEPENDENCY, EXIT_INTERRUPTED = 1, 2, 4, 130
+EXIT_RUNTIME, EXIT_USAGE, EXIT_VIOLATED, EXIT_DEPENDENCY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -175,6 +176,32 @@ def validate(file: File = None, overrides: Set = None) -> None:
 
     with _clear_errors(), _usage():
         print(render(_load(file, overrides or [])), end="")
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[str | None, typer.Argument(help="Which one; without it: what there is.")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="0:1000", help="From where to before where.")] = "0:100",
+    file: File = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run the pipeline's decisions in virtual time, under faults, and see whether all holds that must hold.
+
+    Exits with 3 when something did not.
+    """
+    from deploy.simulate import Report, find_scenario, parse_seeds, print_scenarios, run_scenario
+
+    if scenario is None:
+        print_scenarios(as_json)
+        return
+    with _clear_errors(), _usage():
+        spec, found, numbers = _load(file, overrides or []), find_scenario(scenario), parse_seeds(seeds)
+    with _clear_errors():
+        report: Report = run_scenario(spec, found, numbers)
+    report.print(as_json)
+    if report.violations:
+        raise typer.Exit(EXIT_VIOLATED)
 
 
 @app.command()

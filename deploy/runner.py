@@ -11,20 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from deploy.measure import StageMeter
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
 from graph.clock import Clock
 from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
 from graph.gather import Gathering, Waiting
 from graph.streams import EVENTS, port_of
-from graph.tail import ack_of
+from graph.tail import Ack, ack_of
 from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
 from graph.window import Joined, Late, Unit, WindowJoin
 from stages.events import WINDOW_EVENT
 from stages.stage import Session, Stage
 
-IDLE_NS = 50 * NS_PER_MS
 LEAST_SLEEP_NS = NS_PER_MS
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
@@ -77,6 +75,7 @@ class _Open:
     plan: SessionPlan
     join: WindowJoin | None
     lanes: dict[str, Sender]
+    edges: Mapping[str, list[str]]  # outgoing, by the port they leave from
     clock: Clock
     begun: bool = False
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
@@ -107,6 +106,19 @@ class _Open:
         return Waiting(self.session.id, self.monotonic_ns(ready.since_ns), end_ns, deadline_ns)
 
 
+class Meter(Protocol):
+    """What is counted of a stage (deploy/measure.py: StageMeter)."""
+
+    def opened(self, session: Session) -> None: ...
+    def closed(self, session: Session) -> None: ...
+    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
+    def carried(self, num_chunks: int) -> None: ...
+    def made(self, session: Session, chunk: Chunk) -> None: ...
+    def unit_done(self, session: Session, end_ns: int) -> None: ...
+    def played(self, session: Session, ack: Ack) -> None: ...
+    def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None: ...
+
+
 class StageRunner:
     """One replica of one stage.
 
@@ -119,7 +131,7 @@ class StageRunner:
         stage: Stage,
         receivers: Mapping[str, Receiver],
         senders: Mapping[str, list[Sender]],
-        meter: StageMeter,
+        meter: Meter,
         gathering: Gathering,
         clock: Clock,
     ) -> None:
@@ -146,7 +158,10 @@ class StageRunner:
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         for sender in lanes.values():
             sender.open_session(session.id, lossless=not session.paced)
-        self._open[session.id] = _Open(plan, self._join(plan), lanes, self._clock)
+        edges: dict[str, list[str]] = {}
+        for edge in lanes:
+            edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
+        self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock)
         self._meter.opened(session)
 
     def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
@@ -273,19 +288,18 @@ class StageRunner:
             self._finish(state)
         return bool(batch) and self.num_ready > 0
 
-    def due_s(self) -> float:
-        """How long the loop may sleep if nothing comes."""
+    def due_in_ns(self) -> int | None:
+        """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
         now_ns = self._clock.monotonic_ns()
-        going = [state.waiting() for state in self._open.values() if state.ready and self._may_go(state)]
-        due_ns = [IDLE_NS]
-        if (gathered_ns := self._gathering.due_in_ns(going, now_ns)) is not None:  # the others wait for what comes in
-            due_ns.append(gathered_ns)
-        if self._follows_clock:
-            advancing = [
-                (name, state) for name, state in self._open.items() if state.begun and self._may_advance(state)
-            ]
-            due_ns += [self.stage.due_in_ns(name, state.now_ns()) for name, state in advancing]
-        return max(min(due_ns), LEAST_SLEEP_NS) / NS_PER_S
+        due_ns: list[int] = []
+        for name, state in self._open.items():
+            if self._follows_clock and self._may_advance(state):
+                due_ns.append(self.stage.due_in_ns(name, state.now_ns()))
+            if state.ready and self._may_go(state):  # the others wait for what comes in
+                due_ns.append(self._gathering.until_ns(state.waiting()) - now_ns)
+            elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
+                due_ns.append(state.monotonic_ns(state.join.expires_ns) - now_ns)
+        return max(min(due_ns), LEAST_SLEEP_NS) if due_ns else None
 
     def _advance(self, state: _Open) -> None:
         if self._follows_clock and self._may_advance(state):
@@ -313,8 +327,10 @@ class StageRunner:
         # Virtual time: the listener's clock must have come to the window's end, as it always has in real time.
         return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
 
-    def _has_room(self, state: _Open) -> bool:
-        return all(sender.has_room(state.session.id) for sender in state.lanes.values())
+    @staticmethod
+    def _has_room(state: _Open) -> bool:
+        session = state.plan.session.id
+        return all(sender.has_room(session) for sender in state.lanes.values())
 
     def _process(self, batch: list[tuple[_Open, _Ready]]) -> None:
         for state, ready in batch:
@@ -397,7 +413,7 @@ class StageRunner:
             self.close_session(state.session.id)
 
     def _may_end(self, state: _Open) -> bool:
-        if state.ready or not self._has_room(state) or not self._inputs_ended(state):
+        if state.ready or not self._inputs_ended(state) or not self._has_room(state):
             return False
         return self.stage.finished(state.session.id)
 
@@ -430,39 +446,36 @@ class StageRunner:
         for edge in self._edges_of(state, chunk.stream):
             state.lanes[edge].send(chunk)
 
-    def _edges_of(self, state: _Open, stream: str) -> list[str]:
-        start = f"{self.name}.{port_of(stream)}->"
-        return [edge for edge in state.lanes if edge.startswith(start)]
-
-
-class Arrivals(Protocol):
-    """Where an actor's chunks come from: graph/bus.py's Bus, or a simulated one."""
-
-    def wait(self, timeout_s: float, files: Iterable[int] = ()) -> list[Arrival]:
-        """Wait until something comes, or a file descriptor is readable, or the time is up; returns what came."""
+    @staticmethod
+    def _edges_of(state: _Open, stream: str) -> list[str]:
+        return state.edges.get(port_of(stream), [])
 
 
 class ActorLoop:
-    """The loop of one actor process: its bus, and the stages that live in it."""
+    """One turn of an actor process after the other, for the stages that live in it."""
 
-    def __init__(self, bus: Arrivals, runners: list[StageRunner]) -> None:
-        self._bus = bus
+    def __init__(self, runners: list[StageRunner]) -> None:
         self._runners = {runner.name: runner for runner in runners}
         self._has_more = False
 
-    def turn(self) -> None:
-        """Wait for something to come or to be due, and do it: a batch per stage, so that one which falls behind still
-        takes what comes, and its actor what it is told."""
-        files = {descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes()}
-        arrivals = self._bus.wait(self.due_s(), files)
+    def due_in_ns(self) -> int | None:
+        """How long this may sleep if nothing comes; None: as long as nothing comes."""
+        if self._has_more:
+            return 0
+        due_ns = [due for runner in self._runners.values() if (due := runner.due_in_ns()) is not None]
+        return min(due_ns, default=None)
+
+    def files(self) -> frozenset[int]:
+        """File descriptors that become readable when there is something to do."""
+        return frozenset(descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes())
+
+    def turn(self, arrivals: Iterable[Arrival]) -> None:
+        """Take what has come, and do what is due: a batch per stage, so that one which falls behind still takes what
+        comes, and its actor what it is told."""
         for arrival in sorted(arrivals, key=lambda a: a.chunk.kind < Kind.PLAYBACK):  # what overtakes, overtakes
             self._runner_of(arrival.edge).take(arrival)
         more = [runner.step() for runner in self._runners.values()]  # each takes its step
         self._has_more = any(more)
-
-    def due_s(self) -> float:
-        """How long this may sleep if nothing comes."""
-        return 0.0 if self._has_more else min(runner.due_s() for runner in self._runners.values())
 
     def _runner_of(self, edge: str) -> StageRunner:
         return self._runners[edge.partition("->")[2].partition(".")[0]]

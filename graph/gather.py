@@ -51,18 +51,15 @@ class Gathering:
             return []
         return [unit.session for unit in urgent[: self._max_units]]
 
-    def due_in_ns(self, ready: Iterable[Waiting], now_ns: int) -> int | None:
-        """How long until the first of these has waited long enough; None without any."""
-        return min((self._until_ns(unit) - now_ns for unit in ready), default=None)
-
     def _shall_wait(self, urgent: Sequence[Waiting], next_ends_ns: Iterable[int], now_ns: int) -> bool:
         """Has nobody waited long enough, and is there a peer whose next window ends when the first one's does, or
         before? (One that ends later is not worth it.)"""
-        if any(now_ns >= self._until_ns(unit) for unit in urgent):
+        if any(now_ns >= self.until_ns(unit) for unit in urgent):
             return False
         return any(end_ns <= urgent[0].end_ns + self._wait_ns for end_ns in next_ends_ns)
 
-    def _until_ns(self, unit: Waiting) -> int:
+    def until_ns(self, unit: Waiting) -> int:
+        """Until when a unit waits for peers."""
         if unit.deadline_ns is None:
             return unit.since_ns + self._wait_ns
         slack_ns = max(unit.deadline_ns - unit.since_ns, 0)

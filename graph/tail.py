@@ -18,7 +18,7 @@ makes the bound hold whatever happens to the Acks.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,6 +62,10 @@ class Ack:
         return self.heard_ns + sum(min(max(now_ns - start, 0), length) for start, length in self.queue)
 
 
+def _order(ack: Ack) -> tuple[int, int, int, int, int]:
+    return (ack.at_ns, ack.epoch, ack.through_ns, ack.received_ns, ack.heard_ns)
+
+
 class Playback:
     """A distant listener, as the Acks describe it. Acks may be lost, doubled and come late or out of order."""
 
@@ -74,8 +78,9 @@ class Playback:
 
     def ack(self, ack: Ack) -> None:
         """Take an Ack, in any order, any number of times."""
-        if ack not in self._acks:
-            insort(self._acks, ack, key=lambda a: (a.at_ns, a.epoch, a.through_ns, a.received_ns))
+        place = bisect_left(self._acks, _order(ack), key=_order)
+        if place == len(self._acks) or self._acks[place] != ack:
+            self._acks.insert(place, ack)
             del self._acks[:-MAX_ACKS]
 
     def as_of(self, now_ns: int) -> Ack:

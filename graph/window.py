@@ -91,6 +91,11 @@ class WindowJoin:
         return (self._index + 1) * self._window_ns
 
     @property
+    def expires_ns(self) -> int | None:
+        """When the window that leaves next is given up; None: never, or there is none left."""
+        return None if self._lateness_ns is None or self.finished else self.next_end_ns + self._lateness_ns
+
+    @property
     def num_pending(self) -> int:
         """Chunks held back."""
         return sum(len(chunks) for chunks in self._pending.values())

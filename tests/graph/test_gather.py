@@ -47,12 +47,6 @@ def test_a_full_batch_is_not_waited_for():
     assert Gathering(2, WAIT_NS).batch([unit("a"), unit("b")], SOON, NS_PER_S) == ["a", "b"]
 
 
-def test_the_next_look_is_when_the_first_has_waited_long_enough():
-    ready = [unit("a", since_ns=NS_PER_S + 1), unit("b", since_ns=NS_PER_S)]
-    assert Gathering(8, WAIT_NS).due_in_ns(ready, NS_PER_S + 2) == WAIT_NS - 2
-    assert Gathering(8, WAIT_NS).due_in_ns([], NS_PER_S) is None
-
-
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=12), st.integers(1, 8))
 def test_a_batch_is_bounded_and_takes_the_earliest_deadlines(ends: list[int], max_units: int):
     ready = [unit(str(index), end_ns=end_ns) for index, end_ns in enumerate(ends)]
@@ -62,7 +56,5 @@ def test_a_batch_is_bounded_and_takes_the_earliest_deadlines(ends: list[int], ma
 
 @given(st.integers(0, 10**10), st.integers(0, 10**10), st.integers(0, 10**8))
 def test_nobody_waits_longer_than_told_or_beyond_its_share(since_ns: int, deadline_ns: int, wait_ns: int):
-    ready = [unit(since_ns=since_ns, deadline_ns=deadline_ns)]
-    due_ns = Gathering(8, wait_ns).due_in_ns(ready, since_ns)
-    assert due_ns is not None
-    assert 0 <= due_ns <= min(wait_ns, max(deadline_ns - since_ns, 0))
+    until_ns = Gathering(8, wait_ns).until_ns(unit(since_ns=since_ns, deadline_ns=deadline_ns))
+    assert 0 <= until_ns - since_ns <= min(wait_ns, max(deadline_ns - since_ns, 0))

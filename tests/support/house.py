@@ -179,7 +179,7 @@ class House:
             name: self._runner(name, stage, tuple(stages), Gathering(max_units, wait_ns))
             for name, stage in stages.items()
         }
-        self.loop = ActorLoop(self.bus, list(self.runners.values()))
+        self.loop = ActorLoop(list(self.runners.values()))
 
     def _runner(self, name: str, stage: Stage, stages: tuple[str, ...], gathering: Gathering) -> StageRunner:
         return StageRunner(
@@ -223,12 +223,17 @@ class House:
         self.take(heard(SessionId(name), index, epoch))
         self.take(watermark(SessionId(name), MIC, (index + 1) * NS_PER_S))
 
+    def turn(self) -> None:
+        """As the actor's loop does."""
+        due_ns = self.loop.due_in_ns()
+        self.loop.turn(self.bus.wait(0.05 if due_ns is None else min(due_ns / NS_PER_S, 0.05), self.loop.files()))
+
     def run(self, max_turns: int = 2000) -> None:
         """Turn until every session has ended everywhere."""
         for _ in range(max_turns):
             if not any(runner.snapshot().sessions for runner in self.runners.values()):
                 return
-            self.loop.turn()
+            self.turn()
         raise AssertionError(f"still open: {[runner.snapshot() for runner in self.runners.values()]}")
 
     def account(self, edge: str) -> Account:

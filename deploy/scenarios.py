@@ -1,0 +1,113 @@
+"""What is simulated: how many sessions, on what, and what goes wrong.
+
+The costs are those of a released checkpoint on one GPU in round numbers; `pipeline simulate` is about order, credit and
+time, not about one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final
+
+from deploy.virtual import Network
+from deploy.virtual_stages import Cost
+from graph.chunk import NS_PER_MS
+
+COSTS: Final[Mapping[str, Cost]] = MappingProxyType(
+    {
+        "vision_encoder": Cost(8 * NS_PER_MS, 4 * NS_PER_MS),
+        "audio_encoder": Cost(6 * NS_PER_MS, 1 * NS_PER_MS),
+        "llm": Cost(20 * NS_PER_MS, 3 * NS_PER_MS),
+        "tts": Cost(40 * NS_PER_MS, 2 * NS_PER_MS),
+        "vocoder": Cost(25 * NS_PER_MS, 5 * NS_PER_MS),
+    }
+)
+
+
+USUAL: Final = Network()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What happens in one seed.
+
+    devices: what computes, and how many stages at once on it. on: per stage its device; else the first. token_ns: a
+    decode step of all who speak. stagger_ns: between the sessions' windows. network, acks, grants: how messages travel.
+    barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
+    nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
+    times slower it is for so long. drift_ppm: of each actor's clock, at most.
+    """
+
+    name: str
+    about: str
+    num_sessions: int = 4
+    num_windows: int = 8
+    costs: Mapping[str, Cost] = field(default_factory=lambda: COSTS)
+    token_ns: int = 8 * NS_PER_MS
+    devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
+    on: Mapping[str, str] = field(default_factory=dict)
+    stagger_ns: int = 0
+    network: Network = USUAL
+    acks: Network = USUAL
+    grants: Network = USUAL
+    barges_in: float = 0.0
+    pauses: float = 0.0
+    dies: float = 0.0
+    stalls: float = 0.0
+    longest_stall_ns: int = 500 * NS_PER_MS
+    slow: Mapping[str, float] = field(default_factory=dict)
+    drift_ppm: int = 0
+
+
+_STEADY: Final = Scenario("steady", "nothing goes wrong", num_sessions=4, num_windows=8)
+SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
+    {
+        scenario.name: scenario
+        for scenario in (
+            _STEADY,
+            replace(
+                _STEADY,
+                name="burst",
+                about="more sessions at once than one batch takes",
+                num_sessions=20,
+                num_windows=6,
+            ),
+            replace(
+                _STEADY,
+                name="lossy-acks",
+                about="acks take up to 400 ms and one in a hundred is lost; grants come twice; listeners interrupt",
+                acks=Network(100_000, 400 * NS_PER_MS, lost=0.01),
+                grants=Network(100_000, 20 * NS_PER_MS, doubled=0.1),
+                barges_in=0.5,
+                pauses=0.3,
+            ),
+            replace(_STEADY, name="stalled-camera", about="cameras give nothing for seconds", dies=0.7, stalls=0.2),
+            replace(
+                _STEADY,
+                name="slow-tts",
+                about="the TTS is 20 times slower for two seconds",
+                slow={"tts": 20.0},
+                longest_stall_ns=2000 * NS_PER_MS,
+                barges_in=0.3,
+            ),
+            replace(
+                _STEADY,
+                name="storm",
+                about="all of it at once, on clocks that drift by up to 200 ppm",
+                network=Network(100_000, 50 * NS_PER_MS),
+                acks=Network(100_000, 400 * NS_PER_MS, lost=0.05, doubled=0.05),
+                grants=Network(100_000, 50 * NS_PER_MS, doubled=0.1),
+                barges_in=0.5,
+                pauses=0.5,
+                dies=0.3,
+                stalls=0.3,
+                longest_stall_ns=1500 * NS_PER_MS,
+                slow={"llm": 5.0},
+                stagger_ns=130 * NS_PER_MS,
+                drift_ppm=200,
+            ),
+        )
+    }
+)

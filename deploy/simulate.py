@@ -1,0 +1,474 @@
+"""`pipeline simulate`: the pipeline's real decisions (join, credit, TAIL, gathering, routing) in virtual time, under
+faults, many seeds in a row; and what must hold whatever happens.
+
+What must hold, at every step: units come as 0, 1, 2 …, each once; the ledger of every edge is exact; no edge holds
+more than its credit; no more speech waits unheard than lead + window; queues stay bounded; and every window comes to
+its end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Final
+
+import numpy as np
+
+from deploy.placement import Process, processes_of
+from deploy.routing import SOURCES, least_loaded, opening_order, session_plan, stages_of
+from deploy.runner import MAX_READY, StageRunner
+from deploy.scenarios import SCENARIOS, Scenario
+from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
+from deploy.virtual_stages import (
+    OutOfOrder,
+    VirtualAudio,
+    VirtualCamera,
+    VirtualEvents,
+    VirtualLlm,
+    VirtualMicrophone,
+    VirtualTts,
+    VirtualVision,
+    VirtualVocoder,
+)
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
+from graph.edge import EdgeRule, Receiver, Sender, SilentObserver
+from graph.errors import GraphError
+from graph.gather import Gathering
+from graph.ledger import REASONS, Account, merge
+from graph.sections import StageSpec
+from graph.spec import PipelineSpec
+from graph.tail import Ack
+from stages.speaker import Speaker
+from stages.stage import ListenerAction, Session, Stage
+
+ORIGIN_NS: Final = NS_PER_S  # of the sessions, in the world's time
+PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has not come to its end is said to starve
+MAX_VIOLATIONS: Final = 20
+CHECK_NS: Final = 250 * NS_PER_MS
+
+
+class SimulateError(GraphError):
+    """There is no such scenario, or the seeds make no sense."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """What did not hold. time_s: of the world."""
+
+    seed: int
+    time_s: float
+    rule: str
+    what: str
+
+
+@dataclass(slots=True)
+class Figures:
+    """What was seen, of one seed or of many."""
+
+    num_windows: int = 0
+    num_late: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    late_stages: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+    drops: Counter[str] = field(default_factory=Counter)
+    num_underruns: int = 0
+    num_pieces: int = 0
+    unheard_max_ns: int = 0
+    wasted_tokens: list[float] = field(default_factory=list)
+
+    def add(self, other: Figures) -> None:
+        self.num_windows += other.num_windows
+        self.num_late += other.num_late
+        self.latencies_s += other.latencies_s
+        self.late_stages += other.late_stages
+        self.missing += other.missing
+        self.drops += other.drops
+        self.num_underruns += other.num_underruns
+        self.num_pieces += other.num_pieces
+        self.unheard_max_ns = max(self.unheard_max_ns, other.unheard_max_ns)
+        self.wasted_tokens += other.wasted_tokens
+
+    def as_dict(self) -> dict[str, object]:
+        p50, p99 = np.percentile(self.latencies_s, [50, 99]) if self.latencies_s else (0.0, 0.0)
+        return {
+            "windows": self.num_windows,
+            "on_time": 1 - self.num_late / max(self.num_windows, 1),
+            "latency_p50_s": round(float(p50), 4),
+            "latency_p99_s": round(float(p99), 4),
+            "late_stages": dict(self.late_stages),
+            "missing": dict(self.missing),
+            "drops": dict(self.drops),
+            "unheard_max_s": self.unheard_max_ns / NS_PER_S,
+            "underruns": self.num_underruns / max(self.num_pieces, 1),
+            "wasted_tokens_per_barge_in": round(float(np.mean(self.wasted_tokens)), 2) if self.wasted_tokens else None,
+        }
+
+
+class VirtualMeter:
+    """What deploy/measure.py's StageMeter is told, kept for one seed."""
+
+    def __init__(self, figures: Figures, violated: Callable[[str, str], None]) -> None:
+        self._figures, self._violated = figures, violated
+
+    def opened(self, session: Session) -> None: ...
+    def closed(self, session: Session) -> None: ...
+    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
+    def carried(self, num_chunks: int) -> None: ...
+    def made(self, session: Session, chunk: Chunk) -> None: ...
+    def unit_done(self, session: Session, end_ns: int) -> None: ...
+
+    def played(self, session: Session, ack: Ack) -> None:
+        unheard_ns = ack.received_ns - ack.heard_ns
+        self._figures.unheard_max_ns = max(self._figures.unheard_max_ns, unheard_ns)
+        if unheard_ns > session.lead_ns + session.window_ns:
+            self._violated("TAIL", f"{session.id}: {unheard_ns / NS_PER_S:.3f} s of speech wait unheard")
+
+    def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None:
+        self._figures.num_windows += 1
+        self._figures.latencies_s.append(latency_s)
+        self._figures.num_late += bool(late_stage)
+        self._figures.late_stages.update([late_stage] if late_stage else [])
+        self._figures.missing.update(missing)
+
+
+class Simulation:
+    """One seed of a scenario."""
+
+    def __init__(self, spec: PipelineSpec, scenario: Scenario, seed: int) -> None:
+        self._spec, self._scenario, self.seed = spec, scenario, seed
+        self._rng = Random(f"{scenario.name} {seed}")
+        self.world = World()
+        self.figures = Figures()
+        self.violations: list[Violation] = []
+        self._is_over = False
+        self._devices = {name: Device(self.world, number) for name, number in scenario.devices.items()}
+        self._events = VirtualEvents()
+        self._sessions = [self._session(number) for number in range(scenario.num_sessions)]
+        self._end_ns = ORIGIN_NS + scenario.num_windows * NS_PER_S
+        self._actors: dict[str, Actor] = {}
+        self._clocks: dict[str, HostClock] = {}
+        self._speaker = Speaker()
+        self._llms: list[VirtualLlm] = []
+        self._build(processes_of(spec))
+        self._replicas: dict[SessionId, dict[str, int]] = {}
+        self._open()
+        self._plan_faults()
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def _session(self, number: int) -> Session:
+        rng, scenario = self._rng, self._scenario
+        name = f"camera{number}"
+        last_ns = max((scenario.num_windows - 3) * NS_PER_S, NS_PER_S)
+        actions: list[ListenerAction] = []
+        if rng.random() < scenario.barges_in:
+            actions.append(ListenerAction(rng.randint(NS_PER_S, last_ns), "barge_in"))
+        if rng.random() < scenario.pauses:
+            begin_ns = rng.randint(NS_PER_S, last_ns)
+            actions.append(ListenerAction(begin_ns, "pause"))
+            actions.append(ListenerAction(begin_ns + rng.randint(1, 3 * NS_PER_S), "resume"))
+        return Session(
+            SessionId(name),
+            name,
+            "virtual",
+            window_ns=self._spec.window.length_ns,
+            lateness_ns=self._spec.window.lateness_ns,
+            lead_ns=self._spec.tail.lead_ns,
+            delay_ns=self._spec.tail.delay_ns,
+            duration_ns=scenario.num_windows * NS_PER_S,
+            pictures="camera" in self._spec.stages,
+            microphone="microphone" in self._spec.stages,
+            speech="speaker" in self._spec.stages,
+            listener=tuple(actions),
+        )
+
+    def _build(self, processes: Sequence[Process]) -> None:
+        for process in processes:
+            self._actors[process.name] = Actor(self.world, process.name)
+            self._clocks[process.name] = self._clock()
+        receivers: dict[str, list[tuple[Actor, ReceiveEnd, Receiver]]] = {}
+        for edge in self._spec.edges:
+            rule = EdgeRule(edge.id, edge.credit, edge.when_full)
+            for process in processes:
+                if edge.target.stage in process.stages:
+                    actor = self._actors[process.name]
+                    link = ReceiveEnd(self.world, actor, self._scenario.grants, self._rng)
+                    receiver = Receiver(rule, link, SilentObserver())
+                    actor.receivers.append((link, receiver))
+                    receivers.setdefault(edge.id, []).append((actor, link, receiver))
+        for process in processes:
+            actor = self._actors[process.name]
+            for name, stage_spec in process.stages.items():
+                actor.runners[name] = self._runner(actor, process, name, stage_spec, receivers)
+            actor.start()
+
+    def _clock(self) -> HostClock:
+        drift_ppm = self._rng.randint(-self._scenario.drift_ppm, self._scenario.drift_ppm)
+        return HostClock(self.world, drift_ppm=drift_ppm, ahead_ns=self._rng.randint(0, NS_PER_S))
+
+    def _runner(
+        self,
+        actor: Actor,
+        process: Process,
+        name: str,
+        spec: StageSpec,
+        receivers: Mapping[str, list[tuple[Actor, ReceiveEnd, Receiver]]],
+    ) -> StageRunner:
+        incoming = {
+            edge.id: next(receiver for owner, _, receiver in receivers[edge.id] if owner is actor)
+            for edge in self._spec.edges
+            if edge.target.stage == name
+        }
+        outgoing: dict[str, list[Sender]] = {}
+        for edge in self._spec.edges:
+            if edge.source.stage == name:
+                rule = EdgeRule(edge.id, edge.credit, edge.when_full)
+                network = self._scenario.acks if edge.kind == "playback" else self._scenario.network
+                for _, target, _ in receivers[edge.id]:
+                    link = SendEnd(self.world, actor, target, network, self._rng)
+                    sender = Sender(rule, link, SilentObserver(), self._clocks[process.name].monotonic_ns)
+                    actor.senders.append((link, sender))
+                    outgoing.setdefault(edge.id, []).append(sender)
+        return StageRunner(
+            name,
+            self._stage(name),
+            incoming,
+            outgoing,
+            VirtualMeter(self.figures, self._violated),
+            Gathering(spec.batch, spec.wait_ns),
+            self._clocks[process.name],
+        )
+
+    def _stage(self, name: str) -> Stage:
+        scenario = self._scenario
+        rng = Random(self._rng.random())
+        if name == "camera":
+            return VirtualCamera(rng, self._dead_cameras())
+        if name == "microphone":
+            return VirtualMicrophone()
+        if name == "speaker":
+            return self._speaker
+        if name == "events":
+            return self._events
+        device = self._devices[scenario.on.get(name, next(iter(self._devices)))]
+        cost = scenario.costs[name]
+        if name == "llm":
+            self._llms.append(VirtualLlm(cost, scenario.token_ns, device, rng))
+            return self._llms[-1]
+        kinds = {
+            "vision_encoder": VirtualVision,
+            "audio_encoder": VirtualAudio,
+            "tts": VirtualTts,
+            "vocoder": VirtualVocoder,
+        }
+        return kinds[name](cost, device, rng)
+
+    def _dead_cameras(self) -> dict[SessionId, tuple[int, int]]:
+        dead: dict[SessionId, tuple[int, int]] = {}
+        for session in self._sessions:
+            if self._rng.random() < self._scenario.dies:
+                begin_ns = self._rng.randint(0, session.duration_ns or 0)
+                dead[session.id] = (begin_ns, begin_ns + self._rng.randint(NS_PER_S, 4 * NS_PER_S))
+        return dead
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        counts = {name: [0] * max(stage.replicas, 1) for name, stage in self._spec.stages.items()}
+        for session in self._sessions:
+            replicas = {name: least_loaded(counts[name]) for name in self._spec.stages}
+            for name, replica in replicas.items():
+                counts[name][replica] += 1
+            self._replicas[session.id] = replicas
+        order = opening_order(self._spec)
+        for stage in order:
+            for session in self._sessions:
+                if stage in stages_of(session, self._spec):
+                    plan = session_plan(self._spec, stage, session, self._replicas[session.id])
+                    self._runner_of(stage, session.id).open_session(plan)
+        for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
+            for number, session in enumerate(self._sessions):
+                origin_ns = ORIGIN_NS + number * self._scenario.stagger_ns
+                self._runner_of(stage, session.id).begin_session(
+                    session.id, self._unix_ns(stage, session.id, origin_ns)
+                )
+
+    def _unix_ns(self, stage: str, session: SessionId, world_ns: int) -> int:
+        return world_ns + self._clocks[self._actor_of(stage, session).name].ahead_ns
+
+    def _plan_faults(self) -> None:
+        rng, scenario = self._rng, self._scenario
+        for actor in self._actors.values():
+            if rng.random() < scenario.stalls:
+                begin_ns = rng.randint(ORIGIN_NS, self._end_ns)
+                end_ns = begin_ns + rng.randint(NS_PER_MS, scenario.longest_stall_ns)
+                self.world.at(begin_ns, lambda actor=actor, end_ns=end_ns: actor.stall(end_ns))  # type: ignore[misc]
+        for name, factor in scenario.slow.items():
+            begin_ns = rng.randint(ORIGIN_NS, self._end_ns)
+            self.world.at(begin_ns, lambda name=name, factor=factor: self._slow_down(name, factor))  # type: ignore[misc]
+            end_ns = begin_ns + scenario.longest_stall_ns
+            self.world.at(end_ns, lambda name=name: self._slow_down(name, 1.0))  # type: ignore[misc]
+
+    def _slow_down(self, name: str, factor: float) -> None:
+        for actor in self._actors.values():
+            if name in actor.runners:
+                actor.runners[name].stage.slow_down = factor  # type: ignore[attr-defined]
+
+    def run(self) -> None:
+        """To the end, or to the first violation."""
+        self.world.at(ORIGIN_NS, self._check_and_again)
+        last_ns = self._end_ns + len(self._sessions) * self._scenario.stagger_ns + PATIENCE_NS
+        try:
+            self.world.run(last_ns, lambda: self._is_over)
+        except OutOfOrder as error:
+            self._violated("order", str(error))
+        if not self.violations:
+            self._check()
+            self._check_end()
+        self._count()
+
+    def _open_sessions(self) -> Iterable[tuple[str, SessionId]]:
+        for actor in self._actors.values():
+            for name, runner in actor.runners.items():
+                for session in runner.snapshot().sessions:
+                    yield name, session
+
+    # ---- what must hold ----------------------------------------------------------------------------------------------
+
+    def _violated(self, rule: str, what: str) -> None:
+        if len(self.violations) < MAX_VIOLATIONS:
+            self.violations.append(Violation(self.seed, self.world.now_ns / NS_PER_S, rule, what))
+
+    def _check_and_again(self) -> None:
+        self._check()
+        self._is_over = bool(self.violations) or not any(self._open_sessions())
+        self.world.at(self.world.now_ns + CHECK_NS, self._check_and_again)
+
+    def _check(self) -> None:
+        for actor in self._actors.values():
+            for _, sender in actor.senders:
+                most = sender.rule.limit.chunks * len(self._sessions)
+                if sender.num_in_flight > most:
+                    self._violated("credit", f"{sender.rule.id}: {sender.num_in_flight} chunks are under way")
+            for name, runner in actor.runners.items():
+                if runner.num_ready > (MAX_READY + self._scenario.num_windows) * len(self._sessions):
+                    self._violated("bounded queues", f"{name}: {runner.num_ready} units wait")
+        for edge, account in self._accounts().items():
+            if account.in_flight < 0:
+                self._violated("ledger", f"{edge}: more has come out than went in: {account}")
+
+    def _check_end(self) -> None:
+        for name, session in self._open_sessions():
+            self._violated("no starvation", f"{session} has not come to its end at {name}")
+        for edge, account in self._accounts().items():
+            if account.in_flight:
+                self._violated("ledger", f"{edge}: {account.in_flight} chunks are neither delivered nor dropped")
+        due = len(self._sessions) * self._scenario.num_windows
+        if self.figures.num_windows < due and not self.violations:  # what is carried past the end has one of its own
+            self._violated("every window ends", f"{self.figures.num_windows} of {due} windows have come to their end")
+
+    def _accounts(self) -> dict[str, Account]:
+        ends: dict[str, list[Account]] = {}
+        for actor in self._actors.values():
+            for _, sender in actor.senders:
+                ends.setdefault(sender.rule.id, []).append(sender.account())
+            for _, receiver in actor.receivers:
+                ends.setdefault(receiver.rule.id, []).append(receiver.account())
+        return {edge: merge(accounts) for edge, accounts in ends.items()}
+
+    def _count(self) -> None:
+        for account in self._accounts().values():
+            self.figures.drops.update({reason: account.dropped.get(reason, 0) for reason in REASONS})
+        self.figures.wasted_tokens += [wasted for llm in self._llms for wasted in llm.wasted]
+        for chunk in self._events.chunks:
+            kind = chunk.attrs.get("type")
+            self.figures.num_underruns += kind == "underrun"
+            self.figures.num_pieces += kind == "heard"
+
+    def _runner_of(self, stage: str, session: SessionId) -> StageRunner:
+        return self._actor_of(stage, session).runners[stage]
+
+    def _actor_of(self, stage: str, session: SessionId) -> Actor:
+        actors = [actor for actor in self._actors.values() if stage in actor.runners]
+        return actors[self._replicas[session][stage] if len(actors) > 1 else 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Many seeds of one scenario."""
+
+    scenario: str
+    seeds: tuple[int, int]
+    violations: tuple[Violation, ...]
+    simulated_s: float
+    cpu_s: float
+    figures: Figures
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "scenario": self.scenario,
+            "seeds": f"{self.seeds[0]}:{self.seeds[1]}",
+            "violations": [asdict(violation) for violation in self.violations],
+            "simulated_s": round(self.simulated_s, 3),
+            "cpu_s": round(self.cpu_s, 3),
+            **self.figures.as_dict(),
+        }
+
+    def print(self, as_json: bool) -> None:
+        """For a script, or for a person."""
+        told = self.as_dict()
+        if as_json:
+            print(json.dumps(told, indent=2))
+            return
+        for key, value in told.items():
+            if key != "violations":
+                print(f"{key:<28} {value}")
+        for violation in self.violations:
+            print(f"seed {violation.seed}, {violation.time_s:.3f} s: {violation.rule}: {violation.what}")
+
+
+def parse_seeds(text: str) -> range:
+    """ "0:1000" or "7". Raises SimulateError."""
+    first, colon, last = text.partition(":")
+    try:
+        seeds = range(int(first), int(last) if colon else int(first) + 1)
+    except ValueError:
+        raise SimulateError(f"--seeds {text}: expected FIRST:LAST or one number, like 0:1000") from None
+    if not seeds or seeds[0] < 0:
+        raise SimulateError(f"--seeds {text}: there are none in it")
+    return seeds
+
+
+def find_scenario(name: str) -> Scenario:
+    """Raises SimulateError when there is none of that name."""
+    if name not in SCENARIOS:
+        raise SimulateError(f"no scenario {name!r}; there are: {', '.join(SCENARIOS)}")
+    return SCENARIOS[name]
+
+
+def run_scenario(spec: PipelineSpec, scenario: Scenario, seeds: range) -> Report:
+    """Run the seeds of a scenario, one after the other."""
+    figures, violations = Figures(), list[Violation]()
+    begin_s, simulated_s = time.process_time(), 0.0
+    for seed in seeds:
+        simulation = Simulation(spec, scenario, seed)
+        simulation.run()
+        figures.add(simulation.figures)
+        violations += simulation.violations
+        simulated_s += simulation.world.now_ns / NS_PER_S
+    cpu_s = time.process_time() - begin_s
+    return Report(scenario.name, (seeds[0], seeds[-1] + 1), tuple(violations), simulated_s, cpu_s, figures)
+
+
+def print_scenarios(as_json: bool) -> None:
+    """What there is."""
+    told = {scenario.name: scenario.about for scenario in SCENARIOS.values()}
+    if as_json:
+        print(json.dumps([{"name": name, "about": about} for name, about in told.items()], indent=2))
+        return
+    for name, about in told.items():
+        print(f"{name:<16} {about}")

@@ -1,0 +1,213 @@
+"""A pipeline in virtual time: the real loops (deploy/runner.py) and edges (graph/edge.py), with a clock, links and
+devices that are moved by events.
+
+Rule: nothing here decides anything about order, credit or playback; that is what is being tried. Time is
+`World.now_ns`; an actor that works moves it ahead for itself, and it goes back when its turn is over.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from deploy.runner import ActorLoop, StageRunner
+from graph.chunk import NS_PER_MS, Chunk, SessionId
+from graph.credit import Grant
+from graph.edge import Arrival, Receiver, Sender
+
+RECEIVE_BATCH: Final = 64  # as in graph/bus.py
+GRANT_DELAY_NS: Final = NS_PER_MS  # as in graph/bus.py
+PPM: Final = 1_000_000
+
+
+class World:
+    """What happens, in the order of time."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self._num_events = 0
+        self._events: list[tuple[int, int, Callable[[], None]]] = []
+
+    def at(self, time_ns: int, action: Callable[[], None]) -> None:
+        """Let something happen. What is past happens now."""
+        self._num_events += 1
+        heapq.heappush(self._events, (max(time_ns, self.now_ns), self._num_events, action))
+
+    def run(self, until_ns: int, is_over: Callable[[], bool]) -> None:
+        """Let time pass until nothing is left to happen, or it is over."""
+        while self._events and self._events[0][0] <= until_ns and not is_over():
+            self.now_ns, _, action = heapq.heappop(self._events)
+            action()
+
+
+class HostClock:
+    """A host's clock: it drifts, and the time of day may jump."""
+
+    def __init__(self, world: World, *, drift_ppm: int = 0, ahead_ns: int = 0) -> None:
+        self._world = world
+        self._drift_ppm = drift_ppm
+        self.ahead_ns = ahead_ns
+
+    def monotonic_ns(self) -> int:
+        now_ns = self._world.now_ns
+        return now_ns + now_ns * self._drift_ppm // PPM
+
+    def unix_ns(self) -> int:
+        return self.monotonic_ns() + self.ahead_ns
+
+
+class Device:
+    """What computes: so many things at once, the others wait in the order in which they came."""
+
+    def __init__(self, world: World, num_at_once: int) -> None:
+        self._world = world
+        self._free_ns = [0] * num_at_once
+        self.busy_ns = 0
+
+    def work(self, cost_ns: int) -> None:
+        """Work as the actor whose turn it is: for it, time moves on."""
+        begin_ns = max(self._world.now_ns, self._free_ns[0])
+        heapq.heapreplace(self._free_ns, begin_ns + cost_ns)
+        self.busy_ns += cost_ns
+        self._world.now_ns = begin_ns + cost_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How long a message takes: at least latency, and up to jitter more. lost, doubled: parts of the messages."""
+
+    latency_ns: int = 100_000
+    jitter_ns: int = 200_000
+    lost: float = 0.0
+    doubled: float = 0.0
+
+    def arrivals_ns(self, rng: Random) -> list[int]:
+        """After how long a message arrives; more than once, or never, if so."""
+        if self.lost and rng.random() < self.lost:
+            return []
+        copies = 2 if self.doubled and rng.random() < self.doubled else 1
+        return [self.latency_ns + int(rng.random() * self.jitter_ns) for _ in range(copies)]
+
+
+class ReceiveEnd:
+    """The link of a Receiver."""
+
+    def __init__(self, world: World, actor: Actor, grants: Network, rng: Random) -> None:
+        self._world, self._actor, self._grants, self._rng = world, actor, grants, rng
+        self._came: deque[tuple[bytes, Chunk]] = deque()
+        self.peers: dict[bytes, SendEnd] = {}
+
+    @property
+    def has_more(self) -> bool:
+        return bool(self._came)
+
+    def come(self, peer: bytes, chunk: Chunk) -> None:
+        self._came.append((peer, chunk))
+        self._actor.wake()
+
+    def receive(self) -> list[tuple[bytes, Chunk]]:
+        return [self._came.popleft() for _ in range(min(len(self._came), RECEIVE_BATCH))]
+
+    def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
+        end = self.peers[peer]
+        for after_ns in self._grants.arrivals_ns(self._rng):
+            self._world.at(self._world.now_ns + after_ns, lambda: end.come(session, grant))
+        return True
+
+
+class SendEnd:
+    """The link of a Sender: messages keep their order, unless the network is one that loses some."""
+
+    def __init__(self, world: World, actor: Actor, target: ReceiveEnd, network: Network, rng: Random) -> None:
+        self._world, self._actor, self._target, self._network, self._rng = world, actor, target, network, rng
+        self._peer = actor.name.encode()
+        self._last_ns = 0
+        self._grants: list[tuple[SessionId, Grant]] = []
+        target.peers[self._peer] = self
+
+    @property
+    def has_grants(self) -> bool:
+        return bool(self._grants)
+
+    def send(self, chunk: Chunk) -> bool:
+        for after_ns in self._network.arrivals_ns(self._rng):
+            at_ns = self._world.now_ns + after_ns
+            if not self._network.lost:
+                at_ns = self._last_ns = max(at_ns, self._last_ns)
+            self._world.at(at_ns, lambda: self._target.come(self._peer, chunk))
+        return True
+
+    def come(self, session: SessionId, grant: Grant) -> None:
+        self._grants.append((session, grant))
+        self._actor.wake()
+
+    def grants(self) -> list[tuple[SessionId, Grant]]:
+        came, self._grants = self._grants, []
+        return came
+
+
+class Actor:
+    """A process with its stages, one thread: it takes a turn when something comes or is due, one after the other."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.runners: dict[str, StageRunner] = {}
+        self.senders: list[tuple[SendEnd, Sender]] = []
+        self.receivers: list[tuple[ReceiveEnd, Receiver]] = []
+        self._world = world
+        self._loop: ActorLoop | None = None
+        self._free_ns = 0
+        self._next_turn_ns: int | None = None
+
+    def start(self) -> None:
+        """Once it is wired."""
+        self._loop = ActorLoop(list(self.runners.values()))
+        self._schedule(self._world.now_ns)
+
+    def stall(self, until_ns: int) -> None:
+        """Do nothing until then."""
+        self._free_ns = max(self._free_ns, until_ns)
+
+    def wake(self) -> None:
+        self._schedule(self._world.now_ns)
+
+    def _arrivals(self) -> list[Arrival]:
+        """What has come in. Grants are taken and given on the way, as by Bus.wait()."""
+        for link, sender in self.senders:
+            if link.has_grants:
+                sender.flush()
+        for _, receiver in self.receivers:
+            if receiver.owes_grants:
+                receiver.flush()
+        return [arrival for link, receiver in self.receivers if link.has_more for arrival in receiver.receive()]
+
+    def _schedule(self, at_ns: int) -> None:
+        at_ns = max(at_ns, self._free_ns)
+        if self._next_turn_ns is None or at_ns < self._next_turn_ns:
+            self._next_turn_ns = at_ns
+            self._world.at(at_ns, lambda: self._turn_at(at_ns))
+
+    def _turn_at(self, at_ns: int) -> None:
+        if at_ns != self._next_turn_ns:
+            return  # an earlier one has come in between
+        self._next_turn_ns = None
+        if self._free_ns > at_ns:  # stalled meanwhile
+            self._schedule(self._free_ns)
+            return
+        assert self._loop is not None
+        self._loop.turn(self._arrivals())
+        due_ns = 0 if any(link.has_more for link, _ in self.receivers) else self._due_in_ns()
+        self._free_ns, self._world.now_ns = self._world.now_ns, at_ns
+        if due_ns is not None:
+            self._schedule(self._free_ns + due_ns)
+
+    def _due_in_ns(self) -> int | None:
+        assert self._loop is not None
+        due_ns = self._loop.due_in_ns()
+        if any(receiver.owes_grants for _, receiver in self.receivers):
+            return GRANT_DELAY_NS if due_ns is None else min(due_ns, GRANT_DELAY_NS)
+        return due_ns

@@ -1,0 +1,359 @@
+"""The stages of a simulated pipeline: what they cost and how much they make, without a model.
+
+They spend what TAIL allows as the real ones do, through the same graph/tail.py. The speaker is the real one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+import numpy as np
+
+from deploy.virtual import Device
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId, end_of_stream, watermark
+from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
+from graph.tail import Ack, Playback, SpeechQueue, TextBudget
+from graph.window import Unit
+from stages.stage import Session, Stage
+
+PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
+SOUND: Final = np.zeros(16, np.float32)
+SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
+CAMERA_DELAY_NS: Final = 40 * NS_PER_MS  # from the shutter to here, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a batch of n units takes: fixed + n · each, and up to `spread` of it more."""
+
+    fixed_ns: int
+    each_ns: int
+    spread: float = 0.2
+
+    def of(self, num_units: int, rng: Random) -> int:
+        return int((self.fixed_ns + num_units * self.each_ns) * (1 + self.spread * rng.random()))
+
+
+class OutOfOrder(AssertionError):
+    """A unit came twice, or not after the one before it."""
+
+
+class Costly(Stage):
+    """A stage that computes on a device, and sees that units come as 0, 1, 2 …"""
+
+    def __init__(self, cost: Cost, device: Device, rng: Random) -> None:
+        self._cost, self._device, self._rng = cost, device, rng
+        self._next: dict[SessionId, int] = {}
+        self.slow_down = 1.0
+
+    def open_session(self, session: Session) -> None:
+        self._next[session.id] = 0
+
+    def close_session(self, session: SessionId) -> None:
+        self._next.pop(session, None)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        for unit in units:
+            if unit.index != self._next[unit.session]:
+                raise OutOfOrder(f"{unit.session}: unit {unit.index} where {self._next[unit.session]} was to come")
+            self._next[unit.session] += 1
+        made = [chunk for unit in units for chunk in self.make(unit)]
+        self._device.work(int(self._cost.of(self.num_items(units, made), self._rng) * self.slow_down))
+        return made
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        return []
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        """How much there was to do."""
+        return len(units)
+
+
+class VirtualCamera(Stage):
+    """Pictures at their rate; while it is dead none, and its watermark follows the clock as stages/camera.py's does."""
+
+    def __init__(self, rng: Random, dead_ns: dict[SessionId, tuple[int, int]]) -> None:
+        """dead_ns: from when until when a session's camera gives nothing."""
+        self._rng, self._dead_ns = rng, dead_ns
+        self._open: dict[SessionId, _Shots] = {}
+
+    def open_session(self, session: Session) -> None:
+        period_ns = round(NS_PER_S / session.fps)
+        self._open[session.id] = _Shots(session, period_ns, self._dead_ns.get(session.id, (0, 0)))
+
+    def close_session(self, session: SessionId) -> None:
+        self._open.pop(session, None)
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        shots, chunks = self._open[session], list[Chunk]()
+        stream, end_ns = camera_stream(shots.session.camera), shots.session.duration_ns or 0
+        while shots.next_ns < end_ns and shots.here_ns <= now_ns:
+            if not shots.is_dead:
+                chunks += self._settle(shots, stream, shots.next_ns)
+                chunks.append(Chunk(session, stream, shots.next_ns, arrays={"image": PICTURE}))
+            shots.next_ns += shots.period_ns
+            shots.delay_ns = int(self._rng.random() * CAMERA_DELAY_NS)
+            if not shots.is_dead:
+                chunks += self._settle(shots, stream, min(shots.next_ns, end_ns))
+        window_ns = shots.session.window_ns
+        chunks += self._settle(shots, stream, (now_ns - shots.session.lateness_ns) // window_ns * window_ns)
+        if not shots.ended and shots.next_ns >= end_ns and now_ns >= end_ns:
+            shots.ended = True
+            chunks.append(end_of_stream(session, stream, end_ns))
+        return chunks
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        shots = self._open[session]
+        window_ns, lateness_ns = shots.session.window_ns, shots.session.lateness_ns
+        given_up_ns = ((now_ns - lateness_ns) // window_ns + 1) * window_ns + lateness_ns
+        return max(min(shots.here_ns, given_up_ns) - now_ns, 0)
+
+    def finished(self, session: SessionId) -> bool:
+        return self._open[session].ended
+
+    @staticmethod
+    def _settle(shots: _Shots, stream: str, at_ns: int) -> list[Chunk]:
+        if at_ns <= shots.watermark_ns or shots.ended:
+            return []
+        shots.watermark_ns = at_ns
+        return [watermark(shots.session.id, stream, at_ns)]
+
+
+@dataclass(slots=True)
+class _Shots:
+    session: Session
+    period_ns: int
+    dead_ns: tuple[int, int]
+    next_ns: int = 0
+    delay_ns: int = 0
+    watermark_ns: int = 0
+    ended: bool = False
+
+    @property
+    def here_ns(self) -> int:
+        return self.next_ns + self.delay_ns
+
+    @property
+    def is_dead(self) -> bool:
+        return self.dead_ns[0] <= self.next_ns < self.dead_ns[1]
+
+
+class VirtualMicrophone(Stage):
+    """A chunk per window, at its end."""
+
+    def __init__(self) -> None:
+        self._open: dict[SessionId, tuple[Session, int]] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._open[session.id] = (session, 0)
+
+    def close_session(self, session: SessionId) -> None:
+        self._open.pop(session, None)
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state, sent_ns = self._open[session]
+        chunks: list[Chunk] = []
+        while sent_ns + state.window_ns <= min(now_ns, state.duration_ns or 0):
+            chunks.append(Chunk(session, MIC, sent_ns, state.window_ns, arrays={"samples": SOUND}))
+            sent_ns += state.window_ns
+            chunks.append(watermark(session, MIC, sent_ns))
+        self._open[session] = (state, sent_ns)
+        if chunks and self.finished(session):
+            chunks.append(end_of_stream(session, MIC, sent_ns))
+        return chunks
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        state, sent_ns = self._open[session]
+        return max(sent_ns + state.window_ns - now_ns, 0)
+
+    def finished(self, session: SessionId) -> bool:
+        state, sent_ns = self._open[session]
+        return sent_ns + state.window_ns > (state.duration_ns or 0)
+
+
+class VirtualVision(Costly):
+    outputs = (IMAGE,)
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        pictures = [chunk for stream in unit.chunks if is_raw(stream) for chunk in unit.of(stream)]
+        return [Chunk(unit.session, IMAGE, picture.start_ns) for picture in pictures]
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        return len(made)
+
+
+class VirtualAudio(Costly):
+    outputs = (AUDIO,)
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        return [unit.emit(AUDIO)] if unit.of(MIC) else []
+
+
+def ns_per_token(session: SessionId) -> int:
+    """Each session has its own pace of speaking."""
+    return Random(f"pace {session}").randint(180 * NS_PER_MS, 380 * NS_PER_MS)
+
+
+@dataclass(slots=True)
+class Talk:
+    """What a session says. left: text tokens of the turn that are still to come; said: those that came.
+    before_ns: speech received before the turn."""
+
+    budget: TextBudget
+    playback: Playback
+    rng: Random
+    left: int = 0
+    said: int = 0
+    before_ns: int = 0
+    is_cut: bool = False
+
+    def wasted(self, ack: Ack, pace_ns: int) -> float:
+        """Text tokens of the turn that nobody has heard."""
+        return max(self.said - max(ack.heard_ns - self.before_ns, 0) / pace_ns, 0.0)
+
+
+class VirtualLlm(Costly):
+    """Begins a turn now and then, and goes on with it as far as TAIL allows."""
+
+    outputs = (TEXT,)
+    paced_by_listener = True
+    MOST_TOKENS: Final = 12  # a window
+    TURN: Final = (2, 40)  # tokens
+    TALKS: Final = 0.3  # how often a silent window begins a turn
+
+    def __init__(self, cost: Cost, token_ns: int, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        self._token_ns = token_ns
+        self._talks: dict[SessionId, Talk] = {}
+        self.wasted: list[float] = []  # text tokens of each turn that was interrupted
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        budget = TextBudget(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        self._talks[session.id] = Talk(budget, session.playback, Random(self._rng.random()))
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        talk = self._talks[session]
+        self.wasted.append(talk.wasted(ack, ns_per_token(session)))
+        talk.budget.interrupted(ack)
+        talk.is_cut, talk.said, talk.before_ns = True, 0, ack.received_ns
+        return []
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        made = super().process(units)
+        self._device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
+        return made
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        talk = self._talks[unit.session]
+        begins = talk.left == 0 and talk.rng.random() < self.TALKS
+        if talk.is_cut or (talk.left == 0 and not begins):
+            talk.left, talk.is_cut = 0, False
+            return []
+        if begins:
+            talk.left = talk.rng.randint(*self.TURN)
+            talk.said, talk.before_ns = 0, talk.playback.latest.received_ns
+        allowed = talk.budget.tokens(unit.end_ns)
+        count = min(allowed, talk.left, talk.rng.randint(2, self.MOST_TOKENS))
+        talk.left -= count
+        talk.said += count
+        talk.budget.generated(count, end_of_turn=talk.left == 0)
+        attrs = {"text": "word", "turn_start": begins, "end_of_turn": talk.left == 0}
+        return [unit.emit(TEXT, arrays={"token_ids": np.zeros(count, np.int64)}, attrs=attrs)]
+
+
+@dataclass(slots=True)
+class _Speech:
+    queue: SpeechQueue[Chunk]
+    window_ns: int
+    ns_per_token: int
+    owed_ns: int = 0
+
+
+class VirtualTts(Costly):
+    """A window of codes at most."""
+
+    outputs = (CODES,)
+    paced_by_listener = True
+
+    def __init__(self, cost: Cost, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        self._open: dict[SessionId, _Speech] = {}
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        self._open[session.id] = _Speech(queue, session.window_ns, ns_per_token(session.id))
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        self._open[session].queue.interrupted()
+        self._open[session].owed_ns = 0
+        return []
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        state = self._open[unit.session]
+        for text in unit.of(TEXT):
+            goes_on = len(text.arrays["token_ids"]) == 0 and not text.attrs.get("end_of_turn")
+            if not (goes_on and state.queue):
+                state.queue.put(text)
+        taken = state.queue.take(lambda text: state.window_ns, unit.end_ns)
+        if taken is None:
+            return []
+        state.owed_ns += len(taken.arrays["token_ids"]) * state.ns_per_token
+        num_codes = min(state.owed_ns * CODES_PER_S // NS_PER_S, CODES_PER_S)
+        state.owed_ns = 0 if taken.attrs["end_of_turn"] else state.owed_ns - num_codes * NS_PER_S // CODES_PER_S
+        state.queue.made(state.window_ns, unit.end_ns)
+        return [unit.emit(CODES, arrays={"codes": np.zeros(num_codes, np.int64)}, attrs=taken.attrs)]
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        return len(made)
+
+
+class VirtualVocoder(Costly):
+    outputs = (SPEECH,)
+    paced_by_listener = True
+
+    def __init__(self, cost: Cost, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        self._open: dict[SessionId, SpeechQueue[Chunk]] = {}
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        self._open[session.id] = SpeechQueue(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        self._open[session].interrupted()
+        return []
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        queue = self._open[unit.session]
+        for codes in unit.of(CODES):
+            queue.put(codes)
+        taken = queue.take(_duration_ns, unit.end_ns)
+        if taken is None or not len(taken.arrays["codes"]):
+            return []
+        duration_ns = _duration_ns(taken)
+        queue.made(duration_ns, unit.end_ns)
+        samples = SILENCE[: duration_ns * SPEECH_RATE_HZ // NS_PER_S]
+        return [Chunk(unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=taken.attrs)]
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        return len(made)
+
+
+def _duration_ns(codes: Chunk) -> int:
+    return len(codes.arrays["codes"]) * NS_PER_S // CODES_PER_S
+
+
+@dataclass(slots=True)
+class VirtualEvents(Stage):
+    """Keeps what is told."""
+
+    windowed = False
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self.chunks += [chunk for unit in units for chunks in unit.chunks.values() for chunk in chunks]
+        return []

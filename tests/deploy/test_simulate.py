@@ -1,0 +1,143 @@
+"""The simulator: what must hold does, under every fault; and where it does not, that is seen."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from deploy import cli
+from deploy.scenarios import SCENARIOS
+from deploy.simulate import MAX_VIOLATIONS, Report, SimulateError, find_scenario, parse_seeds, run_scenario
+from graph.credit import ReceiveCredit
+from graph.epoch import EpochFence
+from graph.ledger import Ledger
+from graph.spec import PipelineSpec, default_spec_path, load_spec
+from graph.tail import SpeechCredit
+from graph.window import WindowJoin
+
+NUM_SEEDS = 6
+
+
+@pytest.fixture(scope="module")
+def spec() -> PipelineSpec:
+    return load_spec(default_spec_path())
+
+
+@pytest.fixture
+def broken() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def run(spec: PipelineSpec, name: str, num_seeds: int = NUM_SEEDS) -> Report:
+    return run_scenario(spec, SCENARIOS[name], range(num_seeds))
+
+
+def rules(report: Report) -> set[str]:
+    return {violation.rule for violation in report.violations}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_whatever_happens_what_must_hold_does(spec: PipelineSpec, name: str):
+    report = run(spec, name)
+    assert report.violations == ()
+    assert report.figures.num_windows >= NUM_SEEDS * SCENARIOS[name].num_sessions * SCENARIOS[name].num_windows
+
+
+def test_a_seed_happens_the_same_each_time(spec: PipelineSpec):
+    first, second = run(spec, "storm", 2), run(spec, "storm", 2)
+    assert first.figures == second.figures
+    assert first.simulated_s == second.simulated_s
+
+
+def test_with_replicas_and_without_pictures_or_speech_all_holds_too(spec: PipelineSpec):
+    for settings in (
+        ["stages.llm.replicas=2", "stages.vocoder.replicas=3"],
+        ["stages.vision_encoder.replicas=0"],
+        ["stages.tts.replicas=0"],
+        ["stages.audio_encoder.replicas=0"],
+    ):
+        assert run(load_spec(default_spec_path(), settings), "storm", 4).violations == (), settings
+
+
+def test_nothing_goes_wrong_where_nothing_goes_wrong(spec: PipelineSpec):
+    figures = run(spec, "steady").figures.as_dict()
+    assert (figures["on_time"], figures["missing"], figures["drops"]) == (1.0, {}, {})
+
+
+def test_faults_leave_their_marks(spec: PipelineSpec):
+    assert run(spec, "stalled-camera").figures.missing["image"] > 0
+    assert run(spec, "slow-tts").figures.late_stages["tts"] > 0
+    lossy = run(spec, "lossy-acks").figures
+    assert lossy.drops["stale"] > 0
+    assert lossy.wasted_tokens
+
+
+def test_speech_that_runs_ahead_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(SpeechCredit, "allows", lambda self, duration_ns, now_ns: True)
+    broken.setattr("graph.tail.TextBudget.tokens", lambda self, now_ns: 18)
+    assert "TAIL" in rules(run(spec, "storm", 12))
+
+
+def test_a_chunk_that_vanishes_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(Ledger, "drop", lambda self, reason: None)
+    assert "ledger" in rules(run(spec, "lossy-acks"))
+
+
+def test_a_window_that_is_skipped_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    close = WindowJoin._close
+
+    def skip(self: WindowJoin, given_up: bool):
+        self._index += self._index == 3
+        return close(self, given_up)
+
+    broken.setattr(WindowJoin, "_close", skip)
+    assert "order" in rules(run(spec, "steady", 1))
+
+
+def test_credit_that_never_comes_back_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(ReceiveCredit, "release", lambda self, duration_ns: None)
+    assert rules(run(spec, "steady", 1)) & {"no starvation", "bounded queues"}
+
+
+def test_what_is_said_after_a_barge_in_by_who_does_not_know_of_it_is_stale(
+    spec: PipelineSpec, broken: pytest.MonkeyPatch
+):
+    assert run(spec, "lossy-acks").figures.drops["stale"] > 0
+    broken.setattr(EpochFence, "is_stale", lambda self, chunk: False)
+    assert run(spec, "lossy-acks").figures.drops["stale"] == 0
+
+
+def test_violations_are_bounded_and_told_with_their_seed(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(Ledger, "deliver", lambda self: None)
+    report = run(spec, "steady", 2)
+    assert {violation.seed for violation in report.violations} == {0, 1}
+    assert len(report.violations) <= 2 * MAX_VIOLATIONS
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0:3", range(3)), ("7", range(7, 8)), ("2:4", range(2, 4))])
+def test_seeds_are_a_range_or_one(text: str, seeds: range):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "x", "3:3", "5:2", "-1", "1:2:3"])
+def test_wrong_seeds_are_told(text: str):
+    with pytest.raises(SimulateError, match="--seeds"):
+        parse_seeds(text)
+
+
+def test_a_wrong_scenario_is_told_with_those_there_are():
+    with pytest.raises(SimulateError, match=r"no scenario 'stork'; there are: steady, .*storm"):
+        find_scenario("stork")
+
+
+def test_the_command_prints_json_and_exits_with_3_when_something_did_not_hold(broken: pytest.MonkeyPatch):
+    arguments = ["simulate", "steady", "--seeds", "0:2", "--json"]
+    result = CliRunner().invoke(cli.app, arguments)
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["violations"], told["windows"], told["seeds"]) == (0, [], 64, "0:2")
+    broken.setattr(Ledger, "deliver", lambda self: None)
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["violations"][0]["rule"] == "ledger"
