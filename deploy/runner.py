@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from typing import Protocol
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
@@ -87,6 +88,7 @@ class _Open:
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
     num_late: int = 0
+    look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
 
     @property
     def session(self) -> Session:
@@ -144,7 +146,11 @@ class StageRunner:
         self._clock = clock
         self.num_units = 0
         self._open: dict[SessionId, _Open] = {}
+        self._ready: dict[SessionId, _Open] = {}  # those which have a unit that is complete
+        self._touched: dict[SessionId, None] = {}  # to be looked at in the next step; in order
+        self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom, monotonic; see _Open.look_ns
         self._follows_clock = type(stage).advance is not Stage.advance
+        self._has_files = type(stage).wakes is not Stage.wakes  # which don't say whom they wake
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
@@ -162,6 +168,7 @@ class StageRunner:
         for edge in lanes:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
         self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock)
+        self._touch(session.id)
         self._meter.opened(session)
 
     def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
@@ -169,10 +176,12 @@ class StageRunner:
         state = self._open[session]
         state.offset_ns = self._clock.unix_ns() - self._clock.monotonic_ns() - origin_unix_ns
         state.begun = True
+        self._touch(session)
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
         state = self._open.pop(session, None)
+        self._ready.pop(session, None)
         if state is None:
             return
         for arrival in state.arrivals.values():
@@ -189,6 +198,7 @@ class StageRunner:
         state = self._open.get(session)
         if state is not None:
             self.stage.end(session, state.now_ns())
+            self._touch(session)
 
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
@@ -198,7 +208,7 @@ class StageRunner:
     @property
     def num_ready(self) -> int:
         """Units that wait to be processed."""
-        return sum(len(state.ready) for state in self._open.values())
+        return sum(len(state.ready) for state in self._ready.values())
 
     def _join(self, plan: SessionPlan) -> WindowJoin | None:
         if not plan.streams:
@@ -215,6 +225,7 @@ class StageRunner:
     def take(self, arrival: Arrival) -> None:
         """One chunk from the bus."""
         chunk = arrival.chunk
+        self._touch(chunk.session)
         state = self._open.get(chunk.session)
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
@@ -257,6 +268,8 @@ class StageRunner:
         self._meter.carried(len(joined.carried))
         now_ns = state.now_ns()
         state.ready.extend(_Ready(unit, now_ns) for unit in joined.units)
+        if joined.units:
+            self._ready[state.session.id] = state
 
     def _settle(self, state: _Open, chunk: Chunk, reason: str | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason."""
@@ -276,30 +289,69 @@ class StageRunner:
     # ---- what goes out -----------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Do what is due; True when there is more to do at once."""
-        for state in [state for state in self._open.values() if state.begun]:
+        """Do what is due; True when there is more to do at once.
+
+        Only sessions are looked at for which something came or is due, so that a step costs what happens in it, not
+        what is open.
+        """
+        looked_at = self._due()
+        for state in looked_at.values():
             self._advance(state)
-            if state.join is not None and len(state.ready) < MAX_READY:
+            if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns()))
         batch = self._gather()
         if batch:
             self._process(batch)
-        for state in list(self._open.values()):
+            looked_at |= {state.session.id: state for state, _ in batch}
+        for state in looked_at.values():
             self._finish(state)
-        return bool(batch) and self.num_ready > 0
+        for name, state in looked_at.items():
+            if name in self._open:
+                self._look_again(name, state)
+        return bool(batch) and bool(self._ready)
 
     def due_in_ns(self) -> int | None:
         """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
+        while self._looks and not self._is_planned(*self._looks[0]):
+            heappop(self._looks)
+        return max(self._looks[0][0] - self._clock.monotonic_ns(), LEAST_SLEEP_NS) if self._looks else None
+
+    def _touch(self, session: SessionId) -> None:
+        self._touched[session] = None
+
+    def _due(self) -> dict[SessionId, _Open]:
+        """The sessions to look at now."""
+        if self._has_files:
+            self._touched = dict.fromkeys(self._open)
         now_ns = self._clock.monotonic_ns()
+        while self._looks and self._looks[0][0] <= now_ns:
+            look_ns, session = heappop(self._looks)
+            if self._is_planned(look_ns, session):
+                self._open[session].look_ns = None
+                self._touch(session)
+        touched, self._touched = self._touched, {}
+        return {session: self._open[session] for session in touched if session in self._open}
+
+    def _is_planned(self, look_ns: int, session: SessionId) -> bool:
+        state = self._open.get(session)
+        return state is not None and state.look_ns == look_ns
+
+    def _look_again(self, session: SessionId, state: _Open) -> None:
+        """Plan when to look at a session if nothing comes for it."""
+        if state.ending or not self._has_room(state):
+            self._touch(session)  # its lanes drain in silence: look whenever there is a step
         due_ns: list[int] = []
-        for name, state in self._open.items():
-            if self._follows_clock and self._may_advance(state):
-                due_ns.append(self.stage.due_in_ns(name, state.now_ns()))
-            if state.ready and self._may_go(state):  # the others wait for what comes in
-                due_ns.append(self._gathering.until_ns(state.waiting()) - now_ns)
-            elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
-                due_ns.append(state.monotonic_ns(state.join.expires_ns) - now_ns)
-        return max(min(due_ns), LEAST_SLEEP_NS) if due_ns else None
+        if self._follows_clock and self._may_advance(state):
+            due_ns.append(self._clock.monotonic_ns() + self.stage.due_in_ns(session, state.now_ns()))
+        if state.ready and self._may_go(state):
+            due_ns.append(self._gathering.until_ns(state.waiting()))
+        elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
+            due_ns.append(state.monotonic_ns(state.join.expires_ns))
+        look_ns = min(due_ns, default=None)
+        if look_ns != state.look_ns:
+            state.look_ns = look_ns
+            if look_ns is not None:
+                heappush(self._looks, (look_ns, session))
 
     def _advance(self, state: _Open) -> None:
         if self._follows_clock and self._may_advance(state):
@@ -310,7 +362,9 @@ class StageRunner:
 
     def _gather(self) -> list[tuple[_Open, _Ready]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
-        going = [state.waiting() for state in self._open.values() if state.ready and self._may_go(state)]
+        going = [state.waiting() for state in self._ready.values() if self._may_go(state)]
+        if not going:
+            return []
         next_ends_ns = (
             state.monotonic_ns(state.join.next_end_ns)
             for state in self._open.values()
@@ -335,6 +389,8 @@ class StageRunner:
     def _process(self, batch: list[tuple[_Open, _Ready]]) -> None:
         for state, ready in batch:
             state.ready.popleft()
+            if not state.ready:
+                del self._ready[state.session.id]
             self._advance(state)
             ready.unit = self._without_stale(state, ready.unit)
         started = [state.now_ns() for state, _ in batch]

@@ -20,8 +20,10 @@ from stages.stage import TICK_NS, ListenerAction, Session, Stage
 from stages.wav import Output, OutputEvent, WavOutput
 
 ACK_PERIOD_NS = 100 * NS_PER_MS
-"""How often the listener is heard of, beside every event: the TTS spends acknowledged playback only, and a tenth of
-a window is well below the lead."""
+"""How often the listener is heard of while there is speech to hear, beside every event and window: the TTS spends
+acknowledged playback only, and a tenth of a window is well below the lead."""
+IDLE_ACK_PERIOD_NS = NS_PER_S
+"""… and while there is none: nothing changes then, but who is never heard of is taken to be gone."""
 
 
 @dataclass(slots=True)
@@ -126,6 +128,7 @@ class Speaker(Stage):
         end_of_turn = bool(chunk.attrs.get("end_of_turn"))
         in_turn, state.in_turn = state.in_turn, not end_of_turn
         late_ns = state.player.receive(chunk.duration_ns, unit.end_ns, end_of_turn=end_of_turn)
+        _plan_ack(state, state.player.now_ns)
         state.pieces.append(_Speech(samples, str(chunk.attrs.get("text", "")), end_of_turn))
         if late_ns and in_turn:
             return [_event(state, state.player.now_ns, "underrun", window=unit.index, seconds=late_ns / NS_PER_S)]
@@ -134,6 +137,7 @@ class Speaker(Stage):
     def _listen(self, state: _Open, now_ns: int) -> list[Chunk]:
         """Let the listener hear, and act when it is time to."""
         chunks: list[Chunk] = []
+        had_to_hear = state.player.unheard_ns > 0
         while state.actions and state.actions[0].at_ns <= now_ns:
             action = state.actions.popleft()
             chunks += self._hear(state, action.at_ns)
@@ -141,9 +145,10 @@ class Speaker(Stage):
         chunks += self._hear(state, now_ns)
         for output in state.outputs:
             chunks += _told(state, now_ns, output.advance(now_ns))
-        if now_ns >= state.next_ack_ns:
-            state.next_ack_ns = (now_ns // ACK_PERIOD_NS + 1) * ACK_PERIOD_NS
+        has_heard_all = had_to_hear and not state.player.unheard_ns
+        if has_heard_all or now_ns >= state.next_ack_ns:
             chunks.append(_ack(state))
+        _plan_ack(state, now_ns)
         return chunks
 
     def _hear(self, state: _Open, now_ns: int) -> list[Chunk]:
@@ -189,6 +194,12 @@ class Speaker(Stage):
             control,
             _event(state, at_ns, "barge_in", seconds=unheard_ns / NS_PER_S, epoch=state.epoch),
         ]
+
+
+def _plan_ack(state: _Open, now_ns: int) -> None:
+    """When the listener is to be heard of next, on a grid of the session's time."""
+    period_ns = ACK_PERIOD_NS if state.player.unheard_ns else IDLE_ACK_PERIOD_NS
+    state.next_ack_ns = (now_ns // period_ns + 1) * period_ns
 
 
 def _ack(state: _Open) -> Chunk:

@@ -135,6 +135,7 @@ def test_the_loop_sleeps_as_long_as_a_unit_may_wait(build, clock: ManualClock):
     house.open("door"), house.open("yard")
     assert house.runners["llm"].due_in_ns() is None
     house.window("door", 0)
+    house.runners["llm"].step()
     clock.advance(0.005)
     assert house.runners["llm"].due_in_ns() == 15_000_000
 

@@ -72,8 +72,15 @@ def sounding(samples: np.ndarray) -> list[tuple[float, float]]:
     return [(start / SPEECH_RATE_HZ, end / SPEECH_RATE_HZ) for start, end in edges.reshape(-1, 2)]
 
 
-def test_the_listener_is_heard_of_every_100_ms():
-    assert [ack.at_ns for ack in Room().to(1.0).acks()[1:]] == [100 * NS_PER_MS * k for k in range(1, 11)]
+def test_who_has_nothing_to_hear_is_heard_of_every_second():
+    assert [ack.at_ns for ack in Room().to(3.5).acks()[1:]] == [NS_PER_S, 2 * NS_PER_S, 3 * NS_PER_S]
+
+
+def test_who_hears_is_heard_of_every_100_ms_and_when_all_has_been_heard():
+    room = Room().to(1.0).hear(0, speech("door", 0, voice(0.34)))
+    room.told.clear()
+    at_ms = [ack.at_ns // NS_PER_MS for ack in room.to(1.9).acks()]
+    assert at_ms == [1100, 1200, 1300, 1400, 1500, 1600, 1640]
 
 
 def test_who_looks_only_when_it_is_due_hears_all_that_a_steady_look_hears():
