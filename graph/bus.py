@@ -186,7 +186,8 @@ class Bus:
         return sender
 
     def wait(self, timeout_s: float, files: Iterable[int] = ()) -> list[Arrival]:
-        """Wait until something comes, or a file descriptor is readable, or the time is up; returns what came.
+        """Wait until something comes, a session that waited for credit has room again, a file descriptor is readable,
+        or the time is up; returns what came.
 
         Grants are taken and spent on the way, so a loop that calls this keeps its lanes moving.
         """
@@ -194,10 +195,8 @@ class Bus:
         timeout_s = timeout_s if self._flush_senders() else min(timeout_s, RETRY_S)
         owes = any(receiver.owes_grants for receiver in self._receivers.values())
         ready = self._poll(min(timeout_s, GRANT_DELAY_S) if owes else timeout_s)
-        if owes and self._only_grants(ready):
+        if self._only_grants(ready) and not self._have_eased() and (ready or owes):
             ready = self._poll(timeout_s if self._flush_receivers() else min(timeout_s, RETRY_S))
-        elif ready and self._only_grants(ready):
-            ready = self._poll(timeout_s)
         return [
             arrival for socket, receiver in self._receivers.items() if socket in ready for arrival in receiver.receive()
         ]
@@ -228,6 +227,9 @@ class Bus:
             if sender.is_blocked:
                 drained = sender.flush() and drained
         return drained
+
+    def _have_eased(self) -> bool:
+        return any(sender.has_eased() for sender in self._senders.values())
 
     def _flush_receivers(self) -> bool:
         """Send the grants that are due. False when some are left."""

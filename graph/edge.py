@@ -116,6 +116,7 @@ class Sender:
         self._ledger = Ledger()
         self._lanes: dict[SessionId, _Lane] = {}
         self.is_blocked = False  # the link was full; nobody tells when it no longer is
+        self._has_eased = False
 
     def open_session(self, session: SessionId, *, lossless: bool = False) -> None:
         """lossless: in virtual time a full edge waits, whatever its rule says."""
@@ -154,9 +155,8 @@ class Sender:
         """Send now, or queue for credit. Never blocks."""
         lane = self._lanes[chunk.session]
         if chunk.kind in (Kind.PLAYBACK, Kind.BARGE_IN):
-            if (
-                not self._link.send(chunk) and chunk.kind is Kind.BARGE_IN
-            ):  # the next playback says more than a lost one
+            was_sent = self._link.send(chunk)
+            if not was_sent and chunk.kind is Kind.BARGE_IN:  # of a lost playback the next one tells
                 lane.waiting.appendleft((chunk, self._now_ns()))
                 self.is_blocked = True
             return
@@ -171,13 +171,23 @@ class Sender:
 
     def flush(self) -> bool:
         """Take the grants that came and send what they allow. False when the link would not take it all."""
+        granted: list[_Lane] = []
         for session, grant in self._link.grants():
-            if session in self._lanes:
-                self._lanes[session].credit.grant(grant)
+            if (lane := self._lanes.get(session)) is not None:
+                lane.credit.grant(grant)
+                granted.append(lane)
+        lanes = self._lanes.values() if self.is_blocked else granted
         self.is_blocked = False
-        for lane in self._lanes.values():
+        for lane in lanes:
+            had_waiting = bool(lane.waiting)
             self.is_blocked = not self._flush_lane(lane) or self.is_blocked
+            self._has_eased = self._has_eased or (had_waiting and not lane.waiting)
         return not self.is_blocked
+
+    def has_eased(self) -> bool:
+        """Whether a session that waited has room again, since this was last asked."""
+        eased, self._has_eased = self._has_eased, False
+        return eased
 
     def _flush_lane(self, lane: _Lane) -> bool:
         while lane.waiting:

@@ -164,6 +164,20 @@ def test_an_arrival_names_its_edge_and_its_peer(edge: Edge) -> None:
     assert (edge.arrived[0].edge, edge.arrived[0].peer) == (WAIT.id, b"camera-0")
 
 
+def test_a_wait_ends_when_a_session_that_waited_for_credit_has_room_again(edge: Edge) -> None:
+    for seq in range(5):
+        edge.sender.send(piece(seq))
+    edge.until_arrived(4)
+    assert not edge.sender.has_room(PORCH)
+    for arrival in edge.arrived:
+        edge.receiver.deliver(arrival, 0.0)
+    edge.downstream.wait(0.0)  # sends the grants that are due
+    begin_s = time.monotonic()
+    while not edge.sender.has_room(PORCH):
+        edge.upstream.wait(PATIENCE_S)
+    assert time.monotonic() - begin_s < PATIENCE_S / 2
+
+
 # ---- a full edge ---------------------------------------------------------------------------------------------------
 
 
