@@ -179,6 +179,32 @@ def validate(file: File = None, overrides: Set = None) -> None:
 
 
 @app.command()
+def plan(
+    profile: Annotated[Path, typer.Option("--profile", metavar="FILE", help="What pipeline bench stages measured.")],
+    cameras: Annotated[
+        int | None, typer.Option("--cameras", help="How many to serve; without it: as many as fit.")
+    ] = None,
+    file: File = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """How many replicas of each stage so many cameras need; or how many cameras the described ones serve on time."""
+    from deploy.capacity import most_cameras, plan_for, print_plan, reckon
+    from graph.costs import read_profile
+
+    with _clear_errors(), _usage():
+        spec, measured = _load(file, overrides or []), read_profile(profile)
+    with _clear_errors():
+        if cameras is not None:
+            found = plan_for(spec, measured, cameras)
+        else:
+            found = reckon(spec, measured, max(most_cameras(spec, measured), 1))
+    print_plan(found, as_json)
+    if found.problems:
+        raise typer.Exit(EXIT_VIOLATED)
+
+
+@app.command()
 def simulate(
     scenario: Annotated[str | None, typer.Argument(help="Which one; without it: what there is.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="0:1000", help="From where to before where.")] = "0:100",

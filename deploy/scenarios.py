@@ -12,16 +12,17 @@ from types import MappingProxyType
 from typing import Final
 
 from deploy.virtual import Network
-from deploy.virtual_stages import Cost
 from graph.chunk import NS_PER_MS
+from graph.costs import StageCost
 
-COSTS: Final[Mapping[str, Cost]] = MappingProxyType(
+SPREAD: Final = 0.2
+COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
     {
-        "vision_encoder": Cost(8 * NS_PER_MS, 4 * NS_PER_MS),
-        "audio_encoder": Cost(6 * NS_PER_MS, 1 * NS_PER_MS),
-        "llm": Cost(20 * NS_PER_MS, 3 * NS_PER_MS),
-        "tts": Cost(40 * NS_PER_MS, 2 * NS_PER_MS),
-        "vocoder": Cost(25 * NS_PER_MS, 5 * NS_PER_MS),
+        "vision_encoder": StageCost(8 * NS_PER_MS, 4 * NS_PER_MS, SPREAD),
+        "audio_encoder": StageCost(6 * NS_PER_MS, 1 * NS_PER_MS, SPREAD),
+        "llm": StageCost(20 * NS_PER_MS, 3 * NS_PER_MS, SPREAD),
+        "tts": StageCost(40 * NS_PER_MS, 2 * NS_PER_MS, SPREAD),
+        "vocoder": StageCost(25 * NS_PER_MS, 5 * NS_PER_MS, SPREAD),
     }
 )
 
@@ -44,7 +45,7 @@ class Scenario:
     about: str
     num_sessions: int = 4
     num_windows: int = 8
-    costs: Mapping[str, Cost] = field(default_factory=lambda: COSTS)
+    costs: Mapping[str, StageCost] = field(default_factory=lambda: COSTS)
     token_ns: int = 8 * NS_PER_MS
     devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
     on: Mapping[str, str] = field(default_factory=dict)

@@ -235,7 +235,7 @@ class Simulation:
                     outgoing.setdefault(edge.id, []).append(sender)
         return StageRunner(
             name,
-            self._stage(name),
+            self.make_stage(name),
             incoming,
             outgoing,
             VirtualMeter(self.figures, self._violated),
@@ -243,7 +243,8 @@ class Simulation:
             self._clocks[process.name],
         )
 
-    def _stage(self, name: str) -> Stage:
+    def make_stage(self, name: str) -> Stage:
+        """One replica's. Overridden by who tries real ones (tests/benchmarks/stages.py)."""
         scenario = self._scenario
         rng = Random(self._rng.random())
         if name == "camera":

@@ -5,6 +5,7 @@ They spend what TAIL allows as the real ones do, through the same graph/tail.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
@@ -12,7 +13,8 @@ from typing import Final
 import numpy as np
 
 from deploy.virtual import Device
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId, end_of_stream, watermark
+from graph.costs import StageCost
 from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
 from graph.tail import Ack, Playback, SpeechQueue, TextBudget
 from graph.window import Unit
@@ -21,19 +23,7 @@ from stages.stage import Session, Stage
 PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
 SOUND: Final = np.zeros(16, np.float32)
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
-CAMERA_DELAY_NS: Final = 40 * NS_PER_MS  # from the shutter to here, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a batch of n units takes: fixed + n · each, and up to `spread` of it more."""
-
-    fixed_ns: int
-    each_ns: int
-    spread: float = 0.2
-
-    def of(self, num_units: int, rng: Random) -> int:
-        return int((self.fixed_ns + num_units * self.each_ns) * (1 + self.spread * rng.random()))
+CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
 
 
 class OutOfOrder(AssertionError):
@@ -43,7 +33,7 @@ class OutOfOrder(AssertionError):
 class Costly(Stage):
     """A stage that computes on a device, and sees that units come as 0, 1, 2 …"""
 
-    def __init__(self, cost: Cost, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
         self._cost, self._device, self._rng = cost, device, rng
         self._next: dict[SessionId, int] = {}
         self.slow_down = 1.0
@@ -60,7 +50,8 @@ class Costly(Stage):
                 raise OutOfOrder(f"{unit.session}: unit {unit.index} where {self._next[unit.session]} was to come")
             self._next[unit.session] += 1
         made = [chunk for unit in units for chunk in self.make(unit)]
-        self._device.work(int(self._cost.of(self.num_items(units, made), self._rng) * self.slow_down))
+        cost_ns = self._cost.batch_ns(self.num_items(units, made)) * (1 + self._cost.spread * self._rng.random())
+        self._device.work(round(cost_ns * self.slow_down))
         return made
 
     def make(self, unit: Unit) -> list[Chunk]:
@@ -74,9 +65,18 @@ class Costly(Stage):
 class VirtualCamera(Stage):
     """Pictures at their rate; while it is dead none, and its watermark follows the clock as stages/camera.py's does."""
 
-    def __init__(self, rng: Random, dead_ns: dict[SessionId, tuple[int, int]]) -> None:
-        """dead_ns: from when until when a session's camera gives nothing."""
-        self._rng, self._dead_ns = rng, dead_ns
+    def __init__(
+        self,
+        rng: Random,
+        dead_ns: Mapping[SessionId, tuple[int, int]],
+        look: Callable[[SessionId, int], Array] | None = None,
+        *,
+        delay_ns: int = CAMERA_DELAY_NS,
+    ) -> None:
+        """dead_ns: from when until when a session's camera gives nothing. look: what it shows at a time; None: a dot.
+        delay_ns: from the shutter to here, at most."""
+        self._rng, self._dead_ns, self._delay_ns = rng, dead_ns, delay_ns
+        self._look = look or (lambda session, at_ns: PICTURE)
         self._open: dict[SessionId, _Shots] = {}
 
     def open_session(self, session: Session) -> None:
@@ -92,9 +92,11 @@ class VirtualCamera(Stage):
         while shots.next_ns < end_ns and shots.here_ns <= now_ns:
             if not shots.is_dead:
                 chunks += self._settle(shots, stream, shots.next_ns)
-                chunks.append(Chunk(session, stream, shots.next_ns, arrays={"image": PICTURE}))
+                chunks.append(
+                    Chunk(session, stream, shots.next_ns, arrays={"image": self._look(session, shots.next_ns)})
+                )
             shots.next_ns += shots.period_ns
-            shots.delay_ns = int(self._rng.random() * CAMERA_DELAY_NS)
+            shots.delay_ns = int(self._rng.random() * self._delay_ns)
             if not shots.is_dead:
                 chunks += self._settle(shots, stream, min(shots.next_ns, end_ns))
         window_ns = shots.session.window_ns
@@ -143,7 +145,9 @@ class _Shots:
 class VirtualMicrophone(Stage):
     """A chunk per window, at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, listen: Callable[[SessionId, int, int], Array] | None = None) -> None:
+        """listen: what is heard from when until when; None: next to nothing."""
+        self._listen = listen or (lambda session, start_ns, end_ns: SOUND)
         self._open: dict[SessionId, tuple[Session, int]] = {}
 
     def open_session(self, session: Session) -> None:
@@ -156,7 +160,8 @@ class VirtualMicrophone(Stage):
         state, sent_ns = self._open[session]
         chunks: list[Chunk] = []
         while sent_ns + state.window_ns <= min(now_ns, state.duration_ns or 0):
-            chunks.append(Chunk(session, MIC, sent_ns, state.window_ns, arrays={"samples": SOUND}))
+            samples = self._listen(session, sent_ns, sent_ns + state.window_ns)
+            chunks.append(Chunk(session, MIC, sent_ns, state.window_ns, arrays={"samples": samples}))
             sent_ns += state.window_ns
             chunks.append(watermark(session, MIC, sent_ns))
         self._open[session] = (state, sent_ns)
@@ -223,7 +228,7 @@ class VirtualLlm(Costly):
     TURN: Final = (2, 40)  # tokens
     TALKS: Final = 0.3  # how often a silent window begins a turn
 
-    def __init__(self, cost: Cost, token_ns: int, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, token_ns: int, device: Device, rng: Random) -> None:
         super().__init__(cost, device, rng)
         self._token_ns = token_ns
         self._talks: dict[SessionId, Talk] = {}
@@ -278,7 +283,7 @@ class VirtualTts(Costly):
     outputs = (CODES,)
     paced_by_listener = True
 
-    def __init__(self, cost: Cost, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
         super().__init__(cost, device, rng)
         self._open: dict[SessionId, _Speech] = {}
 
@@ -315,7 +320,7 @@ class VirtualVocoder(Costly):
     outputs = (SPEECH,)
     paced_by_listener = True
 
-    def __init__(self, cost: Cost, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
         super().__init__(cost, device, rng)
         self._open: dict[SessionId, SpeechQueue[Chunk]] = {}
 

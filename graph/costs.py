@@ -1,0 +1,118 @@
+"""What a window costs at each stage, as measured on one machine: `t = fixed + n · each` for a batch of n.
+
+Rule: pure. `pipeline bench stages` measures, `pipeline plan` reckons with it (deploy/capacity.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from graph.chunk import NS_PER_S
+from graph.errors import GraphError
+from graph.wording import listed
+
+VERSION: Final = 1
+
+
+class ProfileError(GraphError):
+    """A profile can't be read, or lacks something; says what and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What a batch of n units takes at one replica: fixed + n · each as a rule, `spread` of that more at p99."""
+
+    fixed_ns: int
+    each_ns: int
+    spread: float = 0.0
+
+    def batch_ns(self, num_units: int) -> int:
+        return self.fixed_ns + num_units * self.each_ns
+
+    def window_ns(self, num_sessions: int, batch: int) -> int:
+        """One window of each of `num_sessions`, in batches of at most `batch`."""
+        return -(-num_sessions // batch) * self.fixed_ns + num_sessions * self.each_ns
+
+
+def fit(samples: Sequence[tuple[int, int]]) -> StageCost:
+    """The cost that explains what was measured: (units, ns) of each batch.
+
+    Least squares through the median of each size, neither part below zero; spread: p99 over that.
+    Raises ProfileError without samples.
+    """
+    if not samples:
+        raise ProfileError("nothing was measured")
+    sizes = sorted({units for units, _ in samples})
+    medians = [median(ns for units, ns in samples if units == size) for size in sizes]
+    each = _slope(sizes, medians)
+    fixed = sum(medians) / len(sizes) - each * sum(sizes) / len(sizes)
+    if fixed < 0:
+        fixed, each = 0.0, sum(ns * n for ns, n in zip(medians, sizes, strict=True)) / sum(n * n for n in sizes)
+    over = sorted(ns / max(fixed + each * units, 1.0) for units, ns in samples)
+    p99 = over[min(len(over) - 1, int(0.99 * len(over)))]
+    return StageCost(round(fixed), round(each), round(max(p99 - 1.0, 0.0), 3))
+
+
+def _slope(sizes: Sequence[int], values: Sequence[float]) -> float:
+    mean_size, mean = sum(sizes) / len(sizes), sum(values) / len(values)
+    square = sum((size - mean_size) ** 2 for size in sizes)
+    if not square:
+        return mean / mean_size
+    slope = sum((size - mean_size) * (value - mean) for size, value in zip(sizes, values, strict=True)) / square
+    return max(slope, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What was measured, and on what. num_cores: of the machine, for the stages without a GPU."""
+
+    model: str
+    machine: Mapping[str, object]
+    num_cores: int
+    stages: Mapping[str, StageCost]
+
+    def of(self, stage: str) -> StageCost:
+        """Raises ProfileError when it was not measured."""
+        if stage not in self.stages:
+            raise ProfileError(f"the profile says nothing of {stage}; it has: {listed(self.stages)}")
+        return self.stages[stage]
+
+    def as_json(self) -> str:
+        stages = {
+            name: {"fixed_ns": cost.fixed_ns, "each_ns": cost.each_ns, "spread": cost.spread}
+            for name, cost in self.stages.items()
+        }
+        told = {"version": VERSION, "model": self.model, "machine": dict(self.machine), "num_cores": self.num_cores}
+        return json.dumps(told | {"stages": stages}, indent=2)
+
+
+def read_profile(path: Path) -> Profile:
+    """What `pipeline bench stages --json` wrote. Raises ProfileError."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProfileError(f"{path}: can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ProfileError(f"{path}: not JSON: {error}") from None
+    told = told.get("profile", told) if isinstance(told, dict) else told
+    if not isinstance(told, dict) or told.get("version") != VERSION or not isinstance(told.get("stages"), dict):
+        raise ProfileError(f"{path}: no profile of version {VERSION}; make one: pipeline bench stages --json > {path}")
+    stages = {name: _cost(path, name, entry) for name, entry in told["stages"].items()}
+    num_cores = told.get("num_cores")
+    if not isinstance(num_cores, int) or num_cores < 1:
+        raise ProfileError(f"{path}: num_cores must be a whole number from 1 on, not {num_cores!r}")
+    return Profile(str(told.get("model", "")), dict(told.get("machine") or {}), num_cores, stages)
+
+
+def _cost(path: Path, stage: str, entry: Any) -> StageCost:
+    """A day is longer than any batch takes."""
+    values = [entry.get(name) if isinstance(entry, dict) else None for name in ("fixed_ns", "each_ns", "spread")]
+    if not all(isinstance(value, int | float) and 0 <= value < 86_400 * NS_PER_S for value in values):
+        raise ProfileError(f"{path}: stages.{stage}: fixed_ns, each_ns and spread must be numbers from 0 on")
+    fixed_ns, each_ns, spread = (float(value) for value in values if value is not None)
+    return StageCost(round(fixed_ns), round(each_ns), spread)

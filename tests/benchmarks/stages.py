@@ -1,0 +1,149 @@
+"""What a window costs at each model stage, by how many sessions share a batch, beside one session at a time.
+
+The real stages with the shipped model, in one process and one thread, in virtual time: n busy rooms are watched, each
+batch that a stage is given is timed, and `fixed + n x each` is fitted to it. TTS and vocoder count who speaks, the
+vision encoder pictures. Rows: a unit's share of a batch of the largest size, beside a batch of one.
+
+Options: OMNI_BENCH_SIZES, how many sessions (default: 1,2,4,8,16); OMNI_BENCH_WINDOWS, how many windows each (default:
+20); OMNI_BENCH_PROFILE, a file to write the profile to, for `pipeline plan`; OMNI_BENCH_MODEL, a checkpoint (default:
+nano; any other one is shown the same rooms).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from deploy.bench import ROOT, BenchError, Row, command_of, describe_machine, less_is_better, option
+from deploy.build import MODEL_STAGES, build_stage
+from deploy.checkpoints import open_checkpoint
+from deploy.scenarios import Scenario
+from deploy.simulate import Simulation
+from deploy.virtual import Device
+from deploy.virtual_stages import VirtualCamera, VirtualMicrophone
+from graph.chunk import NS_PER_MS, Chunk, SessionId
+from graph.costs import Profile, fit
+from graph.spec import PipelineSpec, load_spec
+from graph.tail import Ack
+from graph.window import Unit
+from model_shards.nano.synthetic import SyntheticRoom
+from stages.feed import Feeds
+from stages.stage import Session, Stage
+
+NAME = "stages"
+SIZES = "1,2,4,8,16"
+NUM_WINDOWS = "20"
+NUM_WARM_UP = 2  # batches of each stage
+RIVAL = "one session's window alone"
+
+Samples = dict[str, list[tuple[int, int]]]
+"""By stage: (units, ns) of each batch."""
+
+
+def run() -> list[Row]:
+    """A row per model stage."""
+    sizes = sorted(int(size) for size in option("SIZES", SIZES).split(","))
+    model = option("MODEL", "nano")
+    settings = [f"stages.{stage}.batch={sizes[-1]}" for stage in MODEL_STAGES]
+    spec = load_spec(ROOT / "pipeline.yaml", [f"model={model}", *settings])
+    checkpoint = open_checkpoint(spec, _tell)
+    spec = checkpoint.fit(spec)
+    samples: Samples = defaultdict(list)
+    for size in sizes:
+        _tell(f"{size} sessions")
+        scenario = Scenario("stages", "", size, int(option("WINDOWS", NUM_WINDOWS)), devices={"cpu": 16})
+        for name, measured in Watched(spec, scenario, checkpoint.path).watch().items():
+            samples[name] += measured
+    if path := option("PROFILE", ""):
+        Path(path).write_text(_profile(model, samples).as_json() + "\n", encoding="utf-8")
+    return [_row(name, measured) for name, measured in samples.items()]
+
+
+def _profile(model: str, samples: Samples) -> Profile:
+    costs = {name: fit(measured) for name, measured in samples.items()}
+    return Profile(model, describe_machine(), psutil.cpu_count() or 1, costs)
+
+
+def _row(name: str, samples: list[tuple[int, int]]) -> Row:
+    most = max(size for size, _ in samples)
+    alone, together = (
+        median([ns for size, ns in samples if size == n]) / n / NS_PER_MS for n in (_least(samples), most)
+    )
+    told = f"{name}: a unit's share of a batch of {most}"
+    return less_is_better(told, together, "ms", RIVAL, alone, command_of(NAME))
+
+
+def _least(samples: list[tuple[int, int]]) -> int:
+    return min(size for size, _ in samples)
+
+
+class Watched(Simulation):
+    """Rooms that real stages watch."""
+
+    def __init__(self, spec: PipelineSpec, scenario: Scenario, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._rooms: dict[SessionId, SyntheticRoom] = {}
+        self._timed: dict[str, Timed] = {}
+        super().__init__(spec, scenario, seed=0)
+
+    def watch(self) -> Mapping[str, list[tuple[int, int]]]:
+        """What each batch took, without the first ones."""
+        self.run()
+        if self.violations:
+            raise BenchError(f"what must hold does not: {self.violations[0]}")
+        return {name: stage.samples[NUM_WARM_UP:] for name, stage in self._timed.items()}
+
+    def make_stage(self, name: str) -> Stage:
+        if name == "camera":
+            return VirtualCamera(self._rng, {}, lambda session, at_ns: self._room(session).picture(at_ns), delay_ns=0)
+        if name == "microphone":
+            return VirtualMicrophone(lambda session, start, end: self._room(session).samples(start, end))
+        if name not in MODEL_STAGES:
+            return super().make_stage(name)
+        stage = build_stage(name, self._spec.stages[name], self._checkpoint, Feeds())
+        self._timed[name] = Timed(stage, self._devices["cpu"], counts_made=name in ("vision_encoder", "tts", "vocoder"))
+        return self._timed[name]
+
+    def _room(self, session: SessionId) -> SyntheticRoom:
+        if session not in self._rooms:
+            self._rooms[session] = SyntheticRoom(seed=len(self._rooms), activity="busy")
+        return self._rooms[session]
+
+
+class Timed(Stage):
+    """A stage whose batches are timed; virtual time moves on by what they take."""
+
+    def __init__(self, stage: Stage, device: Device, counts_made: bool) -> None:
+        """counts_made: its work is what it makes, not what it is given."""
+        self._stage, self._device, self._counts_made = stage, device, counts_made
+        self.outputs, self.paced_by_listener = stage.outputs, stage.paced_by_listener
+        self.samples: list[tuple[int, int]] = []
+
+    def open_session(self, session: Session) -> None:
+        self._stage.open_session(session)
+
+    def close_session(self, session: SessionId) -> None:
+        self._stage.close_session(session)
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        return self._stage.interrupt(session, ack)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        begin_ns = time.perf_counter_ns()
+        made = self._stage.process(units)
+        spent_ns = time.perf_counter_ns() - begin_ns
+        num_items = len(made) if self._counts_made else len(units)
+        if num_items:
+            self.samples.append((num_items, spent_ns))
+        self._device.work(spent_ns)
+        return made
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,107 @@
+"""How many replicas so many cameras need, and how many cameras so many replicas serve."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from deploy import cli
+from deploy.capacity import MAX_LOAD, CapacityError, most_cameras, plan_for, reckon
+from graph.chunk import NS_PER_MS
+from graph.costs import Profile, ProfileError, StageCost
+from graph.spec import PipelineSpec, default_spec_path, load_spec
+
+COST = StageCost(10 * NS_PER_MS, 4 * NS_PER_MS)
+ON_GPU = [f"stages.{stage}.gpus=0.2" for stage in ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")]
+
+
+def spec(*overrides: str) -> PipelineSpec:
+    return load_spec(default_spec_path(), list(overrides))
+
+
+def profile(num_cores: int = 2, **costs: StageCost) -> Profile:
+    stages = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), COST)
+    return Profile("nano", {}, num_cores, stages | costs)
+
+
+def test_a_window_passes_the_encoders_side_by_side_and_the_rest_in_a_row():
+    plan = reckon(spec(), profile(), 1)
+    assert plan.latency_p99_ns == 4 * 14 * NS_PER_MS
+
+
+def test_stages_without_a_gpu_take_cores():
+    assert reckon(spec(), profile(), 1).cores == pytest.approx(5 * 0.014)
+    assert reckon(spec("stages.llm.gpus=1"), profile(), 1).cores == pytest.approx(4 * 0.014)
+
+
+def test_the_busiest_stage_saturates_first():
+    assert reckon(spec(), profile(tts=StageCost(0, 90 * NS_PER_MS)), 2).first == "tts"
+
+
+def test_as_many_cameras_as_fit_fit_and_one_more_does_not():
+    most = most_cameras(spec(), profile())
+    assert most > 1
+    assert reckon(spec(), profile(), most).problems == []
+    assert reckon(spec(), profile(), most + 1).problems != []
+
+
+def test_where_one_camera_is_too_much_none_fits():
+    assert most_cameras(spec(), profile(llm=StageCost(2000 * NS_PER_MS, 0))) == 0
+
+
+def test_more_cameras_get_more_replicas_where_it_is_tight():
+    plan = plan_for(spec(*ON_GPU), profile(llm=StageCost(20 * NS_PER_MS, 20 * NS_PER_MS)), 100)
+    assert plan.problems == []
+    assert plan.stages["llm"].replicas > plan.stages["vision_encoder"].replicas
+    assert plan.gpus == pytest.approx(0.2 * sum(stage.replicas for stage in plan.stages.values()))
+
+
+def test_what_no_number_of_replicas_can_do_is_told_with_the_reason():
+    slow = profile(vocoder=StageCost(900 * NS_PER_MS, 100 * NS_PER_MS))
+    with pytest.raises(CapacityError, match="vocoder would be busy 100 % of the time"):
+        plan_for(spec(*ON_GPU), slow, 3)
+    with pytest.raises(CapacityError, match=r"cores would be busy, 1\.6 is the most"):
+        plan_for(spec(), profile(), 1000)
+
+
+@pytest.mark.parametrize("num_cameras", [0, -1, 10_000_000])
+def test_a_number_of_cameras_that_makes_no_sense_is_told(num_cameras: int):
+    with pytest.raises(CapacityError, match="--cameras must be 1 to"):
+        plan_for(spec(), profile(), num_cameras)
+
+
+def test_a_stage_that_was_not_measured_is_told():
+    with pytest.raises(ProfileError, match="says nothing of llm"):
+        reckon(spec(), Profile("nano", {}, 2, {"vision_encoder": COST, "audio_encoder": COST}), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 100), st.integers(1, 30))
+def test_a_plan_keeps_every_promise(num_cameras: int, fixed_ms: int, each_ms: int):
+    measured = profile(llm=StageCost(fixed_ms * NS_PER_MS, each_ms * NS_PER_MS, 0.3))
+    plan = plan_for(spec(*ON_GPU), measured, num_cameras)
+    assert plan.problems == []
+    assert all(stage.load <= MAX_LOAD for stage in plan.stages.values())
+    assert all(stage.replicas * stage.sessions >= num_cameras for stage in plan.stages.values())
+
+
+def test_the_command_tells_the_plan_or_how_many_fit(tmp_path: Path):
+    path = tmp_path / "p.json"
+    path.write_text(profile().as_json())
+    fitting = CliRunner().invoke(cli.app, ["plan", "--profile", str(path), "--json"])
+    assert fitting.exit_code == 0
+    assert json.loads(fitting.stdout)["cameras"] == most_cameras(spec(), profile())
+    asked = ["plan", "--profile", str(path), "--cameras", "200", *(text for one in ON_GPU for text in ("--set", one))]
+    told = CliRunner().invoke(cli.app, asked)
+    assert told.exit_code == 0
+    assert "200 cameras: a window takes" in told.stdout
+    assert "saturates first" in told.stdout
+
+
+def test_the_command_says_what_is_wrong_with_the_profile(tmp_path: Path):
+    result = CliRunner().invoke(cli.app, ["plan", "--profile", str(tmp_path / "none.json")])
+    assert result.exit_code == 2
+    assert "none.json: can't be read" in result.stderr

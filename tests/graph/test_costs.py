@@ -1,0 +1,78 @@
+"""What a window costs: fitted to measurements, and read from a file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graph.costs import Profile, ProfileError, StageCost, fit, read_profile
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**8), st.sets(st.integers(1, 32), min_size=2, max_size=6))
+def test_what_follows_the_rule_is_found(fixed_ns: int, each_ns: int, sizes: set[int]):
+    cost = fit([(size, fixed_ns + size * each_ns) for size in sizes for _ in range(3)])
+    assert cost.fixed_ns == pytest.approx(fixed_ns, abs=2 + 1e-6 * each_ns * 32)
+    assert cost.each_ns == pytest.approx(each_ns, rel=1e-6, abs=2)
+    assert cost.spread <= 0.001
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.integers(1, 10**9)), min_size=1, max_size=40))
+def test_no_part_of_a_cost_is_below_zero(samples: list[tuple[int, int]]):
+    cost = fit(samples)
+    assert min(cost.fixed_ns, cost.each_ns, cost.spread) >= 0
+
+
+def test_spread_tells_of_the_slow_ones():
+    assert fit([(1, 100)] * 50 + [(1, 300)] * 2).spread == 2.0
+
+
+def test_of_nothing_nothing_is_fitted():
+    with pytest.raises(ProfileError, match="nothing was measured"):
+        fit([])
+
+
+def test_a_window_of_many_is_worked_off_in_batches():
+    assert StageCost(10, 3).batch_ns(4) == 22
+    assert StageCost(10, 3).window_ns(num_sessions=9, batch=4) == 3 * 10 + 9 * 3
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    profile = Profile("nano", {"cpu": "x"}, 2, {"llm": StageCost(1, 2, 0.5)})
+    (tmp_path / "p.json").write_text(profile.as_json())
+    assert read_profile(tmp_path / "p.json") == profile
+
+
+def test_a_stage_that_was_not_measured_is_told():
+    with pytest.raises(ProfileError, match="nothing of tts; it has: llm"):
+        Profile("nano", {}, 2, {"llm": StageCost(1, 2)}).of("tts")
+
+
+WHOLE = {"version": 1, "model": "nano", "machine": {}, "num_cores": 2, "stages": {}}
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ([], "no profile of version 1"),
+        (WHOLE | {"version": 2}, "no profile of version 1"),
+        (WHOLE | {"stages": 3}, "no profile of version 1"),
+        (WHOLE | {"num_cores": 0}, "num_cores must be a whole number"),
+        (WHOLE | {"stages": {"llm": 7}}, "stages.llm: fixed_ns, each_ns and spread must be numbers"),
+        (WHOLE | {"stages": {"llm": {"fixed_ns": 1, "each_ns": -1, "spread": 0}}}, "stages.llm: fixed_ns"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_told(tmp_path: Path, told: object, problem: str):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(told))
+    with pytest.raises(ProfileError, match=problem):
+        read_profile(path)
+
+
+def test_a_file_that_is_missing_or_no_json_is_told(tmp_path: Path):
+    with pytest.raises(ProfileError, match="can't be read"):
+        read_profile(tmp_path / "none.json")
+    (tmp_path / "p.json").write_text("{")
+    with pytest.raises(ProfileError, match="not JSON"):
+        read_profile(tmp_path / "p.json")
