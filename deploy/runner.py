@@ -295,6 +295,8 @@ class StageRunner:
         what is open.
         """
         looked_at = self._due()
+        if not looked_at and not self._ready:
+            return False
         for state in looked_at.values():
             self._advance(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:

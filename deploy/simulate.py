@@ -48,7 +48,7 @@ from stages.stage import ListenerAction, Session, Stage
 ORIGIN_NS: Final = NS_PER_S  # of the sessions, in the world's time
 PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has not come to its end is said to starve
 MAX_VIOLATIONS: Final = 20
-CHECK_NS: Final = 250 * NS_PER_MS
+CHECK_NS: Final = 500 * NS_PER_MS
 
 
 class SimulateError(GraphError):
