@@ -66,7 +66,7 @@ class _Ready:
     """A unit that is complete, with the chunks' arrivals, whose credit goes back when it has been processed."""
 
     unit: Unit
-    since_ns: int  # session time
+    since_ns: int  # monotonic
 
 
 @dataclass(slots=True)
@@ -95,7 +95,10 @@ class _Open:
         return self.plan.session
 
     def now_ns(self) -> int:
-        return self.clock.monotonic_ns() + self.offset_ns
+        return self.session_ns(self.clock.monotonic_ns())
+
+    def session_ns(self, monotonic_ns: int) -> int:
+        return monotonic_ns + self.offset_ns
 
     def monotonic_ns(self, event_ns: int) -> int:
         return event_ns - self.offset_ns
@@ -105,7 +108,7 @@ class _Open:
         ready = self.ready[0]
         end_ns = self.monotonic_ns(ready.unit.end_ns)
         deadline_ns = end_ns + self.session.window_ns if self.session.paced else None
-        return Waiting(self.session.id, self.monotonic_ns(ready.since_ns), end_ns, deadline_ns)
+        return Waiting(self.session.id, ready.since_ns, end_ns, deadline_ns)
 
 
 class Meter(Protocol):
@@ -151,6 +154,7 @@ class StageRunner:
         self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom, monotonic; see _Open.look_ns
         self._follows_clock = type(stage).advance is not Stage.advance
         self._has_files = type(stage).wakes is not Stage.wakes  # which don't say whom they wake
+        self._look_at_all_ns: int | None = None  # monotonic; where there are files
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +270,7 @@ class StageRunner:
         for chunk in joined.late:
             self._settle(state, chunk, "late")
         self._meter.carried(len(joined.carried))
-        now_ns = state.now_ns()
+        now_ns = self._clock.monotonic_ns()
         state.ready.extend(_Ready(unit, now_ns) for unit in joined.units)
         if joined.units:
             self._ready[state.session.id] = state
@@ -292,7 +296,7 @@ class StageRunner:
         """Do what is due; True when there is more to do at once.
 
         Only sessions are looked at for which something came or is due, so that a step costs what happens in it, not
-        what is open.
+        what is open. Where files wake the stage, as at the cameras, all are: a file does not say whose it is.
         """
         looked_at = self._due()
         if not looked_at and not self._ready:
@@ -300,23 +304,22 @@ class StageRunner:
         for state in looked_at.values():
             self._advance(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
-                self._joined(state, state.join.expire(state.now_ns()))
+                self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
         batch = self._gather()
         if batch:
             self._process(batch)
             looked_at |= {state.session.id: state for state, _ in batch}
         for state in looked_at.values():
             self._finish(state)
-        for name, state in looked_at.items():
-            if name in self._open:
-                self._look_again(name, state)
+        self._plan_looks(looked_at)
         return bool(batch) and bool(self._ready)
 
     def due_in_ns(self) -> int | None:
         """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
         while self._looks and not self._is_planned(*self._looks[0]):
             heappop(self._looks)
-        return max(self._looks[0][0] - self._clock.monotonic_ns(), LEAST_SLEEP_NS) if self._looks else None
+        look_ns = self._looks[0][0] if self._looks else self._look_at_all_ns
+        return None if look_ns is None else max(look_ns - self._clock.monotonic_ns(), LEAST_SLEEP_NS)
 
     def _touch(self, session: SessionId) -> None:
         self._touched[session] = None
@@ -338,8 +341,19 @@ class StageRunner:
         state = self._open.get(session)
         return state is not None and state.look_ns == look_ns
 
+    def _plan_looks(self, looked_at: Mapping[SessionId, _Open]) -> None:
+        """When to look at them again if nothing comes."""
+        if self._has_files:
+            now_ns = self._clock.monotonic_ns()
+            advancing = [(name, state) for name, state in self._open.items() if self._may_advance(state)]
+            due_ns = [now_ns + self.stage.due_in_ns(name, state.now_ns()) for name, state in advancing]
+            self._look_at_all_ns = min(due_ns, default=None)
+            return
+        for name, state in looked_at.items():
+            if name in self._open:
+                self._look_again(name, state)
+
     def _look_again(self, session: SessionId, state: _Open) -> None:
-        """Plan when to look at a session if nothing comes for it."""
         if state.ending or not self._has_room(state):
             self._touch(session)  # its lanes drain in silence: look whenever there is a step
         due_ns: list[int] = []
@@ -370,7 +384,7 @@ class StageRunner:
         next_ends_ns = (
             state.monotonic_ns(state.join.next_end_ns)
             for state in self._open.values()
-            if not state.ready and state.join is not None
+            if not state.ready and state.join is not None and state.begun and not state.ending
         )
         sessions = self._gathering.batch(going, next_ends_ns, self._clock.monotonic_ns())
         return [(self._open[session], self._open[session].ready[0]) for session in sessions]
@@ -395,16 +409,15 @@ class StageRunner:
                 del self._ready[state.session.id]
             self._advance(state)
             ready.unit = self._without_stale(state, ready.unit)
-        started = [state.now_ns() for state, _ in batch]
         started_ns = self._clock.monotonic_ns()
         chunks = self.stage.process([ready.unit for _, ready in batch])
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
-        queue_ns = max(now_ns - ready.since_ns for now_ns, (_, ready) in zip(started, batch, strict=True))
+        queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
         self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
         for chunk in chunks:
             self._send(self._open[chunk.session], chunk)
-        for (state, ready), since_ns in zip(batch, started, strict=True):
-            self._leave(state, ready, since_ns)
+        for state, ready in batch:
+            self._leave(state, ready, started_ns)
 
     def _without_stale(self, state: _Open, unit: Unit) -> Unit:
         """A barge-in may have come after the unit was complete."""
@@ -417,7 +430,10 @@ class StageRunner:
         return replace(unit, chunks=kept)
 
     def _leave(self, state: _Open, ready: _Ready, started_ns: int) -> None:
-        """The unit is done: its chunks' credit goes back, its watermark goes on with its trace."""
+        """The unit is done: its chunks' credit goes back, its watermark goes on with its trace.
+
+        started_ns: monotonic.
+        """
         unit = ready.unit
         for chunks in unit.chunks.values():
             for chunk in chunks:
@@ -425,9 +441,10 @@ class StageRunner:
         state.num_units += 1
         self.num_units += 1
         self._meter.unit_done(state.session, unit.end_ns)
-        trace = leave_stage(unit, Span(self.name, ready.since_ns, started_ns, state.now_ns()))
+        received_ns = state.session_ns(ready.since_ns)
+        trace = leave_stage(unit, Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns()))
         if self._ends_here(state):
-            self._window_done(state, unit, ready.since_ns, trace)
+            self._window_done(state, unit, received_ns, trace)
         for stream in self.stage.outputs:
             self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
 
@@ -478,7 +495,7 @@ class StageRunner:
     def _say_goodbye(self, state: _Open) -> None:
         self._send_all(state, self.stage.drain(state.session.id))
         end_ns = state.num_units * state.session.window_ns
-        for stream in {*self.stage.outputs, *([EVENTS] if self._edges_of(state, EVENTS) else [])}:
+        for stream in dict.fromkeys([*self.stage.outputs, *([EVENTS] if self._edges_of(state, EVENTS) else [])]):
             self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
 
     def _inputs_ended(self, state: _Open) -> bool:

@@ -14,6 +14,7 @@ from typing import Final
 from deploy.virtual import Network
 from graph.chunk import NS_PER_MS
 from graph.costs import StageCost
+from graph.credit import Limit
 
 SPREAD: Final = 0.2
 COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
@@ -35,7 +36,8 @@ class Scenario:
     """What happens in one seed.
 
     devices: what computes, and how many stages at once on it. on: per stage its device; else the first. token_ns: a
-    decode step of all who speak. stagger_ns: between the sessions' windows. network, acks, grants: how messages travel.
+    decode step of all who speak. stagger_ns: between the sessions' windows. credit: of every edge; None: as described.
+    network, acks, grants: how messages travel.
     barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
     nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
     times slower it is for so long. drift_ppm: of each actor's clock, at most.
@@ -50,6 +52,7 @@ class Scenario:
     devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
     on: Mapping[str, str] = field(default_factory=dict)
     stagger_ns: int = 0
+    credit: Limit | None = None
     network: Network = USUAL
     acks: Network = USUAL
     grants: Network = USUAL
@@ -84,6 +87,16 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 barges_in=0.5,
                 pauses=0.3,
             ),
+            replace(
+                _STEADY,
+                name="tight",
+                about="one chunk of credit on every edge, links that are full now and then, one device for all stages",
+                credit=Limit(1),
+                network=Network(100_000, 5 * NS_PER_MS, refused=0.05),
+                grants=Network(100_000, 20 * NS_PER_MS, doubled=0.2),
+                devices={"gpu": 1},
+                barges_in=0.3,
+            ),
             replace(_STEADY, name="stalled-camera", about="cameras give nothing for seconds", dies=0.7, stalls=0.2),
             replace(
                 _STEADY,
@@ -97,7 +110,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 _STEADY,
                 name="storm",
                 about="all of it at once, on clocks that drift by up to 200 ppm",
-                network=Network(100_000, 50 * NS_PER_MS),
+                network=Network(100_000, 50 * NS_PER_MS, refused=0.01),
                 acks=Network(100_000, 400 * NS_PER_MS, lost=0.05, doubled=0.05),
                 grants=Network(100_000, 50 * NS_PER_MS, doubled=0.1),
                 barges_in=0.5,

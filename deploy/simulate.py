@@ -1,9 +1,9 @@
 """`pipeline simulate`: the pipeline's real decisions (join, credit, TAIL, gathering, routing) in virtual time, under
 faults, many seeds in a row; and what must hold whatever happens.
 
-What must hold, at every step: units come as 0, 1, 2 …, each once; the ledger of every edge is exact; no edge holds
-more than its credit; no more speech waits unheard than lead + window; queues stay bounded; and every window comes to
-its end.
+What must hold: units come as 0, 1, 2 …, each once; nothing is sent without credit; no more speech waits unheard than
+lead + window (seen at each unit, chunk and ack); the ledger of every edge is exact and queues stay bounded (seen every
+half second and at the end); and every window comes to its end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Final
 
@@ -35,19 +35,21 @@ from deploy.virtual_stages import (
     VirtualVocoder,
 )
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
-from graph.edge import EdgeRule, Receiver, Sender, SilentObserver
+from graph.credit import Limit
+from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, SilentObserver
 from graph.errors import GraphError
 from graph.gather import Gathering
-from graph.ledger import REASONS, Account, merge
+from graph.ledger import REASONS, Account, Reason, merge
 from graph.sections import StageSpec
-from graph.spec import PipelineSpec
-from graph.tail import Ack
+from graph.spec import EdgeSpec, PipelineSpec
+from graph.tail import Ack, Playback
 from stages.speaker import Speaker
 from stages.stage import ListenerAction, Session, Stage
 
 ORIGIN_NS: Final = NS_PER_S  # of the sessions, in the world's time
 PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has not come to its end is said to starve
 MAX_VIOLATIONS: Final = 20
+FEW: Final = 8
 CHECK_NS: Final = 500 * NS_PER_MS
 
 
@@ -148,12 +150,13 @@ class Simulation:
         self._devices = {name: Device(self.world, number) for name, number in scenario.devices.items()}
         self._events = VirtualEvents()
         self._sessions = [self._session(number) for number in range(scenario.num_sessions)]
-        self._end_ns = ORIGIN_NS + scenario.num_windows * NS_PER_S
+        self._end_ns = ORIGIN_NS + scenario.num_windows * spec.window.length_ns
         self._actors: dict[str, Actor] = {}
         self._clocks: dict[str, HostClock] = {}
         self._speaker = Speaker()
         self._llms: list[VirtualLlm] = []
         self._build(processes_of(spec))
+        self._under_way: dict[tuple[str, bytes, SessionId], list[Chunk]] = {}
         self._replicas: dict[SessionId, dict[str, int]] = {}
         self._open()
         self._plan_faults()
@@ -163,7 +166,8 @@ class Simulation:
     def _session(self, number: int) -> Session:
         rng, scenario = self._rng, self._scenario
         name = f"camera{number}"
-        last_ns = max((scenario.num_windows - 3) * NS_PER_S, NS_PER_S)
+        window_ns = self._spec.window.length_ns
+        last_ns = max((scenario.num_windows - 3) * window_ns, NS_PER_S)
         actions: list[ListenerAction] = []
         if rng.random() < scenario.barges_in:
             actions.append(ListenerAction(rng.randint(NS_PER_S, last_ns), "barge_in"))
@@ -175,11 +179,11 @@ class Simulation:
             SessionId(name),
             name,
             "virtual",
-            window_ns=self._spec.window.length_ns,
+            window_ns=window_ns,
             lateness_ns=self._spec.window.lateness_ns,
             lead_ns=self._spec.tail.lead_ns,
             delay_ns=self._spec.tail.delay_ns,
-            duration_ns=scenario.num_windows * NS_PER_S,
+            duration_ns=scenario.num_windows * window_ns,
             pictures="camera" in self._spec.stages,
             microphone="microphone" in self._spec.stages,
             speech="speaker" in self._spec.stages,
@@ -192,12 +196,11 @@ class Simulation:
             self._clocks[process.name] = self._clock()
         receivers: dict[str, list[tuple[Actor, ReceiveEnd, Receiver]]] = {}
         for edge in self._spec.edges:
-            rule = EdgeRule(edge.id, edge.credit, edge.when_full)
             for process in processes:
                 if edge.target.stage in process.stages:
                     actor = self._actors[process.name]
-                    link = ReceiveEnd(self.world, actor, self._scenario.grants, self._rng)
-                    receiver = Receiver(rule, link, SilentObserver())
+                    link = ReceiveEnd(self.world, actor, self._scenario.grants, self._new_rng())
+                    receiver = WatchedReceiver(self._rule(edge), link, self._settled)
                     actor.receivers.append((link, receiver))
                     receivers.setdefault(edge.id, []).append((actor, link, receiver))
         for process in processes:
@@ -205,6 +208,13 @@ class Simulation:
             for name, stage_spec in process.stages.items():
                 actor.runners[name] = self._runner(actor, process, name, stage_spec, receivers)
             actor.start()
+
+    def _rule(self, edge: EdgeSpec) -> EdgeRule:
+        return EdgeRule(edge.id, self._scenario.credit or edge.credit, edge.when_full)
+
+    def _new_rng(self) -> Random:
+        """Each link and stage draws from its own, so that what one does is not changed by what another draws."""
+        return Random(self._rng.random())
 
     def _clock(self) -> HostClock:
         drift_ppm = self._rng.randint(-self._scenario.drift_ppm, self._scenario.drift_ppm)
@@ -226,11 +236,11 @@ class Simulation:
         outgoing: dict[str, list[Sender]] = {}
         for edge in self._spec.edges:
             if edge.source.stage == name:
-                rule = EdgeRule(edge.id, edge.credit, edge.when_full)
+                rule, now_ns = self._rule(edge), self._clocks[process.name].monotonic_ns
                 network = self._scenario.acks if edge.kind == "playback" else self._scenario.network
                 for _, target, _ in receivers[edge.id]:
-                    link = SendEnd(self.world, actor, target, network, self._rng)
-                    sender = Sender(rule, link, SilentObserver(), self._clocks[process.name].monotonic_ns)
+                    link = SendEnd(self.world, actor, target, network, self._new_rng(), self._sent_on(rule))
+                    sender = Sender(rule, link, SilentObserver(), now_ns)
                     actor.senders.append((link, sender))
                     outgoing.setdefault(edge.id, []).append(sender)
         return StageRunner(
@@ -246,7 +256,7 @@ class Simulation:
     def make_stage(self, name: str) -> Stage:
         """One replica's. Overridden by who tries real ones (tests/benchmarks/stages.py)."""
         scenario = self._scenario
-        rng = Random(self._rng.random())
+        rng = self._new_rng()
         if name == "camera":
             return VirtualCamera(rng, self._dead_cameras())
         if name == "microphone":
@@ -289,7 +299,8 @@ class Simulation:
         for stage in order:
             for session in self._sessions:
                 if stage in stages_of(session, self._spec):
-                    plan = session_plan(self._spec, stage, session, self._replicas[session.id])
+                    own = replace(session, playback=Playback())  # each stage knows of the listener what it was told
+                    plan = session_plan(self._spec, stage, own, self._replicas[session.id])
                     self._runner_of(stage, session.id).open_session(plan)
         for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
             for number, session in enumerate(self._sessions):
@@ -327,6 +338,8 @@ class Simulation:
             self.world.run(last_ns, lambda: self._is_over)
         except OutOfOrder as error:
             self._violated("order", str(error))
+        except Exception as error:  # whatever it is, it is told with its seed
+            self._violated("no crash", f"{type(error).__name__}: {error}")
         if not self.violations:
             self._check()
             self._check_end()
@@ -352,15 +365,43 @@ class Simulation:
     def _check(self) -> None:
         for actor in self._actors.values():
             for _, sender in actor.senders:
-                most = sender.rule.limit.chunks * len(self._sessions)
-                if sender.num_in_flight > most:
-                    self._violated("credit", f"{sender.rule.id}: {sender.num_in_flight} chunks are under way")
+                self._bound(f"{sender.rule.id}: chunks that wait for credit", sender.num_waiting, sender.rule.limit)
+            for link, receiver in actor.receivers:
+                self._bound(f"{receiver.rule.id}: messages that were not taken", link.num_waiting, receiver.rule.limit)
             for name, runner in actor.runners.items():
-                if runner.num_ready > (MAX_READY + self._scenario.num_windows) * len(self._sessions):
-                    self._violated("bounded queues", f"{name}: {runner.num_ready} units wait")
+                self._bound(f"{name}: units that wait", runner.num_ready, Limit(MAX_READY))
         for edge, account in self._accounts().items():
             if account.in_flight < 0:
                 self._violated("ledger", f"{edge}: more has come out than went in: {account}")
+
+    def _bound(self, what: str, number: int, limit: Limit) -> None:
+        """Per session: what credit allows, and the control and the windows without anything beside it."""
+        most = len(self._sessions) * (limit.chunks * (1 + CONTROL_PER_CHUNK) + FEW)
+        if number > most:
+            self._violated("bounded queues", f"{what}: {number}, {most} is the most")
+
+    def _sent_on(self, rule: EdgeRule) -> Callable[[bytes, Chunk], None]:
+        def sent(peer: bytes, chunk: Chunk) -> None:
+            if not chunk.is_control:
+                self._under_way.setdefault((rule.id, peer, chunk.session), []).append(chunk)
+                self._check_credit(rule, self._under_way[(rule.id, peer, chunk.session)])
+
+        return sent
+
+    def _check_credit(self, rule: EdgeRule, under_way: Sequence[Chunk]) -> None:
+        """What was sent and has not been settled, as neither end counts it."""
+        spent_ns, limit_ns = sum(chunk.duration_ns for chunk in under_way), rule.limit.duration_ns
+        is_too_long = limit_ns is not None and spent_ns > limit_ns and len(under_way) > 1
+        if len(under_way) > rule.limit.chunks or is_too_long:
+            told = f"{len(under_way)} chunks, {spent_ns / NS_PER_S:.3f} s"
+            self._violated("credit", f"{rule.id}, {under_way[0].session}: {told} are under way")
+
+    def _settled(self, arrival: Arrival) -> None:
+        key, chunk = (arrival.edge, arrival.peer, arrival.chunk.session), arrival.chunk
+        left = [other for other in self._under_way.get(key, ()) if other is not chunk]
+        if len(left) == len(self._under_way.get(key, ())):
+            self._violated("ledger", f"{arrival.edge}: {chunk.stream} {chunk.seq} is settled twice")
+        self._under_way[key] = left
 
     def _check_end(self) -> None:
         for name, session in self._open_sessions():
@@ -396,6 +437,22 @@ class Simulation:
     def _actor_of(self, stage: str, session: SessionId) -> Actor:
         actors = [actor for actor in self._actors.values() if stage in actor.runners]
         return actors[self._replicas[session][stage] if len(actors) > 1 else 0]
+
+
+class WatchedReceiver(Receiver):
+    """Tells of each chunk that is settled."""
+
+    def __init__(self, rule: EdgeRule, link: ReceiveEnd, settled: Callable[[Arrival], None]) -> None:
+        super().__init__(rule, link, SilentObserver())
+        self._settled = settled
+
+    def deliver(self, arrival: Arrival, age_s: float) -> None:
+        self._settled(arrival)
+        super().deliver(arrival, age_s)
+
+    def drop(self, arrival: Arrival, reason: Reason) -> None:
+        self._settled(arrival)
+        super().drop(arrival, reason)
 
 
 @dataclass(frozen=True, slots=True)

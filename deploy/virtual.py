@@ -21,6 +21,8 @@ from graph.edge import Arrival, Receiver, Sender
 
 RECEIVE_BATCH: Final = 64  # as in graph/bus.py
 GRANT_DELAY_NS: Final = NS_PER_MS  # as in graph/bus.py
+RETRY_NS: Final = 5 * NS_PER_MS  # as in graph/bus.py
+IDLE_NS: Final = 500 * NS_PER_MS  # ten times what deploy/actor.py sleeps: it has to look for what Ray's threads ask
 PPM: Final = 1_000_000
 
 
@@ -78,12 +80,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How long a message takes: at least latency, and up to jitter more. lost, doubled: parts of the messages."""
+    """How long a message takes: at least latency, and up to jitter more. lost, doubled: parts of the messages.
+    refused: how often the link is full, and takes none for now."""
 
     latency_ns: int = 100_000
     jitter_ns: int = 200_000
     lost: float = 0.0
     doubled: float = 0.0
+    refused: float = 0.0
 
     def arrivals_ns(self, rng: Random) -> list[int]:
         """After how long a message arrives; more than once, or never, if so."""
@@ -102,8 +106,9 @@ class ReceiveEnd:
         self.peers: dict[bytes, SendEnd] = {}
 
     @property
-    def has_more(self) -> bool:
-        return bool(self._came)
+    def num_waiting(self) -> int:
+        """Messages that have come and were not taken."""
+        return len(self._came)
 
     def come(self, peer: bytes, chunk: Chunk) -> None:
         self._came.append((peer, chunk))
@@ -122,8 +127,18 @@ class ReceiveEnd:
 class SendEnd:
     """The link of a Sender: messages keep their order, unless the network is one that loses some."""
 
-    def __init__(self, world: World, actor: Actor, target: ReceiveEnd, network: Network, rng: Random) -> None:
+    def __init__(
+        self,
+        world: World,
+        actor: Actor,
+        target: ReceiveEnd,
+        network: Network,
+        rng: Random,
+        sent: Callable[[bytes, Chunk], None],
+    ) -> None:
+        """sent: told of each chunk that leaves, and by whom."""
         self._world, self._actor, self._target, self._network, self._rng = world, actor, target, network, rng
+        self._sent = sent
         self._peer = actor.name.encode()
         self._last_ns = 0
         self._grants: list[tuple[SessionId, Grant]] = []
@@ -134,6 +149,9 @@ class SendEnd:
         return bool(self._grants)
 
     def send(self, chunk: Chunk) -> bool:
+        if self._network.refused and self._rng.random() < self._network.refused:
+            return False
+        self._sent(self._peer, chunk)
         for after_ns in self._network.arrivals_ns(self._rng):
             at_ns = self._world.now_ns + after_ns
             if not self._network.lost:
@@ -143,7 +161,7 @@ class SendEnd:
 
     def come(self, session: SessionId, grant: Grant) -> None:
         self._grants.append((session, grant))
-        self._actor.wake()
+        self._actor.take_grants()
 
     def grants(self) -> list[tuple[SessionId, Grant]]:
         came, self._grants = self._grants, []
@@ -175,15 +193,27 @@ class Actor:
     def wake(self) -> None:
         self._schedule(self._world.now_ns)
 
+    def take_grants(self) -> None:
+        """As Bus.wait() does while its loop sleeps: only a session that has room again wakes the loop."""
+        if self._free_ns <= self._world.now_ns and self._flush_senders():
+            self.wake()
+
+    def _flush_senders(self) -> bool:
+        """Whether a session that waited has room again."""
+        eased = False
+        for link, sender in self.senders:
+            if link.has_grants or sender.is_blocked:
+                sender.flush()
+                eased = sender.has_eased() or eased
+        return eased
+
     def _arrivals(self) -> list[Arrival]:
         """What has come in. Grants are taken and given on the way, as by Bus.wait()."""
-        for link, sender in self.senders:
-            if link.has_grants:
-                sender.flush()
+        self._flush_senders()
         for _, receiver in self.receivers:
             if receiver.owes_grants:
                 receiver.flush()
-        return [arrival for link, receiver in self.receivers if link.has_more for arrival in receiver.receive()]
+        return [arrival for link, receiver in self.receivers if link.num_waiting for arrival in receiver.receive()]
 
     def _schedule(self, at_ns: int) -> None:
         at_ns = max(at_ns, self._free_ns)
@@ -200,14 +230,16 @@ class Actor:
             return
         assert self._loop is not None
         self._loop.turn(self._arrivals())
-        due_ns = 0 if any(link.has_more for link, _ in self.receivers) else self._due_in_ns()
+        due_ns = 0 if any(link.num_waiting for link, _ in self.receivers) else self._due_in_ns()
         self._free_ns, self._world.now_ns = self._world.now_ns, at_ns
-        if due_ns is not None:
-            self._schedule(self._free_ns + due_ns)
+        self._schedule(self._free_ns + due_ns)
 
-    def _due_in_ns(self) -> int | None:
+    def _due_in_ns(self) -> int:
         assert self._loop is not None
         due_ns = self._loop.due_in_ns()
+        due_ns = IDLE_NS if due_ns is None else min(due_ns, IDLE_NS)
+        if any(sender.is_blocked for _, sender in self.senders):
+            due_ns = min(due_ns, RETRY_NS)
         if any(receiver.owes_grants for _, receiver in self.receivers):
-            return GRANT_DELAY_NS if due_ns is None else min(due_ns, GRANT_DELAY_NS)
+            due_ns = min(due_ns, GRANT_DELAY_NS)
         return due_ns

@@ -50,8 +50,9 @@ class Costly(Stage):
                 raise OutOfOrder(f"{unit.session}: unit {unit.index} where {self._next[unit.session]} was to come")
             self._next[unit.session] += 1
         made = [chunk for unit in units for chunk in self.make(unit)]
-        cost_ns = self._cost.batch_ns(self.num_items(units, made)) * (1 + self._cost.spread * self._rng.random())
-        self._device.work(round(cost_ns * self.slow_down))
+        if num_items := self.num_items(units, made):
+            cost_ns = self._cost.batch_ns(num_items) * (1 + self._cost.spread * self._rng.random())
+            self._device.work(round(cost_ns * self.slow_down))
         return made
 
     def make(self, unit: Unit) -> list[Chunk]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import msgpack
@@ -193,10 +194,13 @@ class Bus:
         """
         self._watch(frozenset(files))
         timeout_s = timeout_s if self._flush_senders() else min(timeout_s, RETRY_S)
+        until_s = monotonic() + (0 if self._have_eased() else timeout_s)
         owes = any(receiver.owes_grants for receiver in self._receivers.values())
-        ready = self._poll(min(timeout_s, GRANT_DELAY_S) if owes else timeout_s)
+        left_s = until_s - monotonic()
+        ready = self._poll(min(left_s, GRANT_DELAY_S) if owes else left_s)
         if self._only_grants(ready) and not self._have_eased() and (ready or owes):
-            ready = self._poll(timeout_s if self._flush_receivers() else min(timeout_s, RETRY_S))
+            left_s = until_s - monotonic()
+            ready = self._poll(left_s if self._flush_receivers() else min(left_s, RETRY_S))
         return [
             arrival for socket, receiver in self._receivers.items() if socket in ready for arrival in receiver.receive()
         ]
@@ -229,7 +233,8 @@ class Bus:
         return drained
 
     def _have_eased(self) -> bool:
-        return any(sender.has_eased() for sender in self._senders.values())
+        eased = [sender.has_eased() for sender in self._senders.values()]
+        return any(eased)
 
     def _flush_receivers(self) -> bool:
         """Send the grants that are due. False when some are left."""

@@ -168,6 +168,7 @@ class Sender:
         self.is_blocked = not self._flush_lane(lane) or self.is_blocked
         if not lane.waits and lane.num_data > self.rule.limit.chunks:
             self._drop_oldest(lane)
+            self.is_blocked = not self._flush_lane(lane) or self.is_blocked  # a watermark may stand first now
 
     def flush(self) -> bool:
         """Take the grants that came and send what they allow. False when the link would not take it all."""

@@ -36,7 +36,7 @@ FIRST_NS_PER_TOKEN = 270_000_000  # 3.7 tokens per second of speech, until a tur
 NS_PER_TOKEN_RANGE = (50_000_000, 2_000_000_000)
 RATE_WEIGHT = 0.25  # of a new turn in the moving average
 ACK_TIMEOUT_NS = 5 * NS_PER_S  # a listener unheard of for so long is taken to be gone: the session parks
-MAX_ACKS = 64  # acks come every 100 ms and at each event; a decision looks back at most one window
+MAX_ACKS = 64  # while there is speech they come every 100 ms and at each event; a decision looks back one window
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Ack:
         return self.heard_ns + sum(min(max(now_ns - start, 0), length) for start, length in self.queue)
 
 
-def _order(ack: Ack) -> tuple[int, int, int, int, int]:
-    return (ack.at_ns, ack.epoch, ack.through_ns, ack.received_ns, ack.heard_ns)
+def _order(ack: Ack) -> tuple[int, int, int, int, int, tuple[tuple[int, int], ...]]:
+    return (ack.at_ns, ack.epoch, ack.through_ns, ack.received_ns, ack.heard_ns, ack.queue)
 
 
 class Playback:

@@ -137,15 +137,15 @@ class WindowJoin:
         self._ended_ns = max(self._ended_ns, at_ns)
         return self.advance(stream, FOREVER_NS)
 
-    def expire(self, now_ns: int) -> Joined:
-        """Give up every window whose end is more than `lateness` ago."""
+    def expire(self, now_ns: int, most: int | None = None) -> Joined:
+        """Give up the windows, `most` of them at most, whose end is more than `lateness` ago."""
         if self._lateness_ns is None:
             return NOTHING
-        return self._leave(now_ns - self._lateness_ns, given_up=True)
+        return self._leave(now_ns - self._lateness_ns, given_up=True, most=most)
 
-    def _leave(self, settled_ns: int, *, given_up: bool) -> Joined:
-        units = []
-        while self.next_end_ns <= settled_ns and not self.finished:
+    def _leave(self, settled_ns: int, *, given_up: bool, most: int | None = None) -> Joined:
+        units: list[Unit] = []
+        while self.next_end_ns <= settled_ns and not self.finished and len(units) != most:
             units.append(self._close(given_up and min(self._watermarks.values()) < self.next_end_ns))
         return Joined(units=tuple(units))
 

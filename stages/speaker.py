@@ -103,9 +103,11 @@ class Speaker(Stage):
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         state = self._open[session]
         if self._open_device is not None or not state.session.paced:
-            return TICK_NS  # a device wants its sound in small pieces; virtual time is moved by what comes in
-        due_ns = [state.next_ack_ns, *(action.at_ns for action in state.actions), state.player.next_change_ns]
-        return max(min(at_ns for at_ns in due_ns if at_ns is not None) - now_ns, 0)
+            return TICK_NS  # a device wants its sound in small pieces; in virtual time nothing here goes by the clock
+        due_ns = [state.next_ack_ns, *(action.at_ns for action in list(state.actions)[:1])]
+        if (change_ns := state.player.next_change_ns) is not None:
+            due_ns.append(change_ns)
+        return max(min(due_ns) - now_ns, 0)
 
     def finished(self, session: SessionId) -> bool:
         """True once everything queued has been heard, or nobody will listen any more. In virtual time: at once."""
