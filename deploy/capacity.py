@@ -12,10 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Final
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from graph.costs import Profile
+from graph.costs import Profile, read_profile
 from graph.errors import GraphError
 from graph.ports import STAGES
 from graph.spec import PipelineSpec
@@ -155,6 +156,20 @@ def most_cameras(spec: PipelineSpec, profile: Profile) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if reckon(spec, profile, middle).problems else (middle, high)
     return low
+
+
+def admit(spec: PipelineSpec, num_cameras: int) -> None:
+    """Raises CapacityError when `admission.profile` says that so many can't be served on time, or ProfileError."""
+    if spec.admission.profile is None:
+        return
+    profile = read_profile(Path(spec.admission.profile).expanduser())
+    asked = reckon(spec, profile, num_cameras)
+    if asked.problems:
+        raise CapacityError(
+            f"{num_cameras} cameras can't be served on time, {most_cameras(spec, profile)} can "
+            f"(admission.profile: {spec.admission.profile}): {'; '.join(asked.problems)}; "
+            "`pipeline plan` says how many replicas they need"
+        )
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:

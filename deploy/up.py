@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from deploy import ray_environment
+from deploy.capacity import admit
 from deploy.checkpoints import Checkpoint, open_checkpoint
 from deploy.measure import PipelineMeter
 from deploy.observe import GatewayServer, build_gateway
@@ -115,6 +116,8 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         _check_output(options.out)
         checkpoint = open_checkpoint(spec, tell)
         spec = checkpoint.fit(spec)
+        if options.paced:
+            admit(spec, len(spec.cameras))
         checkpoint.check_tensors(spec)
         cameras = check_cameras(spec, options.duration_ns, tell)
         if not (options.address or os.environ.get("RAY_ADDRESS")):

@@ -273,6 +273,13 @@ class ConsoleSpec(Section):
         return int(self.listen.rpartition(":")[2])
 
 
+class AdmissionSpec(Section):
+    """profile: a file that `pipeline bench stages` wrote; cameras which it can't serve on time are refused. None: no
+    camera is."""
+
+    profile: Annotated[str, Field(min_length=1)] | None = None
+
+
 class StagesSpec(Section):
     """All stages, also those which are off."""
 
@@ -322,4 +329,5 @@ class FileSpec(Section):
     cameras: Annotated[Mapping[Name, CameraSpec], _or_empty] = Field(default_factory=dict)
     stages: Annotated[StagesSpec, _or_empty] = StagesSpec()
     edges: list[WrittenEdge] | None = None
+    admission: Annotated[AdmissionSpec, _or_empty] = AdmissionSpec()
     console: Annotated[ConsoleSpec, _or_empty] = ConsoleSpec()

@@ -38,6 +38,7 @@ from graph.secret import mask_urls
 from graph.sections import (
     BUILT_IN,
     VERSION,
+    AdmissionSpec,
     CameraSpec,
     ConsoleSpec,
     FileSpec,
@@ -87,6 +88,7 @@ class PipelineSpec:
     cameras: Mapping[str, CameraSpec]
     stages: Mapping[str, StageSpec]
     edges: tuple[EdgeSpec, ...]
+    admission: AdmissionSpec
     console: ConsoleSpec
 
     def without(self, stages: Collection[str]) -> PipelineSpec:
@@ -124,6 +126,7 @@ def _build(file: FileSpec) -> PipelineSpec:
         cameras=dict(file.cameras),
         stages=stages,
         edges=tuple(_edge_spec(edge, file) for edge in _written_edges(file)),
+        admission=file.admission,
         console=file.console,
     )
     return spec.without([name for name, stage in stages.items() if stage.replicas == 0])
@@ -195,6 +198,7 @@ def render(spec: PipelineSpec) -> str:
         "cameras": {name: _dump(camera) for name, camera in spec.cameras.items()},
         "stages": stages,
         "edges": [_edge_as_written(edge) for edge in spec.edges],
+        "admission": _dump(spec.admission),
         "console": _dump(spec.console),
     }
     yaml = YAML()

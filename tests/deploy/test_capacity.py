@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from deploy import cli
-from deploy.capacity import MAX_LOAD, CapacityError, most_cameras, plan_for, reckon
+from deploy.capacity import MAX_LOAD, CapacityError, admit, most_cameras, plan_for, reckon
 from graph.chunk import NS_PER_MS
 from graph.costs import Profile, ProfileError, StageCost
 from graph.spec import PipelineSpec, default_spec_path, load_spec
@@ -86,6 +86,22 @@ def test_a_plan_keeps_every_promise(num_cameras: int, fixed_ms: int, each_ms: in
     assert plan.problems == []
     assert all(stage.load <= MAX_LOAD for stage in plan.stages.values())
     assert all(stage.replicas * stage.sessions >= num_cameras for stage in plan.stages.values())
+
+
+def admitting(tmp_path: Path, measured: Profile) -> PipelineSpec:
+    (tmp_path / "p.json").write_text(measured.as_json())
+    return spec(f"admission.profile={tmp_path / 'p.json'}")
+
+
+def test_as_many_as_are_served_on_time_are_admitted(tmp_path: Path):
+    admit(admitting(tmp_path, profile()), most_cameras(spec(), profile()))
+    admit(spec(), 1_000_000)
+
+
+def test_one_more_is_refused_with_the_number_that_fits_and_the_reason(tmp_path: Path):
+    most = most_cameras(spec(), profile())
+    with pytest.raises(CapacityError, match=rf"{most + 1} cameras can't be served on time, {most} can .*at p99"):
+        admit(admitting(tmp_path, profile()), most + 1)
 
 
 def test_the_command_tells_the_plan_or_how_many_fit(tmp_path: Path):

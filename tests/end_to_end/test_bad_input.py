@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from deploy.cli import _clear_errors, app
 from deploy.state import StateFolder
 from deploy.up import probe
+from graph.costs import Profile, StageCost
 from graph.secret import Secret
 from graph.sections import CameraSpec
 from stages.media import check_source
@@ -227,6 +228,17 @@ def test_a_truncated_file_of_a_checkpoint_is_named(
 
 
 # --- the machine --------------------------------------------------------------------------------------------------
+
+
+def test_more_cameras_than_are_served_on_time_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    slow = StageCost(100_000_000, 50_000_000)
+    stages = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), slow)
+    profile = tmp_path / "here.json"
+    profile.write_text(Profile("tiny", {}, 2, stages).as_json())
+    cameras = [text for k in range(9) for text in ("--camera", f"c{k}=test://pattern?seed={k}")]
+    result = up(*cameras, "--set", f"admission.profile={profile}")
+    assert result.exit_code == 1
+    assert "9 cameras can't be served on time, 2 can" in told(result)[-1]
 
 
 def test_a_busy_port_is_told_before_anything_starts() -> None:
