@@ -15,22 +15,27 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
-# Two runs side by side, of about the same length: one waits for cameras and clocks most of the time, the other computes.
-REAL_TIME = tests/end_to_end tests/benchmarks
-MOVED = tests/end_to_end/test_nano.py
-COMPUTING = $(filter-out $(REAL_TIME),$(patsubst %/,%,$(wildcard tests/*/))) $(MOVED)
+# Three runs side by side, two of which wait for clocks most of the time: pipelines; cameras and decoders; all the rest, and
+# a few of the pipelines, so that the first and the last take about as long.
+PIPELINES = tests/end_to_end tests/benchmarks
+MOVED = tests/end_to_end/test_cluster.py tests/end_to_end/test_nano.py
+CAMERAS = $(wildcard tests/stages/test_media*.py)
+REST = $(filter-out $(PIPELINES),$(patsubst %/,%,$(wildcard tests/*/))) $(MOVED)
+PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 unit: .venv/installed-dev
-	@.venv/bin/python -m pytest $(REAL_TIME) $(MOVED:%=--ignore=%) $(PYTEST_ARGS) > .venv/end_to_end.log 2>&1 & real_time=$$!; \
-	trap 'kill $$real_time 2>/dev/null' INT TERM; \
-	.venv/bin/python -m pytest $(COMPUTING) $(PYTEST_ARGS); computing=$$?; \
-	wait $$real_time; waiting=$$?; cat .venv/end_to_end.log; exit $$((computing + waiting))
+	@$(PYTEST) $(PIPELINES) $(MOVED:%=--ignore=%) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
+	$(PYTEST) $(CAMERAS) > .venv/cameras.log 2>&1 & cameras=$$!; \
+	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
+	$(PYTEST) $(REST) $(CAMERAS:%=--ignore=%); rest=$$?; \
+	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
+	cat .venv/pipelines.log .venv/cameras.log; exit $$failed
 
 bench: .venv/installed-dev
 	.venv/bin/pipeline bench $(ARGS)
 
 # torch first, on its own: pip then keeps this build for everything that asks for torch.
-.venv/installed: pyproject.toml constraints.txt
+.venv/torch: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "make: Python 3.11 or newer is needed; name one: make up PYTHON=python3.11" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 \
@@ -38,12 +43,15 @@ bench: .venv/installed-dev
 	  || { echo "make: no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "make: installing (the first time takes a few minutes)"
 	@$(PIP_INSTALL) -c constraints.txt torch
+	@touch $@
+
+.venv/installed: .venv/torch
 	@$(PIP_INSTALL) -c constraints.txt -e .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+.venv/installed-dev: .venv/torch
 	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
-	@touch $@
+	@touch .venv/installed $@
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
