@@ -17,12 +17,12 @@ from torch import Tensor
 from model_shards.audio import AudioEncoder
 from model_shards.nano.oracle import Listen, Oracle, Output, Speak, Window
 from model_shards.nano.painter import Painter
-from model_shards.nano.phrases import ANIMALS, COLOURS, REQUESTS, SCENE_EVENTS, SOUNDS
+from model_shards.nano.phrases import ANIMALS, COLOURS, PERSON_EVENTS, REQUESTS, SCENE_EVENTS, SOUNDS
 from model_shards.nano.rehearsal import Embedded
 from model_shards.nano.sequences import Unit
 from model_shards.nano.sounds import RATE_HZ, Bank, Samples, Track, noise_loop
 from model_shards.nano.train_audio import SECONDS_BEFORE_RESET, hear, mel_units, stream_peak
-from model_shards.nano.train_vision import attribute_classes, describe, plain_attention, shrink, to_patches
+from model_shards.nano.train_vision import UNKNOWN, attribute_classes, describe, plain_attention, shrink, to_patches
 from model_shards.nano.vocabulary import words_as_text
 from model_shards.nano.world import NS_PER_S, PICTURE_NS, Episode
 from model_shards.tokenizer import Tokenizer
@@ -55,10 +55,17 @@ class Lesson:
         return [Unit(image, audio, said, wanted) for image, audio, (said, wanted) in rows]
 
 
-CHOICES: Final = (*attribute_classes(), len(SOUNDS) + 1, len(SOUNDS) + 1, len(REQUESTS) + 1)
-"""How many classes each has: what `describe` tells, the sound that began, the last sound, the request that ended."""
-FLAGS: Final = (*SCENE_EVENTS, *COLOURS, *ANIMALS, "person")
-"""Which event is seen, on whom (by colour), and who is awaited."""
+SEEN: Final = (*attribute_classes(), *(2 for _ in COLOURS))
+"""How many classes each has: what `describe` tells, and whether the person in each of the COLOURS has fallen."""
+CHOICES: Final = (*SEEN, len(SOUNDS) + 1, len(SOUNDS) + 1, len(REQUESTS) + 1)
+"""… then the sound that began, the last sound, the request that ended."""
+FLAGS: Final = (
+    *SCENE_EVENTS,
+    *(f"{event} {colour}" for event in PERSON_EVENTS for colour in COLOURS),
+    *ANIMALS,
+    "person",
+)
+"""Which event is seen, with whom, and who is awaited."""
 NUM_HINTS: Final = len(CHOICES) + len(FLAGS)
 
 
@@ -151,9 +158,12 @@ def from_tokens(is_listen: bool, token_ids: Sequence[int], end_of_turn: bool, to
 
 def _hints(window: Window, oracle: Oracle) -> list[int]:
     """oracle: after this window."""
-    true = {change.event for change in window.changes} | {change.colour for change in window.changes} | oracle.awaited
+    true: set[str] = {change.event for change in window.changes} | oracle.awaited
+    true |= {f"{change.event} {change.colour}" for change in window.changes}
+    fallen = {person.colour for person in window.scene.people if person.fallen}
     return [
         *describe(window.scene),
+        *(UNKNOWN if window.scene.lens_covered else int(colour in fallen) for colour in COLOURS),
         _place_in(SOUNDS, window.sounds[-1] if window.sounds else None),
         _place_in(SOUNDS, oracle.last_sound),
         _place_in(REQUESTS, window.requests[-1] if window.requests else None),

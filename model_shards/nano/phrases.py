@@ -85,6 +85,7 @@ _PERSON_EVENTS: Final = MappingProxyType[SceneEvent, str](
         "person_up": "the person in {} got up",
     }
 )
+PERSON_EVENTS: Final = tuple(_PERSON_EVENTS)
 _SOUND_NAMES: Final = MappingProxyType[Sound, str](
     {"doorbell": "the doorbell", "knock": "a knock", "alarm": "an alarm", "glass": "breaking glass", "bark": "a bark"}
 )

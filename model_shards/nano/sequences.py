@@ -86,16 +86,21 @@ def collate(sessions: Sequence[Sequence[Unit]], prompt: Sequence[int], tokenizer
     return Batch(embeds, ids, targets, torch.tensor(decisions, dtype=torch.int64).reshape(-1, 2))
 
 
-def hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
-    """[B, L, dim] after the last norm: what DuplexEngine computes over its cache, in one differentiable piece."""
+def hidden_states(model: LanguageModel, batch: Batch, num_early: int = 0) -> tuple[Tensor, Tensor]:
+    """[B, L, dim] after the last norm: what DuplexEngine computes over its cache, in one differentiable piece.
+
+    The second one is after the first `num_early` layers.
+    """
     decoder = model.llm.model
     is_token = batch.ids >= 0
     x = batch.embeds + decoder.embed_tokens(batch.ids.clamp(min=0)) * is_token[..., None]
     cos, sin = _rotation(model, x.shape[1])
-    for layer in cast(Iterable[DecoderLayer], decoder.layers):
+    early = x
+    for index, layer in enumerate(cast(Iterable[DecoderLayer], decoder.layers)):
         x = x + _attend(layer.self_attn, _normalise(layer.input_layernorm, x), cos, sin)
         x = x + layer.mlp(_normalise(layer.post_attention_layernorm, x))
-    return _normalise(decoder.norm, x)
+        early = x if index + 1 == num_early else early
+    return _normalise(decoder.norm, x), early
 
 
 def _lay_out(

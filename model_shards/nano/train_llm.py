@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from model_shards.duplex import MAX_TEXT_TOKENS
 from model_shards.llm import LanguageModel
 from model_shards.nano import sizes
-from model_shards.nano.lessons import CHOICES, FLAGS, Lesson, Senses, teach
+from model_shards.nano.lessons import CHOICES, FLAGS, SEEN, Lesson, Senses, teach
 from model_shards.nano.phrases import SCENE_EVENTS
 from model_shards.nano.rehearsal import rehearse
 from model_shards.nano.school import OWN_MISTAKES_FROM, Encoders, School
 from model_shards.nano.score import Score, Utterance, score, summary
 from model_shards.nano.sequences import NO_TARGET, Batch, collate, hidden_states, prompt_ids
-from model_shards.nano.train_vision import ATTRIBUTES, UNKNOWN
+from model_shards.nano.train_vision import UNKNOWN
 from model_shards.nano.training import Schedule, Training
 from model_shards.nano.truth import truth_of
 from model_shards.nano.vocabulary import build_tokenizer
@@ -30,7 +30,9 @@ from model_shards.nano.world import NS_PER_S, UNSEEN, Activity, Episode, plan_ep
 from model_shards.tokenizer import Tokenizer
 
 HINT_WEIGHT: Final = 0.5
-LAST_HINT_WEIGHT: Final = HINT_WEIGHT / 3  # once nano learns from its own mistakes
+LAST_HINT_WEIGHT: Final = 0.3  # once nano learns from its own mistakes
+EARLY_LAYERS: Final = 3  # of 6
+NUM_AWAITED: Final = 3
 HEARD_AFTER_NS: Final = 340_000_000  # a unit's first word, after its window's end: playout delay and lead-in
 MUON_SCALE: Final = 3.0
 LOOK_EVERY: Final = 50  # steps
@@ -45,11 +47,21 @@ class Behaving(nn.Module):
         config = sizes.llm_config(vocab_size)
         self.llm = LanguageModel(config)
         self.heads = nn.Linear(config.hidden_size, sum(_HEAD_SIZES))
+        self.early_heads = nn.Linear(config.hidden_size, sum(CHOICES))
         _initialise(self.llm)
 
     def hints(self, hidden: Tensor) -> list[Tensor]:
         """hidden [units, dim] to the logits of each of the CHOICES, and of all FLAGS."""
         return list(self.heads(hidden).float().split(_HEAD_SIZES, dim=1))
+
+    def early_hints(self, hidden: Tensor) -> list[Tensor]:
+        """The same of the CHOICES, from hidden states after EARLY_LAYERS.
+
+        A later window attends to what is known in the layers below its own; so what is to be compared must be known
+        early.
+        """
+        scaled = F.rms_norm(hidden.float(), hidden.shape[-1:])
+        return list(self.early_heads(scaled).float().split(list(CHOICES), dim=1))
 
 
 _HEAD_SIZES: Final = [*CHOICES, len(FLAGS)]
@@ -72,28 +84,30 @@ def _initialise(llm: LanguageModel) -> None:
 def loss_of(model: Behaving, batch: Batch, hints: Tensor, weight: float) -> tuple[Tensor, dict[str, float]]:
     """hints: [units, NUM_HINTS] of all units of the batch, in the order of its decisions."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = hidden_states(model.llm, batch)
+        hidden, early = hidden_states(model.llm, batch, EARLY_LAYERS)
         learnt = batch.targets != NO_TARGET
         logits = model.llm.logits(hidden[learnt]).float()
-        known = model.hints(hidden[batch.decisions[:, 0], batch.decisions[:, 1]])
+        places = batch.decisions[:, 0], batch.decisions[:, 1]
+        known, known_early = model.hints(hidden[places]), model.early_hints(early[places])
     targets = batch.targets[learnt]
     words = F.cross_entropy(logits, targets)
-    hinted = _hint_loss(known, hints)
-    with torch.no_grad():
-        right = float((logits.argmax(-1) == targets).float().mean())
-        happened = hints[:, len(CHOICES) : len(CHOICES) + len(SCENE_EVENTS)].bool()
-        said = known[-1][:, : len(SCENE_EVENTS)] > 0
-        seen = said[happened].float().mean() if happened.any() else torch.tensor(0.0)
-    numbers = {"words": float(words.detach()), "hints": float(hinted.detach()), "right": right, "events": float(seen)}
-    return words + weight * hinted, numbers
-
-
-def _hint_loss(known: Sequence[Tensor], hints: Tensor) -> Tensor:
     *choices, flags = known
-    losses = [F.cross_entropy(logits, hints[:, i], ignore_index=UNKNOWN) for i, logits in enumerate(choices)]
-    seen, heard = losses[: len(ATTRIBUTES)], losses[len(ATTRIBUTES) :]
     true = F.binary_cross_entropy_with_logits(flags, hints[:, len(CHOICES) :].float()) * len(FLAGS)
-    return 3 * torch.stack(seen).nanmean() + 2 * true + torch.stack(heard).sum()
+    hinted = _choice_loss(choices, hints) + _choice_loss(known_early, hints) + 2 * true
+    with torch.no_grad():
+        right = (logits.argmax(-1) == targets).float().mean()
+        happened = hints[:, len(CHOICES) : len(CHOICES) + len(SCENE_EVENTS)].bool()
+        said = flags[:, : len(SCENE_EVENTS)] > 0
+        seen = said[happened].float().mean() if happened.any() else torch.tensor(0.0)
+        whom, whose = (table[:, len(SCENE_EVENTS) : -NUM_AWAITED] for table in (flags, hints[:, len(CHOICES) :]))
+        met = (whom > 0)[whose.bool()].float().mean() if whose.any() else torch.tensor(0.0)
+    told = {"words": words, "hints": hinted, "flags": true, "right": right, "events": seen, "whom": met}
+    return words + weight * hinted, {name: float(value.detach()) for name, value in told.items()}
+
+
+def _choice_loss(known: Sequence[Tensor], hints: Tensor) -> Tensor:
+    losses = [F.cross_entropy(logits, hints[:, i], ignore_index=UNKNOWN) for i, logits in enumerate(known)]
+    return 3 * torch.stack(losses[: len(SEEN)]).nanmean() + torch.stack(losses[len(SEEN) :]).sum()
 
 
 # Set free
@@ -141,7 +155,9 @@ def train(folder: Path, minutes: float) -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = Behaving(len(tokenizer))
-    training = Training(folder, model, Schedule(minutes=minutes, rate=1.2e-3, average=0.997, eval_every_minutes=6.0))
+    training = Training(
+        folder, model, Schedule(minutes=minutes, rate=1.2e-3, constant=0.8, average=0.997, eval_every_minutes=6.0)
+    )
     prompt = prompt_ids(tokenizer)
     seed = 1000 * training.step
     encoders = Encoders(folder.parent)

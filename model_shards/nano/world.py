@@ -15,7 +15,7 @@ from random import Random
 from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
 from model_shards.nano.oracle import BREAK_OFF, NUM_SILENT, Kind, Oracle, Utterance, Window, answer
-from model_shards.nano.phrases import AWAITED, REQUESTS, SOUNDS, Request, SceneEvent, Sound
+from model_shards.nano.phrases import AWAITED, PERSON_EVENTS, REQUESTS, SOUNDS, Request, SceneEvent, Sound
 from model_shards.nano.scene import Change, Scene, apply, changes_between, possible_changes, random_scene
 
 NS_PER_S: Final = 1_000_000_000
@@ -112,7 +112,7 @@ class Mix:
     silence. heard_later: after how many sounds it is asked what was heard. decoy: how often something else comes before
     what is awaited. twin: how often two things happen in one window; rush: in how many windows something may happen
     though there is more than one unit still to be spoken, so that it is told late. standing: how often requests are
-    standing ones, relative to what is usual. fullness: of the room at the start.
+    standing ones, and events are of people, relative to what is usual. fullness: of the room at the start.
     """
 
     scene: float = 0.55
@@ -125,6 +125,7 @@ class Mix:
     twin: float = 0.02
     rush: float = 0.04
     standing: float = 1.0
+    people: float = 1.0
     fullness: float = 0.35
 
 
@@ -264,7 +265,9 @@ class _Planner:
 
     def _make_scene(self, index: int) -> list[Happening]:
         changes = possible_changes(self._scene, self._rng)
-        kind = self._weighted({event: _EVENT_WEIGHTS[event] for event in changes})
+        people = self._mix.people
+        weights = {e: _EVENT_WEIGHTS[e] * (people if e in PERSON_EVENTS else 1.0) for e in changes}
+        kind = self._weighted(weights)
         placed = self._make(kind, index)
         if placed and self._rng.random() < self._mix.twin and not self._oracle.waiting:
             placed += self._make_twin(kind, index)

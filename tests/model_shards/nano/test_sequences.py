@@ -52,7 +52,7 @@ def test_hidden_states_are_those_over_the_engines_cache_whatever_else_is_in_the_
     pool = cache()
     session = DuplexEngine(llm, pool, TOKENIZER, DuplexConfig()).new_session(0)
     (expected,) = llm(pool, [SequenceInput(session.sequence, embeds[0])])
-    assert torch.allclose(hidden_states(llm, batch)[0], expected, atol=1e-4)
+    assert torch.allclose(hidden_states(llm, batch)[0][0], expected, atol=1e-4)
 
 
 def test_the_engine_feeds_a_listening_session_the_same_sequence():
