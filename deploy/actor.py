@@ -92,11 +92,11 @@ class Actor:
 
         self._do(work)
 
-    def begin_sessions(self, stage: str, sessions: Sequence[SessionId], origin_unix_ns: int) -> None:
-        """Let their clocks run, from event time 0 at `origin_unix_ns` of this node's wall clock."""
+    def begin_sessions(self, stage: str, origins_unix_ns: Mapping[SessionId, int]) -> None:
+        """Let their clocks run, each from event time 0 at its origin, of this node's wall clock."""
 
         def work() -> None:
-            for session in sessions:
+            for session, origin_unix_ns in origins_unix_ns.items():
                 self._runners[stage].begin_session(session, origin_unix_ns)
 
         self._do(work)

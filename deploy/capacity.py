@@ -1,7 +1,7 @@
 """`pipeline plan`: how many replicas so many cameras need, and how many cameras a description can serve on time.
 
-Rule: reckoned, not tried. The sessions' windows end together (deploy/coordinator.py keeps them in step) and all of them
-speak, so a stage gets the windows of all its sessions at once and is through with them one batch after the other; a
+Rule: reckoned, not tried. The windows of a phase's sessions end together (deploy/coordinator.py keeps them in step) and
+all of them speak, so a stage gets the windows of a phase at once and is through with them one batch after the other; a
 window passes the stages one after the other, but for the encoders, which work side by side.
 """
 
@@ -106,9 +106,10 @@ def reckon(spec: PipelineSpec, profile: Profile, num_cameras: int, replicas: Map
             continue
         count = (replicas or {}).get(name, stage.replicas)
         sessions, cost = ceil(num_cameras / count), profile.of(name)
-        busy_ns = cost.window_ns(sessions, stage.batch)
-        load = busy_ns / spec.window.length_ns
-        stages[name] = StagePlan(count, sessions, load, round(busy_ns * (1 + cost.spread)), count * stage.gpus)
+        phases = min(spec.window.phases, sessions)
+        phase_ns = cost.window_ns(ceil(sessions / phases), stage.batch)
+        load = phases * phase_ns / spec.window.length_ns
+        stages[name] = StagePlan(count, sessions, load, round(phase_ns * (1 + cost.spread)), count * stage.gpus)
         if not stage.gpus:
             cores += load * num_cameras / sessions
     return Plan(num_cameras, stages, _on_the_way(stages), cores, profile.num_cores, spec.window.length_ns)

@@ -16,7 +16,7 @@ from deploy.clock import clock_ahead_ns
 from deploy.cluster import Cluster
 from deploy.placement import Process, processes_of
 from deploy.plan import ActorPlan, Address
-from deploy.routing import SOURCES, least_loaded, opening_order, session_plan, stages_of
+from deploy.routing import SOURCES, least_loaded, opening_order, phase_ns, session_plan, stages_of
 from deploy.runner import StageSnapshot
 from graph.chunk import NS_PER_MS, SessionId
 from graph.errors import GraphError
@@ -66,6 +66,7 @@ class Coordinator:
         self._actors: dict[str, _Placed] = {}
         self._sessions: dict[SessionId, _Placement] = {}
         self._first_origin_ns: int | None = None
+        self._num_opened = 0
 
     @property
     def actors(self) -> Mapping[str, Address]:
@@ -134,12 +135,12 @@ class Coordinator:
             order = opening_order(self._spec)
             for stage in order:
                 self._open_at(stage, sessions)
-            origin_ns = self._next_origin_ns(sessions)
+            origins_ns = self._next_origins_ns(sessions)
             others = [stage for stage in order if stage not in SOURCES]
             sources = [stage for stage in order if stage in SOURCES]
-            self._get_all(self._ask_to_begin(others, sessions, origin_ns))
+            self._get_all(self._ask_to_begin(others, sessions, origins_ns))
             # A call per session: each starts a decoder, which takes its actor a while.
-            self._get_all([call for one in sessions for call in self._ask_to_begin(sources, [one], origin_ns)])
+            self._get_all([call for one in sessions for call in self._ask_to_begin(sources, [one], origins_ns)])
         except BaseException:
             for session in sessions:
                 self.close_session(session.id)
@@ -232,15 +233,14 @@ class Coordinator:
         self._get_all(asked)
 
     def _ask_to_begin(
-        self, stages: Iterable[str], sessions: Sequence[Session], origin_ns: int
+        self, stages: Iterable[str], sessions: Sequence[Session], origins_ns: Mapping[SessionId, int]
     ) -> list[tuple[_Placed, Any]]:
-        """Let the sessions' clocks run at these stages; returns whom it asked. origin_ns: on our wall clock."""
+        """Let the sessions' clocks run at these stages; returns whom it asked. origins_ns: on our wall clock."""
         asked = []
         for stage in stages:
             for placed, here in self._by_replica(stage, sessions):
-                ids = [session.id for session in here]
-                theirs_ns = origin_ns + placed.clock_ahead_ns
-                asked.append((placed, placed.handle.begin_sessions.remote(stage, ids, theirs_ns)))
+                theirs_ns = {session.id: origins_ns[session.id] + placed.clock_ahead_ns for session in here}
+                asked.append((placed, placed.handle.begin_sessions.remote(stage, theirs_ns)))
         return asked
 
     def _by_replica(self, stage: str, sessions: Iterable[Session]) -> list[tuple[_Placed, list[Session]]]:
@@ -252,13 +252,19 @@ class Coordinator:
         ]
         return [(placed, here) for placed, here in by_replica if here]
 
-    def _next_origin_ns(self, sessions: Sequence[Session]) -> int:
-        """When the sessions' event time begins: soon, and in step with the first session's windows, so that the units
-        of all sessions are ready together and share their forwards."""
+    def _next_origins_ns(self, sessions: Sequence[Session]) -> dict[SessionId, int]:
+        """When each session's event time begins: soon, and in step with the windows of its phase, so that the units of
+        sessions of one phase are ready together and share their forwards. The phases take turns within a window."""
+        window = self._spec.window
         soon_ns = time.time_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // (os.cpu_count() or 1)
         if self._first_origin_ns is None:
             self._first_origin_ns = soon_ns
-        return soon_ns + (self._first_origin_ns - soon_ns) % self._spec.window.length_ns
+        next_ns = soon_ns + (self._first_origin_ns - soon_ns) % window.length_ns
+        origins_ns: dict[SessionId, int] = {}
+        for session in sessions:
+            origins_ns[session.id] = next_ns + phase_ns(self._num_opened, window)
+            self._num_opened += 1
+        return origins_ns
 
     def _clock_ahead_ns(self, placed: _Placed) -> int:
         return clock_ahead_ns(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from deploy.placement import LOCAL_STAGES
 from deploy.runner import SessionPlan
+from graph.sections import WindowSpec
 from graph.spec import EdgeSpec, PipelineSpec
 from graph.streams import camera_stream
 from graph.window import Late
@@ -23,6 +24,11 @@ def stages_of(session: Session, spec: PipelineSpec) -> set[str]:
 def least_loaded(num_sessions: Sequence[int]) -> int:
     """The replica that a new session goes to, by how many each has."""
     return num_sessions.index(min(num_sessions))
+
+
+def phase_ns(number: int, window: WindowSpec) -> int:
+    """How long after the first session's windows those of the session end that was opened as the `number`-th."""
+    return number % window.phases * window.length_ns // window.phases
 
 
 def opening_order(spec: PipelineSpec) -> list[str]:

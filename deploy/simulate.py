@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from deploy.placement import Process, processes_of
-from deploy.routing import SOURCES, least_loaded, opening_order, session_plan, stages_of
+from deploy.routing import SOURCES, least_loaded, opening_order, phase_ns, session_plan, stages_of
 from deploy.runner import MAX_READY, StageRunner
 from deploy.scenarios import SCENARIOS, Scenario
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
@@ -304,10 +304,9 @@ class Simulation:
                     self._runner_of(stage, session.id).open_session(plan)
         for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
             for number, session in enumerate(self._sessions):
-                origin_ns = ORIGIN_NS + number * self._scenario.stagger_ns
-                self._runner_of(stage, session.id).begin_session(
-                    session.id, self._unix_ns(stage, session.id, origin_ns)
-                )
+                after_ns = number * self._scenario.stagger_ns + phase_ns(number, self._spec.window)
+                origin_ns = self._unix_ns(stage, session.id, ORIGIN_NS + after_ns)
+                self._runner_of(stage, session.id).begin_session(session.id, origin_ns)
 
     def _unix_ns(self, stage: str, session: SessionId, world_ns: int) -> int:
         return world_ns + self._clocks[self._actor_of(stage, session).name].ahead_ns
@@ -333,7 +332,8 @@ class Simulation:
     def run(self) -> None:
         """To the end, or to the first violation."""
         self.world.at(ORIGIN_NS, self._check_and_again)
-        last_ns = self._end_ns + len(self._sessions) * self._scenario.stagger_ns + PATIENCE_NS
+        last_ns = self._end_ns + self._spec.window.length_ns + PATIENCE_NS
+        last_ns += len(self._sessions) * self._scenario.stagger_ns
         try:
             self.world.run(last_ns, lambda: self._is_over)
         except OutOfOrder as error:

@@ -132,10 +132,12 @@ class Section(BaseModel):
 
 
 class WindowSpec(Section):
-    """length: T, the model's beat. lateness: a window is given up this long after its end."""
+    """length: T, the model's beat. lateness: a window is given up this long after its end. phases: groups of sessions
+    whose windows end together, the groups one after the other within T."""
 
     length_ns: Annotated[int, _duration("10ms", "60s"), _as_duration] = Field(default=1_000_000_000, alias="length")
     lateness_ns: Annotated[int, _duration("0s", "60s"), _as_duration] = Field(default=150_000_000, alias="lateness")
+    phases: Annotated[int, Field(ge=1, le=64)] = 1
 
 
 class TailSpec(Section):

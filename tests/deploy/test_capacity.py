@@ -37,6 +37,13 @@ def test_stages_without_a_gpu_take_cores():
     assert reckon(spec("stages.llm.gpus=1"), profile(), 1).cores == pytest.approx(4 * 0.014)
 
 
+def test_phases_shorten_the_way_and_cost_more_batches():
+    together, in_turns = (reckon(spec(f"window.phases={phases}"), profile(), 8) for phases in (1, 4))
+    assert in_turns.latency_p99_ns == 4 * (10 + 2 * 4) * NS_PER_MS < together.latency_p99_ns
+    assert in_turns.cores == pytest.approx(5 * 4 * 0.018)
+    assert in_turns.cores > together.cores
+
+
 def test_the_busiest_stage_saturates_first():
     assert reckon(spec(), profile(tts=StageCost(0, 90 * NS_PER_MS)), 2).first == "tts"
 

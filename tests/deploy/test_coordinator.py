@@ -77,7 +77,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
 
 @pytest.fixture
 def coordinator(cluster: FakeCluster, tmp_path: Path) -> Coordinator:
-    subject = Coordinator(load_spec(default_spec_path(), ["stages.llm.replicas=2"]), tmp_path, tmp_path)
+    return started(cluster, tmp_path, "stages.llm.replicas=2")
+
+
+def started(cluster: FakeCluster, folder: Path, *overrides: str) -> Coordinator:
+    subject = Coordinator(load_spec(default_spec_path(), overrides), folder, folder)
     subject.start(cluster, lambda name: None)  # type: ignore[arg-type]
     return subject
 
@@ -99,7 +103,7 @@ def test_sessions_open_together_stage_by_stage_and_begin_when_all_are_open(
     opened = [stage for _, stage, _ in of(cluster.calls, "open_sessions")]
     assert sorted(opened) == sorted([*coordinator._spec.stages, "llm"])
     assert opened[-4:] == ["events", "speaker", "microphone", "camera"]
-    begun = [(stage, ids) for _, stage, (ids, _) in of(cluster.calls, "begin_sessions")]
+    begun = [(stage, list(origins)) for _, stage, (origins,) in of(cluster.calls, "begin_sessions")]
     assert [stage for stage, _ in begun[: len(opened) - 2]] == opened[:-2]
     sources = [(stage, [one]) for one in ("a", "b", "c") for stage in ("microphone", "camera")]
     assert begun[len(opened) - 2 :] == sources, "one after the other, since each starts a decoder"
@@ -113,7 +117,7 @@ def test_replicas_share_the_sessions(coordinator: Coordinator, cluster: FakeClus
 
 def test_a_session_without_ears_passes_no_microphone(coordinator: Coordinator, cluster: FakeCluster):
     coordinator.open_sessions([*sessions("deaf", microphone=False), *sessions("all")])
-    begun = [(stage, one) for _, stage, (ids, _) in of(cluster.calls, "begin_sessions") for one in ids]
+    begun = [(stage, one) for _, stage, (origins,) in of(cluster.calls, "begin_sessions") for one in origins]
     stages = {one: {stage for stage, other in begun if other == one} for one in ("deaf", "all")}
     assert stages["all"] - stages["deaf"] == {"microphone", "audio_encoder"}
     assert stages["all"] == set(coordinator._spec.stages)
@@ -122,20 +126,30 @@ def test_a_session_without_ears_passes_no_microphone(coordinator: Coordinator, c
 def test_time_begins_after_all_are_open_and_is_the_same_on_every_node(coordinator: Coordinator, cluster: FakeCluster):
     before_ns = time.time_ns()
     coordinator.open_sessions(sessions("a", "b"))
-    origins = {stage: arguments[1] for _, stage, arguments in of(cluster.calls, "begin_sessions")}
-    here = {origin_ns for stage, origin_ns in origins.items() if stage != "llm"}
+    origins = {stage: set(at.values()) for _, stage, (at,) in of(cluster.calls, "begin_sessions")}
+    here = set().union(*(at for stage, at in origins.items() if stage != "llm"))
     assert len(here) == 1
     assert before_ns + HEAD_START_NS < min(here) < time.time_ns() + HEAD_START_NS + 2 * DECODER_START_NS
-    assert abs(origins["llm"] - min(here) - AHEAD_NS) < 50 * NS_PER_MS
+    assert abs(min(origins["llm"]) - min(here) - AHEAD_NS) < 50 * NS_PER_MS
 
 
 def test_sessions_that_open_later_are_in_step_with_the_first(coordinator: Coordinator, cluster: FakeCluster):
     coordinator.open_sessions(sessions("a"))
     coordinator.open_sessions(sessions("b"))
     first_ns, *_, last_ns = (
-        arguments[1] for _, stage, arguments in of(cluster.calls, "begin_sessions") if stage != "llm"
+        min(at.values()) for _, stage, (at,) in of(cluster.calls, "begin_sessions") if stage != "llm"
     )
     assert (last_ns - first_ns) % NS_PER_S == 0
+
+
+def test_phases_take_turns_within_a_window(cluster: FakeCluster, tmp_path: Path):
+    coordinator = started(cluster, tmp_path, "window.phases=3")
+    coordinator.open_sessions(sessions("a", "b"))
+    coordinator.open_sessions(sessions("c", "d"))
+    at_camera = [at for _, stage, (at,) in of(cluster.calls, "begin_sessions") if stage == "camera"]
+    origins = {one: at_ns for at in at_camera for one, at_ns in at.items()}
+    behind_ns = [(origins[one] - origins["a"]) % NS_PER_S for one in ("a", "b", "c", "d")]
+    assert behind_ns == [0, NS_PER_S // 3, 2 * NS_PER_S // 3, 0]
 
 
 def test_where_one_has_no_room_none_stays_open(coordinator: Coordinator, cluster: FakeCluster):
