@@ -262,8 +262,10 @@ class Coordinator:
         next_ns = soon_ns + (self._first_origin_ns - soon_ns) % window.length_ns
         origins_ns: dict[SessionId, int] = {}
         for session in sessions:
-            origins_ns[session.id] = next_ns + phase_ns(self._num_opened, window)
-            self._num_opened += 1
+            origins_ns[session.id] = next_ns
+            if session.paced:  # in virtual time there are no bursts, and the larger the batch the better
+                origins_ns[session.id] += phase_ns(self._num_opened, window)
+                self._num_opened += 1
         return origins_ns
 
     def _clock_ahead_ns(self, placed: _Placed) -> int:

@@ -137,7 +137,8 @@ class WindowSpec(Section):
 
     length_ns: Annotated[int, _duration("10ms", "60s"), _as_duration] = Field(default=1_000_000_000, alias="length")
     lateness_ns: Annotated[int, _duration("0s", "60s"), _as_duration] = Field(default=150_000_000, alias="lateness")
-    phases: Annotated[int, Field(ge=1, le=64)] = 1
+    # 8 sessions of tiny on 2 cores: p99 608 ms with 1 phase, 280 with 2, 361 with 4; the work is the same.
+    phases: Annotated[int, Field(ge=1, le=64)] = 2
 
 
 class TailSpec(Section):

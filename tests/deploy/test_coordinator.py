@@ -77,7 +77,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
 
 @pytest.fixture
 def coordinator(cluster: FakeCluster, tmp_path: Path) -> Coordinator:
-    return started(cluster, tmp_path, "stages.llm.replicas=2")
+    return started(cluster, tmp_path, "stages.llm.replicas=2", "window.phases=1")
 
 
 def started(cluster: FakeCluster, folder: Path, *overrides: str) -> Coordinator:
@@ -150,6 +150,12 @@ def test_phases_take_turns_within_a_window(cluster: FakeCluster, tmp_path: Path)
     origins = {one: at_ns for at in at_camera for one, at_ns in at.items()}
     behind_ns = [(origins[one] - origins["a"]) % NS_PER_S for one in ("a", "b", "c", "d")]
     assert behind_ns == [0, NS_PER_S // 3, 2 * NS_PER_S // 3, 0]
+
+
+def test_in_virtual_time_there_are_no_phases(cluster: FakeCluster, tmp_path: Path):
+    started(cluster, tmp_path, "window.phases=2").open_sessions(sessions("a", "b", paced=False))
+    (at_llm,) = [at for _, stage, (at,) in of(cluster.calls, "begin_sessions") if stage == "llm"]
+    assert at_llm[SessionId("a")] == at_llm[SessionId("b")]
 
 
 def test_where_one_has_no_room_none_stays_open(coordinator: Coordinator, cluster: FakeCluster):
