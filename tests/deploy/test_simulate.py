@@ -88,9 +88,9 @@ def test_nothing_goes_wrong_where_nothing_goes_wrong(spec: PipelineSpec):
 def test_faults_leave_their_marks(spec: PipelineSpec):
     assert run(spec, "stalled-camera").figures.missing["image"] > 0
     assert run(spec, "slow-tts").figures.late_stages["tts"] > 0
-    lossy = run(spec, "lossy-acks").figures
-    assert lossy.drops["stale"] > 0
-    assert lossy.wasted_tokens
+    storm = run(spec, "storm", 20).figures
+    assert storm.drops["stale"] > 0
+    assert storm.wasted_tokens
 
 
 def test_speech_that_runs_ahead_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
@@ -136,7 +136,7 @@ def test_a_crash_is_told_with_its_seed(spec: PipelineSpec, broken: pytest.Monkey
 
 def test_a_chunk_that_vanishes_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
     broken.setattr(Ledger, "drop", lambda self, reason: None)
-    assert "ledger" in rules(run(spec, "lossy-acks"))
+    assert "ledger" in rules(run(spec, "storm", 20))
 
 
 def test_a_window_that_is_skipped_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
@@ -158,9 +158,9 @@ def test_credit_that_never_comes_back_is_seen(spec: PipelineSpec, broken: pytest
 def test_what_is_said_after_a_barge_in_by_who_does_not_know_of_it_is_stale(
     spec: PipelineSpec, broken: pytest.MonkeyPatch
 ):
-    assert run(spec, "lossy-acks").figures.drops["stale"] > 0
+    assert run(spec, "storm", 20).figures.drops["stale"] > 0
     broken.setattr(EpochFence, "is_stale", lambda self, chunk: False)
-    assert run(spec, "lossy-acks").figures.drops["stale"] == 0
+    assert run(spec, "storm", 20).figures.drops["stale"] == 0
 
 
 def test_violations_are_bounded_and_told_with_their_seed(spec: PipelineSpec, broken: pytest.MonkeyPatch):
