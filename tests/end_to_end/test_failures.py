@@ -65,9 +65,10 @@ def test_a_camera_that_dies_is_an_event_and_no_error(with_a_dead_decoder: Run) -
 def test_a_dead_camera_costs_its_own_windows(with_a_dead_decoder: Run) -> None:
     windows = with_a_dead_decoder.windows("door")
     assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
-    missing = [window["missing"] for window in windows]
-    assert missing[0] == []
-    assert missing[-3:] == [["audio", "image"]] * 3
+    assert windows[0]["missing"] == []
+    # What the decoder had read ahead is over by then; of a window that was given up nobody knows what it lacked.
+    missing = [window["missing"] for window in windows[-5:] if window["on_time"]]
+    assert missing and missing == [["audio", "image"]] * len(missing)
 
 
 def test_a_dead_camera_costs_nobody_else_anything(with_a_dead_decoder: Run, interrupted: Run) -> None:
