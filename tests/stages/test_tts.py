@@ -3,11 +3,11 @@
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.tail import Playback
 from graph.window import Unit
 from stages.stage import Session
 from stages.tts import Tts
 from tests.support.batching import assert_batches, open_all
+from tests.support.listeners import HearsAtOnce
 from tests.support.tiny import Tiny
 from tests.support.units import DOOR, ack, session, text, unit
 
@@ -42,22 +42,8 @@ def texts(chunks: list[Chunk]) -> list[object]:
     return [chunk.attrs["text"] for chunk in chunks]
 
 
-class Free(Tts):
+class Free(HearsAtOnce, Tts):
     """A TTS whose listeners hear everything at once."""
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self.playbacks: dict[SessionId, Playback] = {}
-
-    def open_session(self, session: Session) -> None:
-        super().open_session(session)
-        self.playbacks[session.id] = session.playback
-
-    def process(self, units: list[Unit]) -> list[Chunk]:
-        for one in units:
-            heard_s = one.end_ns / NS_PER_S
-            self.playbacks[one.session].ack(ack(heard_s, through_s=heard_s))
-        return super().process(units)
 
 
 def test_sessions_say_the_same_alone_and_in_any_batch(tiny: Tiny):

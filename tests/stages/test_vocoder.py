@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk
 from graph.streams import SPEECH_RATE_HZ
-from graph.tail import Playback, Player
-from graph.window import Unit
+from graph.tail import Player
 from stages.stage import Session
 from stages.vocoder import HELD_BACK_NS, Vocoder
 from tests.support.batching import assert_batches
+from tests.support.listeners import HearsAtOnce
 from tests.support.tiny import Tiny
 from tests.support.units import DOOR, ack, codes, session, unit
 
@@ -30,22 +30,8 @@ def num_samples(chunks: list[Chunk]) -> list[int]:
     return [len(chunk.arrays["samples"]) for chunk in chunks]
 
 
-class Free(Vocoder):
+class Free(HearsAtOnce, Vocoder):
     """A vocoder whose listeners hear everything at once."""
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self.playbacks: dict[SessionId, Playback] = {}
-
-    def open_session(self, session: Session) -> None:
-        super().open_session(session)
-        self.playbacks[session.id] = session.playback
-
-    def process(self, units: list[Unit]) -> list[Chunk]:
-        for one in units:
-            heard_s = one.end_ns / NS_PER_S
-            self.playbacks[one.session].ack(ack(heard_s, through_s=heard_s))
-        return super().process(units)
 
 
 def free(tiny: Tiny) -> Free:
