@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics, serve_metrics
-from graph.streams import AUDIO, CODES, EVENTS, IMAGE, TEXT, is_raw
+from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, is_raw
 from graph.tail import Ack
 from stages.stage import Session, Stage
 
 RESTART_REASONS = ("crash",)
+WINDOW_STREAMS = (IMAGE, AUDIO, TEXT, CODES, SPEECH)  # of which one may be missing
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
 
 
@@ -85,7 +86,7 @@ class StageMeter:
             camera=metrics.camera(camera, RECONNECT_REASONS) if name == "camera" else None,
             turns=metrics.turns(camera) if name == "llm" else None,
             playback=metrics.playback(camera) if name == "speaker" else None,
-            windows=metrics.windows(camera, (IMAGE, AUDIO), self._stages) if name == last else None,
+            windows=metrics.windows(camera, WINDOW_STREAMS, self._stages) if name == last else None,
         )
 
     def closed(self, session: Session) -> None:

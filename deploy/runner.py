@@ -442,11 +442,21 @@ class StageRunner:
         self.num_units += 1
         self._meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.since_ns)
-        trace = leave_stage(unit, Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns()))
+        span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
+        trace = leave_stage(unit, span, *self._awaited(unit, received_ns))
         if self._ends_here(state):
             self._window_done(state, unit, received_ns, trace)
         for stream in self.stage.outputs:
             self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
+
+    def _awaited(self, unit: Unit, given_up_ns: int) -> list[Span]:
+        """Where a window was that was given up: as far as is known here, with the stages which it had not left."""
+        sources = (self._source_of(stream) for stream in unit.awaited)
+        return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
+
+    def _source_of(self, stream: str) -> str:
+        """The stage from which a stream comes."""
+        return next(edge.partition(".")[0] for edge in self._receivers if f".{port_of(stream)}->" in edge)
 
     def _ends_here(self, state: _Open) -> bool:
         """Is this the last stage that a window passes? (The LLM is, where nothing speaks.)"""

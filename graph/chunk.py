@@ -42,7 +42,7 @@ class Trace:
     """What is known of a window when it leaves a stage; travels with its watermark.
 
     digest:  hash of what was seen and heard in it (hex), equal for equal input at any speed; "" when unknown.
-    missing: streams which gave nothing.
+    missing: streams which gave nothing, or had not come through when the window was given up.
     spans:   the stages on the window's critical path, in order.
     """
 

@@ -78,7 +78,7 @@ TABLE: Final[tuple[Declaration, ...]] = (
     #
     _counter("omni_windows_total", "Windows finished, by outcome.", "camera", "outcome"),
     _histogram(LATENCY_BUCKETS_S, "omni_window_seconds", "From a window's end to its result at the sink.", "camera"),
-    _counter("omni_window_missing_total", "Windows to which a stream gave nothing.", "camera", "stream"),
+    _counter("omni_window_missing_total", "To how many windows a stream gave nothing in time.", "camera", "stream"),
     _counter("omni_window_late_total", "Late windows, by the stage that made them late.", "camera", "stage"),
     #
     _gauge("omni_playback_lead_seconds", "Speech received by the speaker and not yet heard.", "camera"),
@@ -231,7 +231,7 @@ class WindowMetrics:
             self._late_stage.inc(late_stage)
 
     def missing(self, stream: str) -> None:
-        """A window closed without anything from this stream."""
+        """A window closed without anything from this stream, or before it was through with it."""
         self._missing.inc(stream)
 
 

@@ -21,17 +21,20 @@ class Part:
     duration_ns: int
 
 
-def leave_stage(unit: Unit, span: Span) -> Trace:
-    """The trace of a unit that has been processed: what came with it, and this stage's span."""
-    spans = {s for trace in unit.traces.values() for s in trace.spans} | {span}
+def leave_stage(unit: Unit, *spans: Span) -> Trace:
+    """The trace of a unit that has been processed: what came with it, and this stage's spans.
+
+    Of a window that was given up, what was awaited is missing, too: nobody knows what would have been in it.
+    """
+    all_spans = {s for trace in unit.traces.values() for s in trace.spans} | {*spans}
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
     # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say).
     idle = {stream for stream, trace in unit.traces.items() if trace.missing}
     sensed_missing = (unit.missing | idle) - FENCED_STREAMS
     return Trace(
         digest=digest_of(unit),
-        missing=tuple(sorted(sensed_missing or (inherited if _is_said(unit) else ()))),
-        spans=tuple(sorted(spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))),
+        missing=tuple(sorted(unit.awaited.union(sensed_missing or (inherited if _is_said(unit) else ())))),
+        spans=tuple(sorted(all_spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))),
     )
 
 

@@ -24,8 +24,8 @@ FOREVER_NS = 2**63 - 1
 class Unit:
     """All chunks of one session and window, per stream ordered by time; `missing` names the streams that gave nothing.
 
-    closed_by is the stream whose watermark came last, "" when the window was given up by lateness. traces are what the
-    streams' watermarks brought along.
+    closed_by is the stream whose watermark came last, "" when the window was given up by lateness; `awaited` then names
+    the streams that were not through with it. traces are what the streams' watermarks brought along.
     """
 
     session: SessionId
@@ -36,6 +36,7 @@ class Unit:
     missing: frozenset[str] = frozenset()
     traces: Mapping[str, Trace] = field(default_factory=dict)
     closed_by: str = ""
+    awaited: frozenset[str] = frozenset()
 
     def of(self, stream: str) -> tuple[Chunk, ...]:
         """The chunks of one stream; empty when it gave nothing."""
@@ -130,7 +131,7 @@ class WindowJoin:
         if watermark_ns > self._watermarks[stream]:
             self._watermarks[stream] = watermark_ns
             self._last_stream = stream
-        return self._leave(min(self._watermarks.values()), given_up=False)
+        return self._leave(min(self._watermarks.values()))
 
     def end(self, stream: str, at_ns: int) -> Joined:
         """The stream is over; its last chunk ended at `at_ns` at the latest."""
@@ -141,16 +142,17 @@ class WindowJoin:
         """Give up the windows, `most` of them at most, whose end is more than `lateness` ago."""
         if self._lateness_ns is None:
             return NOTHING
-        return self._leave(now_ns - self._lateness_ns, given_up=True, most=most)
+        return self._leave(now_ns - self._lateness_ns, most)
 
-    def _leave(self, settled_ns: int, *, given_up: bool, most: int | None = None) -> Joined:
+    def _leave(self, settled_ns: int, most: int | None = None) -> Joined:
         units: list[Unit] = []
         while self.next_end_ns <= settled_ns and not self.finished and len(units) != most:
-            units.append(self._close(given_up and min(self._watermarks.values()) < self.next_end_ns))
+            units.append(self._close())
         return Joined(units=tuple(units))
 
-    def _close(self, given_up: bool) -> Unit:
+    def _close(self) -> Unit:
         end_ns = self.next_end_ns
+        awaited = frozenset(stream for stream, at_ns in self._watermarks.items() if at_ns < end_ns)
         chunks: dict[str, tuple[Chunk, ...]] = {}
         for stream, pending in self._pending.items():
             # Between streams the order of arrival must not show; inside a stream it is seq order already.
@@ -166,7 +168,8 @@ class WindowJoin:
             chunks=chunks,
             missing=frozenset(self._pending) - frozenset(chunks),
             traces=self._traces.pop(self._index, {}),
-            closed_by="" if given_up else self._last_stream,
+            closed_by="" if awaited else self._last_stream,
+            awaited=awaited,
         )
         self._index += 1
         return unit

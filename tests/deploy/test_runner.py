@@ -232,6 +232,19 @@ def test_in_real_time_a_window_is_given_up_and_what_comes_then_is_late(build, cl
     assert house.account(SOUND).in_flight == 0
 
 
+def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, clock: ManualClock):
+    house = build({"speaker": Ear(), "events": Notes()}, (SPOKEN, NOTED))
+    house.open("door", paced=True)
+    clock.advance(2.15)
+    house.runners["speaker"].step()
+    clock.advance(0.001)
+    house.turn()
+    (window,) = house.runners["events"].stage.told("window")
+    told = {name: window[name] for name in ("missing", "digest", "on_time", "late_stage", "stages")}
+    stages = '{"llm.queue": 1.15}'
+    assert told == {"missing": "text", "digest": "", "on_time": False, "late_stage": "llm", "stages": stages}
+
+
 def test_what_is_late_may_be_carried_into_the_next_unit(build, clock: ManualClock):
     echo = Echo()
     house = build({"llm": echo}, (SOUND,), late="carry")

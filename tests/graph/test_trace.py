@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_S, Chunk, Scalar, SessionId, Span, Trace
+from graph.streams import IMAGE, SPEECH, TEXT
 from graph.trace import Part, digest_of, leave_stage, slowest_stage, stage_seconds, waterfall
 from graph.window import Unit, WindowJoin
 
@@ -101,9 +102,14 @@ def picture(start_ns: int, pixels: bytes, stream: str = DOOR, seq: int = 0, **at
     return Chunk(PORCH, stream, start_ns, 0, seq, arrays={"image": image}, attrs=attrs)
 
 
-def unit(*chunks: Chunk, missing: frozenset[str] = frozenset(), traces: Mapping[str, Trace] | None = None) -> Unit:
+def unit(
+    *chunks: Chunk,
+    missing: frozenset[str] = frozenset(),
+    traces: Mapping[str, Trace] | None = None,
+    awaited: frozenset[str] = frozenset(),
+) -> Unit:
     by_stream = {stream: tuple(c for c in chunks if c.stream == stream) for stream in {c.stream for c in chunks}}
-    return Unit(PORCH, 0, 0, T, chunks=by_stream, missing=missing, traces=traces or {})
+    return Unit(PORCH, 0, 0, T, chunks=by_stream, missing=missing, traces=traces or {}, awaited=awaited)
 
 
 def joined(chunks: list[Chunk]) -> Unit:
@@ -205,6 +211,12 @@ def test_silence_is_not_loss_but_what_was_missing_before_still_is(stream: str) -
     trace = Trace(missing=(DOOR,))
     left = leave_stage(unit(missing=frozenset({stream}), traces={stream: trace}), Span("tts", 0, 0, 0))
     assert left.missing == (DOOR,)
+
+
+@pytest.mark.parametrize("stream", [IMAGE, TEXT, SPEECH])
+def test_of_a_window_that_was_given_up_what_was_awaited_is_missing(stream: str) -> None:
+    left = leave_stage(unit(missing=frozenset({stream}), awaited=frozenset({stream})), Span("speaker", 0, 0, 0))
+    assert left.missing == (stream,)
 
 
 def test_a_sensed_stream_that_gave_nothing_is_named_in_order() -> None:

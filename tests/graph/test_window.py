@@ -245,7 +245,15 @@ def test_expire_gives_up_on_a_dead_camera_and_names_it() -> None:
     subject.advance(MIC, T)
     assert subject.expire(T + LATENESS - 1).units == ()
     (unit,) = subject.expire(T + LATENESS).units
-    assert (unit.missing, unit.closed_by, len(unit.of(MIC))) == ({DOOR}, "", 1)
+    assert (unit.missing, unit.closed_by, unit.awaited, len(unit.of(MIC))) == ({DOOR}, "", {DOOR}, 1)
+
+
+def test_what_was_awaited_is_named_though_a_part_of_it_had_come() -> None:
+    subject = join(DOOR, MIC)
+    subject.add(piece(DOOR, 0))
+    subject.advance(MIC, T)
+    (unit,) = subject.expire(T + LATENESS).units
+    assert (unit.missing, unit.awaited) == ({MIC}, {DOOR})
 
 
 def test_expire_after_a_long_sleep_gives_up_each_window_once() -> None:
