@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Pla
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """H.264 and AAC of more than 12 s: the recorded video, else one of our own making."""
+    """H.264 and AAC of 20 s: the recorded video, else one of our own making."""
     if RECORDED.is_file():
         return RECORDED
-    return Clip(tmp_path_factory.mktemp("media") / "clip.mp4").video(times(14)).sound(14).write()
+    return Clip(tmp_path_factory.mktemp("media") / "clip.mp4").video(times(20)).sound(20).write()
