@@ -142,6 +142,12 @@ class StageMeter:
             for stream in missing:
                 windows.missing(stream)
 
+    def moved(self, session: Session, level: int) -> None:
+        """The session has taken a step of the shedding ladder, or given one back."""
+        windows = self._sessions[session.id].windows
+        if windows is not None:
+            windows.shedding(level)
+
 
 def _count_event(bound: _Camera, event: Chunk) -> None:
     kind = event.attrs.get("type")

@@ -17,8 +17,9 @@ from graph.clock import Clock
 from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
 from graph.gather import Gathering, Waiting
+from graph.ladder import Ladder, sheds_picture
 from graph.streams import EVENTS, port_of
-from graph.tail import Ack, ack_of
+from graph.tail import Ack, ack_chunk, ack_of
 from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
 from graph.window import Joined, Late, Unit, WindowJoin
 from stages.events import WINDOW_EVENT
@@ -78,6 +79,7 @@ class _Open:
     lanes: dict[str, Sender]
     edges: Mapping[str, list[str]]  # outgoing, by the port they leave from
     clock: Clock
+    ladder: Ladder | None  # at the sink
     begun: bool = False
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
     fence: EpochFence = field(default_factory=EpochFence)
@@ -122,6 +124,7 @@ class Meter(Protocol):
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def played(self, session: Session, ack: Ack) -> None: ...
     def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None: ...
+    def moved(self, session: Session, level: int) -> None: ...
 
 
 class StageRunner:
@@ -171,7 +174,9 @@ class StageRunner:
         edges: dict[str, list[str]] = {}
         for edge in lanes:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
-        self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock)
+        has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
+        ladder = Ladder(session.ladder, session.window_ns) if has_ladder else None
+        self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder)
         self._touch(session.id)
         self._meter.opened(session)
 
@@ -255,6 +260,7 @@ class StageRunner:
         else:
             if chunk.kind is Kind.PLAYBACK:
                 state.session.playback.ack(ack_of(chunk))
+                state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
             self._raise_epoch(state, chunk.epoch)
 
     def _is_stale(self, state: _Open, chunk: Chunk) -> bool:
@@ -483,11 +489,25 @@ class StageRunner:
             "latency_s": round(latency_ns / NS_PER_S, 6) if paced else None,
             "on_time": not late if paced else None,
             "late_stage": late_stage,
+            "level": state.session.level.num_steps,
             "lead_s": round((playback.received_ns - playback.heard_ns) / NS_PER_S, 6),
             "stages": json.dumps(stage_seconds(parts) if paced else {}),
             "compute": json.dumps(_work_seconds(before)),
         }
         self._send(state, Chunk(unit.session, EVENTS, unit.start_ns, attrs=attrs))
+        if state.ladder is not None and state.ladder.window(state.now_ns(), latency_ns, len(self._open)):
+            self._tell_level(state, state.ladder)
+
+    def _tell_level(self, state: _Open, ladder: Ladder) -> None:
+        """A step of the ladder was taken, or given back: the other stages hear of it with the listener's news."""
+        before, level = state.session.level.num_steps, ladder.level
+        now_ns = state.now_ns()
+        state.session.level.told(now_ns, level)
+        self._meter.moved(state.session, level)
+        step = ladder.steps[min(before, level)]
+        attrs: dict[str, Scalar] = {"type": "shed" if level > before else "restored", "step": step, "level": level}
+        self._send(state, Chunk(state.session.id, EVENTS, now_ns, attrs=attrs))
+        self._send(state, ack_chunk(state.session.id, state.session.playback.latest))
 
     def _finish(self, state: _Open) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
@@ -523,9 +543,14 @@ class StageRunner:
             state.seqs[chunk.stream] = seq + 1
             chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
             self._meter.made(state.session, chunk)
+            if port_of(chunk.stream) == "frames" and sheds_picture(state.session.taken, chunk.session, seq):
+                for edge in self._edges_of(state, chunk.stream):
+                    state.lanes[edge].shed(chunk)
+                return
         elif chunk.kind is Kind.PLAYBACK:
             state.session.playback.ack(ack_of(chunk))
             self._meter.played(state.session, ack_of(chunk))
+            chunk = replace(chunk, attrs={**chunk.attrs, "level": state.session.level.num_steps})
         elif chunk.kind is Kind.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for edge in self._edges_of(state, chunk.stream):

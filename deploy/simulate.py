@@ -39,6 +39,7 @@ from graph.credit import Limit
 from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, SilentObserver
 from graph.errors import GraphError
 from graph.gather import Gathering
+from graph.ladder import Level
 from graph.ledger import REASONS, Account, Reason, merge
 from graph.sections import StageSpec
 from graph.spec import EdgeSpec, PipelineSpec
@@ -122,6 +123,7 @@ class VirtualMeter:
     def carried(self, num_chunks: int) -> None: ...
     def made(self, session: Session, chunk: Chunk) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
+    def moved(self, session: Session, level: int) -> None: ...
 
     def played(self, session: Session, ack: Ack) -> None:
         unheard_ns = ack.received_ns - ack.heard_ns
@@ -299,7 +301,7 @@ class Simulation:
         for stage in order:
             for session in self._sessions:
                 if stage in stages_of(session, self._spec):
-                    own = replace(session, playback=Playback())  # each stage knows of the listener what it was told
+                    own = replace(session, playback=Playback(), level=Level())  # each stage knows what it was told
                     plan = session_plan(self._spec, stage, own, self._replicas[session.id])
                     self._runner_of(stage, session.id).open_session(plan)
         for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:

@@ -25,6 +25,7 @@ from deploy.state import Running, StateFolder
 from deploy.status import Status
 from graph.chunk import NS_PER_S, SessionId
 from graph.errors import GraphError
+from graph.ladder import OF_PICTURES
 from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
@@ -211,13 +212,14 @@ class _Run:
 
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec
+        pictures = "camera" in spec.stages
         return Session(
             id=SessionId(name),
             camera=name,
             source=_anchored(camera.source.reveal()),
             fps=camera.fps,
             max_pixels=camera.max_pixels,
-            pictures="camera" in spec.stages,
+            pictures=pictures,
             speech="speaker" in spec.stages,
             microphone=camera.microphone == "embedded" and "microphone" in spec.stages,
             window_ns=spec.window.length_ns,
@@ -227,6 +229,7 @@ class _Run:
             duration_ns=options.duration_ns,
             paced=options.paced,
             listener=options.listener,
+            ladder=tuple(step for step in spec.shedding.ladder if pictures or step not in OF_PICTURES),
             out=None if options.out is None else options.out.absolute(),
         )
 

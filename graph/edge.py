@@ -170,6 +170,12 @@ class Sender:
             self._drop_oldest(lane)
             self.is_blocked = not self._flush_lane(lane) or self.is_blocked  # a watermark may stand first now
 
+    def shed(self, chunk: Chunk) -> None:
+        """Account for a chunk of data that is made and not sent."""
+        self._ledger.accept()
+        self._observer.accepted()
+        self._drop("shed")
+
     def flush(self) -> bool:
         """Take the grants that came and send what they allow. False when the link would not take it all."""
         granted: list[_Lane] = []

@@ -80,6 +80,7 @@ TABLE: Final[tuple[Declaration, ...]] = (
     _histogram(LATENCY_BUCKETS_S, "omni_window_seconds", "From a window's end to its result at the sink.", "camera"),
     _counter("omni_window_missing_total", "To how many windows a stream gave nothing in time.", "camera", "stream"),
     _counter("omni_window_late_total", "Late windows, by the stage that made them late.", "camera", "stage"),
+    _gauge("omni_shedding_level", "Steps of the shedding ladder which a session has taken.", "camera"),
     #
     _gauge("omni_playback_lead_seconds", "Speech received by the speaker and not yet heard.", "camera"),
     _counter("omni_playback_underruns_total", "Silences inside a turn because speech ran out.", "camera"),
@@ -220,6 +221,7 @@ class WindowMetrics:
         self._seconds = metrics.histogram("omni_window_seconds", camera)
         self._missing = _ByReason(metrics, "omni_window_missing_total", (camera,), streams)
         self._late_stage = _ByReason(metrics, "omni_window_late_total", (camera,), stages)
+        self._level = metrics.gauge("omni_shedding_level", camera)
 
     def finished(self, latency_s: float, late_stage: str | None = None) -> None:
         """A window's result is at the sink, latency_s after the window's end. late_stage: which stage made it late."""
@@ -233,6 +235,10 @@ class WindowMetrics:
     def missing(self, stream: str) -> None:
         """A window closed without anything from this stream, or before it was through with it."""
         self._missing.inc(stream)
+
+    def shedding(self, level: int) -> None:
+        """So many steps of the shedding ladder are taken now."""
+        self._level.set(level)
 
 
 class PlaybackMetrics:

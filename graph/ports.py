@@ -30,7 +30,7 @@ class Ports:
 
 _PLAYBACK: Final = frozenset({"playback"})
 STAGES: Final[Mapping[str, Ports]] = {
-    "camera": Ports(outputs={"frames": "frames", "events": "events"}),
+    "camera": Ports({"playback": "playback"}, {"frames": "frames", "events": "events"}, _PLAYBACK),
     "microphone": Ports(outputs={"sound": "sound"}),
     "vision_encoder": Ports({"frames": "frames"}, {"image": "image"}, has_model=True),
     "audio_encoder": Ports({"sound": "sound"}, {"audio": "audio"}, has_model=True),

@@ -22,6 +22,7 @@ from pydantic import (
     PlainValidator,
 )
 
+from graph.ladder import STEPS, Step
 from graph.ports import STAGES, InPort, OutPort, WhenFull
 from graph.secret import Secret
 from graph.units import format_bytes, format_duration, parse_bytes, parse_duration
@@ -87,6 +88,17 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _ladder(value: object) -> tuple[Step, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be a list of {', '.join(STEPS)}, or [], not {shown(value)}")
+    for index, step in enumerate(value):
+        if step not in STEPS:
+            raise ValueError(f"there is no step {shown(step)}{suggest(str(step), STEPS)}")
+        if step in value[:index]:
+            raise ValueError(f"{step} is written twice")
+    return tuple(value)
 
 
 def _whole_above_one(value: float) -> float:
@@ -283,6 +295,12 @@ class AdmissionSpec(Section):
     profile: Annotated[str, Field(min_length=1)] | None = None
 
 
+class SheddingSpec(Section):
+    """ladder: what a session gives up while its windows come late, in this order; [] nothing. See graph/ladder.py."""
+
+    ladder: Annotated[tuple[Step, ...], PlainValidator(_ladder), PlainSerializer(list)] = STEPS
+
+
 class StagesSpec(Section):
     """All stages, also those which are off."""
 
@@ -333,4 +351,5 @@ class FileSpec(Section):
     stages: Annotated[StagesSpec, _or_empty] = StagesSpec()
     edges: list[WrittenEdge] | None = None
     admission: Annotated[AdmissionSpec, _or_empty] = AdmissionSpec()
+    shedding: Annotated[SheddingSpec, _or_empty] = SheddingSpec()
     console: Annotated[ConsoleSpec, _or_empty] = ConsoleSpec()

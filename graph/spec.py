@@ -43,6 +43,7 @@ from graph.sections import (
     ConsoleSpec,
     FileSpec,
     Section,
+    SheddingSpec,
     StageSpec,
     TailSpec,
     WindowSpec,
@@ -89,6 +90,7 @@ class PipelineSpec:
     stages: Mapping[str, StageSpec]
     edges: tuple[EdgeSpec, ...]
     admission: AdmissionSpec
+    shedding: SheddingSpec
     console: ConsoleSpec
 
     def without(self, stages: Collection[str]) -> PipelineSpec:
@@ -127,6 +129,7 @@ def _build(file: FileSpec) -> PipelineSpec:
         stages=stages,
         edges=tuple(_edge_spec(edge, file) for edge in _written_edges(file)),
         admission=file.admission,
+        shedding=file.shedding,
         console=file.console,
     )
     return spec.without([name for name, stage in stages.items() if stage.replicas == 0])
@@ -199,6 +202,7 @@ def render(spec: PipelineSpec) -> str:
         "stages": stages,
         "edges": [_edge_as_written(edge) for edge in spec.edges],
         "admission": _dump(spec.admission),
+        "shedding": _dump(spec.shedding),
         "console": _dump(spec.console),
     }
     yaml = YAML()

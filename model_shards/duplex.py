@@ -77,12 +77,15 @@ class UnitInput:
     max_text_tokens: how much may be said (TAIL), cut to 0 .. 18. 0 says nothing now: inside a turn the speech that is
     still running goes on, outside the session listens. A unit with neither images nor audio is taken as if this were 0.
     force_listen: close an open turn, and listen.
+    before: windows that were held back until now, while no turn was open. They come first, as units of their own in
+    which the session listens, in the same forward; max_text_tokens and force_listen of theirs mean nothing.
     """
 
     images: Sequence[Sequence[Tensor]] = ()
     audio: Tensor | None = None
     max_text_tokens: int = MAX_TEXT_TOKENS
     force_listen: bool = False
+    before: Sequence[UnitInput] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,17 +226,22 @@ class DuplexEngine:
 
         Only the sessions whose window has to slide have the end of their last unit fed by a forward of its own.
         """
+        held = [self._held_parts(unit) for _, unit in batch]
         seen = [self._unit_parts(unit) for _, unit in batch]
         self.finalize([s for s, _ in batch if is_due(self.config.window, s.context, len(s.ending))])
         feeds: list[tuple[DuplexSession, Parts]] = [
-            (session, [list(session.ending), *parts]) for (session, _), parts in zip(batch, seen, strict=True)
+            (session, [list(session.ending), *(part for window in before for part in window), *parts])
+            for (session, _), before, parts in zip(batch, held, seen, strict=True)
         ]
         self._cache.reserve([(session.sequence, _length(parts) + MAX_GENERATED) for session, parts in feeds])
         hidden = self._feed(feeds)
-        for (session, _), parts in zip(batch, seen, strict=True):
+        for (session, _), before, parts in zip(batch, held, seen, strict=True):
+            lengths = [_length(window) for window in before]
             start = session.sequence.length - _length(parts)
-            self._register(session, start)
+            self._register(session, start - sum(lengths))
             session.unit_start = start
+            session.context.units += [UnitSpan(length, ()) for length in lengths]
+            session.num_units += len(before)
         return [self._open(session, unit, rows[-1:]) for (session, unit), rows in zip(batch, hidden, strict=True)]
 
     def decode_step(self, units: Sequence[OpenUnit]) -> None:
@@ -281,7 +289,21 @@ class DuplexEngine:
             session.context.units.append(UnitSpan(end - session.unit_start, session.spoken_ids))
             session.ending = []
 
+    def num_tokens(self, unit: UnitInput) -> int:
+        """What a unit brings, the windows before it included; no more than config.max_unit_tokens is taken."""
+        return sum(map(_length, [self._parts(unit), *self._held_parts(unit)]))
+
+    def _held_parts(self, unit: UnitInput) -> list[Parts]:
+        """Of each window that was held back: its own, and that the session listened."""
+        listened = [self._special.listen, self._special.unit_end]
+        return [[*self._parts(window), listened] for window in unit.before]
+
     def _unit_parts(self, unit: UnitInput) -> Parts:
+        if (num_tokens := self.num_tokens(unit)) > self.config.max_unit_tokens:
+            raise ModelError(f"unit: {num_tokens} tokens, max_unit_tokens is {self.config.max_unit_tokens}")
+        return self._parts(unit)
+
+    def _parts(self, unit: UnitInput) -> Parts:
         special = self._special
         parts: Parts = [[special.unit]]
         for picture in unit.images:
@@ -290,8 +312,6 @@ class DuplexEngine:
                 parts += [[start], embeds, [end]]
         if unit.audio is not None:
             parts.append(unit.audio)
-        if _length(parts) > self.config.max_unit_tokens:
-            raise ModelError(f"unit: {_length(parts)} tokens, max_unit_tokens is {self.config.max_unit_tokens}")
         return parts
 
     def _open(self, session: DuplexSession, unit: UnitInput, last_hidden: Tensor) -> OpenUnit:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from graph.chunk import Chunk, Scalar, SessionId
+from graph.ladder import merges_window
 from graph.streams import AUDIO, EVENTS, IMAGE, TEXT
 from graph.tail import Ack, TextBudget
 from graph.window import Unit
@@ -32,6 +33,7 @@ class _Open:
     speaking: bool = False
     num_tokens: int = 0  # allowed in the last window
     num_skipped: int = 0  # pictures of the last window for which the unit had no room
+    held: tuple[UnitInput, ...] = ()  # windows that go with the next one
 
 
 class Llm(Stage):
@@ -91,9 +93,11 @@ class Llm(Stage):
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         self._begin([unit for unit in units if not self._open[unit.session].begun])
-        outputs = self._engine.step([(self._open[unit.session].duplex, self._input(unit)) for unit in units])
+        going = [(unit, window) for unit in units if (window := self._input(unit)) is not None]
+        outputs = self._engine.step([(self._open[unit.session].duplex, window) for unit, window in going])
         told = [chunk for unit in units for chunk in self._tell_skipped(unit)]
-        return told + [chunk for unit, output in zip(units, outputs, strict=True) for chunk in self._say(unit, output)]
+        said = [chunk for (unit, _), output in zip(going, outputs, strict=True) for chunk in self._say(unit, output)]
+        return told + said
 
     def text_budget(self, session: SessionId) -> int:
         """Tokens that were allowed in the session's last window."""
@@ -131,21 +135,33 @@ class Llm(Stage):
         prefix = [special.im_start, *text, *line_break, special.audio_start]
         return Prompt(prefix, [special.audio_end, special.im_end], voices[0])
 
-    def _input(self, unit: Unit) -> UnitInput:
+    def _input(self, unit: Unit) -> UnitInput | None:
+        """What the engine is given; None where the window is held for the next one."""
         state = self._open[unit.session]
         # Without speech nobody listens, and nothing can run ahead of the ear: the model paces itself.
         state.num_tokens = state.budget.tokens(unit.end_ns) if state.session.speech else MAX_TEXT_TOKENS
+        if "listen_only" in state.session.taken and not state.duplex.turn_open:
+            state.num_tokens = 0
         cut, state.cut = state.cut, False
+        held, state.held = state.held, ()
         heard = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") != VOICE_ROLE]
         seen = [list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(IMAGE)]
-        fitting = _fitting(seen, self._engine.config.max_unit_tokens - 1 - sum(map(len, heard)))
+        audio = torch.cat(heard) if heard else None
+        window = UnitInput((), audio, max_text_tokens=state.num_tokens, force_listen=cut, before=held)
+        fitting = _fitting(seen, self._engine.config.max_unit_tokens - self._engine.num_tokens(window))
         state.num_skipped = len(seen) - len(fitting)
-        return UnitInput(
-            images=fitting,
-            audio=torch.cat(heard) if heard else None,
-            max_text_tokens=state.num_tokens,
-            force_listen=cut,
-        )
+        window = replace(window, images=fitting)
+        if self._is_held(state, unit, window):
+            state.held = (window,)
+            return None
+        return window
+
+    def _is_held(self, state: _Open, unit: Unit, window: UnitInput) -> bool:
+        """Within a turn none is, and never two in a row."""
+        if not merges_window(state.session.taken, unit.session, unit.index):
+            return False
+        leaves_room = self._engine.num_tokens(window) <= self._engine.config.max_unit_tokens // 2
+        return leaves_room and not (state.duplex.turn_open or window.force_listen or window.before)
 
     def _tell_skipped(self, unit: Unit) -> list[Chunk]:
         num_skipped = self._open[unit.session].num_skipped

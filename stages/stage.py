@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from graph.chunk import NS_PER_MS, Chunk, SessionId
+from graph.ladder import Level, Step
 from graph.tail import Ack, Playback
 from graph.window import Unit
 
@@ -43,6 +44,7 @@ class Session:
     id:          usually one camera with its microphone.
     pictures, microphone, speech: whether there is somebody to see, to hear and to speak (a checkpoint may lack parts).
     playback:    the listener as the sink's Acks describe it; kept up to date by the actor, read by the stage.
+    ladder, level: what the session may shed, and how far down it is; kept up to date likewise.
     duration_ns: how long the sources run; None: as long as they can.
     paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
     """
@@ -64,6 +66,13 @@ class Session:
     listener: tuple[ListenerAction, ...] = ()
     out: Path | None = None
     playback: Playback = field(default_factory=Playback)
+    ladder: tuple[Step, ...] = ()
+    level: Level = field(default_factory=Level)
+
+    @property
+    def taken(self) -> tuple[Step, ...]:
+        """The steps of the shedding ladder that are taken now."""
+        return self.ladder[: self.level.num_steps]
 
 
 class Stage:

@@ -67,7 +67,7 @@ def test_every_window_says_whether_it_was_on_time_and_where_its_time_went(in_rea
 
 def test_every_edge_accounts_for_every_chunk(in_real_time: Run) -> None:
     ledger = in_real_time.ledger()
-    assert len(ledger) == 13
+    assert len(ledger) == 14
     for edge, account in ledger.items():
         assert account["in_flight"] == 0, edge
         assert account["accepted"] == account["delivered"] + sum(account["dropped"][reason] for reason in REASONS), edge

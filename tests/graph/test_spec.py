@@ -39,6 +39,7 @@ STATIC_EDGES = {
     "llm.events->events.events",
     "tts.codes->vocoder.codes",
     "vocoder.speech->speaker.speech",
+    "speaker.playback->camera.playback",
     "speaker.playback->llm.playback",
     "speaker.playback->tts.playback",
     "speaker.playback->vocoder.playback",

@@ -316,6 +316,26 @@ def test_finalizing_early_changes_nothing_but_the_number_of_forwards(weights: di
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_windows_that_were_held_back_are_units_in_which_it_listened_and_cost_no_forward(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    one_by_one, merged = desk.session(), desk.session()
+    for script, seed in (([*said("a"), S.turn_eos, S.chunk_eos], 0), ([S.listen], 1)):
+        desk.model.script = [[token] for token in script]
+        desk.engine.step([(one_by_one, UnitInput(audio=sound(seed)))])
+    desk.step(merged, [*said("a"), S.turn_eos, S.chunk_eos])
+    before = desk.model.num_forwards
+    script = [*said("b"), S.chunk_eos]
+    ours = desk.step(merged, script, before=(UnitInput(audio=sound(1)),))
+    assert desk.model.num_forwards == before + len(script)  # the last one is not fed
+    theirs = desk.step(one_by_one, script)
+    assert (ours.token_ids, ours.text, ours.turn_start) == (theirs.token_ids, theirs.text, theirs.turn_start)
+    desk.engine.finalize([one_by_one, merged])
+    assert desk.fed_ids(merged) == desk.fed_ids(one_by_one)
+    assert merged.context.units == one_by_one.context.units
+    assert merged.num_units == one_by_one.num_units
+    torch.testing.assert_close(ours.hidden, theirs.hidden, atol=1e-5, rtol=1e-4)
+
+
 def random_unit(seed: int, session: int, unit: int) -> UnitInput:
     draw = torch.Generator().manual_seed(1000 * seed + 50 * session + unit)
     picture = [[torch.randn(64, HIDDEN, generator=draw)]] if unit % 3 == session % 3 else []
@@ -377,8 +397,12 @@ def test_without_pages_no_unit_begins_and_a_later_try_goes_on(weights: dict[str,
 def test_a_unit_that_is_too_large_is_refused_before_any_has_begun(weights: dict[str, Tensor]):
     desk = Desk(weights, max_unit_tokens=50)
     session = desk.session()
-    with pytest.raises(ModelError, match="max_unit_tokens is 50"):
-        desk.engine.step([(session, UnitInput([[sound(num=64)]], sound()))])
+    for too_large in (
+        UnitInput([[sound(num=64)]], sound()),
+        UnitInput(audio=sound(num=20), before=(UnitInput(audio=sound(num=30)),)),
+    ):
+        with pytest.raises(ModelError, match="max_unit_tokens is 50"):
+            desk.engine.step([(session, too_large)])
     assert session.sequence.length == len(PROMPT)
 
 

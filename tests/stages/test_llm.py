@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.ladder import STEPS, merges_window
 from graph.streams import EVENTS, TEXT
 from graph.window import Unit
 from model_shards.duplex import MAX_TEXT_TOKENS
@@ -188,6 +189,44 @@ def test_where_nothing_speaks_nobody_is_waited_for(tiny: Tiny):
     stage.open_session(session(speech=False))
     stage.process([window("door", 50)])
     assert stage.text_budget(DOOR) == MAX_TEXT_TOKENS
+
+
+@pytest.mark.parametrize("num_steps", [2, 3])
+def test_merged_windows_are_decided_upon_together(tiny: Tiny, num_steps: int):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder)
+    opened = session(ladder=STEPS)
+    stage.open_session(opened)
+    opened.level.told(0, num_steps)
+    indices = range(10, 19)  # nobody is heard of, and nothing is said
+    forwards = []
+    for index in indices:
+        before = len(recorder.fed)
+        assert stage.process([window("door", index, pictures=0)]) == []
+        forwards.append(len(recorder.fed) - before)
+    waits = [merges_window(STEPS[:num_steps], DOOR, index) for index in indices]
+    assert [count == 0 for count in forwards[1:]] == waits[1:]  # with the first one comes the system prompt
+    sounds = {index: rows(sum(map(ord, "door")) * 1000 + index, 10) for index in indices}
+    known = {str(index): torch.from_numpy(sound) for index, sound in sounds.items()}
+    fed = [name for index in range(len(recorder.fed)) for name in recorder.names(index, known) if name != "?"]
+    assert fed == [str(index) for index in indices[: len(indices) - waits[-1]]]
+
+
+def test_listening_only_begins_no_turn_and_ends_the_one_that_is_open(tiny: Tiny):
+    stage = tiny.llm()
+    opened = session(ladder=STEPS)
+    stage.open_session(opened)
+    index = 0
+    while not (said := words(stage.process([window("door", index)]))) or said[-1].attrs["end_of_turn"]:
+        index += 1
+        opened.playback.ack(ack(index + 1, 100, 100, index + 1, num_turns=100))
+    opened.level.told(0, len(STEPS))
+    said = []
+    for later in range(index + 1, index + 60):
+        opened.playback.ack(ack(later + 1, 100, 100, later + 1, num_turns=100))
+        said += words(stage.process([window("door", later)]))
+    assert [chunk.attrs["turn_start"] for chunk in said] == [False] * len(said)
+    assert [chunk.attrs["end_of_turn"] for chunk in said] == [False] * (len(said) - 1) + [True]
 
 
 def test_a_session_for_which_there_is_no_room_is_refused_when_it_opens(tiny: Tiny):

@@ -23,6 +23,7 @@ from graph.window import Late, Unit
 from stages.stage import Session, Stage, StageError
 from tests.support.units import session
 
+SEEN = "camera.frames->vision_encoder.frames"
 SOUND = "microphone.sound->llm.sound"
 SPOKEN = "llm.text->speaker.text"
 PLAYED = "speaker.playback->llm.playback"
@@ -68,6 +69,21 @@ class Ticker(Stage):
 
     def finished(self, session: SessionId) -> bool:
         return self._next[session] > self._num_windows
+
+
+class Shutter(Stage):
+    """A source: a picture per call."""
+
+    def __init__(self) -> None:
+        self._num_taken = 0
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        self._num_taken += 1
+        image = np.zeros((1, 1, 3), np.uint8)
+        return [Chunk(session, camera_stream(session), self._num_taken * NS_PER_S, arrays={"image": image})]
+
+    def finished(self, session: SessionId) -> bool:
+        return False
 
 
 class Echo(Stage):

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graph.chunk import NS_PER_S, SessionId
+from graph.ladder import HOLD_NS, MOST_PATIENCE_NS, STEPS, Ladder, Level, merges_window, sheds_picture
+
+DOOR = SessionId("door")
+T = NS_PER_S
+LATE, CLOSE, CALM = 2 * T, 9 * T // 10, T // 4
+
+latencies = st.lists(st.sampled_from([CALM, 6 * T // 10, CLOSE, LATE]), max_size=200)
+
+
+def levels(told: list[int], ladder: Ladder | None = None) -> list[int]:
+    """The level after each of these windows, one per second."""
+    ladder = ladder or Ladder(STEPS, T)
+    found = []
+    for index, latency_ns in enumerate(told):
+        ladder.window((index + 1) * T, latency_ns, 8)
+        found.append(ladder.level)
+    return found
+
+
+def test_windows_that_are_on_time_shed_nothing() -> None:
+    assert levels([CALM] * 100) == [0] * 100
+
+
+def test_a_single_late_window_sheds_nothing() -> None:
+    assert levels([CALM] * 10 + [LATE] + [CALM] * 10) == [0] * 21
+
+
+def test_the_second_window_that_is_nearly_late_takes_the_first_step_at_once() -> None:
+    assert levels([CALM, CLOSE, CALM, CLOSE]) == [0, 0, 0, 1]
+
+
+def test_it_goes_down_a_step_each_five_seconds_and_no_deeper_than_there_are_steps() -> None:
+    found = levels([CLOSE] * 40)
+    assert [found.index(level) for level in (1, 2, 3, 4)] == [1, 6, 11, 16]
+    assert max(found) == len(STEPS)
+
+
+def test_it_comes_back_a_step_each_five_seconds() -> None:
+    found = levels([CLOSE] * 17 + [CALM] * 40)
+    assert [found.index(level, 17) for level in (3, 2, 1, 0)] == [21, 26, 31, 36]
+
+
+def test_what_is_neither_late_nor_early_moves_nothing() -> None:
+    assert levels([CLOSE] * 2 + [6 * T // 10] * 50)[-1] == 1
+
+
+def test_a_step_that_was_given_back_too_early_is_given_back_later_the_next_time() -> None:
+    ladder = Ladder(STEPS, T)
+    found, level_changes = 0, []
+    for index in range(120):
+        latency_ns = CLOSE if ladder.level == 0 else CALM  # level 1 is what there is room for
+        found += ladder.window(index * T, latency_ns, 8)
+        level_changes.append(ladder.level)
+    times_back = [i for i in range(1, 120) if level_changes[i] < level_changes[i - 1]]
+    gaps = [b - a for a, b in itertools.pairwise(times_back)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] >= 2 * gaps[0]
+
+
+def test_when_most_sessions_have_gone_everything_comes_back_at_once() -> None:
+    ladder = Ladder(STEPS, T)
+    assert levels([CLOSE] * 17, ladder)[-1] == 4
+    found = []
+    for index in range(17, 30):
+        ladder.window((index + 1) * T, CALM, 2)
+        found.append(ladder.level)
+    assert found == [4, 4, 4, 4] + [0] * 9  # 5 s after the last move
+
+
+def test_when_some_sessions_have_gone_what_was_enough_for_so_many_comes_back() -> None:
+    ladder = Ladder(STEPS, T)
+    for index in range(17):
+        ladder.window((index + 1) * T, CLOSE, 4 if index < 5 else 16)
+    for index in range(17, 22):
+        ladder.window((index + 1) * T, CALM, 8)
+    assert ladder.level == 1  # 4 were too many for none, 16 for the first step
+
+
+@given(latencies)
+def test_moves_are_single_steps_and_five_seconds_apart(told: list[int]) -> None:
+    ladder = Ladder(STEPS, T)
+    moved_ns: list[int] = []
+    now_ns = level = 0
+    for latency_ns in told:
+        now_ns += T
+        if ladder.window(now_ns, latency_ns, 8):
+            assert abs(ladder.level - level) == 1
+            moved_ns.append(now_ns)
+        else:
+            assert ladder.level == level
+        level = ladder.level
+        assert 0 <= level <= len(STEPS)
+    assert all(b - a >= HOLD_NS for a, b in itertools.pairwise(moved_ns))
+
+
+@given(latencies)
+def test_whatever_was_before_calm_gives_everything_back(told: list[int]) -> None:
+    ladder = Ladder(STEPS, T)
+    levels(told, ladder)
+    before_ns = (len(told) + 1) * T
+    most = len(STEPS) * (MOST_PATIENCE_NS // T)
+    for index in range(most):
+        ladder.window(before_ns + index * T, CALM, 8)
+    assert ladder.level == 0
+
+
+def test_a_ladder_without_steps_stays_where_it_is() -> None:
+    assert levels([LATE] * 50, Ladder((), T)) == [0] * 50
+
+
+def test_of_the_words_of_the_sink_the_newest_counts_in_any_order() -> None:
+    level = Level()
+    for at_ns, num_steps in ((2 * T, 1), (T, 0), (2 * T, 1)):
+        level.told(at_ns, num_steps)
+    assert level.num_steps == 1
+
+
+@pytest.mark.parametrize(("num_steps", "shed"), [(0, 0), (1, 50), (2, 100), (4, 100)])
+def test_pictures_go_by_halves_and_then_all(num_steps: int, shed: int) -> None:
+    assert sum(sheds_picture(STEPS[:num_steps], DOOR, seq) for seq in range(100)) == shed
+
+
+def test_of_two_windows_one_waits_for_the_other() -> None:
+    waits = [merges_window(STEPS[:3], DOOR, index) for index in range(10)]
+    assert waits in ([True, False] * 5, [False, True] * 5)
+    assert not any(merges_window(STEPS[:2], DOOR, index) for index in range(10))
+
+
+def test_half_of_the_sessions_take_turns_with_the_others() -> None:
+    sessions = [SessionId(f"camera{n}") for n in range(200)]
+    assert 70 < sum(sheds_picture(STEPS[:1], session, 0) for session in sessions) < 130
