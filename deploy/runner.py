@@ -175,10 +175,16 @@ class StageRunner:
         for edge in lanes:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
         has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
-        ladder = Ladder(session.ladder, session.window_ns) if has_ladder else None
+        ladder = Ladder(session.ladder, session.window_ns, self._usual_level()) if has_ladder else None
+        session.level.told(0, ladder.level if ladder else 0)
         self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder)
         self._touch(session.id)
         self._meter.opened(session)
+
+    def _usual_level(self) -> int:
+        """How far down the sessions here are: a new one begins there, so that it costs the others no more than that."""
+        levels = sorted(state.ladder.level for state in self._open.values() if state.ladder is not None)
+        return levels[len(levels) // 2] if levels else 0
 
     def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
         """Let a session's clock run. origin_unix_ns: when event time 0 is, on this host's wall clock."""
@@ -311,10 +317,10 @@ class StageRunner:
             self._advance(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
-        batch = self._gather()
-        if batch:
-            self._process(batch)
-            looked_at |= {state.session.id: state for state, _ in batch}
+        for choose in (self._idle, self._gather):
+            if batch := choose():
+                self._process(batch)
+                looked_at |= {state.session.id: state for state, _ in batch}
         for state in looked_at.values():
             self._finish(state)
         self._plan_looks(looked_at)
@@ -382,6 +388,11 @@ class StageRunner:
     def _may_advance(self, state: _Open) -> bool:
         return state.begun and not state.ending and self._has_room(state)
 
+    def _idle(self) -> list[tuple[_Open, _Ready]]:
+        """Units which cost nothing: they go at once."""
+        states = [state for state in self._ready.values() if self.stage.is_idle(state.ready[0].unit)]
+        return [(state, state.ready[0]) for state in states if self._may_go(state)]
+
     def _gather(self) -> list[tuple[_Open, _Ready]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
         going = [state.waiting() for state in self._ready.values() if self._may_go(state)]
@@ -414,7 +425,7 @@ class StageRunner:
             if not state.ready:
                 del self._ready[state.session.id]
             self._advance(state)
-            ready.unit = self._without_stale(state, ready.unit)
+            ready.unit = self._without_stale(state, self._marked(state, ready.unit))
         started_ns = self._clock.monotonic_ns()
         chunks = self.stage.process([ready.unit for _, ready in batch])
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
@@ -424,6 +435,18 @@ class StageRunner:
             self._send(self._open[chunk.session], chunk)
         for state, ready in batch:
             self._leave(state, ready, started_ns)
+
+    def _marked(self, state: _Open, unit: Unit) -> Unit:
+        """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
+        session = state.session
+        if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
+            return unit
+        pictures = {stream for stream in unit.chunks if port_of(stream) == "frames"}
+        for stream in pictures:
+            for chunk in unit.of(stream):
+                self._settle(state, chunk, "late")
+        kept = {stream: chunks for stream, chunks in unit.chunks.items() if stream not in pictures}
+        return replace(unit, chunks=kept, missing=unit.missing | pictures, overdue=True)
 
     def _without_stale(self, state: _Open, unit: Unit) -> Unit:
         """A barge-in may have come after the unit was complete."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from deploy.virtual import Network
-from graph.chunk import NS_PER_MS
+from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import StageCost
 from graph.credit import Limit
 
@@ -32,11 +32,27 @@ USUAL: Final = Network()
 
 
 @dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Sessions that come one after the other, and go together."""
+
+    num_sessions: int
+    until_ns: int
+    from_ns: int = 0
+    every_ns: int = 0
+
+    def begins_ns(self) -> list[int]:
+        """When each of them comes."""
+        return [self.from_ns + number * self.every_ns for number in range(self.num_sessions)]
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """What happens in one seed.
 
+    num_sessions, num_windows: that begin together and end together; or, where there are some, the arrivals.
     devices: what computes, and how many stages at once on it. on: per stage its device; else the first. token_ns: a
-    decode step of all who speak. stagger_ns: between the sessions' windows. credit: of every edge; None: as described.
+    decode step of all who speak. picture_ns: what a picture costs the LLM. stagger_ns: between the sessions' windows.
+    credit, batch: of every edge and stage; None: as described.
     network, acks, grants: how messages travel.
     barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
     nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
@@ -47,8 +63,11 @@ class Scenario:
     about: str
     num_sessions: int = 4
     num_windows: int = 8
+    arrivals: tuple[Arrivals, ...] = ()
     costs: Mapping[str, StageCost] = field(default_factory=lambda: COSTS)
     token_ns: int = 8 * NS_PER_MS
+    picture_ns: int = 0
+    batch: int | None = None
     devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
     on: Mapping[str, str] = field(default_factory=dict)
     stagger_ns: int = 0
@@ -65,6 +84,11 @@ class Scenario:
     drift_ppm: int = 0
 
 
+OVERLOAD: Final = (
+    Arrivals(8, until_ns=180 * NS_PER_S),
+    Arrivals(8, until_ns=140 * NS_PER_S, from_ns=20 * NS_PER_S, every_ns=4 * NS_PER_S),
+    Arrivals(16, until_ns=140 * NS_PER_S, from_ns=80 * NS_PER_S, every_ns=2 * NS_PER_S),
+)
 _STEADY: Final = Scenario("steady", "nothing goes wrong", num_sessions=4, num_windows=8)
 SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
     {
@@ -121,6 +145,15 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 slow={"llm": 5.0},
                 stagger_ns=130 * NS_PER_MS,
                 drift_ppm=200,
+            ),
+            Scenario(
+                "overload",
+                "one device that serves 10 sessions; 8 come, from 20 s on 8 more, from 80 s on 16 more; 24 go at 140 s",
+                arrivals=OVERLOAD,
+                costs={name: replace(cost, each_ns=4 * cost.each_ns) for name, cost in COSTS.items()},
+                picture_ns=8 * NS_PER_MS,
+                batch=64,
+                devices={"gpu": 1},
             ),
         )
     }

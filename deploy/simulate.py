@@ -21,7 +21,7 @@ import numpy as np
 from deploy.placement import Process, processes_of
 from deploy.routing import SOURCES, least_loaded, opening_order, phase_ns, session_plan, stages_of
 from deploy.runner import MAX_READY, StageRunner
-from deploy.scenarios import SCENARIOS, Scenario
+from deploy.scenarios import SCENARIOS, Arrivals, Scenario
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
 from deploy.virtual_stages import (
     OutOfOrder,
@@ -34,7 +34,7 @@ from deploy.virtual_stages import (
     VirtualVision,
     VirtualVocoder,
 )
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.credit import Limit
 from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, SilentObserver
 from graph.errors import GraphError
@@ -44,6 +44,7 @@ from graph.ledger import REASONS, Account, Reason, merge
 from graph.sections import StageSpec
 from graph.spec import EdgeSpec, PipelineSpec
 from graph.tail import Ack, Playback
+from stages.events import WINDOW_EVENT
 from stages.speaker import Speaker
 from stages.stage import ListenerAction, Session, Stage
 
@@ -78,6 +79,7 @@ class Figures:
     late_stages: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
     drops: Counter[str] = field(default_factory=Counter)
+    levels: Counter[int] = field(default_factory=Counter)  # windows, by the level of the shedding ladder
     num_underruns: int = 0
     num_pieces: int = 0
     unheard_max_ns: int = 0
@@ -90,6 +92,7 @@ class Figures:
         self.late_stages += other.late_stages
         self.missing += other.missing
         self.drops += other.drops
+        self.levels += other.levels
         self.num_underruns += other.num_underruns
         self.num_pieces += other.num_pieces
         self.unheard_max_ns = max(self.unheard_max_ns, other.unheard_max_ns)
@@ -105,6 +108,7 @@ class Figures:
             "late_stages": dict(self.late_stages),
             "missing": dict(self.missing),
             "drops": dict(self.drops),
+            "levels": {str(level): number for level, number in sorted(self.levels.items())},
             "unheard_max_s": self.unheard_max_ns / NS_PER_S,
             "underruns": self.num_underruns / max(self.num_pieces, 1),
             "wasted_tokens_per_barge_in": round(float(np.mean(self.wasted_tokens)), 2) if self.wasted_tokens else None,
@@ -151,8 +155,14 @@ class Simulation:
         self._is_over = False
         self._devices = {name: Device(self.world, number) for name, number in scenario.devices.items()}
         self._events = VirtualEvents()
-        self._sessions = [self._session(number) for number in range(scenario.num_sessions)]
-        self._end_ns = ORIGIN_NS + scenario.num_windows * spec.window.length_ns
+        window_ns = spec.window.length_ns
+        together = Arrivals(scenario.num_sessions, scenario.num_windows * window_ns)
+        coming = [(begin_ns, a.until_ns) for a in scenario.arrivals or (together,) for begin_ns in a.begins_ns()]
+        num_windows = [(until_ns - begin_ns) // window_ns for begin_ns, until_ns in coming]
+        self._sessions = [self._session(number, windows) for number, windows in enumerate(num_windows)]
+        self._begin_ns = [ORIGIN_NS + begin_ns + n * scenario.stagger_ns for n, (begin_ns, _) in enumerate(coming)]
+        self._num_due = sum(num_windows)
+        self._end_ns = ORIGIN_NS + max(until_ns for _, until_ns in coming)
         self._actors: dict[str, Actor] = {}
         self._clocks: dict[str, HostClock] = {}
         self._speaker = Speaker()
@@ -160,16 +170,17 @@ class Simulation:
         self._build(processes_of(spec))
         self._under_way: dict[tuple[str, bytes, SessionId], list[Chunk]] = {}
         self._replicas: dict[SessionId, dict[str, int]] = {}
+        self._num_coming = 0  # sessions that are not open yet
         self._open()
         self._plan_faults()
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def _session(self, number: int) -> Session:
+    def _session(self, number: int, num_windows: int) -> Session:
         rng, scenario = self._rng, self._scenario
         name = f"camera{number}"
         window_ns = self._spec.window.length_ns
-        last_ns = max((scenario.num_windows - 3) * window_ns, NS_PER_S)
+        last_ns = max((num_windows - 3) * window_ns, NS_PER_S)
         actions: list[ListenerAction] = []
         if rng.random() < scenario.barges_in:
             actions.append(ListenerAction(rng.randint(NS_PER_S, last_ns), "barge_in"))
@@ -185,11 +196,12 @@ class Simulation:
             lateness_ns=self._spec.window.lateness_ns,
             lead_ns=self._spec.tail.lead_ns,
             delay_ns=self._spec.tail.delay_ns,
-            duration_ns=scenario.num_windows * window_ns,
+            duration_ns=num_windows * window_ns,
             pictures="camera" in self._spec.stages,
             microphone="microphone" in self._spec.stages,
             speech="speaker" in self._spec.stages,
             listener=tuple(actions),
+            ladder=self._spec.shedding.ladder,
         )
 
     def _build(self, processes: Sequence[Process]) -> None:
@@ -251,7 +263,7 @@ class Simulation:
             incoming,
             outgoing,
             VirtualMeter(self.figures, self._violated),
-            Gathering(spec.batch, spec.wait_ns),
+            Gathering(self._scenario.batch or spec.batch, spec.wait_ns),
             self._clocks[process.name],
         )
 
@@ -270,7 +282,7 @@ class Simulation:
         device = self._devices[scenario.on.get(name, next(iter(self._devices)))]
         cost = scenario.costs[name]
         if name == "llm":
-            self._llms.append(VirtualLlm(cost, scenario.token_ns, device, rng))
+            self._llms.append(VirtualLlm(cost, scenario.token_ns, scenario.picture_ns, device, rng))
             return self._llms[-1]
         kinds = {
             "vision_encoder": VirtualVision,
@@ -297,17 +309,34 @@ class Simulation:
             for name, replica in replicas.items():
                 counts[name][replica] += 1
             self._replicas[session.id] = replicas
+        together: dict[int, list[int]] = {}
+        for number, begin_ns in enumerate(self._begin_ns):
+            together.setdefault(0 if self._scenario.stagger_ns else begin_ns - ORIGIN_NS, []).append(number)
+        for at_ns, numbers in together.items():
+            if at_ns == 0:
+                self._enter(numbers)
+            else:
+                self._num_coming += len(numbers)
+                self.world.at(at_ns, lambda numbers=numbers: self._come(numbers))  # type: ignore[misc]
+
+    def _come(self, numbers: Sequence[int]) -> None:
+        self._num_coming -= len(numbers)
+        self._enter(numbers)
+
+    def _enter(self, numbers: Sequence[int]) -> None:
+        """Open these sessions, whose time begins soon."""
         order = opening_order(self._spec)
+        sessions = [self._sessions[number] for number in numbers]
         for stage in order:
-            for session in self._sessions:
+            for session in sessions:
                 if stage in stages_of(session, self._spec):
                     own = replace(session, playback=Playback(), level=Level())  # each stage knows what it was told
                     plan = session_plan(self._spec, stage, own, self._replicas[session.id])
                     self._runner_of(stage, session.id).open_session(plan)
         for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
-            for number, session in enumerate(self._sessions):
-                after_ns = number * self._scenario.stagger_ns + phase_ns(number, self._spec.window)
-                origin_ns = self._unix_ns(stage, session.id, ORIGIN_NS + after_ns)
+            for number, session in zip(numbers, sessions, strict=True):
+                begin_ns = self._begin_ns[number] + phase_ns(number, self._spec.window)
+                origin_ns = self._unix_ns(stage, session.id, begin_ns)
                 self._runner_of(stage, session.id).begin_session(session.id, origin_ns)
 
     def _unix_ns(self, stage: str, session: SessionId, world_ns: int) -> int:
@@ -347,6 +376,15 @@ class Simulation:
             self._check_end()
         self._count()
 
+    def windows(self) -> Iterable[tuple[float, Mapping[str, Scalar]]]:
+        """What was told of each window at its end, and when in the scenario that was (s)."""
+        begin_ns = {
+            session.id: begin - ORIGIN_NS for session, begin in zip(self._sessions, self._begin_ns, strict=True)
+        }
+        for chunk in self._events.chunks:
+            if chunk.attrs["type"] == WINDOW_EVENT:
+                yield begin_ns[chunk.session] / NS_PER_S + float(chunk.attrs["end_s"] or 0), chunk.attrs
+
     def _open_sessions(self) -> Iterable[tuple[str, SessionId]]:
         for actor in self._actors.values():
             for name, runner in actor.runners.items():
@@ -361,7 +399,7 @@ class Simulation:
 
     def _check_and_again(self) -> None:
         self._check()
-        self._is_over = bool(self.violations) or not any(self._open_sessions())
+        self._is_over = bool(self.violations) or not (self._num_coming or any(self._open_sessions()))
         self.world.at(self.world.now_ns + CHECK_NS, self._check_and_again)
 
     def _check(self) -> None:
@@ -372,7 +410,7 @@ class Simulation:
                 self._bound(f"{receiver.rule.id}: messages that were not taken", link.num_waiting, receiver.rule.limit)
             for name, runner in actor.runners.items():
                 self._bound(f"{name}: units that wait", runner.num_ready, Limit(MAX_READY))
-        for edge, account in self._accounts().items():
+        for edge, account in self.accounts().items():
             if account.in_flight < 0:
                 self._violated("ledger", f"{edge}: more has come out than went in: {account}")
 
@@ -408,14 +446,14 @@ class Simulation:
     def _check_end(self) -> None:
         for name, session in self._open_sessions():
             self._violated("no starvation", f"{session} has not come to its end at {name}")
-        for edge, account in self._accounts().items():
+        for edge, account in self.accounts().items():
             if account.in_flight:
                 self._violated("ledger", f"{edge}: {account.in_flight} chunks are neither delivered nor dropped")
-        due = len(self._sessions) * self._scenario.num_windows
-        if self.figures.num_windows < due and not self.violations:  # what is carried past the end has one of its own
-            self._violated("every window ends", f"{self.figures.num_windows} of {due} windows have come to their end")
+        ended, due = self.figures.num_windows, self._num_due
+        if ended < due and not self.violations:  # what is carried past the end has one of its own
+            self._violated("every window ends", f"{ended} of {due} windows have come to their end")
 
-    def _accounts(self) -> dict[str, Account]:
+    def accounts(self) -> dict[str, Account]:
         ends: dict[str, list[Account]] = {}
         for actor in self._actors.values():
             for _, sender in actor.senders:
@@ -425,13 +463,14 @@ class Simulation:
         return {edge: merge(accounts) for edge, accounts in ends.items()}
 
     def _count(self) -> None:
-        for account in self._accounts().values():
+        for account in self.accounts().values():
             self.figures.drops.update({reason: account.dropped.get(reason, 0) for reason in REASONS})
         self.figures.wasted_tokens += [wasted for llm in self._llms for wasted in llm.wasted]
         for chunk in self._events.chunks:
             kind = chunk.attrs.get("type")
             self.figures.num_underruns += kind == "underrun"
             self.figures.num_pieces += kind == "heard"
+            self.figures.levels.update([int(chunk.attrs["level"] or 0)] if kind == WINDOW_EVENT else [])
 
     def _runner_of(self, stage: str, session: SessionId) -> StageRunner:
         return self._actor_of(stage, session).runners[stage]

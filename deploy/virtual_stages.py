@@ -15,8 +15,9 @@ import numpy as np
 from deploy.virtual import Device
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
+from graph.ladder import merges_window
 from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
-from graph.tail import Ack, Playback, SpeechQueue, TextBudget
+from graph.tail import Ack, SpeechQueue, TextBudget
 from graph.window import Unit
 from stages.stage import Session, Stage
 
@@ -182,6 +183,9 @@ class VirtualMicrophone(Stage):
 class VirtualVision(Costly):
     outputs = (IMAGE,)
 
+    def is_idle(self, unit: Unit) -> bool:
+        return not unit.chunks
+
     def make(self, unit: Unit) -> list[Chunk]:
         pictures = [chunk for stream in unit.chunks if is_raw(stream) for chunk in unit.of(stream)]
         return [Chunk(unit.session, IMAGE, picture.start_ns) for picture in pictures]
@@ -207,9 +211,11 @@ class Talk:
     """What a session says. left: text tokens of the turn that are still to come; said: those that came.
     before_ns: speech received before the turn."""
 
+    session: Session
     budget: TextBudget
-    playback: Playback
     rng: Random
+    is_held: bool = False
+    num_waiting: int = 0  # windows that go with the next one
     left: int = 0
     said: int = 0
     before_ns: int = 0
@@ -229,16 +235,16 @@ class VirtualLlm(Costly):
     TURN: Final = (2, 40)  # tokens
     TALKS: Final = 0.3  # how often a silent window begins a turn
 
-    def __init__(self, cost: StageCost, token_ns: int, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, token_ns: int, picture_ns: int, device: Device, rng: Random) -> None:
         super().__init__(cost, device, rng)
-        self._token_ns = token_ns
+        self._token_ns, self._picture_ns = token_ns, picture_ns
         self._talks: dict[SessionId, Talk] = {}
         self.wasted: list[float] = []  # text tokens of each turn that was interrupted
 
     def open_session(self, session: Session) -> None:
         super().open_session(session)
         budget = TextBudget(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
-        self._talks[session.id] = Talk(budget, session.playback, Random(self._rng.random()))
+        self._talks[session.id] = Talk(session, budget, Random(self._rng.random()))
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         talk = self._talks[session]
@@ -249,18 +255,31 @@ class VirtualLlm(Costly):
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         made = super().process(units)
+        if num_pictures := sum(len(unit.of(IMAGE)) for unit in units):
+            self._device.work(num_pictures * self._picture_ns)
         self._device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
         return made
 
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        """Windows that are fed now; one that is held is fed with the next one."""
+        talks = [self._talks[unit.session] for unit in units]
+        num_items = sum(talk.num_waiting + 1 for talk in talks if not talk.is_held)
+        for talk in talks:
+            talk.num_waiting = talk.num_waiting + 1 if talk.is_held else 0
+        return num_items
+
     def make(self, unit: Unit) -> list[Chunk]:
         talk = self._talks[unit.session]
-        begins = talk.left == 0 and talk.rng.random() < self.TALKS
+        merges = not talk.num_waiting and merges_window(talk.session.taken, unit.session, unit.index)
+        talk.is_held = (merges or unit.overdue) and not talk.left
+        is_quiet = talk.is_held or "listen_only" in talk.session.taken
+        begins = talk.left == 0 and talk.rng.random() < self.TALKS and not is_quiet
         if talk.is_cut or (talk.left == 0 and not begins):
             talk.left, talk.is_cut = 0, False
             return []
         if begins:
             talk.left = talk.rng.randint(*self.TURN)
-            talk.said, talk.before_ns = 0, talk.playback.latest.received_ns
+            talk.said, talk.before_ns = 0, talk.session.playback.latest.received_ns
         allowed = talk.budget.tokens(unit.end_ns)
         count = min(allowed, talk.left, talk.rng.randint(2, self.MOST_TOKENS))
         talk.left -= count
@@ -298,6 +317,9 @@ class VirtualTts(Costly):
         self._open[session].owed_ns = 0
         return []
 
+    def is_idle(self, unit: Unit) -> bool:
+        return not (unit.of(TEXT) or self._open[unit.session].queue)
+
     def make(self, unit: Unit) -> list[Chunk]:
         state = self._open[unit.session]
         for text in unit.of(TEXT):
@@ -332,6 +354,9 @@ class VirtualVocoder(Costly):
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         self._open[session].interrupted()
         return []
+
+    def is_idle(self, unit: Unit) -> bool:
+        return not (unit.of(CODES) or self._open[unit.session])
 
     def make(self, unit: Unit) -> list[Chunk]:
         queue = self._open[unit.session]

@@ -9,9 +9,9 @@ nowhere else. Pure.
     listen_only     no new turn begins; the one that is open is said to its end
 
 Sound is never shed, and no session is closed. Each session goes by its own windows: a step down where some were late,
-or nearly; a step up where all were early. Between two moves are 5 s at least. A step up that had to be taken back makes
-the session wait twice as long with the next one. Where so many sessions have gone that a level is known to be enough
-for the others, they go there at once.
+or nearly; a step up where all were early. Between two moves are 5 s at least, before a step up 10 s; one that had to be
+taken back makes the session wait twice as long with the next one. Where so many sessions have gone that a level is
+known to be enough for the others, they go there at once. A new session begins where the others are.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ STEPS: Final[tuple[Step, ...]] = get_args(Step)
 OF_PICTURES: Final[frozenset[Step]] = frozenset({"fewer_frames", "vision_off"})
 
 HOLD_NS: Final = 5 * NS_PER_S
+LEAST_PATIENCE_NS: Final = 2 * HOLD_NS
 MOST_PATIENCE_NS: Final = 16 * HOLD_NS
-STRAINED: Final = 0.8  # of a window: a session whose windows take so long is about to be late
-CALM: Final = 0.5
+STRAINED: Final = 0.55  # of a window: where many windows take so long, soon one is late
+CALM: Final = 0.4
 FEWER: Final = 0.75
 NUM_RECENT: Final = 4  # windows
 NUM_STRAINED: Final = 2  # of them; a single one may be anything
@@ -39,15 +40,15 @@ NUM_STRAINED: Final = 2  # of them; a single one may be anything
 class Ladder:
     """How far down one session is, decided where its windows come to their end."""
 
-    def __init__(self, steps: Sequence[Step], window_ns: int) -> None:
-        """steps: which there are for it, in order."""
+    def __init__(self, steps: Sequence[Step], window_ns: int, level: int = 0) -> None:
+        """steps: which there are for it, in order. level: how many of them are taken from the start."""
         self.steps = tuple(steps)
-        self.level = 0  # how many of the steps are taken
+        self.level = min(level, len(steps))
         self._window_ns = window_ns
         self._recent: deque[float] = deque(maxlen=NUM_RECENT)
         self._moved_ns: int | None = None
         self._went_up = False
-        self._patience_ns = HOLD_NS
+        self._patience_ns = LEAST_PATIENCE_NS
         self._too_many: dict[int, int] = {}  # by level: the number of sessions for which it was not enough
 
     def window(self, now_ns: int, latency_ns: int, num_sessions: int) -> bool:
@@ -56,7 +57,9 @@ class Ladder:
         num_sessions: that share what there is with this one, and itself.
         """
         self._recent.append(latency_ns / self._window_ns)
-        stayed_ns = HOLD_NS if self._moved_ns is None else now_ns - self._moved_ns
+        if self._moved_ns is None:
+            self._moved_ns = now_ns - HOLD_NS  # the first move need not wait
+        stayed_ns = now_ns - self._moved_ns
         if stayed_ns < HOLD_NS:
             return False
         if sum(part > STRAINED for part in self._recent) >= NUM_STRAINED and self.level < len(self.steps):
@@ -71,7 +74,7 @@ class Ladder:
             return self._move(now_ns, enough - self.level)
         if stayed_ns >= self._patience_ns:
             if self._went_up:  # and that went well
-                self._patience_ns = max(self._patience_ns // 2, HOLD_NS)
+                self._patience_ns = max(self._patience_ns // 2, LEAST_PATIENCE_NS)
             return self._move(now_ns, -1)
         return False
 

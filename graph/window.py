@@ -25,7 +25,8 @@ class Unit:
     """All chunks of one session and window, per stream ordered by time; `missing` names the streams that gave nothing.
 
     closed_by is the stream whose watermark came last, "" when the window was given up by lateness; `awaited` then names
-    the streams that were not through with it. traces are what the streams' watermarks brought along.
+    the streams that were not through with it. traces are what the streams' watermarks brought along. overdue: set by
+    the actor when its work begins so late that the window has been given up where it ends.
     """
 
     session: SessionId
@@ -37,6 +38,7 @@ class Unit:
     traces: Mapping[str, Trace] = field(default_factory=dict)
     closed_by: str = ""
     awaited: frozenset[str] = frozenset()
+    overdue: bool = False
 
     def of(self, stream: str) -> tuple[Chunk, ...]:
         """The chunks of one stream; empty when it gave nothing."""

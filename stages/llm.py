@@ -152,16 +152,17 @@ class Llm(Stage):
         state.num_skipped = len(seen) - len(fitting)
         window = replace(window, images=fitting)
         if self._is_held(state, unit, window):
-            state.held = (window,)
+            state.held = (*held, replace(window, before=()))
             return None
         return window
 
     def _is_held(self, state: _Open, unit: Unit, window: UnitInput) -> bool:
-        """Within a turn none is, and never two in a row."""
-        if not merges_window(state.session.taken, unit.session, unit.index):
+        """One that comes too late for the listener is; of others, where windows are merged, every second one; none in
+        a turn."""
+        if not unit.overdue and (window.before or not merges_window(state.session.taken, unit.session, unit.index)):
             return False
         leaves_room = self._engine.num_tokens(window) <= self._engine.config.max_unit_tokens // 2
-        return leaves_room and not (state.duplex.turn_open or window.force_listen or window.before)
+        return leaves_room and not (state.duplex.turn_open or window.force_listen)
 
     def _tell_skipped(self, unit: Unit) -> list[Chunk]:
         num_skipped = self._open[unit.session].num_skipped

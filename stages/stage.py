@@ -97,6 +97,10 @@ class Stage:
         """Work on one unit each of several sessions, as one batch; returns what leaves, in order per session."""
         return []
 
+    def is_idle(self, unit: Unit) -> bool:
+        """Nothing is to be computed for this unit: it waits for no peers, and takes no place in a batch."""
+        return False
+
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         """For sources and sinks: what is due by event time `now_ns`, control chunks included."""
         return []

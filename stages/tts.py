@@ -56,6 +56,9 @@ class Tts(Stage):
         state.talker.end_turn()
         return []
 
+    def is_idle(self, unit: Unit) -> bool:
+        return not (unit.of(TEXT) or self._open[unit.session].queue)
+
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         speaking = [(unit, text) for unit in units if (text := self._next_text(unit)) is not None]

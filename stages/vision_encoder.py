@@ -27,6 +27,9 @@ class VisionEncoder(Stage):
         self._model = model
         self._slices = dataclasses.replace(model.config.slices, max_slice_nums=max_slices)
 
+    def is_idle(self, unit: Unit) -> bool:
+        return not unit.chunks
+
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         pictures = [

@@ -42,8 +42,8 @@ OWN_MISTAKES_FROM: Final = 0.6  # of the time
 SLOW_LISTENER: Final = 0.08  # in how many units less may be said than there is to say
 REFRESH_S: Final = 480.0
 PLAIN_MIX: Final = Mix()
-TRYING: Final = Mix(rush=0.2, twin=0.05, standing=2.5, people=2.5)
-"""More of what is hard: things that happen while others are told, promises, and which of the people it was."""
+TRYING: Final = Mix(request=0.5, rush=0.2, twin=0.05, standing=1.2, people=2.0)
+"""More of what is hard: questions, things that happen while others are told, and which of the people it was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,24 @@
 """deploy/runner.py: batches, credit, epochs and ends, with stages that a test writes and a real bus."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from deploy.runner import SessionPlan
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival
-from graph.streams import MIC, SPEECH, TEXT
+from graph.ladder import STEPS
+from graph.streams import MIC, SPEECH, TEXT, camera_stream
 from graph.tail import Ack, ack_chunk
 from graph.window import Unit
 from stages.stage import Session, StageError
 from tests.support.house import (
     NOTED,
     PLAYED,
+    SEEN,
     SOUND,
     SPOKEN,
     Ear,
@@ -23,6 +27,7 @@ from tests.support.house import (
     ManualClock,
     Notes,
     PacedEcho,
+    Shutter,
     Ticker,
     barge_in,
     heard,
@@ -243,6 +248,84 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
     told = {name: window[name] for name in ("missing", "digest", "on_time", "late_stage", "stages")}
     stages = '{"llm.queue": 1.15}'
     assert told == {"missing": "text", "digest": "", "on_time": False, "late_stage": "llm", "stages": stages}
+
+
+# ---- the shedding ladder ---------------------------------------------------------------------------------------------
+
+
+def test_windows_that_come_late_shed_and_the_other_stages_are_told(build, clock: ManualClock):
+    house = build({"llm": Echo(), "speaker": Ear(), "events": Notes()}, (SPOKEN, PLAYED, NOTED))
+    session = house.open("door", paced=True, ladder=STEPS)
+    for index in range(2):
+        clock.advance(1.9)  # after the window's end
+        house.take(watermark(DOOR, TEXT, (index + 1) * NS_PER_S), SPOKEN)
+        house.turn()
+        clock.advance(-0.9)
+    house.turn()
+    assert session.taken == STEPS[:1]
+    told = house.runners["events"].stage.told("shed")
+    assert [(event["step"], event["level"]) for event in told] == [("fewer_frames", 1)]
+    assert [window["level"] for window in house.runners["events"].stage.told("window")] == [0, 0]
+    assert house.registry.get_sample_value("omni_shedding_level", {"camera": "door"}) == 1
+
+
+def test_a_stage_learns_the_level_with_the_listeners_news(build):
+    house = build({"llm": Echo()}, (SOUND, PLAYED))
+    session = house.open("door", ladder=STEPS)
+    chunk = ack_chunk(DOOR, Ack(NS_PER_S))
+    house.take(replace(chunk, attrs={**chunk.attrs, "level": 2}), PLAYED)
+    assert session.taken == ("fewer_frames", "vision_off")
+
+
+def test_pictures_that_are_shed_are_accounted_for(build, clock: ManualClock):
+    house = build({"camera": Shutter(), "vision_encoder": Echo()}, (SEEN,), limit=Limit(32))
+    session = house.open("door", paced=True, ladder=STEPS)
+    for at_ns, num_steps, accepted, shed in ((0, 0, 4, 0), (1, 1, 8, 2), (2, 2, 12, 6), (3, 0, 16, 6)):
+        session.level.told(at_ns, num_steps)
+        for _ in range(4):
+            clock.advance(1.0)
+            house.runners["camera"].step()
+        account = house.account(SEEN)
+        assert (account.accepted, account.dropped["shed"]) == (accepted, shed)
+
+
+def test_a_new_session_begins_where_the_others_are(build):
+    house = build({"speaker": Ear()}, (SPOKEN, PLAYED))
+    first = house.open("door", paced=True, ladder=STEPS)
+    house.runners["speaker"]._open[DOOR].ladder.level = 3
+    second = house.open("yard", paced=True, ladder=STEPS[:2])
+    assert (first.level.num_steps, second.level.num_steps) == (0, 2)
+
+
+# ---- what costs nothing, and what comes too late to be worth it ------------------------------------------------------
+
+
+def test_a_unit_that_costs_nothing_waits_for_nobody_and_takes_no_place(build, clock: ManualClock):
+    echo = Echo()
+    echo.is_idle = lambda unit: unit.session == YARD
+    house = build({"llm": echo}, (SOUND,), wait_ns=5_000_000, max_units=1)
+    house.open("door"), house.open("yard"), house.open("hall")
+    house.window("door", 0), house.window("yard", 0)
+    house.runners["llm"].step()
+    assert echo.batches == [[("yard", 0)], [("door", 0)]]
+
+
+def test_pictures_of_a_window_that_its_listener_gave_up_are_late_and_named(build, clock: ManualClock):
+    echo = Echo()
+    house = build({"vision_encoder": echo}, (SEEN,))
+    house.open("door", paced=True)
+    camera = camera_stream("door")
+    for index, now_s in enumerate((2.15, 3.2)):
+        picture = {"image": np.zeros((1, 1, 3), np.uint8)}
+        house.take(Chunk(DOOR, camera, index * NS_PER_S, 0, index, arrays=picture), SEEN)
+        house.take(watermark(DOOR, camera, (index + 1) * NS_PER_S), SEEN)
+        clock.now_ns = round(now_s * NS_PER_S)
+        house.runners["vision_encoder"].step()
+    assert [(unit.overdue, len(unit.of(camera)), unit.missing) for unit in echo.units] == [
+        (False, 1, frozenset()),
+        (True, 0, {camera}),
+    ]
+    assert (house.account(SEEN).delivered, house.account(SEEN).dropped["late"]) == (1, 1)
 
 
 def test_what_is_late_may_be_carried_into_the_next_unit(build, clock: ManualClock):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from deploy import cli
 from deploy.scenarios import SCENARIOS
-from deploy.simulate import MAX_VIOLATIONS, Report, SimulateError, find_scenario, parse_seeds, run_scenario
+from deploy.simulate import MAX_VIOLATIONS, Report, SimulateError, Simulation, find_scenario, parse_seeds, run_scenario
 from deploy.virtual import Network
 from graph.credit import ReceiveCredit, SendCredit
 from graph.epoch import EpochFence
@@ -45,9 +45,11 @@ def rules(report: Report) -> set[str]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_happens_what_must_hold_does(spec: PipelineSpec, name: str):
-    report = run(spec, name)
+    scenario = SCENARIOS[name]
+    num_seeds = 1 if scenario.arrivals else NUM_SEEDS
+    report = run(spec, name, num_seeds)
     assert report.violations == ()
-    assert report.figures.num_windows >= NUM_SEEDS * SCENARIOS[name].num_sessions * SCENARIOS[name].num_windows
+    assert report.figures.num_windows >= num_seeds * scenario.num_sessions * scenario.num_windows
 
 
 def test_a_seed_happens_the_same_each_time(spec: PipelineSpec):
@@ -91,6 +93,24 @@ def test_faults_leave_their_marks(spec: PipelineSpec):
     storm = run(spec, "storm", 20).figures
     assert storm.drops["stale"] > 0
     assert storm.wasted_tokens
+
+
+def test_overload_sheds_pictures_and_never_sound_and_everything_comes_back(spec: PipelineSpec):
+    simulation = Simulation(spec, SCENARIOS["overload"], 0)
+    simulation.run()
+    assert simulation.violations == []
+    shed = {edge: account.dropped["shed"] for edge, account in simulation.accounts().items()}
+    assert shed.pop("camera.frames->vision_encoder.frames") > 0
+    assert not any(shed.values())
+    levels = [(at_s, int(window["level"] or 0)) for at_s, window in simulation.windows()]
+    assert {level for _, level in levels} == {0, 1, 2, 3, 4}
+    assert {level for at_s, level in levels if at_s <= 20 or at_s > 170} == {0}
+
+
+def test_with_the_shedding_ladder_more_windows_are_on_time(spec: PipelineSpec):
+    without = load_spec(default_spec_path(), ["shedding.ladder=[]"])
+    ours, theirs = (run(each, "overload", 1).figures.as_dict()["on_time"] for each in (spec, without))
+    assert ours > 0.9 > 0.6 > theirs
 
 
 def test_speech_that_runs_ahead_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """stages/llm.py: what is fed in which order, and what TAIL and the listener let be said."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,21 @@ def test_merged_windows_are_decided_upon_together(tiny: Tiny, num_steps: int):
     known = {str(index): torch.from_numpy(sound) for index, sound in sounds.items()}
     fed = [name for index in range(len(recorder.fed)) for name in recorder.names(index, known) if name != "?"]
     assert fed == [str(index) for index in indices[: len(indices) - waits[-1]]]
+
+
+def test_windows_that_come_too_late_go_with_the_next_one_that_does_not(tiny: Tiny):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder)
+    stage.open_session(session())
+    stage.process([window("door", 10, pictures=0)])
+    before = len(recorder.fed)
+    for index in (11, 12):
+        assert stage.process([replace(window("door", index, pictures=0), overdue=True)]) == []
+    assert len(recorder.fed) == before
+    stage.process([window("door", 13, pictures=0)])
+    sounds = {str(index): rows(sum(map(ord, "door")) * 1000 + index, 10) for index in (11, 12, 13)}
+    known = {name: torch.from_numpy(sound) for name, sound in sounds.items()}
+    assert [name for name in recorder.names(before, known) if name != "?"] == ["11", "12", "13"]
 
 
 def test_listening_only_begins_no_turn_and_ends_the_one_that_is_open(tiny: Tiny):
