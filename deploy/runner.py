@@ -90,6 +90,8 @@ class _Open:
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
     num_late: int = 0
+    told_level: int = 0  # to the camera, and when
+    told_ns: int = 0
     look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
 
     @property
@@ -577,7 +579,18 @@ class StageRunner:
         elif chunk.kind is Kind.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for edge in self._edges_of(state, chunk.stream):
-            state.lanes[edge].send(chunk)
+            if chunk.kind is not Kind.PLAYBACK or self._is_news(state, edge):
+                state.lanes[edge].send(chunk)
+
+    def _is_news(self, state: _Open, edge: str) -> bool:
+        """A camera asks nothing of the listener but the level: a new one, and in each window the last once more."""
+        if edge.partition("->")[2] != "camera.playback":
+            return True
+        level, now_ns = state.session.level.num_steps, state.now_ns()
+        if level == state.told_level and now_ns - state.told_ns < state.session.window_ns:
+            return False
+        state.told_level, state.told_ns = level, now_ns
+        return True
 
     @staticmethod
     def _edges_of(state: _Open, stream: str) -> list[str]:

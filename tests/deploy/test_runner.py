@@ -16,6 +16,7 @@ from graph.tail import Ack, ack_chunk
 from graph.window import Unit
 from stages.stage import Session, StageError
 from tests.support.house import (
+    LEVELS,
     NOTED,
     PLAYED,
     SEEN,
@@ -28,6 +29,7 @@ from tests.support.house import (
     Notes,
     PacedEcho,
     Shutter,
+    Sink,
     Ticker,
     barge_in,
     heard,
@@ -275,6 +277,20 @@ def test_a_stage_learns_the_level_with_the_listeners_news(build):
     chunk = ack_chunk(DOOR, Ack(NS_PER_S))
     house.take(replace(chunk, attrs={**chunk.attrs, "level": 2}), PLAYED)
     assert session.taken == ("fewer_frames", "vision_off")
+
+
+def test_a_camera_hears_of_the_level_when_it_changes_and_once_per_window(build, clock: ManualClock):
+    house = build({"speaker": Ear()}, (SPOKEN, PLAYED, LEVELS))
+    session = house.open("door", paced=True, ladder=STEPS)
+    told = house.senders[LEVELS]._link = Sink()
+    runner = house.runners["speaker"]
+    runner.step()
+    for now_s, level in ((0.3, 0), (0.6, 1), (0.7, 1), (1.2, 1), (1.7, 1)):
+        clock.now_ns = round(now_s * NS_PER_S)
+        session.level.told(clock.now_ns, level)
+        runner._send_all(runner._open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns))])
+    assert [chunk.attrs["level"] for chunk in told.chunks] == [1, 1]
+    assert [chunk.start_ns for chunk in told.chunks] == [600_000_000, 1_700_000_000]
 
 
 def test_pictures_that_are_shed_are_accounted_for(build, clock: ManualClock):

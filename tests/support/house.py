@@ -12,7 +12,7 @@ from deploy.runner import ActorLoop, SessionPlan, StageRunner
 from graph.bus import Bus
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.clock import Clock, SystemClock
-from graph.credit import Limit
+from graph.credit import Grant, Limit
 from graph.edge import Arrival, EdgeRule
 from graph.gather import Gathering
 from graph.ledger import Account, merge
@@ -27,8 +27,23 @@ SEEN = "camera.frames->vision_encoder.frames"
 SOUND = "microphone.sound->llm.sound"
 SPOKEN = "llm.text->speaker.text"
 PLAYED = "speaker.playback->llm.playback"
+LEVELS = "speaker.playback->camera.playback"
 NOTED = "speaker.events->events.events"
 CHAIN = (SOUND, SPOKEN, PLAYED, NOTED)
+
+
+class Sink:
+    """A link that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+
+    def send(self, chunk: Chunk) -> bool:
+        self.chunks.append(chunk)
+        return True
+
+    def grants(self) -> Sequence[tuple[SessionId, Grant]]:
+        return ()
 
 
 class ManualClock:
