@@ -216,6 +216,7 @@ def simulate(
 
     Exits with 3 when something did not.
     """
+    from deploy.shrink import print_report, shrink
     from deploy.simulate import Report, find_scenario, parse_seeds, print_scenarios, run_scenario
 
     if scenario is None:
@@ -225,7 +226,8 @@ def simulate(
         spec, found, numbers = _load(file, overrides or []), find_scenario(scenario), parse_seeds(seeds)
     with _clear_errors():
         report: Report = run_scenario(spec, found, numbers)
-    report.print(as_json)
+    shortest = shrink(spec, found, report.violations[0]) if report.violations else None
+    print_report(report, shortest, as_json)
     if report.violations:
         raise typer.Exit(EXIT_VIOLATED)
 

@@ -532,7 +532,7 @@ class StageRunner:
         step = ladder.steps[min(before, level)]
         attrs: dict[str, Scalar] = {"type": "shed" if level > before else "restored", "step": step, "level": level}
         self._send(state, Chunk(state.session.id, EVENTS, now_ns, attrs=attrs))
-        self._send(state, ack_chunk(state.session.id, state.session.playback.latest))
+        self._send(state, ack_chunk(state.session.id, state.session.playback.latest, level))
 
     def _finish(self, state: _Open) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
@@ -573,9 +573,9 @@ class StageRunner:
                     state.lanes[edge].shed(chunk)
                 return
         elif chunk.kind is Kind.PLAYBACK:
-            state.session.playback.ack(ack_of(chunk))
-            self._meter.played(state.session, ack_of(chunk))
-            chunk = replace(chunk, attrs={**chunk.attrs, "level": state.session.level.num_steps})
+            ack = ack_of(chunk)
+            state.session.playback.ack(ack)
+            self._meter.played(state.session, ack)
         elif chunk.kind is Kind.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for edge in self._edges_of(state, chunk.stream):

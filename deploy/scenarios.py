@@ -84,12 +84,30 @@ class Scenario:
     drift_ppm: int = 0
 
 
+LOADS: Final = {"1x": (0, 20), "2x": (20, 80), "4x": (80, 140), "1x again": (140, 180)}
+"""Of the overload, from when until when, in seconds."""
 OVERLOAD: Final = (
     Arrivals(8, until_ns=180 * NS_PER_S),
     Arrivals(8, until_ns=140 * NS_PER_S, from_ns=20 * NS_PER_S, every_ns=4 * NS_PER_S),
     Arrivals(16, until_ns=140 * NS_PER_S, from_ns=80 * NS_PER_S, every_ns=2 * NS_PER_S),
 )
 _STEADY: Final = Scenario("steady", "nothing goes wrong", num_sessions=4, num_windows=8)
+_STORM: Final = replace(
+    _STEADY,
+    name="storm",
+    about="all of it at once, on clocks that drift by up to 200 ppm",
+    network=Network(100_000, 50 * NS_PER_MS, refused=0.01),
+    acks=Network(100_000, 400 * NS_PER_MS, lost=0.05, doubled=0.05),
+    grants=Network(100_000, 50 * NS_PER_MS, doubled=0.1),
+    barges_in=0.5,
+    pauses=0.5,
+    dies=0.3,
+    stalls=0.3,
+    longest_stall_ns=1500 * NS_PER_MS,
+    slow={"llm": 5.0},
+    stagger_ns=130 * NS_PER_MS,
+    drift_ppm=200,
+)
 SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
     {
         scenario.name: scenario
@@ -130,21 +148,14 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 longest_stall_ns=2000 * NS_PER_MS,
                 barges_in=0.3,
             ),
+            _STORM,
             replace(
-                _STEADY,
-                name="storm",
-                about="all of it at once, on clocks that drift by up to 200 ppm",
-                network=Network(100_000, 50 * NS_PER_MS, refused=0.01),
-                acks=Network(100_000, 400 * NS_PER_MS, lost=0.05, doubled=0.05),
-                grants=Network(100_000, 50 * NS_PER_MS, doubled=0.1),
-                barges_in=0.5,
-                pauses=0.5,
-                dies=0.3,
-                stalls=0.3,
-                longest_stall_ns=1500 * NS_PER_MS,
-                slow={"llm": 5.0},
-                stagger_ns=130 * NS_PER_MS,
-                drift_ppm=200,
+                _STORM,
+                name="squall",
+                about="a small storm, of which many seeds can be tried",
+                num_sessions=2,
+                num_windows=5,
+                barges_in=0.6,
             ),
             Scenario(
                 "overload",

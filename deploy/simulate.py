@@ -146,8 +146,11 @@ class VirtualMeter:
 class Simulation:
     """One seed of a scenario."""
 
-    def __init__(self, spec: PipelineSpec, scenario: Scenario, seed: int) -> None:
+    def __init__(self, spec: PipelineSpec, scenario: Scenario, seed: int, *, traced: bool = False) -> None:
+        """traced: keep what happens, a line per event, in `trace`."""
         self._spec, self._scenario, self.seed = spec, scenario, seed
+        self._traced = traced
+        self.trace: list[str] = []
         self._rng = Random(f"{scenario.name} {seed}")
         self.world = World()
         self.figures = Figures()
@@ -422,6 +425,8 @@ class Simulation:
 
     def _sent_on(self, rule: EdgeRule) -> Callable[[bytes, Chunk], None]:
         def sent(peer: bytes, chunk: Chunk) -> None:
+            if self._traced:
+                self._note(f"{rule.id}: {chunk.session} sends {_told(chunk)}")
             if not chunk.is_control:
                 self._under_way.setdefault((rule.id, peer, chunk.session), []).append(chunk)
                 self._check_credit(rule, self._under_way[(rule.id, peer, chunk.session)])
@@ -436,7 +441,12 @@ class Simulation:
             told = f"{len(under_way)} chunks, {spent_ns / NS_PER_S:.3f} s"
             self._violated("credit", f"{rule.id}, {under_way[0].session}: {told} are under way")
 
+    def _note(self, what: str) -> None:
+        self.trace.append(f"{self.world.now_ns / NS_PER_S:9.4f} s  {what}")
+
     def _settled(self, arrival: Arrival) -> None:
+        if self._traced:
+            self._note(f"{arrival.edge}: {arrival.chunk.session} has done with {_told(arrival.chunk)}")
         key, chunk = (arrival.edge, arrival.peer, arrival.chunk.session), arrival.chunk
         left = [other for other in self._under_way.get(key, ()) if other is not chunk]
         if len(left) == len(self._under_way.get(key, ())):
@@ -480,6 +490,11 @@ class Simulation:
         return actors[self._replicas[session][stage] if len(actors) > 1 else 0]
 
 
+def _told(chunk: Chunk) -> str:
+    what = chunk.kind.name.lower() if chunk.is_control else f"chunk {chunk.seq}"
+    return f"{what} of {chunk.stream} at {chunk.start_ns / NS_PER_S:g} s, epoch {chunk.epoch}"
+
+
 class WatchedReceiver(Receiver):
     """Tells of each chunk that is settled."""
 
@@ -516,18 +531,6 @@ class Report:
             "cpu_s": round(self.cpu_s, 3),
             **self.figures.as_dict(),
         }
-
-    def print(self, as_json: bool) -> None:
-        """For a script, or for a person."""
-        told = self.as_dict()
-        if as_json:
-            print(json.dumps(told, indent=2))
-            return
-        for key, value in told.items():
-            if key != "violations":
-                print(f"{key:<28} {value}")
-        for violation in self.violations:
-            print(f"seed {violation.seed}, {violation.time_s:.3f} s: {violation.rule}: {violation.what}")
 
 
 def parse_seeds(text: str) -> range:

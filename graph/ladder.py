@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, Literal, TypeAlias, get_args
 from zlib import crc32
 
@@ -30,8 +31,8 @@ OF_PICTURES: Final[frozenset[Step]] = frozenset({"fewer_frames", "vision_off"})
 HOLD_NS: Final = 5 * NS_PER_S
 LEAST_PATIENCE_NS: Final = 2 * HOLD_NS
 MOST_PATIENCE_NS: Final = 16 * HOLD_NS
-STRAINED: Final = 0.55  # of a window: where many windows take so long, soon one is late
-CALM: Final = 0.4
+STRAINED: Final = 0.65  # of a window
+CALM: Final = 0.45
 FEWER: Final = 0.75
 NUM_RECENT: Final = 4  # windows
 NUM_STRAINED: Final = 2  # of them; a single one may be anything
@@ -62,7 +63,7 @@ class Ladder:
         stayed_ns = now_ns - self._moved_ns
         if stayed_ns < HOLD_NS:
             return False
-        if sum(part > STRAINED for part in self._recent) >= NUM_STRAINED and self.level < len(self.steps):
+        if self._is_strained() and self.level < len(self.steps):
             if self._went_up and stayed_ns < 2 * self._patience_ns:
                 self._patience_ns = min(2 * self._patience_ns, MOST_PATIENCE_NS)
             self._too_many[self.level] = num_sessions
@@ -77,6 +78,14 @@ class Ladder:
                 self._patience_ns = max(self._patience_ns // 2, LEAST_PATIENCE_NS)
             return self._move(now_ns, -1)
         return False
+
+    def _is_strained(self) -> bool:
+        """Some windows were nearly late; or each takes longer than the one before, and soon one will be late."""
+        recent = list(self._recent)
+        if sum(part > STRAINED for part in recent) >= NUM_STRAINED:
+            return True
+        grows = len(recent) == NUM_RECENT and all(a < b for a, b in pairwise(recent))
+        return grows and 2 * recent[-1] - recent[0] > 1
 
     def _enough_for(self, num_sessions: int) -> int:
         """The first level that was left for clearly more sessions than these."""

@@ -345,9 +345,10 @@ class Player:
         return replace(self._ack, at_ns=self._now_ns, queue=queue)
 
 
-def ack_chunk(session: SessionId, ack: Ack) -> Chunk:
-    """An Ack as it travels on the playback edges."""
+def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
+    """An Ack as it travels on the playback edges, and with it how far down the shedding ladder the session is."""
     attrs = {
+        "level": level,
         "heard_ns": ack.heard_ns,
         "received_ns": ack.received_ns,
         "through_ns": ack.through_ns,

@@ -205,7 +205,7 @@ def _plan_ack(state: _Open, now_ns: int) -> None:
 
 
 def _ack(state: _Open) -> Chunk:
-    return ack_chunk(state.session.id, state.player.ack())
+    return ack_chunk(state.session.id, state.player.ack(), state.session.level.num_steps)
 
 
 def _told(state: _Open, at_ns: int, events: list[OutputEvent]) -> list[Chunk]:

@@ -134,6 +134,9 @@ class Timed(Stage):
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         return self._stage.interrupt(session, ack)
 
+    def is_idle(self, unit: Unit) -> bool:
+        return self._stage.is_idle(unit)
+
     def process(self, units: list[Unit]) -> list[Chunk]:
         begin_ns = time.perf_counter_ns()
         made = self._stage.process(units)

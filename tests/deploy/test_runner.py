@@ -1,7 +1,6 @@
 """deploy/runner.py: batches, credit, epochs and ends, with stages that a test writes and a real bus."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,8 +273,7 @@ def test_windows_that_come_late_shed_and_the_other_stages_are_told(build, clock:
 def test_a_stage_learns_the_level_with_the_listeners_news(build):
     house = build({"llm": Echo()}, (SOUND, PLAYED))
     session = house.open("door", ladder=STEPS)
-    chunk = ack_chunk(DOOR, Ack(NS_PER_S))
-    house.take(replace(chunk, attrs={**chunk.attrs, "level": 2}), PLAYED)
+    house.take(ack_chunk(DOOR, Ack(NS_PER_S), level=2), PLAYED)
     assert session.taken == ("fewer_frames", "vision_off")
 
 
@@ -288,7 +286,7 @@ def test_a_camera_hears_of_the_level_when_it_changes_and_once_per_window(build, 
     for now_s, level in ((0.3, 0), (0.6, 1), (0.7, 1), (1.2, 1), (1.7, 1)):
         clock.now_ns = round(now_s * NS_PER_S)
         session.level.told(clock.now_ns, level)
-        runner._send_all(runner._open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns))])
+        runner._send_all(runner._open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
     assert [chunk.attrs["level"] for chunk in told.chunks] == [1, 1]
     assert [chunk.start_ns for chunk in told.chunks] == [600_000_000, 1_700_000_000]
 

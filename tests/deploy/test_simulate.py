@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from deploy import cli
 from deploy.scenarios import SCENARIOS
+from deploy.shrink import faults_of, shrink
 from deploy.simulate import MAX_VIOLATIONS, Report, SimulateError, Simulation, find_scenario, parse_seeds, run_scenario
 from deploy.virtual import Network
 from graph.credit import ReceiveCredit, SendCredit
@@ -125,6 +126,23 @@ def test_a_listener_who_is_never_heard_of_is_not_spoken_to_for_long(spec: Pipeli
         return run_scenario(spec, scenario, range(2)).figures.num_pieces
 
     assert num_pieces(lost=1.0) < num_pieces(lost=0.0) / 3
+
+
+def test_a_seed_that_fails_is_made_as_simple_as_it_can_be(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(SendCredit, "fits", lambda self, duration_ns: True)
+    (violation, *_) = run(spec, "tight", 1).violations
+    shortest = shrink(spec, SCENARIOS["tight"], violation)
+    assert (shortest.violation.rule, shortest.scenario.num_sessions) == ("credit", 1)
+    assert faults_of(shortest.scenario) == ["credit"]  # all it takes
+    assert shortest.scenario.num_windows < SCENARIOS["tight"].num_windows
+    assert any("sends chunk" in event for event in shortest.events)
+
+
+def test_what_fails_is_told_with_the_simplest_run_in_which_it_does(broken: pytest.MonkeyPatch):
+    broken.setattr(SendCredit, "fits", lambda self, duration_ns: True)
+    result = CliRunner().invoke(cli.app, ["simulate", "tight", "--seeds", "0:1"])
+    assert result.exit_code == cli.EXIT_VIOLATED
+    assert "the simplest that fails: 1 session(s)" in result.stdout
 
 
 @pytest.mark.parametrize("length", ["500ms", "2s"])

@@ -38,6 +38,12 @@ def test_the_second_window_that_is_nearly_late_takes_the_first_step_at_once() ->
     assert levels([CALM, CLOSE, CALM, CLOSE]) == [0, 0, 0, 1]
 
 
+def test_windows_that_take_longer_and_longer_take_the_first_step_before_one_is_late() -> None:
+    assert levels([k * T // 10 for k in (2, 2, 3, 4, 6)]) == [0, 0, 0, 0, 0]
+    assert levels([k * T // 10 for k in (1, 2, 4, 6)]) == [0, 0, 0, 1]
+    assert levels([k * T // 10 for k in (1, 2, 4, 3, 4, 5)]) == [0] * 6
+
+
 def test_it_goes_down_a_step_each_five_seconds_and_no_deeper_than_there_are_steps() -> None:
     found = levels([CLOSE] * 40)
     assert [found.index(level) for level in (1, 2, 3, 4)] == [1, 6, 11, 16]

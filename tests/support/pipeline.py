@@ -85,7 +85,7 @@ class Place:
     def start(self, *arguments: object, **changes: str) -> "subprocess.Popen[str]":
         """The command, in a process group of its own, as a shell would start it.
 
-        Unless told, `up` gets a free port and the tiny model, and gives up no window because the machine is busy.
+        Unless told, `up` gets a free port and the tiny model, and gives nothing up because the machine is busy.
         """
         return subprocess.Popen(
             [str(PIPELINE), *map(str, _completed(arguments))],
@@ -212,7 +212,7 @@ def _completed(arguments: tuple[object, ...]) -> tuple[object, ...]:
     if arguments[:1] != ("up",):
         return arguments
     told = " ".join(map(str, arguments))
-    defaults = {"console.listen=": "127.0.0.1:0", "model=": "tiny", "window.lateness=": "3s"}
+    defaults = {"console.listen=": "127.0.0.1:0", "model=": "tiny", "window.lateness=": "3s", "shedding.": "ladder=[]"}
     settings = [name + value for name, value in defaults.items() if name not in told]
     return (*arguments, *(word for setting in settings for word in ("--set", setting)))
 

@@ -1,0 +1,29 @@
+"""Ten thousand small storms: whatever happens in them, what must hold does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+NUM_SEEDS = 10_000
+NUM_PROCESSES = 2
+
+
+@pytest.mark.timeout(900)
+def test_ten_thousand_storms_break_nothing_that_must_hold() -> None:
+    each = NUM_SEEDS // NUM_PROCESSES
+    processes = [_simulate(first, first + each) for first in range(0, NUM_SEEDS, each)]
+    reports = [(*process.communicate(), process.returncode) for process in processes]
+    assert [code for _, _, code in reports] == [0] * NUM_PROCESSES, reports
+    told = [json.loads(stdout) for stdout, _, _ in reports]
+    assert [report["violations"] for report in told] == [[]] * NUM_PROCESSES
+    assert sum(report["windows"] for report in told) >= NUM_SEEDS * 2 * 5
+    for reason in ("stale", "late", "shed"):  # the faults were there
+        assert all(report["drops"][reason] > 0 for report in told), reason
+
+
+def _simulate(first: int, last: int) -> "subprocess.Popen[str]":
+    """A seed that fails is printed, made as simple as it can be."""
+    command = [sys.executable, "-m", "deploy", "simulate", "squall", "--seeds", f"{first}:{last}", "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
