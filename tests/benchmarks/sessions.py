@@ -1,11 +1,17 @@
-"""Sessions in real time on the tiny checkpoint, beside the same without batches across sessions.
+"""How many sessions are served in real time, beside one session at a time and beside a plain loop.
 
-Two pipelines stand side by side, the described one and one whose model stages take one session's window at a time and
-wait for no other (`batch: 1`, `wait: 0s`). For each number of sessions first one serves them, then the other: cameras
-at 1 fps showing test://pattern, with their microphone. Windows after the warm-up count.
+Two pipelines stand side by side, the described one and `fifo`, whose model stages take one session's window at a time
+and wait for no other (`batch: 1`, `wait: 0s`); neither sheds anything. For each number of sessions first one serves
+them, then the other: busy rooms with their sound for nano, test://pattern for other models. Windows after the warm-up
+count. A number of sessions is served where 99 % of the windows are on time.
 
-Options: OMNI_BENCH_SESSIONS, the numbers of sessions (default: 1,2,4,8); OMNI_BENCH_SECONDS, how long each is measured
-(default: 10; all of it then takes three minutes).
+The second rival, `sequential`, is how the official server goes about it: one process, one thread, one session after the
+other, encode, prefill token by token, decode, talk, vocode. Its real stages are timed and virtual time moves on by what
+they take, so that nothing but they costs it any time.
+
+Options: OMNI_BENCH_SESSIONS, the numbers of sessions (default: 4,8,12,16); OMNI_BENCH_SECONDS, how long each is timed
+(default: 10; all of it then takes five minutes); OMNI_BENCH_WINDOWS, how many windows of each session the plain loop is
+measured for (default: 20); OMNI_BENCH_MODEL, a checkpoint (default: nano).
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,31 +28,61 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from deploy import ray_environment
-from deploy.bench import ROOT, BenchError, Row, command_of, less_is_better, more_is_better, option
+from deploy.bench import (
+    FOLDER,
+    ROOT,
+    BenchError,
+    Row,
+    command_of,
+    find_benchmarks,
+    less_is_better,
+    more_is_better,
+    option,
+)
 from deploy.build import MODEL_STAGES
 from deploy.checkpoints import Checkpoint, open_checkpoint
+from deploy.scenarios import Scenario
 from graph.chunk import SessionId
+from graph.sections import NANO
 from graph.spec import PipelineSpec, load_spec
-from stages.stage import Session
+from model_shards.kv_cache import KvCache
+from model_shards.llm import LanguageModel, SequenceInput
+from stages.stage import Session, Stage
 
 NAME = "sessions"
-NUM_SESSIONS = "1,2,4,8"
+NUM_SESSIONS = "4,8,12,16"
 MEASURED_S = "10"
+NUM_WINDOWS = "20"
+SERVED = 0.99  # of the windows are on time
 NUM_WARM_UP_WINDOWS = 2
 DRAIN_S = 10.0  # after the sources' end; the listener may still have a lead to hear
-RIVAL = "the same sessions, one at a time in each model stage (batch: 1, wait: 0s)"
-TINY = ["model=tiny"]
+FIFO = "fifo: one session at a time in each model stage (batch: 1, wait: 0s)"
+SEQUENTIAL = "sequential: one process, one session after the other, prefill token by token"
 UNBATCHED = [f"stages.{stage}.{setting}" for stage in MODEL_STAGES for setting in ("batch=1", "wait=0s")]
 
 
 def run() -> list[Row]:
-    """Four rows per number of sessions: windows on time, latency p50 and p99, CPU."""
+    """Four rows per number of sessions: windows on time, latency p50 and p99, CPU; then how many are served."""
     measured_s = float(option("SECONDS", MEASURED_S))
     counts = [int(count) for count in option("SESSIONS", NUM_SESSIONS).split(",")]
-    with _pipelines() as (ours, rival):
-        return [row for n in counts for row in _rows(n, ours.serve(n, measured_s), rival.serve(n, measured_s))]
+    with _pipelines() as (ours, fifo):
+        measured = {n: (ours.serve(n, measured_s), fifo.serve(n, measured_s)) for n in counts}
+    served, fifo_served = (_most({n: pair[side].on_time for n, pair in measured.items()}) for side in (0, 1))
+    sequential_served = _most(_sequential(max(counts)))
+    name, command = f"sessions served, of {', '.join(map(str, counts))}", command_of(NAME)
+    return [
+        *(row for n, pair in measured.items() for row in _rows(n, *pair)),
+        more_is_better(name, served, "sessions", FIFO, fifo_served, command),
+        more_is_better(name, served, "sessions", SEQUENTIAL, sequential_served, command),
+    ]
+
+
+def _most(on_time: Mapping[int, list[bool]]) -> int:
+    """The largest number of sessions that is served."""
+    return max((n for n, told in on_time.items() if sum(told) >= SERVED * len(told)), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +99,10 @@ def _rows(num_sessions: int, ours: Served, rival: Served) -> list[Row]:
     percent = [100 * sum(served.on_time) / len(served.on_time) for served in (ours, rival)]
     p50, p99 = ([float(np.percentile(s.latencies_s, q)) * 1000 for s in (ours, rival)] for q in (50, 99))
     return [
-        more_is_better(f"{name}: windows on time", percent[0], "%", RIVAL, percent[1], command),
-        less_is_better(f"{name}: window latency p50", p50[0], "ms", RIVAL, p50[1], command),
-        less_is_better(f"{name}: window latency p99", p99[0], "ms", RIVAL, p99[1], command),
-        less_is_better(f"{name}: CPU per session", ours.cpu_s, "s/s", RIVAL, rival.cpu_s, command),
+        more_is_better(f"{name}: windows on time", percent[0], "%", FIFO, percent[1], command),
+        less_is_better(f"{name}: window latency p50", p50[0], "ms", FIFO, p50[1], command),
+        less_is_better(f"{name}: window latency p99", p99[0], "ms", FIFO, p99[1], command),
+        less_is_better(f"{name}: CPU per session", ours.cpu_s, "s/s", FIFO, rival.cpu_s, command),
     ]
 
 
@@ -77,6 +113,7 @@ class Pipeline:
         from deploy.coordinator import Coordinator
 
         self._name = name
+        self._is_nano = spec.model == NANO
         self._folder = folder / name
         self.coordinator = Coordinator(spec, checkpoint.path, self._folder)
 
@@ -85,7 +122,7 @@ class Pipeline:
         _tell(f"{self._name}: {num_sessions} session(s)")
         out = self._folder / f"{num_sessions}-sessions"
         sessions = [SessionId(f"{self._name}-{n}") for n in range(num_sessions)]
-        self.coordinator.open_sessions([Session(session, session, "test://pattern", out=out) for session in sessions])
+        self.coordinator.open_sessions([Session(s, s, self._source(n), out=out) for n, s in enumerate(sessions)])
         time.sleep(NUM_WARM_UP_WINDOWS)
         begin_s, cpu_s = time.monotonic(), self._cpu_s()
         time.sleep(measured_s)
@@ -95,6 +132,9 @@ class Pipeline:
         if not windows:
             raise BenchError(f"{num_sessions} session(s) made no window in {measured_s:g} s; see {self._folder}/logs")
         return Served([w["latency_s"] for w in windows], [w["on_time"] for w in windows], cpu_s / num_sessions)
+
+    def _source(self, number: int) -> str:
+        return f"synthetic://room?seed={number}&events=busy" if self._is_nano else f"test://pattern?seed={number}"
 
     def _end(self, sessions: list[SessionId]) -> None:
         for session in sessions:
@@ -116,7 +156,7 @@ class Pipeline:
 @contextmanager
 def _pipelines() -> Iterator[tuple[Pipeline, Pipeline]]:
     """Ours and the rival, in one Ray."""
-    settings = {"batched": TINY, "unbatched": [*TINY, *UNBATCHED]}
+    settings = {"batched": _settings(), "unbatched": [*_settings(), *UNBATCHED]}
     specs = {name: load_spec(ROOT / "pipeline.yaml", sets) for name, sets in settings.items()}
     checkpoint = open_checkpoint(specs["batched"], _tell)
     ray_environment.prepare(None)
@@ -132,6 +172,59 @@ def _pipelines() -> Iterator[tuple[Pipeline, Pipeline]]:
             stack.callback(pipeline.coordinator.stop)
             pipeline.coordinator.start(cluster, lambda name: None)
         yield ours, rival
+
+
+def _settings() -> list[str]:
+    return [f"model={option('MODEL', NANO)}", "shedding.ladder=[]"]
+
+
+def _sequential(most: int) -> dict[int, list[bool]]:
+    """By number of sessions, whether each window was on time; up to the first number that is not served."""
+    spec = load_spec(ROOT / "pipeline.yaml", [*_settings(), *UNBATCHED])
+    checkpoint = open_checkpoint(spec, _tell)
+    found: dict[int, list[bool]] = {}
+    for n in range(1, most + 1):
+        _tell(f"sequential: {n} session(s)")
+        scenario = Scenario("sequential", "", n, int(option("WINDOWS", NUM_WINDOWS)), devices={"cpu": 1})
+        rooms = _one_after_the_other()(checkpoint.fit(spec), scenario, checkpoint.path)
+        rooms.watch()
+        windows = [window for _, window in rooms.windows() if int(window["index"] or 0) >= NUM_WARM_UP_WINDOWS]
+        found[n] = [bool(window["on_time"]) for window in windows]
+        if sum(found[n]) < SERVED * len(found[n]):
+            break
+    return found
+
+
+def _one_after_the_other() -> type[Any]:
+    watched: type[Any] = find_benchmarks(FOLDER)["stages"].Watched
+
+    class OneAfterTheOther(watched):  # type: ignore[misc]
+        """Rooms that are watched by real stages on one thread, with a prefill of single tokens."""
+
+        def make_stage(self, name: str) -> Stage:
+            stage: Stage = super().make_stage(name)
+            if name == "llm":
+                engine = stage._stage._engine  # type: ignore[attr-defined]
+                engine._model = TokenByToken(engine._model)
+            return stage
+
+    return OneAfterTheOther
+
+
+class TokenByToken:
+    """A language model that is given one token at a time."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.embed, self.logits = model.embed, model.logits
+
+    def __call__(self, cache: KvCache, batch: Sequence[SequenceInput]) -> list[torch.Tensor]:
+        return [torch.cat([self._row(cache, item, k) for k in range(len(item.embeds))]) for item in batch]
+
+    def _row(self, cache: KvCache, item: SequenceInput, k: int) -> torch.Tensor:
+        start = None if item.start is None else item.start + k
+        hidden: list[torch.Tensor] = self._model(cache, [SequenceInput(item.sequence, item.embeds[k : k + 1], start)])
+        return hidden[0]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def run_quickly(name: str) -> dict[str, object]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("name", "num_rows"), [("bus", 36), ("overload", 6), ("sessions", 4), ("stages", 5)])
+@pytest.mark.parametrize(("name", "num_rows"), [("bus", 36), ("overload", 6), ("sessions", 6), ("stages", 5)])
 def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_measured(name: str, num_rows: int) -> None:
     report = run_quickly(name)
     rows = report["rows"]
@@ -41,7 +41,7 @@ def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_meas
     assert report["benchmark"] == name
     for row in rows:
         assert row.keys() == ROW_KEYS
-        compared = ("value", "rival_value", "ratio") if row["rival"] else ("value",)
+        compared = ("value", "rival_value", "ratio") if row["rival_value"] else ("value",)  # a rival may serve nobody
         assert all(math.isfinite(row[key]) for key in compared)
         assert row["command"].endswith(f"pipeline bench {name}")
     assert len({(row["name"], row["rival"]) for row in rows}) == num_rows
