@@ -204,7 +204,7 @@ class Simulation:
             microphone="microphone" in self._spec.stages,
             speech="speaker" in self._spec.stages,
             listener=tuple(actions),
-            ladder=self._spec.shedding.ladder,
+            ladder=self._spec.shedding.steps(),
         )
 
     def _build(self, processes: Sequence[Process]) -> None:

@@ -25,7 +25,6 @@ from deploy.state import Running, StateFolder
 from deploy.status import Status
 from graph.chunk import NS_PER_S, SessionId
 from graph.errors import GraphError
-from graph.ladder import OF_PICTURES
 from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
@@ -213,6 +212,7 @@ class _Run:
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec
         pictures = "camera" in spec.stages
+        keeps_pictures = self._checkpoint.config.generation.needs_pictures or not pictures
         return Session(
             id=SessionId(name),
             camera=name,
@@ -229,7 +229,7 @@ class _Run:
             duration_ns=options.duration_ns,
             paced=options.paced,
             listener=options.listener,
-            ladder=tuple(step for step in spec.shedding.ladder if pictures or step not in OF_PICTURES),
+            ladder=spec.shedding.steps(needs_pictures=keeps_pictures),
             out=None if options.out is None else options.out.absolute(),
         )
 

@@ -22,7 +22,7 @@ from pydantic import (
     PlainValidator,
 )
 
-from graph.ladder import STEPS, Step
+from graph.ladder import OF_PICTURES, STEPS, Step
 from graph.ports import STAGES, InPort, OutPort, WhenFull
 from graph.secret import Secret
 from graph.units import format_bytes, format_duration, parse_bytes, parse_duration
@@ -90,7 +90,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _ladder(value: object) -> tuple[Step, ...]:
+def _ladder(value: object) -> tuple[Step, ...] | None:
+    if value is None:
+        return None
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"must be a list of {', '.join(STEPS)}, or [], not {shown(value)}")
     for index, step in enumerate(value):
@@ -99,6 +101,10 @@ def _ladder(value: object) -> tuple[Step, ...]:
         if step in value[:index]:
             raise ValueError(f"{step} is written twice")
     return tuple(value)
+
+
+def _as_list(value: tuple[Step, ...] | None) -> list[Step] | None:
+    return None if value is None else list(value)
 
 
 def _whole_above_one(value: float) -> float:
@@ -295,9 +301,16 @@ class AdmissionSpec(Section):
 
 
 class SheddingSpec(Section):
-    """ladder: what a session gives up while its windows come late, in this order; [] nothing. See graph/ladder.py."""
+    """ladder: what a session gives up while its windows come late, in this order; [] nothing; None: all that the model
+    can do without. See graph/ladder.py."""
 
-    ladder: Annotated[tuple[Step, ...], PlainValidator(_ladder), PlainSerializer(list)] = STEPS
+    ladder: Annotated[tuple[Step, ...] | None, PlainValidator(_ladder), PlainSerializer(_as_list)] = None
+
+    def steps(self, *, needs_pictures: bool = False) -> tuple[Step, ...]:
+        """needs_pictures: the model can't do without them, or there are none to give up."""
+        if self.ladder is not None:
+            return self.ladder
+        return tuple(step for step in STEPS if not (needs_pictures and step in OF_PICTURES))
 
 
 class StagesSpec(Section):

@@ -181,6 +181,7 @@ class VocoderConfig:
 class GenerationConfig:
     """How the checkpoint's duplex sessions decode and what they remember, where the user says nothing else.
 
+    needs_pictures: it is lost where a window lacks its picture, so that overload should not take that away.
     The defaults are the official demo's. What they mean: `SamplingConfig` (decoding.py), `DuplexConfig` (duplex.py),
     `WindowConfig` (context.py).
     """
@@ -193,6 +194,7 @@ class GenerationConfig:
     max_text_chars: int | None = 28
     high_tokens: int = 4000
     low_tokens: int = 3500
+    needs_pictures: bool = False
 
 
 @dataclass(frozen=True, slots=True)

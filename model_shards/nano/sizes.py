@@ -31,8 +31,10 @@ GENERATION: Final = GenerationConfig(
     max_text_chars=None,
     high_tokens=1500,
     low_tokens=1100,
+    needs_pictures=True,
 )
-"""As `rehearsal` judges it. Its sentences repeat words; 1100 to 1500 tokens are the last 33 to 45 seconds."""
+"""As `rehearsal` judges it, with a picture in each window. Its sentences repeat words; 1100 to 1500 tokens are the last
+33 to 45 seconds."""
 
 
 def llm_config(vocab_size: int) -> LlmConfig:

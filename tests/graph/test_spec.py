@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from graph.credit import Limit
 from graph.errors import GraphError, SpecError
+from graph.ladder import STEPS
 from graph.ports import CAN_BE_OFF, STAGES
 from graph.sections import LlmSpec, SpeakerSpec, VisionEncoderSpec
 from graph.spec import PipelineSpec, default_spec_path, load_spec, parse_spec, render
@@ -429,3 +430,15 @@ def test_durations_are_written_short() -> None:
     amounts = [0, 150 * NS_PER_MS, NS_PER_S, 90 * NS_PER_S, 120 * NS_PER_S, 1]
     assert [format_duration(ns) for ns in amounts] == ["0s", "150ms", "1s", "90s", "2m", "1ns"]
     assert [format_bytes(size) for size in (0, 512 << 20, 10**9, 5)] == ["0B", "512MiB", "1GB", "5B"]
+
+
+# ---- The shedding ladder --------------------------------------------------------------------------------------------
+
+
+def test_the_ladder_is_all_that_the_model_can_do_without_unless_it_is_written() -> None:
+    default, none, one = (
+        parse(MINIMAL + text).shedding for text in ("", "shedding: {ladder: []}", "shedding: {ladder: [vision_off]}")
+    )
+    assert default.steps() == STEPS
+    assert default.steps(needs_pictures=True) == ("merged_windows", "listen_only")
+    assert (none.steps(), one.steps(needs_pictures=True)) == ((), ("vision_off",))
