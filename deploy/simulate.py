@@ -166,7 +166,7 @@ class Simulation:
         self._begin_ns = [ORIGIN_NS + begin_ns + n * scenario.stagger_ns for n, (begin_ns, _) in enumerate(coming)]
         self._num_due = sum(num_windows)
         self._end_ns = ORIGIN_NS + max(until_ns for _, until_ns in coming)
-        self._actors: dict[str, Actor] = {}
+        self.actors: dict[str, Actor] = {}
         self._clocks: dict[str, HostClock] = {}
         self._speaker = Speaker()
         self._llms: list[VirtualLlm] = []
@@ -209,19 +209,19 @@ class Simulation:
 
     def _build(self, processes: Sequence[Process]) -> None:
         for process in processes:
-            self._actors[process.name] = Actor(self.world, process.name)
+            self.actors[process.name] = Actor(self.world, process.name)
             self._clocks[process.name] = self._clock()
         receivers: dict[str, list[tuple[Actor, ReceiveEnd, Receiver]]] = {}
         for edge in self._spec.edges:
             for process in processes:
                 if edge.target.stage in process.stages:
-                    actor = self._actors[process.name]
+                    actor = self.actors[process.name]
                     link = ReceiveEnd(self.world, actor, self._scenario.grants, self._new_rng())
                     receiver = WatchedReceiver(self._rule(edge), link, self._settled)
                     actor.receivers.append((link, receiver))
                     receivers.setdefault(edge.id, []).append((actor, link, receiver))
         for process in processes:
-            actor = self._actors[process.name]
+            actor = self.actors[process.name]
             for name, stage_spec in process.stages.items():
                 actor.runners[name] = self._runner(actor, process, name, stage_spec, receivers)
             actor.start()
@@ -347,7 +347,7 @@ class Simulation:
 
     def _plan_faults(self) -> None:
         rng, scenario = self._rng, self._scenario
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             if rng.random() < scenario.stalls:
                 begin_ns = rng.randint(ORIGIN_NS, self._end_ns)
                 end_ns = begin_ns + rng.randint(NS_PER_MS, scenario.longest_stall_ns)
@@ -359,7 +359,7 @@ class Simulation:
             self.world.at(end_ns, lambda name=name: self._slow_down(name, 1.0))  # type: ignore[misc]
 
     def _slow_down(self, name: str, factor: float) -> None:
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             if name in actor.runners:
                 actor.runners[name].stage.slow_down = factor  # type: ignore[attr-defined]
 
@@ -389,7 +389,7 @@ class Simulation:
                 yield begin_ns[chunk.session] / NS_PER_S + float(chunk.attrs["end_s"] or 0), chunk.attrs
 
     def _open_sessions(self) -> Iterable[tuple[str, SessionId]]:
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             for name, runner in actor.runners.items():
                 for session in runner.snapshot().sessions:
                     yield name, session
@@ -406,7 +406,7 @@ class Simulation:
         self.world.at(self.world.now_ns + CHECK_NS, self._check_and_again)
 
     def _check(self) -> None:
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             for _, sender in actor.senders:
                 self._bound(f"{sender.rule.id}: chunks that wait for credit", sender.num_waiting, sender.rule.limit)
             for link, receiver in actor.receivers:
@@ -465,7 +465,7 @@ class Simulation:
 
     def accounts(self) -> dict[str, Account]:
         ends: dict[str, list[Account]] = {}
-        for actor in self._actors.values():
+        for actor in self.actors.values():
             for _, sender in actor.senders:
                 ends.setdefault(sender.rule.id, []).append(sender.account())
             for _, receiver in actor.receivers:
@@ -486,7 +486,7 @@ class Simulation:
         return self._actor_of(stage, session).runners[stage]
 
     def _actor_of(self, stage: str, session: SessionId) -> Actor:
-        actors = [actor for actor in self._actors.values() if stage in actor.runners]
+        actors = [actor for actor in self.actors.values() if stage in actor.runners]
         return actors[self._replicas[session][stage] if len(actors) > 1 else 0]
 
 

@@ -174,16 +174,16 @@ class Actor:
     def __init__(self, world: World, name: str) -> None:
         self.name = name
         self.runners: dict[str, StageRunner] = {}
+        self.loop = ActorLoop([])
         self.senders: list[tuple[SendEnd, Sender]] = []
         self.receivers: list[tuple[ReceiveEnd, Receiver]] = []
         self._world = world
-        self._loop: ActorLoop | None = None
         self._free_ns = 0
         self._next_turn_ns: int | None = None
 
     def start(self) -> None:
         """Once it is wired."""
-        self._loop = ActorLoop(list(self.runners.values()))
+        self.loop = ActorLoop(list(self.runners.values()))
         self._schedule(self._world.now_ns)
 
     def stall(self, until_ns: int) -> None:
@@ -228,15 +228,13 @@ class Actor:
         if self._free_ns > at_ns:  # stalled meanwhile
             self._schedule(self._free_ns)
             return
-        assert self._loop is not None
-        self._loop.turn(self._arrivals())
+        self.loop.turn(self._arrivals())
         due_ns = 0 if any(link.num_waiting for link, _ in self.receivers) else self._due_in_ns()
         self._free_ns, self._world.now_ns = self._world.now_ns, at_ns
         self._schedule(self._free_ns + due_ns)
 
     def _due_in_ns(self) -> int:
-        assert self._loop is not None
-        due_ns = self._loop.due_in_ns()
+        due_ns = self.loop.due_in_ns()
         due_ns = IDLE_NS if due_ns is None else min(due_ns, IDLE_NS)
         if any(sender.is_blocked for _, sender in self.senders):
             due_ns = min(due_ns, RETRY_NS)

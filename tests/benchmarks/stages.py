@@ -92,12 +92,12 @@ class Watched(Simulation):
         self._timed: dict[str, Timed] = {}
         super().__init__(spec, scenario, seed=0)
 
-    def watch(self) -> Mapping[str, list[tuple[int, int]]]:
+    def watch(self, num_warm_up: int = NUM_WARM_UP) -> Mapping[str, list[tuple[int, int]]]:
         """What each batch took, without the first ones."""
         self.run()
         if self.violations:
             raise BenchError(f"what must hold does not: {self.violations[0]}")
-        return {name: stage.samples[NUM_WARM_UP:] for name, stage in self._timed.items()}
+        return {name: stage.samples[num_warm_up:] for name, stage in self._timed.items()}
 
     def make_stage(self, name: str) -> Stage:
         if name == "camera":
