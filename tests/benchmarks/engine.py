@@ -1,7 +1,7 @@
 """What a window of a session costs where 32 sessions share each batch, beside each of them alone; and the scheduler.
 
-The same rooms are watched twice by the real stages, in one process and one thread, in virtual time: once in batches over
-all sessions, once with a batch for each. The scheduler is what the actor's loop takes beside the stage's own work:
+The same rooms are watched twice by the real stages, in one process and one thread, in virtual time: once in batches
+over all sessions, once with a batch for each. The scheduler is what the actor's loop takes beside the stage's own work:
 receive, join, gather, account and send, in the simulated pipeline with stages that cost nothing.
 
 Options: OMNI_BENCH_BATCHED, how many sessions share a batch (default: 32); OMNI_BENCH_WINDOWS, how many windows each
@@ -53,7 +53,7 @@ def _work(num_sessions: int, batch: int) -> Mapping[str, float]:
     checkpoint = open_checkpoint(spec, lambda line: None)
     watched: type[Any] = find_benchmarks(FOLDER)["stages"].Watched
     scenario = Scenario("engine", "", num_sessions, num_windows, devices={"cpu": 16})
-    samples = watched(checkpoint.fit(spec), scenario, checkpoint.path).watch()
+    samples = watched(checkpoint.fit(spec), scenario, checkpoint.path).watch(num_warm_up=0)
     windows = num_sessions * num_windows
     return {stage: sum(ns for _, ns in samples[stage]) / NS_PER_MS / windows for stage in MODEL_STAGES}
 

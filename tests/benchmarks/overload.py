@@ -1,5 +1,4 @@
-"""Overload, simulated: the load goes from 1x to 2x and 4x of what a device serves and back, with and without the
-shedding ladder.
+"""Windows on time while the load goes from 1x to 2x and 4x and back, with the shedding ladder and without it.
 
 The scenario `overload` of `pipeline simulate`, in virtual time: the real loops, edges and ladders, stages replaced by
 their costs. A window is on time where it comes to its end within a window's length; windows from the first new session
