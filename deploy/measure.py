@@ -93,12 +93,18 @@ class StageMeter:
         bound = self._sessions.pop(session.id, None)
         if bound is not None and bound.camera is not None:
             bound.camera.up(False)
+        if bound is not None and bound.windows is not None:
+            bound.windows.shedding(0)
 
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
         """A batch left the stage."""
         self._stage.processed(num_units, queue_s, compute_s)
         if self._llm is not None and self._readings is not None:
             self._llm.kv_cache_usage(self._readings.kv_usage())
+
+    def passed(self, num_units: int) -> None:
+        """Units went through for which there was nothing to compute."""
+        self._stage.passed(num_units)
 
     def carried(self, num_chunks: int) -> None:
         """Chunks came after their window had left, and are in the next unit."""

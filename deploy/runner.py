@@ -121,6 +121,7 @@ class Meter(Protocol):
     def opened(self, session: Session) -> None: ...
     def closed(self, session: Session) -> None: ...
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
+    def passed(self, num_units: int) -> None: ...
     def carried(self, num_chunks: int) -> None: ...
     def made(self, session: Session, chunk: Chunk) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
@@ -177,16 +178,19 @@ class StageRunner:
         for edge in lanes:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
         has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
-        ladder = Ladder(session.ladder, session.window_ns, self._usual_level()) if has_ladder else None
+        ladder = Ladder(session.ladder, session.window_ns, self._usual_level(session)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else 0)
         self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder)
         self._touch(session.id)
         self._meter.opened(session)
+        if ladder is not None:
+            self._meter.moved(session, ladder.level)
 
-    def _usual_level(self) -> int:
-        """How far down the sessions here are: a new one begins there, so that it costs the others no more than that."""
-        levels = sorted(state.ladder.level for state in self._open.values() if state.ladder is not None)
-        return levels[len(levels) // 2] if levels else 0
+    def _usual_level(self, session: Session) -> int:
+        """As far down as the sessions here are a new one begins, so that it costs the others no more than that."""
+        taken = sorted((state.session.taken for state in self._open.values() if state.ladder is not None), key=len)
+        usual = taken[len(taken) // 2] if taken else ()
+        return sum(step in usual for step in session.ladder)
 
     def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
         """Let a session's clock run. origin_unix_ns: when event time 0 is, on this host's wall clock."""
@@ -319,10 +323,12 @@ class StageRunner:
             self._advance(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
-        for choose in (self._idle, self._gather):
-            if batch := choose():
-                self._process(batch)
-                looked_at |= {state.session.id: state for state, _ in batch}
+        while idle := self._idle():
+            self._process(idle, idle=True)
+            looked_at |= {state.session.id: state for state, _ in idle}
+        if batch := self._gather():
+            self._process(batch)
+            looked_at |= {state.session.id: state for state, _ in batch}
         for state in looked_at.values():
             self._finish(state)
         self._plan_looks(looked_at)
@@ -421,7 +427,7 @@ class StageRunner:
         session = state.plan.session.id
         return all(sender.has_room(session) for sender in state.lanes.values())
 
-    def _process(self, batch: list[tuple[_Open, _Ready]]) -> None:
+    def _process(self, batch: list[tuple[_Open, _Ready]], *, idle: bool = False) -> None:
         for state, ready in batch:
             state.ready.popleft()
             if not state.ready:
@@ -432,7 +438,10 @@ class StageRunner:
         chunks = self.stage.process([ready.unit for _, ready in batch])
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
-        self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
+        if idle:
+            self._meter.passed(len(batch))
+        else:
+            self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
         for chunk in chunks:
             self._send(self._open[chunk.session], chunk)
         for state, ready in batch:

@@ -29,8 +29,7 @@ class Shortest:
 
     def as_dict(self) -> dict[str, object]:
         return {
-            "sessions": self.scenario.num_sessions,
-            "windows": self.scenario.num_windows,
+            "size": self.size,
             "faults": faults_of(self.scenario),
             "seed": self.violation.seed,
             "rule": self.violation.rule,
@@ -38,11 +37,21 @@ class Shortest:
             "events": list(self.events),
         }
 
+    @property
+    def size(self) -> str:
+        """How many sessions, and for how long."""
+        if arrivals := self.scenario.arrivals:
+            return f"{sum(a.num_sessions for a in arrivals)} session(s) in {len(arrivals)} group(s)"
+        return f"{self.scenario.num_sessions} session(s), {self.scenario.num_windows} window(s)"
+
     def lines(self) -> list[str]:
         """For a person."""
         faults = ", ".join(faults_of(self.scenario)) or "no faults"
-        size = f"{self.scenario.num_sessions} session(s), {self.scenario.num_windows} window(s), {faults}"
-        return [f"the simplest that fails: {size}", *self.events, f"{self.violation.rule}: {self.violation.what}"]
+        return [
+            f"the simplest that fails: {self.size}, {faults}",
+            *self.events,
+            f"{self.violation.rule}: {self.violation.what}",
+        ]
 
 
 def shrink(spec: PipelineSpec, scenario: Scenario, violation: Violation) -> Shortest:
@@ -98,6 +107,12 @@ def _simpler(scenario: Scenario) -> Iterator[Scenario]:
     """Large steps first."""
     if scenario.arrivals:
         yield replace(scenario, arrivals=(), num_sessions=sum(a.num_sessions for a in scenario.arrivals))
+        for index, group in enumerate(scenario.arrivals):
+            others = scenario.arrivals[:index], scenario.arrivals[index + 1 :]
+            fewer = (replace(group, num_sessions=group.num_sessions // 2),) if group.num_sessions > 1 else ()
+            for left in dict.fromkeys(((*others[0], *others[1]), (*others[0], *fewer, *others[1]))):
+                if left:
+                    yield replace(scenario, arrivals=left)
         return
     for name in ("num_sessions", "num_windows"):
         number = getattr(scenario, name)

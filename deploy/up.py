@@ -212,7 +212,8 @@ class _Run:
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec
         pictures = "camera" in spec.stages
-        keeps_pictures = self._checkpoint.config.generation.needs_pictures or not pictures
+        microphone = camera.microphone == "embedded" and "microphone" in spec.stages
+        needs_pictures = self._checkpoint.config.generation.needs_pictures or not microphone
         return Session(
             id=SessionId(name),
             camera=name,
@@ -221,7 +222,7 @@ class _Run:
             max_pixels=camera.max_pixels,
             pictures=pictures,
             speech="speaker" in spec.stages,
-            microphone=camera.microphone == "embedded" and "microphone" in spec.stages,
+            microphone=microphone,
             window_ns=spec.window.length_ns,
             lateness_ns=spec.window.lateness_ns,
             lead_ns=spec.tail.lead_ns,
@@ -229,7 +230,7 @@ class _Run:
             duration_ns=options.duration_ns,
             paced=options.paced,
             listener=options.listener,
-            ladder=spec.shedding.steps(needs_pictures=keeps_pictures),
+            ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not pictures),
             out=None if options.out is None else options.out.absolute(),
         )
 

@@ -23,6 +23,7 @@ from stages.stage import Session, Stage
 
 PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
 SOUND: Final = np.zeros(16, np.float32)
+MAX_HELD: Final = 4  # as in stages/llm.py
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
 CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
 
@@ -271,7 +272,7 @@ class VirtualLlm(Costly):
     def make(self, unit: Unit) -> list[Chunk]:
         talk = self._talks[unit.session]
         merges = not talk.num_waiting and merges_window(talk.session.taken, unit.session, unit.index)
-        talk.is_held = (merges or unit.overdue) and not talk.left
+        talk.is_held = (merges or (unit.overdue and talk.num_waiting < MAX_HELD)) and not talk.left
         is_quiet = talk.is_held or "listen_only" in talk.session.taken
         begins = talk.left == 0 and talk.rng.random() < self.TALKS and not is_quiet
         if talk.is_cut or (talk.left == 0 and not begins):

@@ -9,9 +9,10 @@ nowhere else. Pure.
     listen_only     no new turn begins; the one that is open is said to its end
 
 Sound is never shed, and no session is closed. Each session goes by its own windows: a step down where some were late,
-or nearly; a step up where all were early. Between two moves are 5 s at least, before a step up 10 s; one that had to be
-taken back makes the session wait twice as long with the next one. Where so many sessions have gone that a level is
-known to be enough for the others, they go there at once. A new session begins where the others are.
+or nearly; a step up where all were early. Between two moves are 5 s at least, before a step up 10 s, and 80 s where
+windows are on time but not early, so that there may be no room. A step up that had to be taken back makes the session
+wait twice as long with the next one. Where so many sessions have gone that a level is known to be enough for the
+others, they go there at once. A new session begins where the others are.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class Ladder:
                 self._patience_ns = min(2 * self._patience_ns, MOST_PATIENCE_NS)
             self._too_many[self.level] = num_sessions
             return self._move(now_ns, 1)
-        is_calm = len(self._recent) == NUM_RECENT and max(self._recent) <= CALM
-        if not self.level or not is_calm:
+        if not self.level or len(self._recent) < NUM_RECENT or max(self._recent) > STRAINED:
             return False
-        if (enough := self._enough_for(num_sessions)) < self.level:
+        is_calm = max(self._recent) <= CALM
+        if is_calm and (enough := self._enough_for(num_sessions)) < self.level:
             return self._move(now_ns, enough - self.level)
-        if stayed_ns >= self._patience_ns:
+        if stayed_ns >= (self._patience_ns if is_calm else MOST_PATIENCE_NS):
             if self._went_up:  # and that went well
                 self._patience_ns = max(self._patience_ns // 2, LEAST_PATIENCE_NS)
             return self._move(now_ns, -1)

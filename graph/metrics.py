@@ -136,6 +136,10 @@ class StageMetrics:
         self._batch_units.observe(num_units)
         self._units.inc(num_units)
 
+    def passed(self, num_units: int) -> None:
+        """Units went through for which there was nothing to compute."""
+        self._units.inc(num_units)
+
     def carried(self, num_chunks: int) -> None:
         """Chunks came after their window had left."""
         self._carried.inc(num_chunks)

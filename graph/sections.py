@@ -301,16 +301,16 @@ class AdmissionSpec(Section):
 
 
 class SheddingSpec(Section):
-    """ladder: what a session gives up while its windows come late, in this order; [] nothing; None: all that the model
-    can do without. See graph/ladder.py."""
+    """ladder: what a session gives up while its windows come late, in this order; [] nothing; None: all that it can do
+    without. See graph/ladder.py."""
 
     ladder: Annotated[tuple[Step, ...] | None, PlainValidator(_ladder), PlainSerializer(_as_list)] = None
 
-    def steps(self, *, needs_pictures: bool = False) -> tuple[Step, ...]:
-        """needs_pictures: the model can't do without them, or there are none to give up."""
+    def steps(self, *, keeps_pictures: bool = False) -> tuple[Step, ...]:
+        """keeps_pictures: the model can't do without them, there is nothing else to perceive, or there are none."""
         if self.ladder is not None:
             return self.ladder
-        return tuple(step for step in STEPS if not (needs_pictures and step in OF_PICTURES))
+        return tuple(step for step in STEPS if not (keeps_pictures and step in OF_PICTURES))
 
 
 class StagesSpec(Section):

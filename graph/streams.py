@@ -9,7 +9,7 @@
 | text          | llm                 | what is said in one window            | token_ids int64 [n], hidden [n, dim] |
 | codes         | tts                 | speech codes of one window            | codes int64 [n], 25 per second       |
 | speech        | vocoder             | speech of one window                  | samples float32 [n], 24 kHz mono     |
-| playback      | speaker             | control: what the listener has heard  | queue int64 [n, 2] ns                |
+| playback      | speaker             | control: what was heard, shed level   | queue int64 [n, 2] ns                |
 | events        | camera, llm, speaker | something worth telling (attrs: type) | -                                    |
 
 Embeddings are float32, or bfloat16 carried as uint16 with attrs["dtype"] = "bfloat16".

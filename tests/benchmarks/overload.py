@@ -49,7 +49,9 @@ class Overloaded:
 
     def restored_s(self) -> float:
         """From the end of the overload to the last window that lacked something."""
-        begin_s, _ = LOADS["1x again"]
+        begin_s, end_s = LOADS["1x again"]
+        if any(window["level"] for at_s, window in self.windows if at_s >= end_s - 1):
+            raise BenchError("at the end of the scenario some sessions have not come back to full quality")
         lacking = [at_s for at_s, window in self.windows if at_s >= begin_s and window["level"]]
         return max(lacking, default=begin_s) - begin_s
 

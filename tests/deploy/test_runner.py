@@ -254,8 +254,8 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
 # ---- the shedding ladder ---------------------------------------------------------------------------------------------
 
 
-def test_windows_that_come_late_shed_and_the_other_stages_are_told(build, clock: ManualClock):
-    house = build({"llm": Echo(), "speaker": Ear(), "events": Notes()}, (SPOKEN, PLAYED, NOTED))
+def test_windows_that_come_late_take_a_step_of_the_ladder_which_is_told(build, clock: ManualClock):
+    house = build({"llm": Echo(), "speaker": Ear(), "events": Notes()})
     session = house.open("door", paced=True, ladder=STEPS)
     for index in range(2):
         clock.advance(1.9)  # after the window's end
@@ -306,9 +306,12 @@ def test_pictures_that_are_shed_are_accounted_for(build, clock: ManualClock):
 def test_a_new_session_begins_where_the_others_are(build):
     house = build({"speaker": Ear()}, (SPOKEN, PLAYED))
     first = house.open("door", paced=True, ladder=STEPS)
-    house.runners["speaker"]._open[DOOR].ladder.level = 3
-    second = house.open("yard", paced=True, ladder=STEPS[:2])
-    assert (first.level.num_steps, second.level.num_steps) == (0, 2)
+    first.level.told(NS_PER_S, 3)
+    second = house.open("yard", paced=True, ladder=(*STEPS[:1], *STEPS[2:]))
+    assert second.taken == ("fewer_frames", "merged_windows")
+    assert house.registry.get_sample_value("omni_shedding_level", {"camera": "yard"}) == 2
+    house.runners["speaker"].close_session(YARD)
+    assert house.registry.get_sample_value("omni_shedding_level", {"camera": "yard"}) == 0
 
 
 # ---- what costs nothing, and what comes too late to be worth it ------------------------------------------------------
@@ -322,6 +325,18 @@ def test_a_unit_that_costs_nothing_waits_for_nobody_and_takes_no_place(build, cl
     house.window("door", 0), house.window("yard", 0)
     house.runners["llm"].step()
     assert echo.batches == [[("yard", 0)], [("door", 0)]]
+
+
+def test_all_units_that_cost_nothing_go_in_one_step_and_are_no_batches(build, clock: ManualClock):
+    echo = Echo()
+    echo.is_idle = lambda unit: True
+    house = build({"llm": echo}, (SOUND,), wait_ns=5_000_000)
+    house.open("door")
+    house.window("door", 0), house.window("door", 1)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 0)], [("door", 1)]]
+    assert house.registry.get_sample_value("omni_units_total", {"stage": "llm"}) == 2
+    assert house.registry.get_sample_value("omni_stage_batch_units_count", {"stage": "llm"}) == 0
 
 
 def test_pictures_of_a_window_that_its_listener_gave_up_are_late_and_named(build, clock: ManualClock):

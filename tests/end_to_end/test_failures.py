@@ -189,6 +189,30 @@ def test_an_actor_that_dies_ends_the_run_with_its_name(fresh: Place) -> None:
     assert fresh.leftovers() == []
 
 
+def test_while_an_actor_is_slow_a_session_sheds_pictures_and_names_them(fresh: Place) -> None:
+    """The LLM stands still for 3 s."""
+    ladder = ("--set", "shedding.ladder=[fewer_frames]", "--set", "window.lateness=5s")
+    process = fresh.start("up", *YARD, *ladder, "--for", "12s", "--out", "run")
+    fresh.wait_for_window(2)
+    (llm,) = [child for child in fresh.watch(process.pid) if is_actor(child, fresh, "llm.0")]
+    llm.suspend()
+    time.sleep(3.0)
+    llm.resume()
+    run = fresh.finish(process)
+    assert run.returncode == 0, run.stderr
+    (shed, *_) = run.events("yard", "shed")
+    assert (shed["step"], shed["level"]) == ("fewer_frames", 1)
+    frames = run.ledger()["camera.frames->vision_encoder.frames"]
+    assert frames["dropped"]["shed"] > 0
+    assert is_exact(run)
+    windows = run.windows("yard")
+    assert [window["index"] for window in windows] == list(range(12))
+    lacking = [window for window in windows if window["missing"]]
+    assert len(lacking) == frames["dropped"]["shed"]
+    assert all(window["missing"] == ["image"] for window in lacking)
+    assert not any(account["dropped"]["shed"] for edge, account in run.ledger().items() if "frames" not in edge)
+
+
 def is_actor(process: psutil.Process, place: Place, name: str) -> bool:
     """An actor has its log open."""
     try:

@@ -55,8 +55,9 @@ def test_it_comes_back_a_step_each_ten_seconds() -> None:
     assert [found.index(level, 17) for level in (3, 2, 1, 0)] == [26, 36, 46, 56]
 
 
-def test_what_is_neither_late_nor_early_moves_nothing() -> None:
-    assert levels([CLOSE] * 2 + [T // 2] * 50)[-1] == 1
+def test_where_windows_are_neither_late_nor_early_a_step_is_tried_now_and_then() -> None:
+    found = levels([CLOSE] * 7 + [T // 2] * 200)
+    assert [found.index(level, 6) for level in (2, 1, 0)] == [6, 86, 166]
 
 
 def test_a_step_that_was_given_back_too_early_is_given_back_later_the_next_time() -> None:

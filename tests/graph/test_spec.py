@@ -435,10 +435,10 @@ def test_durations_are_written_short() -> None:
 # ---- The shedding ladder --------------------------------------------------------------------------------------------
 
 
-def test_the_ladder_is_all_that_the_model_can_do_without_unless_it_is_written() -> None:
+def test_the_ladder_is_all_that_a_session_can_do_without_unless_it_is_written() -> None:
     default, none, one = (
         parse(MINIMAL + text).shedding for text in ("", "shedding: {ladder: []}", "shedding: {ladder: [vision_off]}")
     )
     assert default.steps() == STEPS
-    assert default.steps(needs_pictures=True) == ("merged_windows", "listen_only")
-    assert (none.steps(), one.steps(needs_pictures=True)) == ((), ("vision_off",))
+    assert default.steps(keeps_pictures=True) == ("merged_windows", "listen_only")
+    assert (none.steps(), one.steps(keeps_pictures=True)) == ((), ("vision_off",))

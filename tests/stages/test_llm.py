@@ -228,6 +228,20 @@ def test_windows_that_come_too_late_go_with_the_next_one_that_does_not(tiny: Tin
     assert [name for name in recorder.names(before, known) if name != "?"] == ["11", "12", "13"]
 
 
+@pytest.mark.parametrize(("speech", "num_held"), [(True, 4), (False, 0)])
+def test_of_windows_that_all_come_too_late_some_are_decided_on(tiny: Tiny, speech: bool, num_held: int):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder)
+    stage.open_session(session(speech=speech))
+    stage.process([window("door", 10, pictures=0)])
+    waited = []
+    for index in range(11, 11 + 2 * (num_held + 1)):
+        before = len(recorder.fed)
+        stage.process([replace(window("door", index, pictures=0), overdue=True)])
+        waited.append(len(recorder.fed) == before)
+    assert waited == ([True] * num_held + [False]) * 2
+
+
 def test_listening_only_begins_no_turn_and_ends_the_one_that_is_open(tiny: Tiny):
     stage = tiny.llm()
     opened = session(ladder=STEPS)
