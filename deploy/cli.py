@@ -208,6 +208,8 @@ def plan(
 def simulate(
     scenario: Annotated[str | None, typer.Argument(help="Which one; without it: what there is.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="0:1000", help="From where to before where.")] = "0:100",
+    sessions: Annotated[int | None, typer.Option("--sessions", min=1, max=10_000, help="Instead of its own.")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, max=86_400, help="Of each session.")] = None,
     file: File = None,
     overrides: Set = None,
     as_json: Json = False,
@@ -223,7 +225,8 @@ def simulate(
         print_scenarios(as_json)
         return
     with _clear_errors(), _usage():
-        spec, found, numbers = _load(file, overrides or []), find_scenario(scenario), parse_seeds(seeds)
+        spec, numbers = _load(file, overrides or []), parse_seeds(seeds)
+        found = find_scenario(scenario).sized(sessions, windows)
     with _clear_errors():
         report: Report = run_scenario(spec, found, numbers)
     shortest = shrink(spec, found, report.violations[0]) if report.violations else None

@@ -15,8 +15,15 @@ from deploy.virtual import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import StageCost
 from graph.credit import Limit
+from graph.errors import GraphError
 
 SPREAD: Final = 0.2
+
+
+class SimulateError(GraphError):
+    """There is no such scenario, or the seeds or sizes make no sense."""
+
+
 COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
     {
         "vision_encoder": StageCost(8 * NS_PER_MS, 4 * NS_PER_MS, SPREAD),
@@ -82,6 +89,16 @@ class Scenario:
     longest_stall_ns: int = 500 * NS_PER_MS
     slow: Mapping[str, float] = field(default_factory=dict)
     drift_ppm: int = 0
+
+    def sized(self, num_sessions: int | None, num_windows: int | None) -> Scenario:
+        """The same with so many sessions and windows. Raises SimulateError where sessions come and go as they do."""
+        if self.arrivals and (num_sessions or num_windows):
+            raise SimulateError(
+                f"{self.name}: sessions come and go in it as they do; --sessions and --windows don't apply"
+            )
+        return replace(
+            self, num_sessions=num_sessions or self.num_sessions, num_windows=num_windows or self.num_windows
+        )
 
 
 LOADS: Final = {"1x": (0, 20), "2x": (20, 80), "4x": (80, 140), "1x again": (140, 180)}

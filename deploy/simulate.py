@@ -21,7 +21,7 @@ import numpy as np
 from deploy.placement import Process, processes_of
 from deploy.routing import SOURCES, least_loaded, opening_order, phase_ns, session_plan, stages_of
 from deploy.runner import MAX_READY, StageRunner
-from deploy.scenarios import SCENARIOS, Arrivals, Scenario
+from deploy.scenarios import SCENARIOS, Arrivals, Scenario, SimulateError
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
 from deploy.virtual_stages import (
     OutOfOrder,
@@ -37,7 +37,6 @@ from deploy.virtual_stages import (
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.credit import Limit
 from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, SilentObserver
-from graph.errors import GraphError
 from graph.gather import Gathering
 from graph.ladder import Level
 from graph.ledger import REASONS, Account, Reason, merge
@@ -53,10 +52,6 @@ PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has 
 MAX_VIOLATIONS: Final = 20
 FEW: Final = 8
 CHECK_NS: Final = 500 * NS_PER_MS
-
-
-class SimulateError(GraphError):
-    """There is no such scenario, or the seeds make no sense."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy import cli
-from deploy.scenarios import SCENARIOS
+from deploy.scenarios import SCENARIOS, SimulateError
 from deploy.shrink import faults_of, shrink
-from deploy.simulate import MAX_VIOLATIONS, Report, SimulateError, Simulation, find_scenario, parse_seeds, run_scenario
+from deploy.simulate import MAX_VIOLATIONS, Report, Simulation, find_scenario, parse_seeds, run_scenario
 from deploy.virtual import Network
 from graph.credit import ReceiveCredit, SendCredit
 from graph.epoch import EpochFence
@@ -126,6 +126,19 @@ def test_a_listener_who_is_never_heard_of_is_not_spoken_to_for_long(spec: Pipeli
         return run_scenario(spec, scenario, range(2)).figures.num_pieces
 
     assert num_pieces(lost=1.0) < num_pieces(lost=0.0) / 3
+
+
+def test_a_scenario_can_have_more_sessions_and_windows():
+    result = CliRunner().invoke(
+        cli.app, ["simulate", "steady", "--seeds", "3", "--sessions", "7", "--windows", "5", "--json"]
+    )
+    assert json.loads(result.stdout)["windows"] == 35
+
+
+def test_sessions_that_come_and_go_are_as_many_as_they_are():
+    result = CliRunner().invoke(cli.app, ["simulate", "overload", "--sessions", "7"])
+    assert result.exit_code == cli.EXIT_USAGE
+    assert "sessions come and go" in result.output
 
 
 def test_a_seed_that_fails_is_made_as_simple_as_it_can_be(spec: PipelineSpec, broken: pytest.MonkeyPatch):
