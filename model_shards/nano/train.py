@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the training stands; default ../nano-training/STAGE")
     parser.add_argument("--minutes", type=float, default=60.0, help="of computing, over all resumptions")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that helpers end, too
     folder = asked.folder or Path("../nano-training") / asked.stage
     load_stage(asked.stage)(folder, asked.minutes)
 
