@@ -208,7 +208,7 @@ def test_while_an_actor_is_slow_a_session_sheds_pictures_and_names_them(fresh: P
     windows = run.windows("yard")
     assert [window["index"] for window in windows] == list(range(12))
     lacking = [window for window in windows if window["missing"]]
-    assert len(lacking) == frames["dropped"]["shed"]
+    assert len(lacking) == sum(frames["dropped"].values())  # on a busy machine some may be too old besides
     assert all(window["missing"] == ["image"] for window in lacking)
     assert not any(account["dropped"]["shed"] for edge, account in run.ledger().items() if "frames" not in edge)
 
