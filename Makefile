@@ -15,8 +15,8 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
-# Four runs side by side, two of which wait for clocks most of the time: pipelines; cameras and decoders; all the rest, and
-# a few of the pipelines, so that the first and the last take about as long; and many seeds, in what time the others leave.
+# Three runs side by side, two of which wait for clocks most of the time: pipelines; cameras and decoders; all the rest, and
+# a few of the pipelines, so that the first and the last take about as long. Then many seeds, which want both cores.
 PIPELINES = tests/end_to_end tests/benchmarks
 MOVED = tests/end_to_end/test_cluster.py tests/end_to_end/test_nano.py
 CAMERAS = $(wildcard tests/stages/test_media*.py)
@@ -27,12 +27,11 @@ PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 unit: .venv/installed-dev
 	@$(PYTEST) $(PIPELINES) $(MOVED:%=--ignore=%) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
 	$(PYTEST) $(CAMERAS) > .venv/cameras.log 2>&1 & cameras=$$!; \
-	nice $(PYTEST) $(SEEDS) > .venv/seeds.log 2>&1 & seeds=$$!; \
-	trap 'kill $$pipelines $$cameras $$seeds 2>/dev/null' INT TERM; \
+	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
 	$(PYTEST) $(REST) $(CAMERAS:%=--ignore=%); rest=$$?; \
 	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
-	wait $$seeds; failed=$$((failed + $$?)); \
-	cat .venv/pipelines.log .venv/cameras.log .venv/seeds.log; exit $$failed
+	$(PYTEST) $(SEEDS); failed=$$((failed + $$?)); \
+	cat .venv/pipelines.log .venv/cameras.log; exit $$failed
 
 bench: .venv/installed-dev
 	.venv/bin/pipeline bench $(ARGS)
