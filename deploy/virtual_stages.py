@@ -15,7 +15,7 @@ import numpy as np
 from deploy.virtual import Device
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
-from graph.ladder import merges_window
+from graph.ladder import holds_window
 from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
 from graph.tail import Ack, SpeechQueue, TextBudget
 from graph.window import Unit
@@ -23,7 +23,6 @@ from stages.stage import Session, Stage
 
 PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
 SOUND: Final = np.zeros(16, np.float32)
-MAX_HELD: Final = 4  # as in stages/llm.py
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
 CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
 
@@ -271,8 +270,9 @@ class VirtualLlm(Costly):
 
     def make(self, unit: Unit) -> list[Chunk]:
         talk = self._talks[unit.session]
-        merges = not talk.num_waiting and merges_window(talk.session.taken, unit.session, unit.index)
-        talk.is_held = (merges or (unit.overdue and talk.num_waiting < MAX_HELD)) and not talk.left
+        overdue, num_held = unit.overdue and talk.session.speech, talk.num_waiting
+        waits = holds_window(talk.session.taken, unit.session, unit.index, num_held=num_held, overdue=overdue)
+        talk.is_held = waits and not talk.left
         is_quiet = talk.is_held or "listen_only" in talk.session.taken
         begins = talk.left == 0 and talk.rng.random() < self.TALKS and not is_quiet
         if talk.is_cut or (talk.left == 0 and not begins):

@@ -36,6 +36,7 @@ STRAINED: Final = 0.65  # of a window
 CALM: Final = 0.45
 FEWER: Final = 0.75
 NUM_RECENT: Final = 4  # windows
+MAX_HELD: Final = 4  # windows, so that a session which is always late still decides
 NUM_STRAINED: Final = 2  # of them; a single one may be anything
 
 
@@ -118,9 +119,15 @@ def sheds_picture(taken: Sequence[Step], session: SessionId, seq: int) -> bool:
     return "vision_off" in taken or ("fewer_frames" in taken and _has_turn(session, seq))
 
 
-def merges_window(taken: Sequence[Step], session: SessionId, index: int) -> bool:
-    """Whether this window is to wait for the next one where these steps are taken."""
-    return "merged_windows" in taken and _has_turn(session, index)
+def holds_window(taken: Sequence[Step], session: SessionId, index: int, *, num_held: int, overdue: bool) -> bool:
+    """Whether this window of a session that listens is to wait for the next one where these steps are taken.
+
+    One that comes too late for its listener is, a few in a row at most; of others, where windows are merged, every
+    second one. num_held: windows that wait already.
+    """
+    if overdue:
+        return num_held < MAX_HELD
+    return not num_held and "merged_windows" in taken and _has_turn(session, index)
 
 
 def _has_turn(session: SessionId, number: int) -> bool:

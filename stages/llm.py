@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from graph.chunk import Chunk, Scalar, SessionId
-from graph.ladder import merges_window
+from graph.ladder import holds_window
 from graph.streams import AUDIO, EVENTS, IMAGE, TEXT
 from graph.tail import Ack, TextBudget
 from graph.window import Unit
@@ -20,7 +20,6 @@ from stages.events import SAID_EVENT
 from stages.stage import Session, Stage, StageError, session_seed
 from stages.tensors import Runtime, to_arrays, to_tensor
 
-MAX_HELD = 4  # windows that go with the next one, so that a session which is always late still decides
 MAX_VOICE_TOKENS = 320  # 30 s of reference voice at 10 per second, and the prompt's own control tokens
 
 
@@ -158,13 +157,10 @@ class Llm(Stage):
         return window
 
     def _is_held(self, state: _Open, unit: Unit, window: UnitInput) -> bool:
-        """One that comes too late for the listener is; of others, where windows are merged, every second one; none in
-        a turn."""
-        if unit.overdue:
-            waits = state.session.speech and len(window.before) < MAX_HELD  # where nobody listens, nobody gave up
-        else:
-            waits = not window.before and merges_window(state.session.taken, unit.session, unit.index)
-        if not waits:
+        """As `holds_window` says, while there is room; within a turn none is."""
+        overdue = unit.overdue and state.session.speech  # where nobody listens, nobody gave up
+        num_held = len(window.before)
+        if not holds_window(state.session.taken, unit.session, unit.index, num_held=num_held, overdue=overdue):
             return False
         leaves_room = self._engine.num_tokens(window) <= self._engine.config.max_unit_tokens // 2
         return leaves_room and not (state.duplex.turn_open or window.force_listen)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_S, SessionId
-from graph.ladder import HOLD_NS, MOST_PATIENCE_NS, STEPS, Ladder, Level, merges_window, sheds_picture
+from graph.ladder import HOLD_NS, MOST_PATIENCE_NS, STEPS, Ladder, Level, holds_window, sheds_picture
 
 DOOR = SessionId("door")
 T = NS_PER_S
@@ -142,9 +142,20 @@ def test_pictures_go_by_halves_and_then_all(num_steps: int, shed: int) -> None:
 
 
 def test_of_two_windows_one_waits_for_the_other() -> None:
-    waits = [merges_window(STEPS[:3], DOOR, index) for index in range(10)]
+    waits = [merges(3, index) for index in range(10)]
     assert waits in ([True, False] * 5, [False, True] * 5)
-    assert not any(merges_window(STEPS[:2], DOOR, index) for index in range(10))
+    assert not any(merges(2, index) for index in range(10))
+    assert not any(holds_window(STEPS, DOOR, index, num_held=1, overdue=False) for index in range(10))
+
+
+def merges(num_steps: int, index: int) -> bool:
+    return holds_window(STEPS[:num_steps], DOOR, index, num_held=0, overdue=False)
+
+
+@pytest.mark.parametrize("num_steps", [0, 4])
+def test_windows_that_come_too_late_wait_a_few_in_a_row(num_steps: int) -> None:
+    waits = [holds_window(STEPS[:num_steps], DOOR, 7, num_held=held, overdue=True) for held in range(6)]
+    assert waits == [True] * 4 + [False] * 2
 
 
 def test_half_of_the_sessions_take_turns_with_the_others() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.ladder import STEPS, merges_window
+from graph.ladder import STEPS, holds_window
 from graph.streams import EVENTS, TEXT
 from graph.window import Unit
 from model_shards.duplex import MAX_TEXT_TOKENS
@@ -205,7 +205,8 @@ def test_merged_windows_are_decided_upon_together(tiny: Tiny, num_steps: int):
         before = len(recorder.fed)
         assert stage.process([window("door", index, pictures=0)]) == []
         forwards.append(len(recorder.fed) - before)
-    waits = [merges_window(STEPS[:num_steps], DOOR, index) for index in indices]
+    taken = STEPS[:num_steps]
+    waits = [holds_window(taken, DOOR, index, num_held=0, overdue=False) for index in indices]
     assert [count == 0 for count in forwards[1:]] == waits[1:]  # with the first one comes the system prompt
     sounds = {index: rows(sum(map(ord, "door")) * 1000 + index, 10) for index in indices}
     known = {str(index): torch.from_numpy(sound) for index, sound in sounds.items()}
