@@ -244,7 +244,7 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
     clock.advance(2.15)
     house.runners["speaker"].step()
     clock.advance(0.001)
-    house.turn()
+    house.settle()
     (window,) = house.runners["events"].stage.told("window")
     told = {name: window[name] for name in ("missing", "digest", "on_time", "late_stage", "stages")}
     stages = '{"llm.queue": 1.15}'
@@ -262,7 +262,7 @@ def test_windows_that_come_late_take_a_step_of_the_ladder_which_is_told(build, c
         house.take(watermark(DOOR, TEXT, (index + 1) * NS_PER_S), SPOKEN)
         house.turn()
         clock.advance(-0.9)
-    house.turn()
+    house.settle()
     assert session.taken == STEPS[:1]
     told = house.runners["events"].stage.told("shed")
     assert [(event["step"], event["level"]) for event in told] == [("fewer_frames", 1)]

@@ -259,6 +259,14 @@ class House:
         due_ns = self.loop.due_in_ns()
         self.loop.turn(self.bus.wait(0.05 if due_ns is None else min(due_ns / NS_PER_S, 0.05), self.loop.files()))
 
+    def settle(self, max_turns: int = 200) -> None:
+        """Turn until nothing is under way on any edge."""
+        for _ in range(max_turns):
+            self.turn()
+            if not any(self.account(edge).in_flight for edge in self.edges):
+                return
+        raise AssertionError(f"still under way: {[(edge, self.account(edge)) for edge in self.edges]}")
+
     def run(self, max_turns: int = 2000) -> None:
         """Turn until every session has ended everywhere."""
         for _ in range(max_turns):
