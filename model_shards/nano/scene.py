@@ -214,11 +214,11 @@ def _flag_changes(scene: Scene) -> Iterator[Change]:
             yield Change(event)
 
 
-def random_scene(rng: Random, fullness: float = 0.4) -> Scene:
-    """Any scene with its lens clear. fullness: how likely each thing is there, 0 to 1."""
+def random_scene(rng: Random, fullness: float = 0.4, fallen: float = 0.15) -> Scene:
+    """Any scene with its lens clear. fullness: how likely each thing is there, 0 to 1; fallen: each person lies."""
     count = rng.choices(range(MAX_PEOPLE + 1), weights=(4, 5, 4, 3))[0]
     colours, places = rng.sample(COLOURS, count), sorted(rng.sample(PLACES, count), key=PLACES.index)
-    people = tuple(Person(colours[i], places[i], rng.random() < 0.15) for i in range(count))
+    people = tuple(Person(colours[i], places[i], rng.random() < fallen) for i in range(count))
     scene = Scene(people=people, light_on=rng.random() > 0.12, door_open=rng.random() < 0.35)
     for event in rng.sample(_THINGS_COMING, len(_THINGS_COMING)):
         change = possible_changes(scene, rng).get(event)

@@ -1,13 +1,15 @@
 """Stage "vision": teaches nano's eyes, by heads which are thrown away afterwards.
 
 Rule: a head is one linear layer on a picture's flattened embeddings, so that whatever it can read, the language model
-can read too. Pictures are painted as they are needed; none comes twice.
+can read too. Pictures are painted as they are needed; none comes twice, but a scene that was read wrongly comes again,
+in the same room.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ NUM_ROOMS: Final = 160  # which take turns
 ROOM_LASTS: Final = 20  # sequences, on average: a new room costs as much as ten pictures
 EVAL_SEED: Final = 1_000_000_000  # rooms from here on are never trained on
 UNKNOWN: Final = -100  # behind a covered lens
+FALLEN: Final = 0.3  # of the people: twice as many as there are, since who lies beside whom is the hardest to see
+MAX_AGAIN: Final = 64  # scenes which wait to come again
 
 _NUM_CLASSES: Final = MappingProxyType[str, int](
     {
@@ -102,6 +106,8 @@ class Rooms:
         self._rng = Random(seed)
         self._next_room = seed
         self._painters = [self._new_painter() for _ in range(num_rooms)]
+        self._shown: list[tuple[int, Scene]] = []
+        self._again: deque[tuple[int, Scene]] = deque(maxlen=MAX_AGAIN)
 
     def _new_painter(self) -> Painter:
         self._next_room += 1
@@ -110,15 +116,13 @@ class Rooms:
     def examples(self, num_sequences: int) -> Examples:
         pictures: list[list[npt.NDArray[np.uint8]]] = [[], [], []]
         scenes: list[list[Scene]] = [[], [], []]
-        for _ in range(num_sequences):
-            index = self._rng.randrange(len(self._painters))
-            before = self._scene()
+        self._shown = [self._next(number < num_sequences // 2) for number in range(num_sequences)]
+        for index, before in self._shown:
             t_ns = self._rng.randrange(10**12)
             for turn, scene in enumerate((before, before, self._later(before))):
                 pictures[turn].append(self._painters[index].paint(scene, t_ns + turn * 10**9))
                 scenes[turn].append(scene)
-            if self._rng.random() < 1 / ROOM_LASTS:
-                self._painters[index] = self._new_painter()
+        self._renew()
         every = [scene for turn in scenes for scene in turn]
         return Examples(
             pixels=shrink(np.stack([picture for turn in pictures for picture in turn])),
@@ -126,10 +130,27 @@ class Rooms:
             events=torch.tensor([_events(*pair) for pair in zip(scenes[0], scenes[2], strict=True)]),
         )
 
+    def read(self, is_wrong: Tensor) -> None:
+        """How the last examples were read. is_wrong: (B,) bool."""
+        self._again.extend(shown for shown, wrong in zip(self._shown, is_wrong.tolist(), strict=True) if wrong)
+
+    def _next(self, may_be_again: bool) -> tuple[int, Scene]:
+        """A room, and what is in it."""
+        if may_be_again and self._again:
+            return self._again.popleft()
+        return self._rng.randrange(len(self._painters)), self._scene()
+
+    def _renew(self) -> None:
+        """Rooms go, but not those in which something is to be seen again."""
+        kept = {index for index, _ in self._again}
+        for index, _ in self._shown:
+            if index not in kept and self._rng.random() < 1 / ROOM_LASTS:
+                self._painters[index] = self._new_painter()
+
     def _scene(self) -> Scene:
         if self._rng.random() < 0.04:
             return Scene(lens_covered=True)
-        return random_scene(self._rng, self._rng.choice((0.15, 0.4, 0.7)))
+        return random_scene(self._rng, self._rng.choice((0.15, 0.4, 0.7)), fallen=FALLEN)
 
     def _later(self, scene: Scene) -> Scene:
         """The same in every fifth case; two changes in one of ten."""
@@ -211,7 +232,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     return heads
 
 
-def loss_of(model: Seeing, examples: Examples) -> tuple[Tensor, dict[str, float]]:
+def loss_of(model: Seeing, examples: Examples) -> tuple[Tensor, dict[str, float], Tensor]:
+    """returns: the loss, numbers, and in which of the B sequences something was read wrongly, (B,) bool."""
     with torch.autocast("cpu", torch.bfloat16):
         flat, logits = model(examples.pixels)
         before, again, after = flat.chunk(3)
@@ -231,7 +253,7 @@ def loss_of(model: Seeing, examples: Examples) -> tuple[Tensor, dict[str, float]
         "right": 1 - float(wrong.float().mean()),
         "pictures_right": 1 - float(wrong.any(1).float().mean()),
     }
-    return attributes + changes + 0.1 * steady, numbers
+    return attributes + changes + 0.1 * steady, numbers, wrong.any(1).view(3, -1).any(0)
 
 
 def _difference(logits: Sequence[Tensor]) -> Tensor:
@@ -288,7 +310,9 @@ def train(folder: Path, minutes: float) -> None:
     unseen = Rooms(EVAL_SEED)
 
     def loss(step: int, passed: float) -> tuple[Tensor, Mapping[str, float]]:
-        return loss_of(model, rooms.examples(FEW_SEQUENCES if passed < 0.6 else MANY_SEQUENCES))
+        value, numbers, is_wrong = loss_of(model, rooms.examples(FEW_SEQUENCES if passed < 0.6 else MANY_SEQUENCES))
+        rooms.read(is_wrong)
+        return value, numbers
 
     with plain_attention():
         best = training.run(loss, lambda averaged: evaluate(averaged, unseen))

@@ -64,6 +64,18 @@ def test_pictures_of_a_sequence_are_twice_the_same_scene_and_then_another():
     assert all(examples.attributes[:, i].max() < most for i, most in enumerate(attribute_classes()))
 
 
+def test_a_scene_that_was_read_wrongly_comes_again_in_its_room_with_other_noise():
+    rooms = Rooms(5, num_rooms=2)
+    first = rooms.examples(4)
+    rooms.read(torch.tensor([False, True, False, False]))
+    second = rooms.examples(4)
+    wrong, again = first.attributes[1], second.attributes[0]
+    assert torch.equal(wrong, again)
+    difference = (first.pixels[1].int() - second.pixels[0].int()).abs().float().mean()
+    assert 0 < difference < 20
+    assert (first.pixels[0].int() - second.pixels[0].int()).abs().float().mean() > difference
+
+
 def test_a_few_steps_make_the_loss_less():
     torch.manual_seed(0)
     model, examples = Seeing(), Rooms(5, num_rooms=2).examples(4)
@@ -71,7 +83,7 @@ def test_a_few_steps_make_the_loss_less():
     losses = []
     with plain_attention():
         for _ in range(8):
-            loss, _ = loss_of(model, examples)
+            loss, _, _ = loss_of(model, examples)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
