@@ -151,7 +151,6 @@ class Simulation:
         self.world = World()
         self.figures = Figures()
         self.violations: list[Violation] = []
-        self._is_over = False
         self._devices = {name: Device(self.world, number) for name, number in scenario.devices.items()}
         self._events = VirtualEvents()
         window_ns = spec.window.length_ns
@@ -365,7 +364,7 @@ class Simulation:
         last_ns = self._end_ns + self._spec.window.length_ns + PATIENCE_NS
         last_ns += len(self._sessions) * self._scenario.stagger_ns
         try:
-            self.world.run(last_ns, lambda: self._is_over)
+            self.world.run(last_ns)
         except OutOfOrder as error:
             self._violated("order", str(error))
         except Exception as error:  # whatever it is, it is told with its seed
@@ -398,7 +397,7 @@ class Simulation:
 
     def _check_and_again(self) -> None:
         self._check()
-        self._is_over = bool(self.violations) or not (self._num_coming or any(self._open_sessions()))
+        self.world.is_over = bool(self.violations) or not (self._num_coming or any(self._open_sessions()))
         self.world.at(self.world.now_ns + CHECK_NS, self._check_and_again)
 
     def _check(self) -> None:

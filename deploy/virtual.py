@@ -31,6 +31,7 @@ class World:
 
     def __init__(self) -> None:
         self.now_ns = 0
+        self.is_over = False
         self._num_events = 0
         self._events: list[tuple[int, int, Callable[[], None]]] = []
 
@@ -39,9 +40,9 @@ class World:
         self._num_events += 1
         heapq.heappush(self._events, (max(time_ns, self.now_ns), self._num_events, action))
 
-    def run(self, until_ns: int, is_over: Callable[[], bool]) -> None:
+    def run(self, until_ns: int) -> None:
         """Let time pass until nothing is left to happen, or it is over."""
-        while self._events and self._events[0][0] <= until_ns and not is_over():
+        while self._events and self._events[0][0] <= until_ns and not self.is_over:
             self.now_ns, _, action = heapq.heappop(self._events)
             action()
 
@@ -112,10 +113,13 @@ class ReceiveEnd:
 
     def come(self, peer: bytes, chunk: Chunk) -> None:
         self._came.append((peer, chunk))
+        self._actor.num_waiting += 1
         self._actor.wake()
 
     def receive(self) -> list[tuple[bytes, Chunk]]:
-        return [self._came.popleft() for _ in range(min(len(self._came), RECEIVE_BATCH))]
+        taken = [self._came.popleft() for _ in range(min(len(self._came), RECEIVE_BATCH))]
+        self._actor.num_waiting -= len(taken)
+        return taken
 
     def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
         end = self.peers[peer]
@@ -144,10 +148,6 @@ class SendEnd:
         self._grants: list[tuple[SessionId, Grant]] = []
         target.peers[self._peer] = self
 
-    @property
-    def has_grants(self) -> bool:
-        return bool(self._grants)
-
     def send(self, chunk: Chunk) -> bool:
         if self._network.refused and self._rng.random() < self._network.refused:
             return False
@@ -161,7 +161,7 @@ class SendEnd:
 
     def come(self, session: SessionId, grant: Grant) -> None:
         self._grants.append((session, grant))
-        self._actor.take_grants()
+        self._actor.take_grants(self)
 
     def grants(self) -> list[tuple[SessionId, Grant]]:
         came, self._grants = self._grants, []
@@ -177,6 +177,10 @@ class Actor:
         self.loop = ActorLoop([])
         self.senders: list[tuple[SendEnd, Sender]] = []
         self.receivers: list[tuple[ReceiveEnd, Receiver]] = []
+        self.num_waiting = 0  # messages that have come and were not taken
+        self._granted: set[SendEnd] = set()  # whose grants were not taken
+        self._blocked: list[Sender] = []
+        self._owing: list[Receiver] = []
         self._world = world
         self._free_ns = 0
         self._next_turn_ns: int | None = None
@@ -193,26 +197,32 @@ class Actor:
     def wake(self) -> None:
         self._schedule(self._world.now_ns)
 
-    def take_grants(self) -> None:
+    def take_grants(self, link: SendEnd) -> None:
         """As Bus.wait() does while its loop sleeps: only a session that has room again wakes the loop."""
+        self._granted.add(link)
         if self._free_ns <= self._world.now_ns and self._flush_senders():
             self.wake()
 
     def _flush_senders(self) -> bool:
         """Whether a session that waited has room again."""
+        if not self._granted and not self._blocked:
+            return False
         eased = False
         for link, sender in self.senders:
-            if link.has_grants or sender.is_blocked:
+            if link in self._granted or sender.is_blocked:
                 sender.flush()
                 eased = sender.has_eased() or eased
+        self._granted.clear()
+        self._blocked = [sender for sender in self._blocked if sender.is_blocked]
         return eased
 
     def _arrivals(self) -> list[Arrival]:
         """What has come in. Grants are taken and given on the way, as by Bus.wait()."""
         self._flush_senders()
-        for _, receiver in self.receivers:
-            if receiver.owes_grants:
-                receiver.flush()
+        for receiver in self._owing:
+            receiver.flush()
+        if not self.num_waiting:
+            return []
         return [arrival for link, receiver in self.receivers if link.num_waiting for arrival in receiver.receive()]
 
     def _schedule(self, at_ns: int) -> None:
@@ -229,15 +239,15 @@ class Actor:
             self._schedule(self._free_ns)
             return
         self.loop.turn(self._arrivals())
-        due_ns = 0 if any(link.num_waiting for link, _ in self.receivers) else self._due_in_ns()
+        self._blocked = [sender for _, sender in self.senders if sender.is_blocked]
+        self._owing = [receiver for _, receiver in self.receivers if receiver.owes_grants]
+        due_ns = 0 if self.num_waiting else self._due_in_ns()
         self._free_ns, self._world.now_ns = self._world.now_ns, at_ns
         self._schedule(self._free_ns + due_ns)
 
     def _due_in_ns(self) -> int:
         due_ns = self.loop.due_in_ns()
         due_ns = IDLE_NS if due_ns is None else min(due_ns, IDLE_NS)
-        if any(sender.is_blocked for _, sender in self.senders):
-            due_ns = min(due_ns, RETRY_NS)
-        if any(receiver.owes_grants for _, receiver in self.receivers):
-            due_ns = min(due_ns, GRANT_DELAY_NS)
-        return due_ns
+        if self._owing:
+            return min(due_ns, GRANT_DELAY_NS)
+        return min(due_ns, RETRY_NS) if self._blocked else due_ns

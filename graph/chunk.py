@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NewType
 
@@ -80,7 +80,8 @@ class Chunk:
 
     def numbered(self, seq: int, epoch: int) -> Chunk:
         """The same chunk with its place in the stream."""
-        return replace(self, seq=seq, epoch=epoch)
+        own = (self.arrays, self.attrs, self.trace)
+        return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, seq, epoch, self.kind, *own)
 
 
 def watermark(session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None) -> Chunk:

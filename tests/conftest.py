@@ -1,6 +1,10 @@
 """Shared by all tests: what takes a second to make is made once per run."""
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # three runs share the cores: two threads each wait for one another
 
 from tests.support.tiny import Tiny
 
