@@ -176,10 +176,15 @@ def load_shard(
     Raises ModelError when a file is missing or damaged, or naming the tensors that are missing, unknown or of another
     shape than the config says.
     """
-    with torch.device("meta"), _Unfilled():
-        module = build(component, load_config(path))
+    module = build_hollow(component, load_config(path))
     load_component(path, component, module, dtype=dtype, device=device)
     return module
+
+
+def build_hollow(component: Component, config: ModelConfig) -> nn.Module:
+    """Build a component on the meta device: shapes, and no memory. Raises what `build` raises."""
+    with torch.device("meta"), _Unfilled():
+        return build(component, config)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -215,9 +220,7 @@ def check(path: Path, components: Iterable[Component]) -> None:
     """Compare components with the config, from the headers only. Raises ModelError as `load_shard` would."""
     config = load_config(path)
     for component in components:
-        with torch.device("meta"):
-            module = build(component, config)
-        _checked(path, component, module.state_dict())
+        _checked(path, component, build_hollow(component, config).state_dict())
 
 
 def inspect(path: Path) -> list[ComponentInfo]:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from model_shards.checkpoint import VOCODER_FOLDER, Component, build, save_voice
+from model_shards.checkpoint import VOCODER_FOLDER, Component, build_hollow, save_voice
 from model_shards.config import (
     AudioConfig,
     FlowConfig,
@@ -199,8 +199,7 @@ def _byte_tokenizer() -> Tokenizer:
 
 
 def _draw_component(component: Component, config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        expected = build(component, config).state_dict()
+    expected = build_hollow(component, config).state_dict()
     weights = {name: _draw(name, tensor.shape, seed) for name, tensor in expected.items()}
     for name in weights:
         if name.endswith(".original0"):  # the norms of weight norm: such that the effective weight is as drawn

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from model_shards.checkpoint import PREFIXES, VOCODER_FOLDER, Component, build, save_voice
+from model_shards.checkpoint import PREFIXES, VOCODER_FOLDER, Component, build, build_hollow, save_voice
 from model_shards.config import ModelConfig
 from model_shards.errors import ModelError
 from model_shards.init import new_folder, official_config, vocoder_sizes
@@ -97,8 +96,7 @@ def part(folder: Path, component: Component, config: ModelConfig) -> dict[str, T
         else:
             held = _HELD_AS.get(component, "")
             trained |= {key.removeprefix(held): tensor for key, tensor in tensors.items()}
-    with torch.device("meta"):
-        expected = build(component, config).state_dict()
+    expected = build_hollow(component, config).state_dict()
     wrong = [key for key, like in expected.items() if key not in trained or trained[key].shape != like.shape]
     if wrong:
         raise ModelError(f"{folder}: {component} lacks, or has in another shape: {', '.join(wrong[:8])}")
