@@ -15,22 +15,22 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
-# Three runs side by side, two of which wait for clocks most of the time: pipelines; cameras and decoders; all the rest, and
-# a few of the pipelines, so that the first and the last take about as long. Then many seeds, which want both cores.
-PIPELINES = tests/end_to_end tests/benchmarks
-MOVED = tests/end_to_end/test_cluster.py tests/end_to_end/test_nano.py
+# Three runs side by side, which wait for clocks most of the time, and of which each takes about as long: pipelines; cameras
+# with nano and the benchmarks; all the rest. Then many seeds, which want both cores.
 CAMERAS = $(wildcard tests/stages/test_media*.py)
-SEEDS = tests/simulation
-REST = $(filter-out $(PIPELINES) $(SEEDS),$(patsubst %/,%,$(wildcard tests/*/))) $(MOVED)
+NANO = tests/end_to_end/test_nano.py
+CLUSTER = tests/end_to_end/test_cluster.py
+APART = tests/end_to_end tests/benchmarks tests/simulation
+REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/)))
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 unit: .venv/installed-dev
-	@$(PYTEST) $(PIPELINES) $(MOVED:%=--ignore=%) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
-	$(PYTEST) $(CAMERAS) > .venv/cameras.log 2>&1 & cameras=$$!; \
+	@$(PYTEST) tests/end_to_end $(NANO:%=--ignore=%) $(CLUSTER:%=--ignore=%) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
+	$(PYTEST) $(CAMERAS) $(NANO) tests/benchmarks > .venv/cameras.log 2>&1 & cameras=$$!; \
 	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
-	$(PYTEST) $(REST) $(CAMERAS:%=--ignore=%); rest=$$?; \
+	$(PYTEST) $(REST) $(CLUSTER) $(CAMERAS:%=--ignore=%); rest=$$?; \
 	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
-	$(PYTEST) $(SEEDS); failed=$$((failed + $$?)); \
+	$(PYTEST) tests/simulation; failed=$$((failed + $$?)); \
 	cat .venv/pipelines.log .venv/cameras.log; exit $$failed
 
 bench: .venv/installed-dev

@@ -87,7 +87,8 @@ def up(
     ] = False,
 ) -> None:
     """Start the pipeline, run it until its sources end or Ctrl-C, and stop it cleanly."""
-    from deploy.up import UpError, UpOptions, check_sources, parse_cameras, run_up
+    from deploy.sources import check_sources, parse_cameras
+    from deploy.up import UpError, UpOptions, run_up
 
     if detach:
         _detach()

@@ -15,8 +15,8 @@ from typer import Exit
 from typer.testing import CliRunner
 
 from deploy.cli import _clear_errors, app
+from deploy.sources import probe
 from deploy.state import StateFolder
-from deploy.up import probe
 from graph.costs import Profile, StageCost
 from graph.secret import Secret
 from graph.sections import CameraSpec

@@ -1,4 +1,4 @@
-"""deploy/up.py: what is asked of the cameras before anything starts."""
+"""deploy/sources.py: what is asked of the cameras before anything starts."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from deploy.up import MAX_FILES_AT_ONCE, PROBE_S, Probed, probe, probe_all
+from deploy.sources import MAX_FILES_AT_ONCE, PROBE_S, Probed, probe, probe_all
 from graph.secret import Secret
 from graph.sections import CameraSpec
 
@@ -49,8 +49,8 @@ def test_files_are_asked_while_dead_cameras_keep_silent():
 
 
 def test_live_cameras_share_one_deadline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.up.PROBE_S", 0.2)
-    monkeypatch.setattr("deploy.up.MAX_LIVE_AT_ONCE", 1)
+    monkeypatch.setattr("deploy.sources.PROBE_S", 0.2)
+    monkeypatch.setattr("deploy.sources.MAX_LIVE_AT_ONCE", 1)
     num_looks = []
 
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:

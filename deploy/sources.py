@@ -1,0 +1,141 @@
+"""What is asked of the cameras before anything is started for them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from graph.chunk import NS_PER_S
+from graph.errors import GraphError
+from graph.sections import CameraSpec
+from graph.spec import PipelineSpec
+from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, check_source
+from stages.media_wire import LIVE_KINDS
+
+PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
+PROBE_LOOK_S = 0.2  # between two looks whether that is enough
+MAX_LIVE_AT_ONCE = 64
+MAX_FILES_AT_ONCE = 8  # a decoder takes a core 0.2 s to start, and a file that waits for one is not broken
+
+
+class SourceError(GraphError):
+    """A source that can't be used; says which, why, and what instead."""
+
+
+def check_cameras(spec: PipelineSpec, duration_ns: int | None, tell: Callable[[str], None]) -> Mapping[str, CameraSpec]:
+    """Open every source once, before anything is started. A broken file is an error; a live camera that does not
+    answer is told, and looked for again while the pipeline runs, unless it is the only one.
+
+    Raises SourceError with all that is wrong.
+    """
+    failures = probe_all(spec.cameras, partial(probe, duration_ns))
+    broken = {name: why for name, (why, live) in failures.items() if why and not live}
+    absent = {name: why for name, (why, live) in failures.items() if why and live}
+    if broken or (absent and len(absent) == len(spec.cameras)):
+        raise SourceError("\n".join(f"camera {name}: {why}" for name, why in (broken | absent).items()))
+    for name, why in absent.items():
+        tell(f"camera {name}: {why}; it will be looked for while the others run")
+    return spec.cameras
+
+
+def check_sources(spec: PipelineSpec, *, paced: bool) -> None:
+    """Raises SourceError when a source is not read here, or not at this pace, whatever the world is like."""
+    problems = []
+    for name, camera in spec.cameras.items():
+        try:
+            kind = check_source(camera.source.reveal())
+        except MediaError as error:
+            if error.kind == "blocked":
+                problems.append(f"camera {name}: {error}")
+            continue
+        if kind in LIVE_KINDS and not paced:
+            # In virtual time no window expires: one lost picture would hold up the session for ever.
+            problems.append(
+                f"camera {name}: --speed max reads files and test patterns; {camera.source.masked} sets its own pace"
+            )
+    if problems:
+        raise SourceError("\n".join(problems))
+
+
+Probed = tuple[str, bool]
+"""Why a source can't be read, or ""; whether it is a live one."""
+
+
+def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+    """Open a source once, as for a run of this duration, unless that is over before it answers."""
+    try:
+        request = MediaRequest(
+            source=camera.source.reveal(),
+            fps=camera.fps,
+            max_pixels=camera.max_pixels,
+            want_video=True,
+            want_audio=camera.microphone == "embedded",
+            piece_ns=NS_PER_S,
+            duration_ns=duration_ns,
+        )
+        with MediaReader(request) as reader:
+            while not is_over():
+                item = reader.read(PROBE_LOOK_S)
+                if isinstance(item, Failed):
+                    return item.message, reader.is_live
+                if isinstance(item, Ended):
+                    return "holds neither picture nor sound", False
+                if item is not None:
+                    return "", reader.is_live
+            return f"gave nothing within {PROBE_S:g} s", reader.is_live
+    except MediaError as error:
+        return str(error), False
+
+
+def probe_all(
+    cameras: Mapping[str, CameraSpec], ask: Callable[[CameraSpec, Callable[[], bool]], Probed]
+) -> dict[str, Probed]:
+    """What `ask` says of every camera. All live ones are asked at once, for `PROBE_S` in all.
+
+    An interrupt does not wait for those which have not answered.
+    """
+    live = [name for name, camera in cameras.items() if _is_live(camera)]
+    files = [name for name in cameras if name not in live]
+    interrupted = threading.Event()
+    deadline_s = time.monotonic() + PROBE_S
+
+    def is_over() -> bool:
+        return interrupted.is_set() or time.monotonic() >= deadline_s
+
+    pool = ThreadPoolExecutor(min(len(live), MAX_LIVE_AT_ONCE) + MAX_FILES_AT_ONCE)
+    try:
+        asked = {name: pool.submit(ask, cameras[name], is_over) for name in live}
+        asked |= {name: pool.submit(ask, cameras[name], interrupted.is_set) for name in files}
+        return {name: asked[name].result() for name in cameras}
+    finally:
+        interrupted.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_live(camera: CameraSpec) -> bool:
+    try:
+        return check_source(camera.source.reveal()) in LIVE_KINDS
+    except MediaError:
+        return False
+
+
+def anchored(source: str) -> str:
+    """The source as an actor finds it, which may run in another folder."""
+    return str(Path(source).absolute()) if check_source(source) in ("file", "images", "webcam") else source
+
+
+def parse_cameras(texts: Sequence[str]) -> dict[str, str]:
+    """`--camera name=source` options. Raises SourceError."""
+    cameras: dict[str, str] = {}
+    for text in texts:
+        name, equals, source = text.partition("=")
+        if not equals or not name or not source:
+            raise SourceError(f"--camera {text}: expected name=source, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
+        if name in cameras:
+            raise SourceError(f"--camera {name}: given twice")
+        cameras[name] = source
+    return cameras
