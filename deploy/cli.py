@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 shards = typer.Typer(no_args_is_help=True, help="Look at checkpoints, and make them.")
 app.add_typer(shards, name="shards")
+camera = typer.Typer(no_args_is_help=True, help="Add cameras to the running pipeline, and remove them.")
+app.add_typer(camera, name="camera")
 nano = typer.Typer(no_args_is_help=True, help="Measure nano, the small model which is shipped.")
 app.add_typer(nano, name="nano")
 
@@ -152,6 +154,72 @@ def ps(as_json: Json = False) -> None:
         [{"edge": edge, **row, "dropped": sum(row["dropped"].values())} for edge, row in status["edges"].items()],
         ("edge", "accepted", "delivered", "dropped", "in_flight"),
     )
+
+
+@camera.command("add")
+def camera_add(
+    what: Annotated[str, typer.Argument(metavar="NAME=SOURCE", help="Like yard=rtsp://10.0.0.7/live.")],
+    fps: Annotated[float | None, typer.Option("--fps", help="Pictures per second (default: 1).")] = None,
+    microphone: Annotated[
+        str | None, typer.Option("--microphone", metavar="embedded|none", help="The sound in the source, or none.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch another camera; the others are not disturbed. Refused at once where there is no room for it.
+
+    --json: {name, source, warnings}.
+    """
+    import json
+
+    from deploy.sources import parse_cameras
+
+    with _clear_errors():
+        with _usage():
+            ((name, source),) = parse_cameras([what]).items()
+        wanted = {"name": name, "source": source, "fps": fps, "microphone": microphone}
+        asked = {key: value for key, value in wanted.items() if value is not None}
+        added = _ask_gateway("POST", "/api/v1/cameras", asked)
+    if as_json:
+        print(json.dumps(added, indent=2))
+        return
+    for warning in added["warnings"]:
+        _tell(warning)
+    _tell(f"camera {name}: added")
+
+
+@camera.command("remove")
+def camera_remove(name: Annotated[str, typer.Argument(help="As `pipeline ps` shows it.")]) -> None:
+    """End a camera's session: what it saw and heard is gone through to the end, and said."""
+    from urllib.parse import quote
+
+    with _clear_errors():
+        _ask_gateway("DELETE", f"/api/v1/cameras/{quote(name, safe='')}")
+    _tell(f"camera {name}: removed")
+
+
+def _ask_gateway(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Ask the pipeline of this folder to change something; what it refuses is the end."""
+    import json
+    import urllib.error
+    import urllib.request
+
+    _, running = _running()
+    request = urllib.request.Request(
+        running.url + path,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {running.token}", "Content-Type": "application/json"},
+        method=method,
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=180) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        message = json.load(error)["error"]
+        if (retry_after_s := error.headers.get("Retry-After")) is not None:
+            message += f"; try again in {retry_after_s} s"
+        return _fail(message, EXIT_USAGE if error.code in (400, 404, 409, 422) else EXIT_RUNTIME)
+    except OSError as error:
+        return _fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
 
 
 @app.command()

@@ -8,12 +8,14 @@ replica appears.
 
 import asyncio
 import errno
+import hmac
+import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from http.client import HTTPException, parse_headers
 from io import BytesIO
 from typing import Protocol
@@ -21,6 +23,7 @@ from typing import Protocol
 import uvicorn
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -28,6 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deploy.live_cameras import LiveCameras, Refused
 from graph.errors import GraphError
 from graph.metrics import Exposition, Metrics
 
@@ -36,6 +40,9 @@ EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_EXPOSITION_BYTES = 8 << 20
 # Prometheus, a console and some probes: each waits for at most one scrape. More get 503 at once.
 MAX_CONNECTIONS = 64
+CAMERAS = "/api/v1/cameras"
+MAX_BODY_BYTES = 16 << 10  # a camera's description; an address with its credentials has some hundred bytes
+BODY_TIMEOUT_S = 5.0
 
 
 class GatewayError(GraphError):
@@ -86,10 +93,19 @@ class StatusSource(Protocol):
         """What `pipeline ps` prints: JSON values only."""
 
 
-def build_gateway(status: StatusSource, scrape_timeout_s: float = 0.5) -> Starlette:
-    """The gateway as an ASGI application. No process delays `/metrics` by more than scrape_timeout_s."""
+def build_gateway(
+    status: StatusSource, cameras: LiveCameras | None = None, token: str = "", scrape_timeout_s: float = 0.5
+) -> Starlette:
+    """The gateway as an ASGI application. No process delays `/metrics` by more than scrape_timeout_s.
+
+    cameras: None: none can be added or removed. token: who changes something has to send it; `pipeline` reads it in
+    the state folder, which is its user's alone.
+    """
     gateway = _Gateway(status, scrape_timeout_s)
+    desk = _CameraDesk(cameras, token)
     routes = [
+        Route(CAMERAS, desk.add, methods=["POST"]),
+        Route(CAMERAS + "/{name}", desk.remove, methods=["DELETE"]),
         Route("/metrics", gateway.metrics),
         Route("/healthz", gateway.healthz),
         Route("/readyz", gateway.readyz),
@@ -135,6 +151,70 @@ class _Gateway:
         return JSONResponse(self._status.snapshot())
 
 
+class _CameraDesk:
+    """POST and DELETE of cameras. Errors are {"error": …}, with Retry-After where it helps to come again."""
+
+    def __init__(self, cameras: LiveCameras | None, token: str) -> None:
+        self._cameras = cameras
+        self._token = token
+
+    async def add(self, request: Request) -> Response:
+        """{"name", "source", …} as in `cameras:` to 201 {"name", "source", "warnings"}."""
+        if (refused := self._refused(request)) is not None:
+            return refused
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                wanted = json.loads(await request.body())
+            name = wanted.pop("name")
+            if not isinstance(name, str):
+                raise TypeError
+        except TimeoutError:
+            return _error(408, "the request has no end")
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return _error(400, 'expected JSON like {"name": "yard", "source": "rtsp://10.0.0.7/live"}')
+        return await _answered(201, lambda: asdict(self._there().add(name, wanted)))
+
+    async def remove(self, request: Request) -> Response:
+        """To 202: the session runs to its end by itself."""
+        name = request.path_params["name"]
+
+        def remove() -> dict[str, object]:
+            self._there().remove(name)
+            return {"name": name}
+
+        return self._refused(request) or await _answered(202, remove)
+
+    def _there(self) -> LiveCameras:
+        assert self._cameras is not None, "refused before"
+        return self._cameras
+
+    def _refused(self, request: Request) -> Response | None:
+        if self._cameras is None:
+            return _error(404, "no cameras can be added here")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token.encode()):
+            answer = _error(401, "send the token of the state folder's running.json: Authorization: Bearer …")
+            answer.headers["WWW-Authenticate"] = "Bearer"
+            return answer
+        return None
+
+
+async def _answered(status: int, do: Callable[[], dict[str, object]]) -> Response:
+    try:
+        return JSONResponse(await run_in_threadpool(do), status)
+    except Refused as error:
+        answer = _error(error.status, str(error))
+        if error.retry_after_s is not None:
+            answer.headers["Retry-After"] = str(error.retry_after_s)
+        return answer
+    except GraphError as error:
+        return _error(500, str(error))
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status)
+
+
 def _one_per_identity(targets: Sequence[Target]) -> list[Target]:
     """The newest of each name: while a process is replaced, the table may show the old one, too."""
     return list({target.name: target for target in targets}.values())
@@ -146,17 +226,19 @@ def _discovered(target: Target) -> dict[str, object]:
 
 
 class _RefuseBodies:
-    """Answers 413 to a request that announces a body, before a byte of it is read."""
+    """Answers 413 to a request that announces a body, before a byte of it is read; a camera may be described in one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+        length, most = headers.get("content-length", "0"), MAX_BODY_BYTES if scope.get("path") == CAMERAS else 0
+        if length.isdecimal() and int(length) <= most and "transfer-encoding" not in headers:
             await self._app(scope, receive, send)
         else:
-            await PlainTextResponse("the gateway takes no request bodies\n", 413)(scope, receive, send)
+            told = f"at most {most} bytes are taken here" if most else "no body is taken here"
+            await PlainTextResponse(f"{told}\n", 413)(scope, receive, send)
 
 
 async def _scrape(target: Target, timeout_s: float) -> str | None:

@@ -23,11 +23,13 @@ class StateError(GraphError):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A pipeline that runs: the process that holds it, and its gateway."""
+    """A pipeline that runs: the process that holds it, its gateway, and what the gateway wants to be told before it
+    changes anything."""
 
     pid: int
     started_unix_s: float
     url: str
+    token: str = ""
 
 
 class StateFolder:
@@ -79,6 +81,7 @@ class StateFolder:
                 log.unlink()
 
     def write(self, running: Running) -> None:
+        self.file.touch(mode=0o600)
         self.file.write_text(json.dumps(asdict(running)), encoding="utf-8")
 
     def read(self) -> Running | None:

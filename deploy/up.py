@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -17,12 +19,13 @@ from typing import TYPE_CHECKING
 from deploy import ray_environment
 from deploy.capacity import admit
 from deploy.checkpoints import Checkpoint, open_checkpoint
+from deploy.live_cameras import LiveCameras
 from deploy.measure import PipelineMeter
 from deploy.observe import GatewayServer, build_gateway
 from deploy.sources import anchored, check_cameras
 from deploy.state import Running, StateFolder
 from deploy.status import Status
-from graph.chunk import SessionId
+from graph.chunk import NS_PER_S, SessionId
 from graph.errors import GraphError
 from graph.ledger import Account
 from graph.sections import CameraSpec
@@ -67,9 +70,10 @@ class Interrupts:
     clean-up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wake: threading.Event) -> None:
+        """wake: set by each."""
         self.count = 0
-        self.event = threading.Event()
+        self._wake = wake
         self.graceful = False
 
     def __enter__(self) -> Interrupts:
@@ -86,7 +90,7 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
-        self.event.set()
+        self._wake.set()
         if self.count > 1 or not self.graceful:
             self.ignore()
             raise KeyboardInterrupt
@@ -116,13 +120,17 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         if not (options.address or os.environ.get("RAY_ADDRESS")):
             checkpoint.check_memory(spec)
         status = Status(model=spec.model, trained=checkpoint.trained)
-        interrupts = stack.enter_context(Interrupts())
+        wake = threading.Event()
+        interrupts = stack.enter_context(Interrupts(wake))
         state.create()
-        gateway = GatewayServer(build_gateway(status), spec.console.host, spec.console.port)
+        live = LiveCameras(spec, paced=options.paced, keeps_files=options.out is not None, wake=wake)
+        token = secrets.token_urlsafe(32)
+        gateway = GatewayServer(build_gateway(status, live, token), spec.console.host, spec.console.port)
         gateway.start()
         stack.callback(gateway.stop)
-        state.write(Running(os.getpid(), time.time(), gateway.url))
-        return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, tell).run(cameras)
+        stack.callback(live.close)
+        state.write(Running(os.getpid(), time.time(), gateway.url, token))
+        return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, live, wake, tell).run(cameras)
 
 
 class _Run:
@@ -137,6 +145,8 @@ class _Run:
         status: Status,
         url: str,
         interrupts: Interrupts,
+        live: LiveCameras,
+        wake: threading.Event,
         tell: Callable[[str], None],
     ) -> None:
         self._spec = spec
@@ -146,6 +156,8 @@ class _Run:
         self._status = status
         self._url = url
         self._interrupts = interrupts
+        self._live = live
+        self._wake = wake
         self._tell = tell
 
     def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
@@ -164,6 +176,7 @@ class _Run:
             coordinator.start(cluster, lambda name: self._tell(f"  {name} ready"))
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
             coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
+            self._begun_s = time.monotonic()
             meter = PipelineMeter(self._spec.model, self._status.trained, replicas_of(coordinator.processes))
             stack.callback(meter.stop)
             self._status.own_port = meter.port
@@ -183,9 +196,12 @@ class _Run:
         deadline_s = float("inf")
         asked = False
         self._interrupts.graceful = True
+        self._live.begin(self._until_s())
         while coordinator.sessions:
+            self._wake.clear()
             if self._interrupts.count and not asked:
                 asked = True
+                self._live.close()
                 self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
                 deadline_s = time.monotonic() + DRAIN_S
                 for session in coordinator.sessions:
@@ -193,14 +209,35 @@ class _Run:
             if time.monotonic() > deadline_s:
                 for session in coordinator.sessions:
                     coordinator.close_session(session)
+            self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
+            before = coordinator.sessions
             self._status.snapshots = coordinator.poll()
+            for session in set(before) - set(coordinator.sessions):
+                self._live.ended(session)
             self._status.ledger = coordinator.ledger()
             meter.sessions(len(coordinator.sessions))
             if coordinator.sessions:
-                self._interrupts.event.wait(POLL_S)
-                if asked:
-                    time.sleep(POLL_S)  # the event stays set
+                self._wake.wait(POLL_S)
         return asked
+
+    def _until_s(self) -> float | None:
+        """When the sources end, on the monotonic clock, where `--for` says so."""
+        duration_ns = self._options.duration_ns
+        return None if duration_ns is None else self._begun_s + duration_ns / NS_PER_S
+
+    def _add(self, coordinator: Coordinator, name: str, camera: CameraSpec) -> None:
+        session, until_s = self._session(name, camera), self._until_s()
+        if until_s is not None:  # it ends with the others
+            left_ns = round((until_s - time.monotonic()) * NS_PER_S)
+            session = replace(session, duration_ns=max(left_ns, session.window_ns))
+        coordinator.open_sessions([session])
+        self._status.sources = {**self._status.sources, name: camera.source.masked}
+        self._tell(f"camera {name}: added")
+
+    def _remove(self, coordinator: Coordinator, name: str) -> None:
+        if (session := SessionId(name)) in coordinator.sessions:
+            coordinator.end_session(session)
+            self._tell(f"camera {name}: removed; what it saw and heard is gone through to the end")
 
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec

@@ -46,7 +46,7 @@ def pipeline() -> FakePipeline:
 
 @pytest.fixture
 def gateway(pipeline: FakePipeline) -> TestClient:
-    return TestClient(build_gateway(pipeline, SCRAPE_TIMEOUT_S))
+    return TestClient(build_gateway(pipeline, scrape_timeout_s=SCRAPE_TIMEOUT_S))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from graph.costs import Profile, StageCost
 from tests.support.pipeline import Place, Run, wait_for
 
 pytestmark = pytest.mark.ray
@@ -21,7 +22,12 @@ PROCESSES = {"coordinator", "io", "vision_encoder", "audio_encoder", "llm", "tts
 
 @pytest.fixture(scope="module")
 def started(place: Place) -> Run:
-    run = place.run("up", "-d", "--camera", "door=test://pattern", "--camera", "yard=test://pattern?seed=2")
+    """Four cameras are served on time, as a profile says; two are there."""
+    slow = StageCost(100_000_000, 60_000_000)
+    stages = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), slow)
+    (place.folder / "four.json").write_text(Profile("tiny", {}, 8, stages).as_json())
+    cameras = ("--camera", "door=test://pattern", "--camera", "yard=test://pattern?seed=2")
+    run = place.run("up", "-d", *cameras, "--set", "admission.profile=four.json")
     place.watch(place.state()["pid"])
     return run
 
@@ -121,6 +127,40 @@ def test_ray_refuses_who_has_not_its_token(place: Place, url: str) -> None:
     )
     assert stranger.returncode != 0
     assert "token" in stranger.stderr.lower()
+
+
+def test_a_camera_is_added_and_removed_while_the_others_run(place: Place, url: str) -> None:
+    before = sessions(url)
+    run = place.run("camera", "add", "hall=test://pattern?seed=3", "--fps", "2")
+    assert (run.returncode, run.stderr) == (0, "camera hall: added\n")
+    wait_for(lambda: sessions(url)["hall"]["windows"] >= 2)
+    again = place.run("camera", "add", "hall=test://pattern?seed=3")
+    assert (again.returncode, again.stderr) == (2, "pipeline: camera hall: there is one of this name\n")
+    assert place.run("camera", "add", "attic=test://pattern?seed=4").returncode == 0
+    one_more = place.run("camera", "add", "cellar=test://pattern?seed=5")
+    assert one_more.returncode == 1
+    assert "5 cameras can't be served on time, 4 can" in one_more.stderr
+    assert one_more.stderr.endswith("; try again in 30 s\n")
+    run = place.run("camera", "remove", "hall")
+    assert (run.returncode, run.stderr) == (0, "camera hall: removed\n")
+    wait_for(lambda: sessions(url)["hall"]["state"] == "ended")
+    after = sessions(url)
+    assert all(after[name]["state"] == "running" for name in ("door", "yard"))
+    assert all(after[name]["windows"] > before[name]["windows"] for name in ("door", "yard"))
+    edge = get(f"{url}/api/v1/ps")[1]["edges"]["camera.frames->vision_encoder.frames"]
+    assert edge["dropped"]["shed"] == 0, "it was gone through to its end"
+    assert place.run("camera", "add", "hall=test://pattern").returncode == 0, "there is room again"
+
+
+def sessions(url: str) -> dict[str, Any]:
+    return {row["session"]: row for row in get(f"{url}/api/v1/ps")[1]["sessions"]}
+
+
+def test_a_stranger_adds_no_camera(url: str) -> None:
+    body = json.dumps({"name": "attic", "source": "test://pattern"}).encode()
+    request = urllib.request.Request(f"{url}/api/v1/cameras", data=body, method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request, timeout=10)
 
 
 def test_the_gateway_takes_no_other_method(url: str) -> None:

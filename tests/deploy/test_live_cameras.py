@@ -1,0 +1,294 @@
+"""deploy/live_cameras.py and what the gateway makes of it: cameras that come and go while the pipeline runs."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from deploy.live_cameras import LiveCameras, Refused
+from deploy.observe import MAX_BODY_BYTES, build_gateway
+from graph.costs import Profile, StageCost
+from graph.errors import GraphError
+from graph.sections import AdmissionSpec, CameraSpec
+from graph.spec import parse_spec
+from stages.stage import StageError
+from tests.deploy.test_observe import FakePipeline
+
+SPEC = parse_spec("version: 1\ncameras: {door: {source: 'test://pattern'}}", "here")
+PATTERN = {"source": "test://pattern?seed=2"}
+TOKEN = "a token of some length"
+
+
+@dataclass
+class Pipeline:
+    """The thread which runs the pipeline: it opens what it is told to, unless it fails."""
+
+    live: LiveCameras
+    wake: threading.Event
+    fails_with: Exception | None = None
+    opened: dict[str, CameraSpec] = field(default_factory=dict)
+    ended: list[str] = field(default_factory=list)
+    is_over: bool = False
+    raised: Exception | None = None
+
+    def run(self) -> None:
+        while not self.is_over:
+            try:
+                self.live.answer(self._open, self.ended.append)
+            except Exception as error:
+                self.raised = error
+                return
+            self.wake.wait(0.02)
+
+    def _open(self, name: str, camera: CameraSpec) -> None:
+        if self.fails_with is not None:
+            raise self.fails_with
+        self.opened[name] = camera
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Pipeline]]:
+    started: list[tuple[Pipeline, threading.Thread]] = []
+
+    def start(
+        *, profile: Path | None = None, paced: bool = True, keeps_files: bool = False, until_s: float | None = None
+    ) -> Pipeline:
+        wake = threading.Event()
+        spec = SPEC if profile is None else replace(SPEC, admission=AdmissionSpec(profile=str(profile)))
+        pipeline = Pipeline(LiveCameras(spec, paced=paced, keeps_files=keeps_files, wake=wake), wake)
+        pipeline.live.begin(until_s)
+        thread = threading.Thread(target=pipeline.run)
+        thread.start()
+        started.append((pipeline, thread))
+        return pipeline
+
+    yield start
+    for pipeline, thread in started:
+        pipeline.is_over = True
+        thread.join()
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """Two cameras are served on time."""
+    slow = StageCost(100_000_000, 50_000_000)
+    stages = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), slow)
+    path = tmp_path / "here.json"
+    path.write_text(Profile("tiny", {}, 2, stages).as_json())
+    return path
+
+
+def refusal(do: Callable[[], object]) -> Refused:
+    with pytest.raises(Refused) as caught:
+        do()
+    return caught.value
+
+
+def test_a_camera_is_added_as_it_is_described_and_removed(start):
+    pipeline = start()
+    added = pipeline.live.add("yard", {**PATTERN, "fps": 2.0})
+    assert (added.name, added.source, added.warnings) == ("yard", PATTERN["source"], ())
+    assert pipeline.opened["yard"].fps == 2.0
+    pipeline.live.remove("yard")
+    assert pipeline.ended == ["yard"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "told"),
+    [
+        ("yard", {"source": "gopher://10.0.0.7"}, "sources are not read here"),
+        ("yard", {"source": "absent.mp4"}, "absent.mp4"),
+        ("yard", {**PATTERN, "fsp": 2}, "did you mean 'fps'?"),
+        ("yard", {**PATTERN, "fps": 1000}, "fps"),
+        ("yard", {}, "source"),
+        ("my yard", PATTERN, "'my yard' is no name"),
+    ],
+)
+def test_a_wrong_description_is_refused_and_nothing_is_opened(start, name: str, wanted: dict[str, object], told: str):
+    pipeline = start()
+    error = refusal(lambda: pipeline.live.add(name, wanted))
+    assert (error.status, error.retry_after_s) == (422, None)
+    assert told in str(error) and f"camera {name}: " in str(error)
+    assert not pipeline.opened
+    pipeline.live.add("yard", PATTERN)  # its name is free
+
+
+def test_what_credentials_a_source_holds_is_not_told(start):
+    error = refusal(lambda: start().live.add("yard", {"source": "rtsp://me:secret@127.0.0.1:9/live", "fps": 0}))
+    assert "secret" not in str(error)
+
+
+def test_a_live_camera_that_does_not_answer_is_told_and_looked_for(start):
+    pipeline = start()
+    added = pipeline.live.add("yard", {"source": "rtsp://127.0.0.1:9/live"})
+    (warning,) = added.warnings
+    assert warning.startswith("camera yard: ") and warning.endswith("it will be looked for")
+    assert "yard" in pipeline.opened
+
+
+def test_a_name_is_given_once_at_a_time(start):
+    pipeline = start()
+    pipeline.live.add("yard", PATTERN)
+    for name in ("door", "yard"):
+        assert refusal(lambda name=name: pipeline.live.add(name, PATTERN)).status == 409
+    pipeline.live.ended("yard")
+    pipeline.live.add("yard", PATTERN)
+
+
+def test_where_files_are_left_a_name_is_given_once(start):
+    pipeline = start(keeps_files=True)
+    pipeline.live.ended("door")
+    error = refusal(lambda: pipeline.live.add("door", PATTERN))
+    assert error.status == 409 and "--out" in str(error)
+
+
+def test_two_who_ask_at_once_for_one_name_do_not_both_get_it(start):
+    pipeline = start()
+    answers: list[object] = []
+    both = threading.Barrier(2)
+
+    def ask() -> None:
+        both.wait()
+        try:
+            answers.append(pipeline.live.add("yard", PATTERN))
+        except Refused as error:
+            answers.append(error.status)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers.count(409) == 1 and len(answers) == 2
+
+
+def test_beyond_what_is_served_on_time_it_is_refused_until_another_has_ended(start, profile: Path):
+    pipeline = start(profile=profile, until_s=time.monotonic() + 100)
+    pipeline.live.add("yard", PATTERN)
+    error = refusal(lambda: pipeline.live.add("hall", PATTERN))
+    assert error.status == 503 and "3 cameras can't be served on time, 2 can" in str(error)
+    assert error.retry_after_s is not None and 90 <= error.retry_after_s <= 100
+    pipeline.live.ended("door")
+    pipeline.live.add("hall", PATTERN)
+
+
+def test_who_asks_when_there_is_no_end_in_sight_is_told_a_time_too(start, profile: Path):
+    pipeline = start(profile=profile)
+    pipeline.live.add("yard", PATTERN)
+    assert refusal(lambda: pipeline.live.add("hall", PATTERN)).retry_after_s == 30
+
+
+def test_a_stage_without_room_refuses_and_the_pipeline_goes_on(start):
+    pipeline = start()
+    pipeline.fails_with = StageError("llm: no room for another session")
+    error = refusal(lambda: pipeline.live.add("yard", PATTERN))
+    assert (error.status, str(error)) == (503, "llm: no room for another session")
+    pipeline.fails_with = None
+    pipeline.live.add("yard", PATTERN)
+    assert pipeline.raised is None
+
+
+def test_an_actor_that_dies_meanwhile_is_told_to_who_asked_and_to_the_pipeline(start):
+    pipeline = start()
+    pipeline.fails_with = GraphError("llm.0 has died")
+    assert "llm.0 has died" in str(refusal(lambda: pipeline.live.add("yard", PATTERN)))
+    assert pipeline.raised is pipeline.fails_with
+
+
+def test_before_the_pipeline_runs_and_when_it_ends_nothing_is_added(start):
+    live = LiveCameras(SPEC, paced=True, keeps_files=False, wake=threading.Event())
+    early = refusal(lambda: live.add("yard", PATTERN))
+    assert (early.status, early.retry_after_s) == (503, 10)
+    live.begin(None)
+    waiting = threading.Thread(target=lambda: answers.append(refusal(lambda: live.add("yard", PATTERN))))
+    answers: list[Refused] = []
+    waiting.start()
+    while not live._asked:
+        time.sleep(0.01)
+    live.close()
+    waiting.join()
+    both = (*answers, refusal(lambda: live.add("hall", PATTERN)))
+    assert [(e.status, str(e), e.retry_after_s) for e in both] == [(503, "the pipeline is ending", None)] * 2
+
+
+def test_a_pipeline_that_does_not_answer_is_left(start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deploy.live_cameras.ANSWER_S", 0.05)
+    live = LiveCameras(SPEC, paced=True, keeps_files=False, wake=threading.Event())
+    live.begin(None)
+    assert refusal(lambda: live.add("yard", PATTERN)).status == 504
+    opened: list[str] = []
+    live.answer(lambda name, camera: opened.append(name), opened.append)
+    assert opened == [], "nobody waits for it any more"
+
+
+def test_in_virtual_time_no_camera_comes_later(start):
+    assert refusal(lambda: start(paced=False).live.add("yard", PATTERN)).status == 409
+
+
+def test_what_is_not_there_is_not_removed(start):
+    error = refusal(lambda: start().live.remove("yard"))
+    assert (error.status, str(error)) == (404, "camera yard: there is none of this name; there are: door")
+
+
+# ---- the gateway -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateway(start) -> tuple[TestClient, Pipeline]:
+    pipeline = start(profile=None)
+    return TestClient(build_gateway(FakePipeline(), pipeline.live, TOKEN)), pipeline
+
+
+KNOWN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def test_a_camera_is_posted_and_deleted(gateway: tuple[TestClient, Pipeline]):
+    client, pipeline = gateway
+    answer = client.post("/api/v1/cameras", json={"name": "yard", **PATTERN}, headers=KNOWN)
+    assert answer.status_code == 201
+    assert answer.json() == {"name": "yard", "source": PATTERN["source"], "warnings": []}
+    assert client.delete("/api/v1/cameras/yard", headers=KNOWN).status_code == 202
+    assert pipeline.ended == ["yard"]
+    assert client.delete("/api/v1/cameras/hall", headers=KNOWN).status_code == 404
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer"}, {"Authorization": f"Basic {TOKEN}"},
+                                     {"Authorization": "Bearer something else"}])  # fmt: skip
+def test_without_the_token_nothing_is_changed(gateway: tuple[TestClient, Pipeline], headers: dict[str, str]):
+    client, pipeline = gateway
+    added = client.post("/api/v1/cameras", json={"name": "yard", **PATTERN}, headers=headers)
+    removed = client.delete("/api/v1/cameras/door", headers=headers)
+    assert (added.status_code, removed.status_code) == (401, 401)
+    assert added.headers["WWW-Authenticate"] == "Bearer"
+    assert not pipeline.opened and not pipeline.ended
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b'{"source": "test://pattern"}', b'{"name": 7}', b"\xff"])
+def test_what_is_no_description_is_refused(gateway: tuple[TestClient, Pipeline], body: bytes):
+    answer = gateway[0].post("/api/v1/cameras", content=body, headers=KNOWN)
+    assert answer.status_code == 400
+    assert "expected JSON like" in answer.json()["error"]
+
+
+def test_a_body_that_is_too_large_is_refused(gateway: tuple[TestClient, Pipeline]):
+    body = json.dumps({"name": "yard", "source": "x" * MAX_BODY_BYTES}).encode()
+    assert gateway[0].post("/api/v1/cameras", content=body, headers=KNOWN).status_code == 413
+    assert gateway[0].post("/api/v1/cameras", content=iter([body]), headers=KNOWN).status_code == 413
+
+
+def test_a_refusal_says_when_to_ask_again(start, profile: Path):
+    client = TestClient(build_gateway(FakePipeline(), start(profile=profile).live, TOKEN))
+    assert client.post("/api/v1/cameras", json={"name": "yard", **PATTERN}, headers=KNOWN).status_code == 201
+    answer = client.post("/api/v1/cameras", json={"name": "hall", **PATTERN}, headers=KNOWN)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "30")
+    assert "can't be served on time" in answer.json()["error"]
+
+
+def test_a_gateway_without_cameras_takes_none():
+    client = TestClient(build_gateway(FakePipeline()))
+    assert client.post("/api/v1/cameras", json={"name": "yard", **PATTERN}, headers=KNOWN).status_code == 404
