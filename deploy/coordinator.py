@@ -65,6 +65,7 @@ class Coordinator:
         self._directory = directory
         self._actors: dict[str, _Placed] = {}
         self._sessions: dict[SessionId, _Placement] = {}
+        self._node_id = ""  # ours
         self._first_origin_ns: int | None = None
         self._num_opened = 0
 
@@ -96,9 +97,7 @@ class Coordinator:
         for process in processes:
             address = self._get(process.name, addresses[process.name], START_TIMEOUT_S)
             self._actors[process.name] = _Placed(process, handles[process.name], address)
-        for placed in self._actors.values():
-            if placed.address.node_id != cluster.node_id:
-                placed.clock_ahead_ns = self._clock_ahead_ns(placed)
+        self._node_id = cluster.node_id
         self._wire()
         loading = {name: placed.handle.load.remote() for name, placed in self._actors.items()}
         while loading:
@@ -135,6 +134,7 @@ class Coordinator:
             order = opening_order(self._spec)
             for stage in order:
                 self._open_at(stage, sessions)
+            self._read_clocks()
             origins_ns = self._next_origins_ns(sessions)
             others = [stage for stage in order if stage not in SOURCES]
             sources = [stage for stage in order if stage in SOURCES]
@@ -267,6 +267,12 @@ class Coordinator:
                 origins_ns[session.id] += phase_ns(self._num_opened, window)
                 self._num_opened += 1
         return origins_ns
+
+    def _read_clocks(self) -> None:
+        """Of the other nodes. Each time anew: between two openings clocks drift, and are set."""
+        for placed in self._actors.values():
+            if placed.address.node_id != self._node_id:
+                placed.clock_ahead_ns = self._clock_ahead_ns(placed)
 
     def _clock_ahead_ns(self, placed: _Placed) -> int:
         return clock_ahead_ns(

@@ -60,12 +60,13 @@ class _Asked:
 class LiveCameras:
     """Which cameras there are, and what is asked of them."""
 
-    def __init__(self, spec: PipelineSpec, *, paced: bool, keeps_files: bool, wake: threading.Event) -> None:
-        """keeps_files: sessions leave files named after their camera, so that a name is used once.
-        wake: set when there is something to answer."""
-        self._spec, self._paced, self._keeps_files, self._wake = spec, paced, keeps_files, wake
+    def __init__(self, spec: PipelineSpec, *, paced: bool, keeps_files: bool) -> None:
+        """keeps_files: sessions leave files named after their camera, so that a name is used once."""
+        self._spec, self._paced, self._keeps_files = spec, paced, keeps_files
+        self._wake = threading.Event()
         self._lock = threading.Lock()
-        self._open = set(spec.cameras)  # and those which are about to be
+        self._coming: set[str] = set()
+        self._open = set(spec.cameras)
         self._used = set(spec.cameras)
         self._asked: deque[_Asked] = deque()
         self._until_s: float | None = None  # when the sources end, on the monotonic clock
@@ -84,11 +85,9 @@ class LiveCameras:
             warnings: list[str] = []
             self._check_source(name, camera, warnings.append)
             self._ask(_Asked(name, camera))
-        except BaseException:
-            self.ended(name)
-            raise
-        with self._lock:
-            self._used.add(name)
+        finally:
+            with self._lock:
+                self._coming.discard(name)
         return Added(name, camera.source.masked, tuple(warnings))
 
     def remove(self, name: str) -> None:
@@ -115,15 +114,15 @@ class LiveCameras:
             self._refuse_if_closed()
             if not self._paced:
                 raise Refused(409, "with --speed max cameras can't come later: nothing there goes by the clock")
-            if name in self._open:
+            if name in self._open | self._coming:
                 raise Refused(409, f"camera {name}: there is one of this name")
             if self._keeps_files and name in self._used:
                 raise Refused(409, f"camera {name}: --out holds what an earlier one of this name has left")
             try:
-                admit(self._spec, len(self._open) + 1)
+                admit(self._spec, len(self._open | self._coming) + 1)
             except CapacityError as error:
                 raise Refused(503, str(error), self._retry_after_s()) from None
-            self._open.add(name)
+            self._coming.add(name)
 
     def _check_source(self, name: str, camera: CameraSpec, tell: Callable[[str], None]) -> None:
         """A broken file is refused; a live camera that does not answer is looked for, as in `up`."""
@@ -161,6 +160,11 @@ class LiveCameras:
         with self._lock:
             self._until_s, self._closed = until_s, ""
 
+    def wait(self, timeout_s: float) -> None:
+        """Until something is asked for, or the time is over."""
+        if self._wake.wait(timeout_s):
+            self._wake.clear()
+
     def answer(self, open_camera: Callable[[str, CameraSpec], None], end_camera: Callable[[str], None]) -> None:
         """Do what was asked for since."""
         while True:
@@ -175,6 +179,7 @@ class LiveCameras:
                     end_camera(asked.name)
                 else:
                     open_camera(asked.name, asked.camera)
+                    self._opened(asked.name)
             except StageError as error:
                 asked.done.set_exception(Refused(503, str(error), self._retry_after_s()))
             except BaseException as error:
@@ -182,6 +187,12 @@ class LiveCameras:
                 raise
             else:
                 asked.done.set_result(None)
+
+    def _opened(self, name: str) -> None:
+        with self._lock:
+            self._open.add(name)
+            if self._keeps_files:
+                self._used.add(name)
 
     def ended(self, name: str) -> None:
         """A session has come to its end: there is room for another."""

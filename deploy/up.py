@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from deploy.coordinator import Coordinator
 
 POLL_S = 0.25
+MAX_ENDED = 64  # sessions which `ps` goes on showing
 DRAIN_S = 8.0  # after the first Ctrl-C; the listener may still have a lead and a window to hear
 
 
@@ -65,15 +65,13 @@ class Outcome:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM. While sessions run the first asks for a graceful end (`count`, `event`); while the pipeline
+    """SIGINT and SIGTERM. While sessions run the first asks for a graceful end (`count`); while the pipeline
     starts, and for the second, it raises KeyboardInterrupt. From then on they are ignored: nothing may cut off the
     clean-up.
     """
 
-    def __init__(self, wake: threading.Event) -> None:
-        """wake: set by each."""
+    def __init__(self) -> None:
         self.count = 0
-        self._wake = wake
         self.graceful = False
 
     def __enter__(self) -> Interrupts:
@@ -89,8 +87,7 @@ class Interrupts:
             signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        self._wake.set()
+        self.count += 1  # no Event: its lock may be held by the thread which the signal interrupts
         if self.count > 1 or not self.graceful:
             self.ignore()
             raise KeyboardInterrupt
@@ -120,17 +117,16 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         if not (options.address or os.environ.get("RAY_ADDRESS")):
             checkpoint.check_memory(spec)
         status = Status(model=spec.model, trained=checkpoint.trained)
-        wake = threading.Event()
-        interrupts = stack.enter_context(Interrupts(wake))
+        interrupts = stack.enter_context(Interrupts())
         state.create()
-        live = LiveCameras(spec, paced=options.paced, keeps_files=options.out is not None, wake=wake)
+        live = LiveCameras(spec, paced=options.paced, keeps_files=options.out is not None)
         token = secrets.token_urlsafe(32)
         gateway = GatewayServer(build_gateway(status, live, token), spec.console.host, spec.console.port)
         gateway.start()
         stack.callback(gateway.stop)
         stack.callback(live.close)
         state.write(Running(os.getpid(), time.time(), gateway.url, token))
-        return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, live, wake, tell).run(cameras)
+        return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, live, tell).run(cameras)
 
 
 class _Run:
@@ -146,7 +142,6 @@ class _Run:
         url: str,
         interrupts: Interrupts,
         live: LiveCameras,
-        wake: threading.Event,
         tell: Callable[[str], None],
     ) -> None:
         self._spec = spec
@@ -157,7 +152,6 @@ class _Run:
         self._url = url
         self._interrupts = interrupts
         self._live = live
-        self._wake = wake
         self._tell = tell
 
     def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
@@ -185,6 +179,7 @@ class _Run:
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
             stack.callback(self._interrupts.ignore)
             interrupted = self._wait(coordinator, meter)
+            self._live.close()
             ledger = coordinator.ledger()
             self._status.problem = "stopping"
             self._tell("stopping")
@@ -198,7 +193,6 @@ class _Run:
         self._interrupts.graceful = True
         self._live.begin(self._until_s())
         while coordinator.sessions:
-            self._wake.clear()
             if self._interrupts.count and not asked:
                 asked = True
                 self._live.close()
@@ -217,7 +211,7 @@ class _Run:
             self._status.ledger = coordinator.ledger()
             meter.sessions(len(coordinator.sessions))
             if coordinator.sessions:
-                self._wake.wait(POLL_S)
+                self._live.wait(POLL_S)
         return asked
 
     def _until_s(self) -> float | None:
@@ -231,7 +225,10 @@ class _Run:
             left_ns = round((until_s - time.monotonic()) * NS_PER_S)
             session = replace(session, duration_ns=max(left_ns, session.window_ns))
         coordinator.open_sessions([session])
-        self._status.sources = {**self._status.sources, name: camera.source.masked}
+        running = set(coordinator.sessions)
+        ended = [other for other in self._status.sources if other not in running]
+        kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
+        self._status.sources = {**kept, name: camera.source.masked}
         self._tell(f"camera {name}: added")
 
     def _remove(self, coordinator: Coordinator, name: str) -> None:

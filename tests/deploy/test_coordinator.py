@@ -26,6 +26,7 @@ class FakeActor:
         self.node = node
         self.calls = calls
         self.full_at = ""
+        self.ahead_ns = AHEAD_NS if node != "here" else 0
 
     def __getattr__(self, method: str) -> "FakeMethod":
         return FakeMethod(lambda *arguments: self.do(method, *arguments))
@@ -35,7 +36,7 @@ class FakeActor:
             case "address":
                 return Address(self.node, "127.0.0.1", 1, 9)
             case "clock":
-                return time.time_ns() + (AHEAD_NS if self.node != "here" else 0)
+                return time.time_ns() + self.ahead_ns
             case "bind":
                 return dict.fromkeys(arguments[0], "ipc://edge")
             case "open_sessions" | "begin_sessions" | "close_session":
@@ -140,6 +141,16 @@ def test_sessions_that_open_later_are_in_step_with_the_first(coordinator: Coordi
         min(at.values()) for _, stage, (at,) in of(cluster.calls, "begin_sessions") if stage != "llm"
     )
     assert (last_ns - first_ns) % NS_PER_S == 0
+
+
+def test_a_clock_that_was_set_between_two_openings_is_read_anew(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    for actor in cluster.actors.values():
+        actor.ahead_ns *= -1
+    cluster.calls.clear()
+    coordinator.open_sessions(sessions("b"))
+    origins = {stage: at[SessionId("b")] for _, stage, (at,) in of(cluster.calls, "begin_sessions")}
+    assert abs(origins["llm"] - origins["camera"] + AHEAD_NS) < 50 * NS_PER_MS
 
 
 def test_phases_take_turns_within_a_window(cluster: FakeCluster, tmp_path: Path):

@@ -29,7 +29,6 @@ class Pipeline:
     """The thread which runs the pipeline: it opens what it is told to, unless it fails."""
 
     live: LiveCameras
-    wake: threading.Event
     fails_with: Exception | None = None
     opened: dict[str, CameraSpec] = field(default_factory=dict)
     ended: list[str] = field(default_factory=list)
@@ -43,7 +42,7 @@ class Pipeline:
             except Exception as error:
                 self.raised = error
                 return
-            self.wake.wait(0.02)
+            self.live.wait(0.02)
 
     def _open(self, name: str, camera: CameraSpec) -> None:
         if self.fails_with is not None:
@@ -58,9 +57,8 @@ def start() -> Iterator[Callable[..., Pipeline]]:
     def start(
         *, profile: Path | None = None, paced: bool = True, keeps_files: bool = False, until_s: float | None = None
     ) -> Pipeline:
-        wake = threading.Event()
         spec = SPEC if profile is None else replace(SPEC, admission=AdmissionSpec(profile=str(profile)))
-        pipeline = Pipeline(LiveCameras(spec, paced=paced, keeps_files=keeps_files, wake=wake), wake)
+        pipeline = Pipeline(LiveCameras(spec, paced=paced, keeps_files=keeps_files))
         pipeline.live.begin(until_s)
         thread = threading.Thread(target=pipeline.run)
         thread.start()
@@ -201,7 +199,7 @@ def test_an_actor_that_dies_meanwhile_is_told_to_who_asked_and_to_the_pipeline(s
 
 
 def test_before_the_pipeline_runs_and_when_it_ends_nothing_is_added(start):
-    live = LiveCameras(SPEC, paced=True, keeps_files=False, wake=threading.Event())
+    live = LiveCameras(SPEC, paced=True, keeps_files=False)
     early = refusal(lambda: live.add("yard", PATTERN))
     assert (early.status, early.retry_after_s) == (503, 10)
     live.begin(None)
@@ -218,7 +216,7 @@ def test_before_the_pipeline_runs_and_when_it_ends_nothing_is_added(start):
 
 def test_a_pipeline_that_does_not_answer_is_left(start, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("deploy.live_cameras.ANSWER_S", 0.05)
-    live = LiveCameras(SPEC, paced=True, keeps_files=False, wake=threading.Event())
+    live = LiveCameras(SPEC, paced=True, keeps_files=False)
     live.begin(None)
     assert refusal(lambda: live.add("yard", PATTERN)).status == 504
     opened: list[str] = []
@@ -228,6 +226,20 @@ def test_a_pipeline_that_does_not_answer_is_left(start, monkeypatch: pytest.Monk
 
 def test_in_virtual_time_no_camera_comes_later(start):
     assert refusal(lambda: start(paced=False).live.add("yard", PATTERN)).status == 409
+
+
+def test_a_camera_that_is_about_to_come_is_not_removed_yet(start):
+    live = LiveCameras(SPEC, paced=True, keeps_files=False)
+    live.begin(None)
+    coming = threading.Thread(target=lambda: live.add("yard", PATTERN))
+    coming.start()
+    while not live._asked:
+        time.sleep(0.01)
+    assert refusal(lambda: live.remove("yard")).status == 404
+    assert refusal(lambda: live.add("yard", PATTERN)).status == 409
+    live.answer(lambda name, camera: None, lambda name: None)
+    coming.join()
+    assert refusal(lambda: live.add("yard", PATTERN)).status == 409
 
 
 def test_what_is_not_there_is_not_removed(start):
