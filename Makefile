@@ -1,6 +1,8 @@
 # Two commands: `make up` and `make test`. Everything is installed in .venv and nowhere else.
 PYTHON ?= python3
-PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Compiled is what is used, once, before five processes would do it at the same time: a third of all that is installed.
+PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE_WHAT_IS_USED = .venv/bin/python -c 'import deploy.actor, deploy.up, ray, stages.llm, stages.vocoder, torch'
 
 .PHONY: up test lint types unit bench clean
 
@@ -15,20 +17,22 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
-# Three runs side by side, which wait for clocks most of the time, and of which each takes about as long: pipelines; cameras
-# with nano and the benchmarks; all the rest. Then many seeds, which want both cores.
-CAMERAS = $(wildcard tests/stages/test_media*.py)
-NANO = tests/end_to_end/test_nano.py
-CLUSTER = tests/end_to_end/test_cluster.py
-APART = tests/end_to_end tests/benchmarks tests/simulation
-REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/)))
+# Three runs side by side, each of about the same length. What hears the clock comes first in its run, and what computes
+# most last, so that they meet as little as may be. Then many seeds, which want both cores.
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
+E2E = tests/end_to_end/test_
+HEARS_CLOCK = $(E2E)tail.py $(E2E)up.py $(E2E)failures.py
+PIPELINES = $(HEARS_CLOCK) $(filter-out $(HEARS_CLOCK) $(E2E)nano.py $(E2E)cluster.py,$(wildcard $(E2E)*.py))
+DECODERS = $(wildcard tests/stages/test_media*.py)
+CAMERAS = $(DECODERS) $(E2E)nano.py tests/benchmarks
+APART = tests/end_to_end tests/benchmarks tests/simulation
+REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/))) $(DECODERS:%=--ignore=%) $(E2E)cluster.py
 
 unit: .venv/installed-dev
-	@$(PYTEST) tests/end_to_end $(NANO:%=--ignore=%) $(CLUSTER:%=--ignore=%) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
-	$(PYTEST) $(CAMERAS) $(NANO) tests/benchmarks > .venv/cameras.log 2>&1 & cameras=$$!; \
+	@$(PYTEST) $(PIPELINES) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
+	$(PYTEST) $(CAMERAS) > .venv/cameras.log 2>&1 & cameras=$$!; \
 	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
-	$(PYTEST) $(REST) $(CLUSTER) $(CAMERAS:%=--ignore=%); rest=$$?; \
+	$(PYTEST) $(REST); rest=$$?; \
 	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
 	$(PYTEST) tests/simulation; failed=$$((failed + $$?)); \
 	cat .venv/pipelines.log .venv/cameras.log; exit $$failed
@@ -49,10 +53,12 @@ bench: .venv/installed-dev
 
 .venv/installed: .venv/torch
 	@$(PIP_INSTALL) -c constraints.txt -e .
+	@$(COMPILE_WHAT_IS_USED)
 	@touch $@
 
 .venv/installed-dev: .venv/torch
 	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@$(COMPILE_WHAT_IS_USED)
 	@touch .venv/installed $@
 
 clean:

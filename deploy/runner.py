@@ -246,8 +246,9 @@ class StageRunner:
     def take(self, arrival: Arrival) -> None:
         """One chunk from the bus."""
         chunk = arrival.chunk
-        self._touch(chunk.session)
         state = self._open.get(chunk.session)
+        if state is None or chunk.kind is not Kind.PLAYBACK or not state.session.paced:
+            self._touch(chunk.session)  # in real time nobody waits for the listener's news: they are looked up
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
                 self._receivers[arrival.edge].drop(arrival, "shed")
@@ -282,6 +283,7 @@ class StageRunner:
     def _raise_epoch(self, state: _Open, epoch: int) -> None:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
         if state.fence.raise_to(epoch):
+            self._touch(state.session.id)
             self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
 
     def _joined(self, state: _Open, joined: Joined) -> None:

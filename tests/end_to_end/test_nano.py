@@ -24,16 +24,18 @@ def by_default(place: Place) -> Run:
 
 
 @pytest.fixture(scope="module")
-def at_full_speed(by_default: Run, place: Place) -> Run:
-    """The same in virtual time, where nothing is late however busy the machine is."""
-    return place.up("--set", "model=nano", "--for", "20s", "--speed", "max", out="max")
+def evaluation(by_default: Run, place: Place) -> Run:
+    """Three minutes in virtual time, where nothing is late however busy the machine is; and what its pipeline left."""
+    run = place.run(
+        "nano", "eval", "--episodes", "3", "--seed", "1", "--json", "--out", "eval", out="eval/whole/from-0"
+    )
+    assert run.returncode == 0, run.stderr
+    return run
 
 
 @pytest.fixture(scope="module")
-def measured(at_full_speed: Run, place: Place) -> dict[str, float]:
-    run = place.run("nano", "eval", "--episodes", "3", "--seed", "1", "--json")
-    assert run.returncode == 0, run.stderr
-    return dict(json.loads(run.stdout))
+def measured(evaluation: Run) -> dict[str, float]:
+    return dict(json.loads(evaluation.stdout))
 
 
 def test_the_checkpoint_is_small_and_has_its_card() -> None:
@@ -52,10 +54,9 @@ def test_within_20_seconds_something_is_remarked_aloud(by_default: Run) -> None:
     assert _spoken(by_default) & set(remarks())
 
 
-def test_what_it_says_are_the_sentences_it_knows(at_full_speed: Run) -> None:
-    assert at_full_speed.returncode == 0, at_full_speed.stderr
-    assert _spoken(at_full_speed) <= set(sentences())
-    assert _spoken(at_full_speed) & set(remarks())
+def test_what_it_says_are_the_sentences_it_knows(evaluation: Run) -> None:
+    assert _spoken(evaluation) <= set(sentences())
+    assert len(_spoken(evaluation) & set(remarks())) > 3
 
 
 def test_what_is_heard_is_in_the_wav(by_default: Run) -> None:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -30,6 +31,7 @@ PLAYED = "speaker.playback->llm.playback"
 LEVELS = "speaker.playback->camera.playback"
 NOTED = "speaker.events->events.events"
 CHAIN = (SOUND, SPOKEN, PLAYED, NOTED)
+PATIENCE_S = 90.0  # how many turns it takes depends on how busy the machine is
 
 
 class Sink:
@@ -259,21 +261,21 @@ class House:
         due_ns = self.loop.due_in_ns()
         self.loop.turn(self.bus.wait(0.05 if due_ns is None else min(due_ns / NS_PER_S, 0.05), self.loop.files()))
 
-    def settle(self, max_turns: int = 200) -> None:
+    def settle(self) -> None:
         """Turn until nothing is under way on any edge."""
-        for _ in range(max_turns):
+        self.turn()
+        deadline_s = monotonic() + PATIENCE_S
+        while any(self.account(edge).in_flight for edge in self.edges):
+            assert monotonic() < deadline_s, f"under way: {[(edge, self.account(edge)) for edge in self.edges]}"
             self.turn()
-            if not any(self.account(edge).in_flight for edge in self.edges):
-                return
-        raise AssertionError(f"still under way: {[(edge, self.account(edge)) for edge in self.edges]}")
 
-    def run(self, max_turns: int = 2000) -> None:
+    def run(self) -> None:
         """Turn until every session has ended everywhere."""
-        for _ in range(max_turns):
-            if not any(runner.snapshot().sessions for runner in self.runners.values()):
-                return
+        deadline_s = monotonic() + PATIENCE_S
+        while any(runner.snapshot().sessions for runner in self.runners.values()):
+            told = [runner.snapshot() for runner in self.runners.values()]
+            assert monotonic() < deadline_s, f"still open: {told}"
             self.turn()
-        raise AssertionError(f"still open: {[runner.snapshot() for runner in self.runners.values()]}")
 
     def account(self, edge: str) -> Account:
         return merge([self.receivers[edge].account(), self.senders[edge].account()])
