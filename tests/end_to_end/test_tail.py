@@ -41,6 +41,13 @@ def texts(run: Run, kind: str, from_s: float, until_s: float) -> list[str]:
     return [e["text"] for e in run.events("door", kind) if from_s < e["time_s"] <= until_s and e["text"]]
 
 
+def skip_if_late(run: Run) -> None:
+    """What is said while the listener does something is another matter where windows come seconds late."""
+    slowest_s = max(window["latency_s"] or 0.0 for window in run.windows("door"))
+    if slowest_s > WINDOW_S:
+        pytest.skip(f"a window took {slowest_s:.2f} s: this machine is too busy to speak while it is listened to")
+
+
 def test_no_window_is_lost_and_nothing_deadlocks(run: Run) -> None:
     assert run.returncode == 0, run.stderr
     assert [window["index"] for window in run.windows("door")] == list(range(NUM_WINDOWS))
@@ -49,6 +56,7 @@ def test_no_window_is_lost_and_nothing_deadlocks(run: Run) -> None:
 def test_unheard_speech_never_exceeds_lead_and_window(run: Run) -> None:
     leads_s = [window["lead_s"] for window in run.windows("door")]
     assert max(leads_s) <= LEAD_S + WINDOW_S
+    skip_if_late(run)
     paused = [w["lead_s"] for w in run.windows("door") if PAUSED_S + WINDOW_S <= w["end_s"] < RESUMED_S]
     assert min(paused) > 0, "there was something to hear"
 
@@ -60,6 +68,7 @@ def test_generation_parks_within_lead_and_window_of_a_pause(run: Run) -> None:
 
 
 def test_generation_resumes_with_the_listener(run: Run) -> None:
+    skip_if_late(run)
     assert texts(run, "said", RESUMED_S, BARGE_INS_S[0])
     assert texts(run, "heard", RESUMED_S - 0.01, BARGE_INS_S[0])
 
