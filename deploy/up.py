@@ -75,8 +75,14 @@ class Interrupts:
         self.graceful = False
 
     def __enter__(self) -> Interrupts:
-        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Take the signals, also from who has taken them since: Ray does, and dies of SIGTERM."""
+        for number in self._before:
+            signal.signal(number, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -165,6 +171,7 @@ class _Run:
         with ExitStack() as stack:
             cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
             stack.callback(cluster.close)
+            self._interrupts.listen()
             coordinator = Coordinator(self._spec, self._checkpoint.path.absolute(), self._state.path)
             stack.callback(coordinator.stop)
             coordinator.start(cluster, lambda name: self._tell(f"  {name} ready"))

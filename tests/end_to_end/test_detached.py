@@ -27,7 +27,7 @@ def started(place: Place) -> Run:
     stages = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), slow)
     (place.folder / "four.json").write_text(Profile("tiny", {}, 8, stages).as_json())
     cameras = ("--camera", "door=test://pattern", "--camera", "yard=test://pattern?seed=2")
-    run = place.run("up", "-d", *cameras, "--set", "admission.profile=four.json")
+    run = place.run("up", "-d", *cameras, "--set", "admission.profile=four.json", "--out", "run")
     place.watch(place.state()["pid"])
     return run
 
@@ -149,7 +149,9 @@ def test_a_camera_is_added_and_removed_while_the_others_run(place: Place, url: s
     assert all(after[name]["windows"] > before[name]["windows"] for name in ("door", "yard"))
     edge = get(f"{url}/api/v1/ps")[1]["edges"]["camera.frames->vision_encoder.frames"]
     assert edge["dropped"]["shed"] == 0, "it was gone through to its end"
-    assert place.run("camera", "add", "hall=test://pattern").returncode == 0, "there is room again"
+    again = place.run("camera", "add", "hall=test://pattern")
+    assert "--out holds what an earlier one of this name has left" in again.stderr
+    assert place.run("camera", "add", "porch=test://pattern").returncode == 0, "there is room again"
 
 
 def sessions(url: str) -> dict[str, Any]:
@@ -169,8 +171,12 @@ def test_the_gateway_takes_no_other_method(url: str) -> None:
         urllib.request.urlopen(request, timeout=10)
 
 
-def test_down_stops_it_and_leaves_nothing(place: Place, url: str) -> None:
+def test_down_lets_it_come_to_its_end_and_leaves_nothing(place: Place, url: str) -> None:
     run = place.run("down")
     assert (run.returncode, run.stderr) == (0, "stopped\n")
+    assert all(a["accepted"] == a["delivered"] > 0 for edge, a in run.ledger().items() if "->events" in edge)
+    assert all(account["in_flight"] == 0 for account in run.ledger().values())
+    assert {row["session"] for row in run.rows("windows.jsonl")} >= {"door", "yard", "hall", "attic"}
+    assert "ending: the listener hears what was said" in place.run("logs", "up").stdout
     assert place.leftovers() == []
     assert place.run("ps").returncode == 1
