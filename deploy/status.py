@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from deploy.observe import Target
 from deploy.placement import Process
 from deploy.plan import Address
-from deploy.runner import StageSnapshot
-from graph.chunk import SessionId
+from deploy.runner import SessionSnapshot, StageSnapshot
 from graph.ledger import Account
 
 
@@ -32,7 +31,14 @@ class Status:
     addresses: Mapping[str, Address] = field(default_factory=dict)
     snapshots: Mapping[str, Mapping[str, StageSnapshot]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)  # by session; masked
+    last_seen: Mapping[str, SessionSnapshot] = field(default_factory=dict)  # by session, where windows end
     ledger: Mapping[str, Account] = field(default_factory=dict)
+
+    def saw(self, snapshots: Mapping[str, Mapping[str, StageSnapshot]]) -> None:
+        """What the actors are doing. What was last seen of a session stays, as long as it is shown."""
+        self.snapshots = snapshots
+        last_seen: dict[str, SessionSnapshot] = {**self.last_seen, **self._at_end()}
+        self.last_seen = {session: seen for session, seen in last_seen.items() if session in self.sources}
 
     def targets(self) -> Sequence[Target]:
         own = Target("127.0.0.1", self.own_port, stage="", replica=0, process="coordinator")
@@ -84,11 +90,20 @@ class Status:
         }
 
     def _session_row(self, session: str, source: str) -> Mapping[str, object]:
+        seen = self.last_seen.get(session, SessionSnapshot(0, 0))
+        state = "running" if session in self._at_end() else "ended"
+        return {
+            "session": session,
+            "source": source,
+            "state": state,
+            "windows": seen.num_windows,
+            "late": seen.num_late,
+        }
+
+    def _at_end(self) -> dict[str, SessionSnapshot]:
+        """The sessions that run, where their windows end."""
         at_end = [stages[self._last_stage] for stages in self.snapshots.values() if self._last_stage in stages]
-        found = [stage.sessions[SessionId(session)] for stage in at_end if session in stage.sessions]
-        windows, late = (found[0].num_windows, found[0].num_late) if found else (0, 0)
-        state = "running" if found else "ended"
-        return {"session": session, "source": source, "state": state, "windows": windows, "late": late}
+        return {session: seen for stage in at_end for session, seen in stage.sessions.items()}
 
     @property
     def _last_stage(self) -> str:

@@ -212,7 +212,7 @@ class _Run:
                     coordinator.close_session(session)
             self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
             before = coordinator.sessions
-            self._status.snapshots = coordinator.poll()
+            self._status.saw(coordinator.poll())
             for session in set(before) - set(coordinator.sessions):
                 self._live.ended(session)
             self._status.ledger = coordinator.ledger()
