@@ -108,6 +108,10 @@ class Actor:
     def close_session(self, stage: str, session: SessionId) -> None:
         self._do(lambda: self._runners[stage].close_session(session))
 
+    def forget_camera(self, camera: str) -> None:
+        """It was removed: no alert shall wait for it."""
+        self._do(lambda: self._metrics.forget_camera(camera))
+
     # ---- asking ------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, StageSnapshot]:

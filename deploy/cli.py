@@ -135,11 +135,10 @@ def down(timeout: Annotated[float, typer.Option(help="Seconds to wait for the en
 def ps(as_json: Json = False) -> None:
     """Show stages and sessions of the running pipeline. --json: {model, ready, uptime_s, stages, sessions, edges}."""
     import json
-    import urllib.request
 
     _, running = _running()
     try:
-        with urllib.request.urlopen(f"{running.url}/api/v1/ps", timeout=5) as answer:
+        with _directly(f"{running.url}/api/v1/ps", timeout_s=5) as answer:
             status = json.load(answer)
     except OSError as error:
         _fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
@@ -170,12 +169,16 @@ def camera_add(
     --json: {name, source, warnings}.
     """
     import json
+    import os
 
     from deploy.sources import parse_cameras
+    from graph.secret import Secret, resolve
 
     with _clear_errors():
         with _usage():
-            ((name, source),) = parse_cameras([what]).items()
+            ((name, written),) = parse_cameras([what], option="").items()
+            resolved = resolve(written, os.environ)
+        source = resolved.reveal() if isinstance(resolved, Secret) else resolved
         wanted = {"name": name, "source": source, "fps": fps, "microphone": microphone}
         asked = {key: value for key, value in wanted.items() if value is not None}
         added = _ask_gateway("POST", "/api/v1/cameras", asked)
@@ -211,15 +214,33 @@ def _ask_gateway(method: str, path: str, body: dict[str, Any] | None = None) -> 
         method=method,
     )
     try:
-        with urllib.request.urlopen(request, timeout=180) as answer:
+        with _directly(request, timeout_s=180) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        message = json.load(error)["error"]
+        message = _told_in(error.read()) or f"{running.url} answers {error.code} to {method} {path}"
         if (retry_after_s := error.headers.get("Retry-After")) is not None:
             message += f"; try again in {retry_after_s} s"
         return _fail(message, EXIT_USAGE if error.code in (400, 404, 409, 422) else EXIT_RUNTIME)
     except OSError as error:
         return _fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
+
+
+def _told_in(answer: bytes) -> str:
+    """What an answer says of its error; "" when it is none of ours."""
+    import json
+
+    try:
+        return str(json.loads(answer)["error"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _directly(request: Any, timeout_s: float) -> Any:
+    """Ask our own gateway, through no proxy: it may not know the address, and shall know no token."""
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=timeout_s)
 
 
 @app.command()
@@ -483,7 +504,9 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
 
     if not sources:
         return spec
-    text = "version: 1\ncameras: " + json.dumps({name: {"source": source} for name, source in sources.items()})
+    text = "version: 1\ncameras: " + json.dumps(
+        {name: {"source": source} for name, source in sources.items()}, ensure_ascii=False
+    )
     try:
         cameras = parse_spec(text, "--camera").cameras
     except SpecError as error:
@@ -527,7 +550,7 @@ def _is_ready(url: str) -> bool:
     import urllib.request
 
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+        with _directly(f"{url}/readyz", timeout_s=2) as answer:
             return bool(answer.status == 200)
     except (OSError, urllib.error.HTTPError):
         return False

@@ -36,6 +36,10 @@ class CoordinatorError(GraphError):
     """An actor did not start, or has died; says which and why."""
 
 
+class CallError(CoordinatorError):
+    """An actor has failed at what it was asked to do, and lives."""
+
+
 @dataclass(slots=True)
 class _Placed:
     """An actor that runs. clock_ahead_ns: its node's wall clock minus ours."""
@@ -160,6 +164,11 @@ class Coordinator:
         for stage in SOURCES:
             if stage in placement.opened:
                 self._call(stage, placement.replicas[stage], "end_session", stage, session)
+
+    def forget_camera(self, camera: str) -> None:
+        """End its series in all actors' metrics."""
+        asked = [(placed, placed.handle.forget_camera.remote(camera)) for placed in self._actors.values()]
+        self._get_all(asked)
 
     def poll(self) -> dict[str, dict[str, StageSnapshot]]:
         """What every actor is doing: by actor name and stage. Sessions that came to their end leave the table.
@@ -298,7 +307,7 @@ class Coordinator:
             cause = error.cause
             if isinstance(cause, GraphError | StageError) or type(cause).__name__ == "ModelError":
                 raise cause from None
-            raise CoordinatorError(f"{name}: {cause or error}; see {self._directory / 'logs' / name}.log") from error
+            raise CallError(f"{name}: {cause or error}; see {self._directory / 'logs' / name}.log") from error
         except RayActorError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CoordinatorError(f"{name} has died: {reason}; see {self._directory / 'logs' / name}.log") from error

@@ -15,14 +15,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Final
 
 from deploy.capacity import CapacityError, admit
-from deploy.sources import SourceError, check_sources, probe, probe_all
+from deploy.sources import Probed, SourceError, check_sources, probe, probe_all
+from graph.chunk import NS_PER_S
 from graph.errors import GraphError, SpecError
+from graph.secret import mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
+from graph.spec_check import MAX_CAMERAS
+from stages.media import MediaError
 from stages.stage import StageError
 
 ANSWER_S: Final = 60.0  # until the pipeline's thread must have begun; it looks four times a second
@@ -70,6 +73,7 @@ class LiveCameras:
         self._used = set(spec.cameras)
         self._asked: deque[_Asked] = deque()
         self._until_s: float | None = None  # when the sources end, on the monotonic clock
+        self._is_over = threading.Event()
         self._closed = "the pipeline is starting"  # why nothing is answered; "" when it is
 
     # ---- who asks ----------------------------------------------------------------------------------------------------
@@ -77,6 +81,7 @@ class LiveCameras:
     def add(self, name: str, wanted: Mapping[str, object]) -> Added:
         """Add a camera, described as in `cameras:`; returns once its session is open.
 
+        Its source is taken as it is: who asks has resolved `${…}`, in an environment of his own.
         Raises Refused: 422 a wrong description or a source that can't be used, 409 a name that is taken, 503 no room.
         """
         camera = self._described(name, wanted)
@@ -99,15 +104,28 @@ class LiveCameras:
         self._ask(_Asked(name, None))
 
     def _described(self, name: str, wanted: Mapping[str, object]) -> CameraSpec:
-        text = json.dumps({"version": 1, "cameras": {name: wanted}})
+        text = json.dumps({"version": 1, "cameras": {name: wanted}}, ensure_ascii=False)
+        if "${" in text:
+            raise Refused(422, f"camera {mask_urls(name)}: ${{…}} is resolved by who asks, not here")
         try:
-            cameras = parse_spec(text, "camera").cameras
+            cameras = parse_spec(text, "camera", environment={}).cameras
             check_sources(replace(self._spec, cameras=cameras), paced=self._paced)
         except SpecError as error:
-            raise Refused(422, "\n".join(f"camera {name}: {p.message}" for p in error.problems)) from None
+            told = [f"camera {mask_urls(name)}: {mask_urls(problem.message)}" for problem in error.problems]
+            raise Refused(422, "\n".join(told)) from None
         except SourceError as error:
             raise Refused(422, str(error)) from None
+        self._check_fps(name, cameras[name].fps)
         return cameras[name]
+
+    def _check_fps(self, name: str, fps: float) -> None:
+        """An edge's credit is for all sessions, and was made for the cameras of the beginning."""
+        num_pictures = math.ceil(fps * self._spec.window.length_ns / NS_PER_S)
+        for edge in self._spec.edges:
+            if edge.kind in ("frames", "image") and edge.credit.chunks < num_pictures:
+                told = f"a window has {num_pictures} pictures at fps {fps:g}, {edge.id} has credit for "
+                told += f"{edge.credit.chunks}; start the pipeline with such a camera, or with more credit"
+                raise Refused(422, f"camera {name}: {told}")
 
     def _reserve(self, name: str) -> None:
         with self._lock:
@@ -118,6 +136,8 @@ class LiveCameras:
                 raise Refused(409, f"camera {name}: there is one of this name")
             if self._keeps_files and name in self._used:
                 raise Refused(409, f"camera {name}: --out holds what an earlier one of this name has left")
+            if len(self._open | self._coming) >= MAX_CAMERAS:
+                raise Refused(503, f"one pipeline takes {MAX_CAMERAS} cameras", self._retry_after_s())
             try:
                 admit(self._spec, len(self._open | self._coming) + 1)
             except CapacityError as error:
@@ -126,7 +146,11 @@ class LiveCameras:
 
     def _check_source(self, name: str, camera: CameraSpec, tell: Callable[[str], None]) -> None:
         """A broken file is refused; a live camera that does not answer is looked for, as in `up`."""
-        why, is_live = probe_all({name: camera}, partial(probe, None))[name]
+
+        def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+            return probe(None, camera, lambda: is_over() or self._is_over.is_set())
+
+        why, is_live = probe_all({name: camera}, ask)[name]
         if why and not is_live:
             raise Refused(422, f"camera {name}: {why}")
         if why:
@@ -146,12 +170,15 @@ class LiveCameras:
             asked.done.result()  # it has begun, and its own calls have an end
 
     def _refuse_if_closed(self) -> None:
+        if self._until_s is not None and time.monotonic() >= self._until_s:
+            self._closed = ENDING
         if self._closed:
             raise Refused(503, self._closed, None if self._closed == ENDING else math.ceil(STARTING_S))
 
-    def _retry_after_s(self) -> int:
-        """When there may be room: at the end of the sources, where that is known."""
-        return math.ceil(RETRY_S if self._until_s is None else max(self._until_s - time.monotonic(), 1.0))
+    def _retry_after_s(self) -> int | None:
+        """When to look whether there is room; None where all has come to its end by then."""
+        is_too_late = self._until_s is not None and time.monotonic() + RETRY_S >= self._until_s
+        return None if is_too_late else math.ceil(RETRY_S)
 
     # ---- who runs the pipeline ---------------------------------------------------------------------------------------
 
@@ -182,6 +209,8 @@ class LiveCameras:
                     self._opened(asked.name)
             except StageError as error:
                 asked.done.set_exception(Refused(503, str(error), self._retry_after_s()))
+            except MediaError as error:  # it has gone since it was looked at
+                asked.done.set_exception(Refused(422, f"camera {asked.name}: {error}"))
             except BaseException as error:
                 asked.done.set_exception(Refused(503, f"camera {asked.name}: {error}"))
                 raise
@@ -203,6 +232,7 @@ class LiveCameras:
         """From now on everything is refused."""
         with self._lock:
             self._closed = ENDING
+            self._is_over.set()
             left, self._asked = list(self._asked), deque()
         for asked in left:
             if asked.done.set_running_or_notify_cancel():

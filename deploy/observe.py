@@ -26,8 +26,8 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -170,7 +170,7 @@ class _CameraDesk:
                 raise TypeError
         except TimeoutError:
             return _error(408, "the request has no end")
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, ClientDisconnect):
             return _error(400, 'expected JSON like {"name": "yard", "source": "rtsp://10.0.0.7/live"}')
         return await _answered(201, lambda: asdict(self._there().add(name, wanted)))
 
@@ -192,7 +192,8 @@ class _CameraDesk:
         if self._cameras is None:
             return _error(404, "no cameras can be added here")
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token.encode()):
+        is_known = bool(self._token) and hmac.compare_digest(token.encode(), self._token.encode())
+        if scheme.lower() != "bearer" or not is_known:
             answer = _error(401, "send the token of the state folder's running.json: Authorization: Bearer …")
             answer.headers["WWW-Authenticate"] = "Bearer"
             return answer
@@ -201,7 +202,7 @@ class _CameraDesk:
 
 async def _answered(status: int, do: Callable[[], dict[str, object]]) -> Response:
     try:
-        return JSONResponse(await run_in_threadpool(do), status)
+        return _json(await run_in_threadpool(do), status)
     except Refused as error:
         answer = _error(error.status, str(error))
         if error.retry_after_s is not None:
@@ -211,8 +212,13 @@ async def _answered(status: int, do: Callable[[], dict[str, object]]) -> Respons
         return _error(500, str(error))
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status)
+def _error(status: int, message: str) -> Response:
+    return _json({"error": message}, status)
+
+
+def _json(value: object, status: int) -> Response:
+    """In ASCII: a name may hold what UTF-8 can't."""
+    return Response(json.dumps(value), status, media_type="application/json")
 
 
 def _one_per_identity(targets: Sequence[Target]) -> list[Target]:
@@ -238,7 +244,7 @@ class _RefuseBodies:
             await self._app(scope, receive, send)
         else:
             told = f"at most {most} bytes are taken here" if most else "no body is taken here"
-            await PlainTextResponse(f"{told}\n", 413)(scope, receive, send)
+            await _error(413, told)(scope, receive, send)
 
 
 async def _scrape(target: Target, timeout_s: float) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
+from graph.secret import mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
 from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, check_source
@@ -128,14 +129,15 @@ def anchored(source: str) -> str:
     return str(Path(source).absolute()) if check_source(source) in ("file", "images", "webcam") else source
 
 
-def parse_cameras(texts: Sequence[str]) -> dict[str, str]:
-    """`--camera name=source` options. Raises SourceError."""
+def parse_cameras(texts: Sequence[str], option: str = "--camera ") -> dict[str, str]:
+    """`name=source` as the command line gives it; option: what it is called there. Raises SourceError."""
     cameras: dict[str, str] = {}
     for text in texts:
         name, equals, source = text.partition("=")
         if not equals or not name or not source:
-            raise SourceError(f"--camera {text}: expected name=source, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
+            told = f"{option}{mask_urls(text)}: expected name=source"
+            raise SourceError(f"{told}, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
         if name in cameras:
-            raise SourceError(f"--camera {name}: given twice")
+            raise SourceError(f"{option}{mask_urls(name)}: given twice")
         cameras[name] = source
     return cameras

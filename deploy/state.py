@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -58,7 +59,7 @@ class StateFolder:
 
         Raises StateError, which names the process that holds it.
         """
-        self.path.parent.mkdir(mode=0o700, exist_ok=True)
+        _own(self.path.parent)
         with self.lock.open("a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,20 +74,25 @@ class StateFolder:
 
     def create(self) -> None:
         """Make the folder, without an earlier run's logs."""
-        self.path.parent.mkdir(mode=0o700, exist_ok=True)
-        self.path.mkdir(mode=0o700, exist_ok=True)
+        _own(self.path.parent)
+        _own(self.path)
         self.logs.mkdir(exist_ok=True)
         for log in self.logs.glob("*.log"):
             if not log.samefile("/dev/stderr"):  # `up -d` writes to one already
                 log.unlink()
 
     def write(self, running: Running) -> None:
-        self.file.touch(mode=0o600)
-        self.file.write_text(json.dumps(asdict(running)), encoding="utf-8")
+        whole = self.file.with_suffix(".new")  # who reads meanwhile sees none or all
+        whole.unlink(missing_ok=True)
+        whole.touch(mode=0o600, exist_ok=False)
+        whole.write_text(json.dumps(asdict(running)), encoding="utf-8")
+        whole.replace(self.file)
 
     def read(self) -> Running | None:
-        """The pipeline of this project, if it really runs; a stale file counts as none."""
+        """The pipeline of this project, if it really runs; a stale file counts as none, and another user's folder."""
         try:
+            if not (_is_own(self.path.parent) and _is_own(self.path)):
+                return None
             running = Running(**json.loads(self.file.read_text(encoding="utf-8")))
             process = psutil.Process(running.pid)
         except (OSError, ValueError, TypeError, psutil.NoSuchProcess):
@@ -102,3 +108,16 @@ class StateFolder:
             for socket in bus.iterdir():
                 socket.unlink(missing_ok=True)
             bus.rmdir()
+
+
+def _own(folder: Path) -> None:
+    """Make a folder that its user alone may use. Raises StateError where there is one which others may use."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not _is_own(folder):
+        raise StateError(f"{folder} is not this user's alone; remove it, or set TMPDIR to another folder")
+
+
+def _is_own(folder: Path) -> bool:
+    """Anybody may make a folder in /tmp, and leave a description of a pipeline there that is none of ours."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077

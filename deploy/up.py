@@ -29,7 +29,7 @@ from graph.errors import GraphError
 from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction, Session
+from stages.stage import ListenerAction, Session, StageError
 
 if TYPE_CHECKING:
     from deploy.coordinator import Coordinator
@@ -158,6 +158,7 @@ class _Run:
         self._url = url
         self._interrupts = interrupts
         self._live = live
+        self._removed: set[SessionId] = set()  # and not yet at their end
         self._tell = tell
 
     def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
@@ -185,10 +186,12 @@ class _Run:
             self._status.problem = ""
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
             stack.callback(self._interrupts.ignore)
-            interrupted = self._wait(coordinator, meter)
-            self._live.close()
+            try:
+                interrupted = self._wait(coordinator, meter)
+            finally:
+                self._live.close()
+                self._status.problem = "stopping"
             ledger = coordinator.ledger()
-            self._status.problem = "stopping"
             self._tell("stopping")
         self._write_ledger(ledger)
         return Outcome(interrupted, ledger, self._options.out)
@@ -214,7 +217,7 @@ class _Run:
             before = coordinator.sessions
             self._status.saw(coordinator.poll())
             for session in set(before) - set(coordinator.sessions):
-                self._live.ended(session)
+                self._ended(coordinator, session)
             self._status.ledger = coordinator.ledger()
             meter.sessions(len(coordinator.sessions))
             if coordinator.sessions:
@@ -231,16 +234,28 @@ class _Run:
         if until_s is not None:  # it ends with the others
             left_ns = round((until_s - time.monotonic()) * NS_PER_S)
             session = replace(session, duration_ns=max(left_ns, session.window_ns))
-        coordinator.open_sessions([session])
+        from deploy.coordinator import CallError
+
+        try:
+            coordinator.open_sessions([session])
+        except CallError as error:  # all others go on
+            raise StageError(str(error)) from error
         running = set(coordinator.sessions)
         ended = [other for other in self._status.sources if other not in running]
         kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
         self._status.sources = {**kept, name: camera.source.masked}
         self._tell(f"camera {name}: added")
 
+    def _ended(self, coordinator: Coordinator, session: SessionId) -> None:
+        self._live.ended(session)
+        if session in self._removed:
+            self._removed.discard(session)
+            coordinator.forget_camera(session)
+
     def _remove(self, coordinator: Coordinator, name: str) -> None:
         if (session := SessionId(name)) in coordinator.sessions:
             coordinator.end_session(session)
+            self._removed.add(session)
             self._tell(f"camera {name}: removed; what it saw and heard is gone through to the end")
 
     def _session(self, name: str, camera: CameraSpec) -> Session:

@@ -114,3 +114,26 @@ def test_every_project_has_a_short_folder_of_its_own(tmp_path: Path):
     assert one.path != other.path
     assert StateFolder(tmp_path / "x" / ".." / "one").path == one.path
     assert len(one.path.name) == 8
+
+
+def test_what_it_knows_is_its_users_alone(state: StateFolder):
+    state.write(mine())
+    assert stat.S_IMODE(state.file.stat().st_mode) == 0o600
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (state.path, state.path.parent)} == {0o700}
+
+
+@pytest.mark.parametrize("level", ["project", "user"])
+def test_a_folder_that_others_may_write_to_is_refused_and_what_lies_in_it_not_believed(state: StateFolder, level: str):
+    state.write(mine())
+    folder = state.path if level == "project" else state.path.parent
+    folder.chmod(0o777)
+    assert state.read() is None
+    with pytest.raises(StateError, match="is not this user's alone"):
+        state.create()
+
+
+def test_a_link_is_no_folder_of_ours(state: StateFolder, tmp_path: Path):
+    state.path.rename(tmp_path / "elsewhere")
+    state.path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StateError, match="is not this user's alone"):
+        state.create()
