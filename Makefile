@@ -22,12 +22,14 @@ types: .venv/installed-dev
 # most last, so that they meet as little as may be. Then many seeds, which want both cores.
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 E2E = tests/end_to_end/test_
-HEARS_CLOCK = $(E2E)tail.py $(E2E)up.py $(E2E)failures.py
-PIPELINES = $(HEARS_CLOCK) $(filter-out $(HEARS_CLOCK) $(E2E)nano.py $(E2E)cluster.py,$(wildcard $(E2E)*.py))
+WITH_CAMERAS = $(E2E)dashboards.py $(E2E)nano.py
+WITH_REST = $(E2E)detached.py $(E2E)cluster.py
+HEARS_CLOCK = $(E2E)tail.py $(E2E)up.py
+PIPELINES = $(HEARS_CLOCK) $(filter-out $(HEARS_CLOCK) $(WITH_CAMERAS) $(WITH_REST),$(wildcard $(E2E)*.py))
 DECODERS = $(wildcard tests/stages/test_media*.py)
-CAMERAS = $(DECODERS) $(E2E)nano.py tests/benchmarks
+CAMERAS = $(DECODERS) $(WITH_CAMERAS) tests/benchmarks
 APART = tests/end_to_end tests/benchmarks tests/simulation
-REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/))) $(DECODERS:%=--ignore=%) $(E2E)cluster.py
+REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/))) $(DECODERS:%=--ignore=%) $(WITH_REST)
 
 unit: .venv/installed-dev
 	@$(PYTEST) $(PIPELINES) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
