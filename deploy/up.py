@@ -230,12 +230,12 @@ class _Run:
         return None if duration_ns is None else self._begun_s + duration_ns / NS_PER_S
 
     def _add(self, coordinator: Coordinator, name: str, camera: CameraSpec) -> None:
+        from deploy.coordinator import CallError
+
         session, until_s = self._session(name, camera), self._until_s()
         if until_s is not None:  # it ends with the others
             left_ns = round((until_s - time.monotonic()) * NS_PER_S)
             session = replace(session, duration_ns=max(left_ns, session.window_ns))
-        from deploy.coordinator import CallError
-
         try:
             coordinator.open_sessions([session])
         except CallError as error:  # all others go on
