@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from deploy.coordinator import Coordinator
 
 POLL_S = 0.25
+AGAIN_S = 0.02
 MAX_ENDED = 64  # sessions which `ps` goes on showing
 DRAIN_S = 8.0  # after the first Ctrl-C; the listener may still have a lead and a window to hear
 
@@ -93,6 +95,10 @@ class Interrupts:
             signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+            # Its callbacks swallow what is raised in them: once more, a moment later.
+            threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+            return
         self.count += 1  # no Event: its lock may be held by the thread which the signal interrupts
         if self.count > 1 or not self.graceful:
             self.ignore()
