@@ -165,6 +165,7 @@ class _Run:
         self._interrupts = interrupts
         self._live = live
         self._removed: set[SessionId] = set()  # and not yet at their end
+        self._begun_s = 0.0  # when the first sessions were open, on the monotonic clock
         self._tell = tell
 
     def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
