@@ -6,13 +6,26 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 from __future__ import annotations
 
 import json
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Protocol
 
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, Scalar, SessionId, Span, Trace, end_of_stream, watermark
+from graph.chunk import (
+    AFTERWORD,
+    NS_PER_MS,
+    NS_PER_S,
+    Chunk,
+    Kind,
+    Scalar,
+    SessionId,
+    Span,
+    Trace,
+    end_of_stream,
+    watermark,
+)
 from graph.clock import Clock
 from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
@@ -26,6 +39,8 @@ from stages.events import WINDOW_EVENT
 from stages.stage import Session, Stage
 
 LEAST_SLEEP_NS = NS_PER_MS
+MAX_QUIET = 5
+"""Windows after its inputs' end in which a stage waits for a listener who hears nothing; as ACK_TIMEOUT_NS."""
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
 
@@ -92,6 +107,8 @@ class _Open:
     num_late: int = 0
     told_level: int = 0  # to the camera, and when
     told_ns: int = 0
+    num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
+    num_windows: int = 0  # that are through, at the sink
     look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
 
     @property
@@ -223,7 +240,7 @@ class StageRunner:
 
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
-        sessions = {name: SessionSnapshot(state.num_units, state.num_late) for name, state in self._open.items()}
+        sessions = {name: SessionSnapshot(state.num_windows, state.num_late) for name, state in self._open.items()}
         return StageSnapshot(self.num_units, self.num_ready, sessions)
 
     @property
@@ -327,6 +344,8 @@ class StageRunner:
             self._advance(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
+                if self._goes_on(state) and self._afterword_ns(state, state.join) <= state.now_ns():
+                    self._joined(state, state.join.go_on())
         while idle := self._idle():
             self._process(idle, idle=True)
             looked_at |= {state.session.id: state for state, _ in idle}
@@ -387,11 +406,23 @@ class StageRunner:
             due_ns.append(self._gathering.until_ns(state.waiting()))
         elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
             due_ns.append(state.monotonic_ns(state.join.expires_ns))
+        elif state.begun and state.join is not None and self._goes_on(state):
+            due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
         look_ns = min(due_ns, default=None)
         if look_ns != state.look_ns:
             state.look_ns = look_ns
             if look_ns is not None:
                 heappush(self._looks, (look_ns, session))
+
+    def _goes_on(self, state: _Open) -> bool:
+        """Is a window more wanted, after the last of the inputs?"""
+        over = state.join is not None and state.join.finished and not state.ready and not state.ending
+        return over and state.num_quiet < MAX_QUIET and self.stage.goes_on(state.session.id)
+
+    @staticmethod
+    def _afterword_ns(state: _Open, join: WindowJoin) -> int:
+        """When that window leaves: at its end, so that the listener has heard on meanwhile. In virtual time at once."""
+        return join.next_end_ns if state.session.paced else 0
 
     def _advance(self, state: _Open) -> None:
         if self._follows_clock and self._may_advance(state):
@@ -451,7 +482,10 @@ class StageRunner:
             self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
         for chunk in chunks:
             self._send(self._open[chunk.session], chunk)
+        saying = {chunk.session for chunk in chunks if not chunk.is_control}
         for state, ready in batch:
+            is_quiet = ready.unit.is_afterword and state.session.id not in saying
+            state.num_quiet = state.num_quiet + 1 if is_quiet else 0
             self._leave(state, ready, started_ns)
 
     def _marked(self, state: _Open, unit: Unit) -> Unit:
@@ -510,7 +544,10 @@ class StageRunner:
         return not any(self._edges_of(state, stream) for stream in self.stage.outputs)
 
     def _window_done(self, state: _Open, unit: Unit, received_ns: int, trace: Trace) -> None:
-        """At the sink: say how long the window took, and where."""
+        """At the sink: say how long the window took, and where. One that only says the rest is none of the camera's."""
+        if trace.digest == AFTERWORD:
+            return
+        state.num_windows += 1
         before = [span for span in trace.spans if span.stage != self.name]
         parts = waterfall(unit.end_ns, max(received_ns, unit.end_ns), before, self.name)
         latency_ns = max(received_ns - unit.end_ns, 0)
@@ -559,11 +596,13 @@ class StageRunner:
             self.close_session(state.session.id)
 
     def _may_end(self, state: _Open) -> bool:
-        if state.ready or not self._inputs_ended(state) or not self._has_room(state):
+        if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._goes_on(state):
             return False
         return self.stage.finished(state.session.id)
 
     def _say_goodbye(self, state: _Open) -> None:
+        if self.stage.goes_on(state.session.id):
+            logging.warning("%s: %s: its listener hears nothing: what waits is not said", self.name, state.session.id)
         self._send_all(state, self.stage.drain(state.session.id))
         end_ns = state.num_units * state.session.window_ns
         for stream in dict.fromkeys([*self.stage.outputs, *([EVENTS] if self._edges_of(state, EVENTS) else [])]):

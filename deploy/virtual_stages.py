@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from deploy.virtual import Device
-from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
 from graph.ladder import holds_window
 from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
@@ -253,6 +253,15 @@ class VirtualLlm(Costly):
         talk.is_cut, talk.said, talk.before_ns = True, 0, ack.received_ns
         return []
 
+    def drain(self, session: SessionId) -> list[Chunk]:
+        talk = self._talks[session]
+        if not talk.left or talk.is_cut:
+            return []
+        attrs: dict[str, Scalar] = {"text": "", "turn_start": False, "end_of_turn": True}
+        window_ns = talk.session.window_ns
+        end_ns = self._next[session] * window_ns
+        return [Chunk(session, TEXT, end_ns, window_ns, arrays={"token_ids": np.zeros(0, np.int64)}, attrs=attrs)]
+
     def process(self, units: list[Unit]) -> list[Chunk]:
         made = super().process(units)
         if num_pictures := sum(len(unit.of(IMAGE)) for unit in units):
@@ -318,6 +327,9 @@ class VirtualTts(Costly):
         self._open[session].owed_ns = 0
         return []
 
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._open[session].queue)
+
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(TEXT) or self._open[unit.session].queue)
 
@@ -355,6 +367,9 @@ class VirtualVocoder(Costly):
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         self._open[session].interrupted()
         return []
+
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._open[session])
 
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(CODES) or self._open[unit.session])

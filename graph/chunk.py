@@ -37,11 +37,15 @@ class Span:
     finished_ns: int
 
 
+AFTERWORD = "afterword"
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What is known of a window when it leaves a stage; travels with its watermark.
 
-    digest:  hash of what was seen and heard in it (hex), equal for equal input at any speed; "" when unknown.
+    digest:  hash of what was seen and heard in it (hex), equal for equal input at any speed; "" when unknown,
+             AFTERWORD for a window after the end of all this, in which there is only something left to say.
     missing: streams which gave nothing, or had not come through when the window was given up.
     spans:   the stages on the window's critical path, in order.
     """

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from graph.chunk import Chunk, Span, Trace
+from graph.chunk import AFTERWORD, Chunk, Span, Trace
 from graph.epoch import FENCED_STREAMS
 from graph.streams import is_raw
 from graph.window import Unit
@@ -40,6 +40,8 @@ def leave_stage(unit: Unit, *spans: Span) -> Trace:
 
 def digest_of(unit: Unit) -> str:
     """Hash of what was seen and heard in this window: equal content and times give an equal digest."""
+    if unit.is_afterword and not unit.traces and not any(is_raw(stream) for stream in unit.chunks):
+        return AFTERWORD
     parts = {stream: _digest_stream(unit, stream) for stream in sorted({*unit.chunks, *unit.traces, *unit.missing})}
     if len(parts) == 1:
         return next(iter(parts.values()))

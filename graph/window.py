@@ -26,7 +26,8 @@ class Unit:
 
     closed_by is the stream whose watermark came last, "" when the window was given up by lateness; `awaited` then names
     the streams that were not through with it. traces are what the streams' watermarks brought along. overdue: set by
-    the actor when its work begins so late that the window has been given up where it ends.
+    the actor when its work begins so late that the window has been given up where it ends. is_afterword: every stream
+    had ended before it.
     """
 
     session: SessionId
@@ -39,6 +40,7 @@ class Unit:
     closed_by: str = ""
     awaited: frozenset[str] = frozenset()
     overdue: bool = False
+    is_afterword: bool = False
 
     def of(self, stream: str) -> tuple[Chunk, ...]:
         """The chunks of one stream; empty when it gave nothing."""
@@ -95,8 +97,10 @@ class WindowJoin:
 
     @property
     def expires_ns(self) -> int | None:
-        """When the window that leaves next is given up; None: never, or there is none left."""
-        return None if self._lateness_ns is None or self.finished else self.next_end_ns + self._lateness_ns
+        """When the window that leaves next does so, whatever has come; None: never, or there is none left."""
+        if self._lateness_ns is None or self.finished:
+            return None
+        return self.next_end_ns if self._is_over else self.next_end_ns + self._lateness_ns
 
     @property
     def num_pending(self) -> int:
@@ -107,10 +111,14 @@ class WindowJoin:
     def finished(self) -> bool:
         """True once every stream has ended, every window up to the latest end has left and no chunk is held back.
 
-        A picture taken where its stream ends, or a chunk carried past the end, has a window of its own.
+        A picture taken where its stream ends, or what is still to be said after the end, has a window of its own.
         """
-        all_ended = min(self._watermarks.values()) == FOREVER_NS
-        return all_ended and self._index * self._window_ns >= self._ended_ns and not self.num_pending
+        return self._is_over and not self.num_pending
+
+    @property
+    def _is_over(self) -> bool:
+        """Every stream has ended, and every window up to the latest end has left."""
+        return min(self._watermarks.values()) == FOREVER_NS and self._index * self._window_ns >= self._ended_ns
 
     def add(self, chunk: Chunk) -> Joined:
         """Take a data chunk. It never completes a window by itself: a watermark does.
@@ -133,7 +141,7 @@ class WindowJoin:
         if watermark_ns > self._watermarks[stream]:
             self._watermarks[stream] = watermark_ns
             self._last_stream = stream
-        return self._leave(min(self._watermarks.values()))
+        return self._leave(self._settled_ns())
 
     def end(self, stream: str, at_ns: int) -> Joined:
         """The stream is over; its last chunk ended at `at_ns` at the latest."""
@@ -141,10 +149,26 @@ class WindowJoin:
         return self.advance(stream, FOREVER_NS)
 
     def expire(self, now_ns: int, most: int | None = None) -> Joined:
-        """Give up the windows, `most` of them at most, whose end is more than `lateness` ago."""
+        """Give up the windows, `most` of them at most, whose end is more than `lateness` ago.
+
+        A window after the end of all streams leaves at its own end: in real time nobody is ahead of the listener.
+        """
         if self._lateness_ns is None:
             return NOTHING
+        if self._is_over:
+            return self._leave(now_ns, most)
         return self._leave(now_ns - self._lateness_ns, most)
+
+    def go_on(self) -> Joined:
+        """One window more, after the last: there is something left to say. Only for a join that has `finished`."""
+        return Joined(units=(self._close(),))
+
+    def _settled_ns(self) -> int:
+        """Before this nothing will come any more; where all have ended, no further than their end (see `expire`)."""
+        settled_ns = min(self._watermarks.values())
+        if settled_ns == FOREVER_NS and self._lateness_ns is not None:
+            return -(-self._ended_ns // self._window_ns) * self._window_ns
+        return settled_ns
 
     def _leave(self, settled_ns: int, most: int | None = None) -> Joined:
         units: list[Unit] = []
@@ -170,6 +194,7 @@ class WindowJoin:
             chunks=chunks,
             missing=frozenset(self._pending) - frozenset(chunks),
             traces=self._traces.pop(self._index, {}),
+            is_afterword=self._is_over,
             closed_by="" if awaited else self._last_stream,
             awaited=awaited,
         )

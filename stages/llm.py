@@ -31,6 +31,7 @@ class _Open:
     begun: bool = False
     cut: bool = False  # the listener barged in: close the turn with the next unit
     speaking: bool = False
+    last: Chunk | None = None  # what was said in the last window of the turn
     num_tokens: int = 0  # allowed in the last window
     num_skipped: int = 0  # pictures of the last window for which the unit had no room
     held: tuple[UnitInput, ...] = ()  # windows that go with the next one
@@ -89,6 +90,15 @@ class Llm(Stage):
         state.budget.interrupted(ack)
         state.cut = True
         return []
+
+    def drain(self, session: SessionId) -> list[Chunk]:
+        """The end of a turn which the session's end cuts off, so that what was said of it is heard."""
+        state = self._open[session]
+        if state.last is None or not state.speaking or state.cut or not state.session.speech:
+            return []
+        arrays = {name: array[:0] for name, array in state.last.arrays.items()}
+        attrs = {**state.last.attrs, "text": "", "end_of_turn": True, "turn_start": False}
+        return [replace(state.last, start_ns=state.last.end_ns, arrays=arrays, attrs=attrs)]
 
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
@@ -186,6 +196,7 @@ class Llm(Stage):
         arrays = {"token_ids": np.array(output.token_ids, dtype=np.int64), **hidden}
         turn: dict[str, Scalar] = {"text": output.text, "end_of_turn": output.end_of_turn}
         text = unit.emit(TEXT, arrays=arrays, attrs={**turn, "turn_start": output.turn_start, **dtype})
+        state.last = text
         said = Chunk(unit.session, EVENTS, unit.end_ns, attrs={"type": SAID_EVENT, "window": unit.index, **turn})
         return [text, said]
 

@@ -117,6 +117,10 @@ class Stage:
         """May the session end, now that its inputs have ended and all units are processed?"""
         return True
 
+    def goes_on(self, session: SessionId) -> bool:
+        """Has it something left to say, now that its inputs have ended? Then it is given windows without content."""
+        return False
+
     def end(self, session: SessionId, now_ns: int) -> None:
         """For sources: stop; the stream ends with the window of `now_ns`."""
 

@@ -59,6 +59,9 @@ class Tts(Stage):
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(TEXT) or self._open[unit.session].queue)
 
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._open[session].queue)
+
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         speaking = [(unit, text) for unit in units if (text := self._next_text(unit)) is not None]

@@ -56,6 +56,9 @@ class Vocoder(Stage):
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(CODES) or self._open[unit.session].queue)
 
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._open[session].queue)
+
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]

@@ -104,8 +104,8 @@ def page(body: str) -> bytes:
 
 
 def until_served(url: str) -> httpx.Response:
-    """The first answer that isn't 503, the last one after 5 s."""
-    deadline = time.monotonic() + 5
+    """The first answer that isn't 503, the last one after a minute."""
+    deadline = time.monotonic() + 60
     while (answer := httpx.get(url)).status_code == 503 and time.monotonic() < deadline:
         time.sleep(0.02)
     return answer

@@ -612,6 +612,65 @@ def test_the_last_words_of_a_stage_come_before_its_end(build):
     assert house.runners["events"].stage.told("goodbye") == [{"type": "goodbye"}]
 
 
+class Slow(Echo):
+    """Hears all it can in a window, says one word; `deaf`: where nobody listens, none."""
+
+    def __init__(self, *, deaf: bool = False) -> None:
+        super().__init__()
+        self._deaf = deaf
+        self._waiting: list[Chunk] = []
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self.units += units
+        (unit,) = units
+        self._waiting += [*unit.of(MIC), *unit.of(MIC)]
+        if self._deaf or not self._waiting:
+            return []
+        return [unit.emit(TEXT, arrays={"token_ids": self._waiting.pop().arrays["samples"].astype(np.int64)})]
+
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._waiting)
+
+
+def test_what_is_left_to_say_at_the_end_has_windows_of_its_own_and_they_are_not_the_cameras(build):
+    slow = Slow()
+    house = whole(build, num_windows=3, echo=slow)
+    house.open("door")
+    house.run()
+    ear, notes = house.runners["speaker"].stage, house.runners["events"].stage
+    assert [len(unit.of(TEXT)) for unit in ear.units] == [1] * 6
+    assert [unit.is_afterword for unit in slow.units] == [False] * 3 + [True] * 3
+    assert [told["index"] for told in notes.told("window")] == [0, 1, 2]
+
+
+def test_in_real_time_such_a_window_leaves_at_its_end(build, clock: ManualClock):
+    slow = Slow()
+    house = build({"llm": slow}, (SOUND,))
+    house.open("door", paced=True)
+    llm = house.runners["llm"]
+    clock.advance(1.0)
+    house.window("door", 0)
+    house.take(end_of_stream(DOOR, MIC, NS_PER_S))
+    llm.step()
+    llm.step()
+    assert ([unit.index for unit in slow.units], llm.due_in_ns()) == ([0], NS_PER_S)
+    clock.advance(0.999)
+    llm.step()
+    assert [unit.index for unit in slow.units] == [0]
+    clock.advance(0.001)
+    llm.step()
+    assert [unit.index for unit in slow.units] == [0, 1]
+    assert llm.snapshot().sessions == {}
+
+
+def test_for_a_listener_who_hears_nothing_a_stage_waits_five_windows_and_no_more(build):
+    deaf = Slow(deaf=True)
+    house = whole(build, num_windows=2, echo=deaf)
+    house.open("door")
+    house.run()
+    assert [unit.is_afterword for unit in deaf.units] == [False] * 2 + [True] * 5
+
+
 def test_a_snapshot_tells_what_is_done_and_what_waits(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND,), wait_ns=5_000_000)
     house.open("door"), house.open("yard")

@@ -20,7 +20,7 @@ def prometheus(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert started.returncode == 0, started.stderr
     try:
         with running_prometheus(tmp_path_factory.mktemp("prometheus"), place.url()) as server:
-            server.wait_for("sum(omni_windows_total) >= 8", timeout_s=60)
+            server.wait_for("sum(omni_windows_total) >= 8", timeout_s=300)
             yield server
     finally:
         place.run("down")

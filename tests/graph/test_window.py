@@ -166,6 +166,7 @@ def test_units_leave_exactly_once_whatever_expires(
     subject = join(*(script[0].stream for script in streams), lateness_ns=2, late="carry", window_ns=4)
     steps = [*zip(words, [*sorted(expiries), *[0] * len(words)], strict=False)]
     answers = [answer for word, now_ns in steps for answer in (subject.expire(now_ns), say(subject, word))]
+    answers.append(subject.expire(60))
     units = [unit for answer in answers for unit in answer.units]
     sent = sorted((w.stream, w.seq) for w in words if w.verb == "chunk")
     joined = sorted((c.stream, c.seq) for unit in units for cs in unit.chunks.values() for c in cs)
@@ -306,8 +307,27 @@ def test_a_chunk_carried_after_the_last_window_leaves_in_one_window_more() -> No
     subject.expire(T + LATENESS)
     late = piece(MIC, T // 2)
     subject.add(late)
-    (unit,) = subject.end(MIC, T).units
-    assert (unit.index, unit.of(MIC)) == (1, (late,))
+    assert subject.end(MIC, T).units == ()
+    assert subject.expires_ns == 2 * T
+    assert subject.expire(2 * T - 1).units == ()
+    (unit,) = subject.expire(2 * T).units
+    assert (unit.index, unit.of(MIC), unit.is_afterword) == (1, (late,), True)
+    assert subject.finished
+
+
+def test_in_virtual_time_what_comes_after_the_end_leaves_at_once() -> None:
+    subject = join(MIC, lateness_ns=None)
+    subject.add(piece(MIC, T))
+    units = subject.end(MIC, T).units
+    assert [(unit.index, unit.is_afterword) for unit in units] == [(0, False), (1, True)]
+
+
+def test_after_the_last_window_more_are_to_be_had_and_they_are_empty() -> None:
+    subject = join(MIC)
+    subject.add(piece(MIC, 0))
+    subject.end(MIC, T)
+    units = [unit for _ in range(2) for unit in subject.go_on().units]
+    assert [(unit.index, unit.is_afterword, unit.chunks) for unit in units] == [(1, True, {}), (2, True, {})]
     assert subject.finished
 
 

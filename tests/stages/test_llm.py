@@ -15,7 +15,7 @@ from graph.window import Unit
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
 from stages.llm import Llm
-from stages.stage import StageError
+from stages.stage import Session, StageError
 from tests.support.batching import assert_batches, open_all
 from tests.support.tiny import MAX_UNIT, Tiny, session_tokens
 from tests.support.units import DOOR, ack, audio, image, session, unit
@@ -156,7 +156,8 @@ def test_outside_a_turn_a_budget_of_nothing_listens(tiny: Tiny):
     assert (said, stage.text_budget(DOOR)) == ([], 0)
 
 
-def test_inside_a_turn_a_budget_of_nothing_says_that_the_speech_goes_on(tiny: Tiny):
+def in_a_turn(tiny: Tiny) -> tuple[Llm, Session, int]:
+    """A stage whose session `door` is inside a turn, its listener who has heard all else, and its next window."""
     stage = tiny.llm()
     opened = session()
     stage.open_session(opened)
@@ -164,9 +165,31 @@ def test_inside_a_turn_a_budget_of_nothing_says_that_the_speech_goes_on(tiny: Ti
     while not (said := words(stage.process([window("door", index)]))) or said[-1].attrs["end_of_turn"]:
         index += 1
         opened.playback.ack(ack(index + 1, 100, 100, index + 1, num_turns=100))
+    return stage, opened, index + 1
+
+
+def test_a_turn_that_the_end_of_its_session_cuts_off_is_ended(tiny: Tiny):
+    stage, _, index = in_a_turn(tiny)
+    (end,) = stage.drain(DOOR)
+    assert (end.stream, end.start_ns, end.duration_ns) == (TEXT, index * NS_PER_S, NS_PER_S)
+    assert {name: array.shape for name, array in end.arrays.items()} == {"token_ids": (0,), "hidden": (0, DIM)}
+    assert dict(end.attrs) == {"text": "", "turn_start": False, "end_of_turn": True}
+
+
+def test_outside_a_turn_and_after_a_barge_in_there_is_nothing_to_end(tiny: Tiny):
+    silent = tiny.llm()
+    silent.open_session(session())
+    assert silent.drain(DOOR) == []
+    stage, _, index = in_a_turn(tiny)
+    stage.interrupt(DOOR, ack(index))
+    assert stage.drain(DOOR) == []
+
+
+def test_inside_a_turn_a_budget_of_nothing_says_that_the_speech_goes_on(tiny: Tiny):
+    stage, opened, index = in_a_turn(tiny)
     # When: nothing of it has been heard.
-    opened.playback.ack(ack(index + 2, 100, 102, index + 2, num_turns=100))
-    (goes_on,) = words(stage.process([window("door", index + 1)]))
+    opened.playback.ack(ack(index + 1, 100, 102, index + 1, num_turns=100))
+    (goes_on,) = words(stage.process([window("door", index)]))
     assert stage.text_budget(DOOR) == 0
     assert (goes_on.arrays["token_ids"].tolist(), goes_on.attrs["text"]) == ([], "")
     assert not goes_on.attrs["end_of_turn"]

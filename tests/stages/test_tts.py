@@ -131,6 +131,26 @@ def test_the_speech_goes_on_by_itself_where_no_text_waits(tiny: Tiny):
     assert len(chunk.arrays["codes"]) == 25
 
 
+def test_a_turn_is_ended_without_a_word(tiny: Tiny):
+    stage = tiny.tts()
+    opened(stage)
+    stage.process([say("door", 0, start=True)])
+    (chunk,) = stage.process([say("door", 1, num_tokens=0, end=True)])
+    assert chunk.attrs["end_of_turn"] and len(chunk.arrays["codes"]) <= 25
+
+
+def test_a_session_goes_on_as_long_as_text_waits(tiny: Tiny):
+    stage = tiny.tts()
+    listener = opened(stage)
+    assert not stage.goes_on(DOOR)
+    for index in range(3):
+        stage.process([say("door", index)])
+    assert stage.goes_on(DOOR)
+    listener.playback.ack(ack(3.5, heard_s=2.0, received_s=2.0, through_s=3.0))
+    stage.process([unit("door", 3)])
+    assert not stage.goes_on(DOOR)
+
+
 def test_a_barge_in_forgets_what_waits_and_what_was_under_way(tiny: Tiny):
     stage = tiny.tts()
     listener = opened(stage)

@@ -21,7 +21,7 @@ import psutil
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 MARK = "OMNI_TEST_PLACE"
-PATIENCE_S = 150.0  # two busy cores start a pipeline in 8 to 30 s
+PATIENCE_S = 400.0  # a hang is to be found, no slow machine: two cores that run three pipelines each take 140 s for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,14 @@ class Place:
                 self.watch(process.pid)
                 if time.monotonic() > deadline_s:
                     os.killpg(process.pid, signal.SIGKILL)
-                    raise
+                    raise AssertionError(self._hung(process, self.folder / out)) from None
+
+    def _hung(self, process: "subprocess.Popen[str]", out: Path) -> str:
+        """What there is to say of a run which does not end."""
+        stdout, stderr = process.communicate()
+        files = [*self.tmp.glob("omni-*/*/logs/*.log"), out / "windows.jsonl"]
+        tails = [f"{path.name}: ...{path.read_text()[-600:]}" for path in files if path.is_file()]
+        return "\n".join([f"no end after {PATIENCE_S:g} s: {process.args}", stdout[-600:], stderr[-2000:], *tails])
 
     def run(self, *arguments: object, out: str = "run", **changes: str) -> Run:
         return self.finish(self.start(*arguments, **changes), out)
@@ -191,7 +198,7 @@ def new_place(folder: Path, cache: Path) -> Iterator[Place]:
         place.close()
 
 
-def wait_for(ask: Any, timeout_s: float = 90.0) -> Any:
+def wait_for(ask: Any, timeout_s: float = PATIENCE_S) -> Any:
     """The first answer that is true."""
     deadline_s = time.monotonic() + timeout_s
     while not (answer := ask()):
