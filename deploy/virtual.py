@@ -15,7 +15,7 @@ from random import Random
 from typing import Final
 
 from deploy.runner import ActorLoop, StageRunner
-from graph.chunk import NS_PER_MS, Chunk, SessionId
+from graph.chunk import NS_PER_MS, Chunk, Kind, SessionId
 from graph.credit import Grant
 from graph.edge import Arrival, Receiver, Sender
 
@@ -104,6 +104,7 @@ class ReceiveEnd:
     def __init__(self, world: World, actor: Actor, grants: Network, rng: Random) -> None:
         self._world, self._actor, self._grants, self._rng = world, actor, grants, rng
         self._came: deque[tuple[bytes, Chunk]] = deque()
+        self._epochs: dict[SessionId, int] = {}  # the newest that has come
         self.peers: dict[bytes, SendEnd] = {}
 
     @property
@@ -114,7 +115,16 @@ class ReceiveEnd:
     def come(self, peer: bytes, chunk: Chunk) -> None:
         self._came.append((peer, chunk))
         self._actor.num_waiting += 1
-        self._actor.wake()
+        if not self._is_only_looked_up(chunk):
+            self._actor.wake()
+
+    def _is_only_looked_up(self, chunk: Chunk) -> bool:
+        """The listener's news, unless they tell of a barge-in: nothing is done about them in real time until the next
+        window comes (`StageRunner.take()`), so here they wait for it without a turn of their own."""
+        is_news = chunk.epoch > self._epochs.setdefault(chunk.session, 0)
+        if is_news:
+            self._epochs[chunk.session] = chunk.epoch
+        return chunk.kind is Kind.PLAYBACK and not is_news
 
     def receive(self) -> list[tuple[bytes, Chunk]]:
         taken = [self._came.popleft() for _ in range(min(len(self._came), RECEIVE_BATCH))]

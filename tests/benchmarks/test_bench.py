@@ -32,7 +32,7 @@ def run_quickly(name: str) -> dict[str, object]:
         env={**os.environ, **QUICK},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     report: dict[str, object] = json.loads(result.stdout)
