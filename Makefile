@@ -10,7 +10,8 @@ COMPILE_WHAT_IS_USED = .venv/bin/python -c 'import av, deploy.actor, deploy.cli,
 up: .venv/installed
 	@.venv/bin/pipeline up $(ARGS)
 
-test: .venv/installed-dev lint types unit
+test: .venv/installed-dev lint
+	@$(MAKE) --no-print-directory unit TYPES=types
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports
@@ -18,8 +19,9 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
-# Three runs side by side, each of about the same length. What hears the clock comes first in its run, and what computes
-# most last, so that they meet as little as may be. Then many seeds, which want both cores.
+# Three runs side by side, each of about the same length, in `make test` one of them behind the check of the types. What
+# hears the clock comes first in its run, and what computes most last, so that they meet as little as may be. Then many
+# seeds, which want both cores.
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 E2E = tests/end_to_end/test_
 WITH_CAMERAS = $(E2E)dashboards.py $(E2E)nano.py
@@ -33,7 +35,7 @@ REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/))) $(DECODERS:%
 
 unit: .venv/installed-dev
 	@$(PYTEST) $(PIPELINES) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
-	$(PYTEST) $(CAMERAS) > .venv/cameras.log 2>&1 & cameras=$$!; \
+	{ $(if $(TYPES),$(MAKE) $(TYPES) &&) $(PYTEST) $(CAMERAS); } > .venv/cameras.log 2>&1 & cameras=$$!; \
 	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
 	$(PYTEST) $(REST); rest=$$?; \
 	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
