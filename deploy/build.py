@@ -111,10 +111,12 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
     from stages.tensors import runtime
 
     assert isinstance(spec, LlmSpec)
-    where = runtime(device_of(spec), spec.dtype)
+    told = load_config(checkpoint)
+    has_codes = spec.dtype == "auto" and told.llm.quantization is not None  # kernels that read them are for bfloat16
+    where = runtime(device_of(spec), "bfloat16" if has_codes else spec.dtype)
     model = load_shard(checkpoint, "llm", dtype=where.dtype, device=where.device)
     tokenizer = Tokenizer.load(checkpoint)
-    config = duplex_config(spec, load_config(checkpoint).generation)
+    config = duplex_config(spec, told.generation)
     cache = KvCache.of_bytes(KvShape.of(model.config), spec.kv_memory_bytes, dtype=where.dtype, device=where.device)
     return Llm(
         DuplexEngine(model, cache, tokenizer, config),

@@ -396,6 +396,31 @@ def shards_split(
     _tell(f"{out}: {_what_is_in(manifest)}")
 
 
+@shards.command("quantize")
+def shards_quantize(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet, or is empty.")],
+    bits: Annotated[int, typer.Option(help="8 or 4.")] = 4,
+) -> None:
+    """Write a checkpoint with the LLM's weights in 8 or 4 bits; says how much smaller it is, and how fast here."""
+    from model_shards.quantize import compare_speed, quantize_checkpoint
+
+    if bits not in (8, 4):
+        raise typer.BadParameter(f"{bits}: expected 8 or 4", param_hint="--bits")
+    with _clear_errors():
+        done = quantize_checkpoint(checkpoint, out, 8 if bits == 8 else 4)
+    before, after = done.before_bytes / 1e9, done.after_bytes / 1e9
+    off = f"its weights are off by {done.relative_error:.2%} of their size"
+    _tell(f"{out}: llm in {done.quantization}: {before:.3g} GB, now {after:.3g} GB; {off}")
+    if done.largest is not None:
+        shape = "x".join(map(str, done.largest.shape))
+        for timing in compare_speed(done.largest, done.quantization):
+            before_ms, after_ms = timing.before_s * 1e3, timing.after_s * 1e3
+            ratio = before_ms / after_ms
+            told = f"{before_ms:.3g} ms in bfloat16, {after_ms:.3g} ms in {bits} bits ({ratio:.2g} times as fast)"
+            _tell(f"  {shape} with {timing.num_rows} row(s) on this CPU: {told}")
+
+
 @shards.command("verify")
 def shards_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     """Compare a split checkpoint with its manifest, byte by byte; names what is missing, extra, cut off or changed."""

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from model_shards.config import ModelConfig, load_config
 from model_shards.errors import ModelError
+from model_shards.quantized import settle
 
 if TYPE_CHECKING:
     from model_shards.audio import AudioEncoder
@@ -81,7 +82,8 @@ _MAX_NAMES_TOLD = 8
 
 @dataclass(frozen=True, slots=True)
 class ComponentInfo:
-    """What the headers say about one component. `num_parameters` counts the elements of all its tensors."""
+    """What the headers say about one component. `num_parameters` counts the elements of all its tensors, two weights
+    of 4 bits as one."""
 
     component: Component
     num_tensors: int
@@ -214,6 +216,7 @@ def load_component(path: Path, component: Component, module: nn.Module, *, dtype
     module.to(device).eval().requires_grad_(False)  # tables that no checkpoint fills are built on the CPU
     hollow = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
     assert not hollow, f"{component}: {hollow} are neither in the checkpoint nor computed when they are used"
+    settle(module)
 
 
 def check(path: Path, components: Iterable[Component]) -> None:

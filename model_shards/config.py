@@ -23,8 +23,19 @@ SILENCE_CODE = 4218  # of the released speech tokenizer
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the linear layers' weights are held (model_shards/quantized.py). bits: 8, or 4 in groups of `group_size`."""
+
+    bits: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return "8 bits" if self.bits == 8 else f"4 bits in groups of {self.group_size}"
+
+
+@dataclass(frozen=True, slots=True)
 class LlmConfig:
-    """Qwen3 decoder (`llm.`)."""
+    """Qwen3 decoder (`llm.`). quantization: of its layers; the head then has 8 bits. None: none."""
 
     vocab_size: int = 151748
     hidden_size: int = 4096
@@ -36,6 +47,7 @@ class LlmConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     max_position_embeddings: int = 40960
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +247,7 @@ _BUILT_IN: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "tie_word_embeddings": (False,),
         "rope_scaling": _PLAIN_ROPE,
         "use_sliding_window": (False,),
+        "quantization_config": (None,),  # of another tool; ours writes `quantization`
         "vision_config.hidden_act": ("gelu_pytorch_tanh",),
         "audio_config.activation_function": ("gelu",),
         "audio_config.num_mel_bins": (80,),
@@ -275,7 +288,7 @@ def parse_config(raw: Mapping[str, Any], vocoder: Mapping[str, Any]) -> ModelCon
     official = raw.get("architectures") == ["MiniCPMO"] and str(raw.get("version")) == "4.5"
     hidden = int(raw.get("hidden_size", RELEASED.llm.hidden_size))
     return ModelConfig(
-        llm=_pick(LlmConfig, raw),
+        llm=_parse_llm(raw),
         vision=_parse_vision(raw, hidden) if raw.get("init_vision", True) else None,
         audio=_parse_audio(raw, hidden) if raw.get("init_audio", True) else None,
         tts=_parse_tts(raw.get("tts_config", {})) if raw.get("init_tts", True) else None,
@@ -332,6 +345,16 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     parameters = dict(raw.get("rope_parameters") or {})
     theta = {"rope_theta": parameters.pop("rope_theta")} if "rope_theta" in parameters else {}
     return theta | ({"rope_scaling": parameters} if parameters else {})
+
+
+def _parse_llm(raw: Mapping[str, Any]) -> LlmConfig:
+    sizes = {key: value for key, value in raw.items() if key != "quantization"}
+    if told := raw.get("quantization"):
+        bits = int(told["bits"])
+        if bits not in (8, 4):
+            raise ValueError(f"quantization.bits is {bits}, expected 8 or 4")
+        sizes["quantization"] = Quantization(bits, int(told["group_size"]))
+    return _pick(LlmConfig, sizes)
 
 
 def _parse_vision(raw: Mapping[str, Any], hidden: int) -> VisionConfig:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_shards.config import LlmConfig
+from model_shards.config import LlmConfig, Quantization
 from model_shards.kv_cache import KvCache, KvSequence, rotate
+from model_shards.quantized import QuantizedLinear
 
 # Attention of n new tokens over a context of t costs about t * (8 + n) units (the 8: gathering keys and values), a
 # call of its own costs about 4096 units more (measured on a CPU core, head_dim 32: 25 µs against 6 ns per unit).
@@ -74,11 +75,18 @@ class LanguageModel(nn.Module):
         return list(torch.split(self.llm.model.norm(hidden), [len(item.embeds) for item in batch]))
 
 
+def _linear(in_features: int, out_features: int, quantization: Quantization | None) -> nn.Module:
+    if quantization is None:
+        return nn.Linear(in_features, out_features, bias=False)
+    return QuantizedLinear(in_features, out_features, quantization)
+
+
 class _CausalLm(nn.Module):
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
         self.model = _Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head = None if config.quantization is None else Quantization(8, config.hidden_size)
+        self.lm_head = _linear(config.hidden_size, config.vocab_size, head)
 
 
 class _Decoder(nn.Module):
@@ -106,9 +114,9 @@ class DecoderLayer(nn.Module):
 class _Mlp(nn.Module):
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config.quantization)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, config.quantization)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.quantization)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -120,10 +128,10 @@ class DecoderAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+        self.q_proj = _linear(config.hidden_size, heads, config.quantization)
+        self.k_proj = _linear(config.hidden_size, kv_heads, config.quantization)
+        self.v_proj = _linear(config.hidden_size, kv_heads, config.quantization)
+        self.o_proj = _linear(heads, config.hidden_size, config.quantization)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 

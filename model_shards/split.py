@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -44,6 +44,8 @@ _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".gguf")
 _NOT_COPIED = (*_WEIGHTS, ".safetensors.index.json", ".py")
 _MAX_HEADER_BYTES = 100_000_000  # the official limit
 _READ_BYTES = 1 << 22
+_CONFIG = "config.json"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,16 @@ class _Entry:
     end: int
 
 
-def split_checkpoint(checkpoint: Path, out: Path) -> Manifest:
+Change = Callable[[Component, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""What becomes of a component's tensors."""
+
+
+def split_checkpoint(
+    checkpoint: Path, out: Path, change: Change = lambda _, tensors: tensors, told: Mapping[str, Any] = _NOTHING
+) -> Manifest:
     """Write `checkpoint` as a split folder; it appears whole or not at all.
 
+    change: the weights on their way. told: what config.json says of it.
     Raises ModelError when the checkpoint is damaged, holds tensors that are no component's, or `out` exists and is not
     an empty folder.
     """
@@ -93,11 +102,15 @@ def split_checkpoint(checkpoint: Path, out: Path) -> Manifest:
         for component in COMPONENTS:
             if tensors := stored_tensors(checkpoint, component):
                 name = _shard_name(component)
-                manifest[name] = _write_shard(folder / name, tensors)
+                manifest[name] = _write_shard(folder / name, change(component, tensors))
         if config.vocoder is not None and _VOCODER_CONFIG not in manifest:  # what its files told must be written now
             (folder / VOCODER_FOLDER).mkdir(parents=True, exist_ok=True)
             (folder / _VOCODER_CONFIG).write_text(json.dumps(vocoder_sizes(config.vocoder), indent=1), encoding="utf-8")
             manifest[_VOCODER_CONFIG] = _record(folder / _VOCODER_CONFIG)
+        if told:
+            raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) | told
+            (folder / _CONFIG).write_text(json.dumps(raw, indent=1), encoding="utf-8")
+            manifest[_CONFIG] = _record(folder / _CONFIG)
         _write_manifest(folder, manifest)
     return manifest
 

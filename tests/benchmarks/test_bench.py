@@ -19,6 +19,7 @@ QUICK |= {
     "OMNI_BENCH_SEEDS": "1",
     "OMNI_BENCH_BATCHED": "2",
     "OMNI_BENCH_SCHEDULED": "4",
+    "OMNI_BENCH_WIDTH": "256",
     "OMP_NUM_THREADS": "1",
 }
 ROW_KEYS = {"name", "value", "unit", "rival", "rival_value", "ratio", "command"}
@@ -41,7 +42,8 @@ def run_quickly(name: str) -> dict[str, object]:
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("name", "num_rows"), [("bus", 36), ("engine", 8), ("overload", 6), ("sessions", 6), ("stages", 5)]
+    ("name", "num_rows"),
+    [("bus", 36), ("engine", 8), ("overload", 6), ("quantized", 10), ("sessions", 6), ("stages", 5)],
 )
 def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_measured(name: str, num_rows: int) -> None:
     report = run_quickly(name)
@@ -63,12 +65,14 @@ def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_meas
 def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     run_bench(None, as_json=True)
     listed = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in listed] == ["bus", "engine", "overload", "sessions", "stages"]
+    assert [entry["name"] for entry in listed] == ["bus", "engine", "overload", "quantized", "sessions", "stages"]
     assert all(entry["about"].endswith(".") for entry in listed)
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
-    with pytest.raises(BenchError, match="no benchmark 'buss'; there are: bus, engine, overload, sessions, stages"):
+    with pytest.raises(
+        BenchError, match="no benchmark 'buss'; there are: bus, engine, overload, quantized, sessions, stages"
+    ):
         run_bench("buss", as_json=False)
 
 

@@ -1,0 +1,235 @@
+"""Weights in 8 and 4 bits: what is stored, what is computed of it, and the checkpoint which holds them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deploy.build import build_stage
+from graph.chunk import NS_PER_S
+from graph.sections import LlmSpec
+from model_shards.checkpoint import COMPONENTS, build_hollow, check, inspect, load_shard, stored_tensors
+from model_shards.config import RELEASED, LlmConfig, ModelConfig, Quantization, load_config
+from model_shards.errors import ModelError
+from model_shards.init import init_checkpoint
+from model_shards.kv_cache import KvCache, KvSequence, KvShape
+from model_shards.llm import LanguageModel, SequenceInput
+from model_shards.quantize import Bits, compare_speed, quantize_checkpoint
+from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle
+from model_shards.split import verify_split
+from stages.feed import Feeds
+from tests.support.units import audio, session, unit
+
+BITS: tuple[Bits, ...] = (8, 4)
+OFF = {8: 0.02, 4: 0.2}
+"""By how much the tiny LLM's results may be off, as a part of their size."""
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "tiny"
+    init_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=BITS, ids=lambda bits: f"{bits} bits")
+def small(request: pytest.FixtureRequest, whole: Path) -> tuple[Path, Bits]:
+    path = whole.parent / f"{request.param}"
+    quantize_checkpoint(whole, path, request.param)
+    return path, request.param
+
+
+def matrix(rows: int = 48, columns: int = 128) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.1 + 0.02
+
+
+def layer(weight: torch.Tensor, bits: int, group_size: int = 64) -> QuantizedLinear:
+    rows, columns = weight.shape
+    made = QuantizedLinear(columns, rows, Quantization(bits, group_size))
+    made.weight, made.weight_scale, made.weight_zero = quantize(weight, bits, group_size)
+    settle(made)
+    return made
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_is_off_by_half_a_step_at_most(bits: int):
+    weight = matrix()
+    codes = quantize(weight, bits, 64)
+    steps = codes.scale.repeat_interleave(64 if bits == 4 else 128, dim=1)
+    assert ((dequantize(codes) - weight).abs() <= steps / 2 + 1e-6).all()
+
+
+def test_of_two_codes_in_a_byte_the_first_is_in_the_lower_half():
+    weight = torch.tensor([[0.0, 15.0, *[7.0] * 30]])
+    codes = quantize(weight, 4, 32)
+    assert (int(codes.weight[0, 0]), codes.weight.shape) == (0 | 15 << 4, (1, 16))
+    assert torch.equal(dequantize(codes), weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_row_of_nothing_stays_nothing(bits: int):
+    assert dequantize(quantize(torch.zeros(2, 64), bits, 32)).abs().max() < 1e-6
+
+
+# ---- what is computed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [48, 50], ids=["for the kernel", "none for the kernel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_layer_computes_with_the_weights_its_codes_stand_for(bits: int, dtype: torch.dtype, rows: int):
+    weight = matrix(rows).to(dtype)
+    x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.float() @ dequantize(quantize(weight, bits, 64)).float().T
+    actual = layer(weight, bits)(x)
+    assert (actual.dtype, actual.shape) == (dtype, (3, 7, rows))
+    off = 1e-5 if dtype == torch.float32 else 0.02
+    assert (actual.float() - expected).abs().max() <= off * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_row_is_the_same_in_any_company(bits: int):
+    made = layer(matrix().to(torch.bfloat16), bits)
+    x = torch.randn(9, 128).to(torch.bfloat16)
+    alone = torch.cat([made(x[index : index + 1]) for index in range(9)])
+    assert torch.allclose(made(x).float(), alone.float(), rtol=0.02, atol=1e-3)
+
+
+def test_codes_and_inputs_may_lie_anywhere():
+    weight, x = matrix().to(torch.bfloat16), torch.randn(5, 128).to(torch.bfloat16)
+    codes = quantize(weight, 8, 64)
+    moved = [torch.cat([part.new_zeros(1), part.flatten()])[1:].view(part.shape) for part in (codes.weight, x)]
+    assert all(part.data_ptr() % 16 for part in moved)
+    made = QuantizedLinear(128, 48, Quantization(8, 64))
+    made.weight, made.weight_scale = moved[0], codes.scale
+    settle(made)
+    assert torch.equal(made(moved[1]), layer(weight, 8)(x))
+
+
+def test_what_a_layer_no_longer_needs_is_forgotten():
+    made = layer(matrix().to(torch.bfloat16), 4)
+    assert sum(buffer.numel() for buffer in made.buffers()) == 0
+
+
+# ---- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def hidden_of(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """Logits of the LLM for some embeddings."""
+    model = load_shard(path, "llm", dtype=dtype)
+    cache = KvCache(KvShape.of(model.config), 20, 16, dtype=dtype)
+    rows = torch.randn(20, model.config.hidden_size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    (hidden,) = model(cache, [SequenceInput(KvSequence(), rows)])
+    return model.logits(hidden).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_llm_computes_nearly_what_it_did(whole: Path, small: tuple[Path, Bits], dtype: torch.dtype):
+    path, bits = small
+    before, after = hidden_of(whole, torch.float32), hidden_of(path, dtype)
+    off = (after - before).square().mean().sqrt() / before.square().mean().sqrt()
+    assert 0 < off < OFF[bits]
+
+
+def test_the_other_components_are_as_they_were(whole: Path, small: tuple[Path, Bits]):
+    for component in ("vision", "audio", "tts", "vocoder"):
+        before, after = stored_tensors(whole, component), stored_tensors(small[0], component)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_it_is_smaller_whole_and_says_what_it_is(whole: Path, small: tuple[Path, Bits]):
+    path, bits = small
+    verify_split(path)
+    check(path, COMPONENTS)
+    sizes = [next(info for info in inspect(folder) if info.component == "llm").num_bytes for folder in (whole, path)]
+    assert sizes[1] < sizes[0] * (0.8 if bits == 8 else 0.7)  # its table of embeddings is large
+    assert str(load_config(path).llm.quantization) == ("8 bits" if bits == 8 else "4 bits in groups of 64")
+
+
+def test_how_much_smaller_and_how_far_off_is_told(whole: Path, tmp_path: Path):
+    done = quantize_checkpoint(whole, tmp_path / "out", 4)
+    assert done.after_bytes < done.before_bytes
+    assert 0.01 < done.relative_error < 0.2
+    assert done.largest is not None
+    timings = compare_speed(done.largest, done.quantization, rows=(1, 3))
+    assert [timing.num_rows for timing in timings] == [1, 3]
+    assert all(timing.before_s > 0 and timing.after_s > 0 for timing in timings)
+
+
+def test_a_session_runs_on_it_in_the_type_which_its_kernels_know(small: tuple[Path, Bits]):
+    stage = build_stage("llm", LlmSpec(), small[0], Feeds())
+    stage.open_session(session(speech=False))
+    rows = torch.randn(10, 128, generator=torch.Generator().manual_seed(1)).numpy()
+    said = [chunk for index in range(12) for chunk in stage.process([unit("door", index, audio("door", index, rows))])]
+    assert any(chunk.attrs.get("dtype") == "bfloat16" for chunk in said)
+    assert all(chunk.start_ns <= 12 * NS_PER_S for chunk in said)
+
+
+def test_what_is_quantised_is_not_quantised_again(small: tuple[Path, Bits], tmp_path: Path):
+    with pytest.raises(ModelError, match=r"its LLM is quantised already, .* bits.*; take the original"):
+        quantize_checkpoint(small[0], tmp_path / "again", 4)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_checkpoint_quantised_by_another_tool_is_refused(whole: Path, tmp_path: Path):
+    config = json.loads((whole / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantization_config is \{'quant_method': 'awq'\}, expected None"):
+        load_config(tmp_path)
+
+
+def test_a_config_of_other_bits_is_refused(whole: Path, tmp_path: Path):
+    config = json.loads((whole / "config.json").read_text()) | {"quantization": {"bits": 3, "group_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantization\.bits is 3, expected 8 or 4"):
+        load_config(tmp_path)
+
+
+def test_codes_that_are_missing_are_named_before_anything_is_read(small: tuple[Path, Bits], tmp_path: Path):
+    path = tmp_path / "copy"
+    path.mkdir()
+    for name in ("config.json", "shards"):
+        (path / name).symlink_to(small[0] / name)
+    (path / "shards").unlink()
+    (path / "shards").mkdir()
+    name = "llm.model.layers.0.mlp.up_proj.weight_scale"
+    tensors = load_file(small[0] / "shards" / "llm.safetensors")
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path / "shards" / "llm.safetensors")
+    with pytest.raises(ModelError, match=rf"1 missing: {name}"):
+        check(path, ["llm"])
+
+
+def test_the_released_checkpoint_is_under_12_gb_in_4_bits():
+    llm = LlmConfig(quantization=Quantization(4, 128))
+    config = ModelConfig(llm=llm, vision=RELEASED.vision)
+    sizes = {
+        component: sum(
+            tensor.numel() * (_bytes_of_a_float(component) if tensor.is_floating_point() else 1)
+            for tensor in build_hollow(component, config).state_dict().values()
+        )
+        for component in COMPONENTS
+    }
+    assert sizes["llm"] < 6e9
+    assert sum(sizes.values()) < 12e9
+
+
+def _bytes_of_a_float(component: str) -> int:
+    return 4 if component == "vocoder" else 2
+
+
+def test_a_model_without_quantization_has_plain_layers_only():
+    with torch.device("meta"):
+        model = LanguageModel(LlmConfig(num_hidden_layers=1))
+    assert not any(isinstance(part, QuantizedLinear) for part in model.modules())
