@@ -300,6 +300,10 @@ def simulate(
     seeds: Annotated[str, typer.Option("--seeds", metavar="0:1000", help="From where to before where.")] = "0:100",
     sessions: Annotated[int | None, typer.Option("--sessions", min=1, max=10_000, help="Instead of its own.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", min=1, max=86_400, help="Of each session.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", metavar="FILE", help="What stages cost, as pipeline bench stages measured."),
+    ] = None,
     file: File = None,
     overrides: Set = None,
     as_json: Json = False,
@@ -310,6 +314,7 @@ def simulate(
     """
     from deploy.shrink import print_report, shrink
     from deploy.simulate import Report, find_scenario, parse_seeds, print_scenarios, run_scenario
+    from graph.costs import read_profile
 
     if scenario is None:
         print_scenarios(as_json)
@@ -317,6 +322,8 @@ def simulate(
     with _clear_errors(), _usage():
         spec, numbers = _load(file, overrides or []), parse_seeds(seeds)
         found = find_scenario(scenario).sized(sessions, windows)
+        if profile is not None:
+            found = found.priced(read_profile(profile))
     with _clear_errors():
         report: Report = run_scenario(spec, found, numbers)
     shortest = shrink(spec, found, report.violations[0]) if report.violations else None

@@ -13,7 +13,7 @@ from typing import Final
 
 from deploy.virtual import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
-from graph.costs import StageCost
+from graph.costs import Profile, StageCost
 from graph.credit import Limit
 from graph.errors import GraphError
 
@@ -90,6 +90,11 @@ class Scenario:
     slow: Mapping[str, float] = field(default_factory=dict)
     drift_ppm: int = 0
 
+    def priced(self, profile: Profile) -> Scenario:
+        """The same where stages cost what was measured. Raises ProfileError where a stage of ours was not."""
+        costs = {name: profile.of(name) for name in self.costs}
+        return replace(self, costs=costs, token_ns=0, picture_ns=0)  # what is said and seen is in what was measured
+
     def sized(self, num_sessions: int | None, num_windows: int | None) -> Scenario:
         """The same with so many sessions and windows. Raises SimulateError where sessions come and go as they do."""
         if self.arrivals and (num_sessions or num_windows):
@@ -107,6 +112,17 @@ OVERLOAD: Final = (
     Arrivals(8, until_ns=180 * NS_PER_S),
     Arrivals(8, until_ns=140 * NS_PER_S, from_ns=20 * NS_PER_S, every_ns=4 * NS_PER_S),
     Arrivals(16, until_ns=140 * NS_PER_S, from_ns=80 * NS_PER_S, every_ns=2 * NS_PER_S),
+)
+DAY_S: Final = 120  # five seconds for an hour
+DIURNAL: Final = (
+    Arrivals(20, until_ns=DAY_S * NS_PER_S),
+    *(
+        # All of the others come between 6 and noon, and go group by group between 16 and 22.
+        Arrivals(
+            10, until_ns=(110 - 4 * group) * NS_PER_S, from_ns=(30 + 4 * group) * NS_PER_S, every_ns=400 * NS_PER_MS
+        )
+        for group in range(8)
+    ),
 )
 _STEADY: Final = Scenario("steady", "nothing goes wrong", num_sessions=4, num_windows=8)
 _STORM: Final = replace(
@@ -182,6 +198,15 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 picture_ns=8 * NS_PER_MS,
                 batch=64,
                 devices={"gpu": 1},
+            ),
+            Scenario(
+                "diurnal",
+                "a device and its cameras in a day of 120 s: 20 at night, 100 at noon; 100 seeds are 10 000 cameras",
+                arrivals=DIURNAL,
+                batch=64,
+                barges_in=0.1,
+                dies=0.05,
+                drift_ppm=200,
             ),
         )
     }

@@ -24,6 +24,7 @@ from deploy.runner import MAX_READY, StageRunner
 from deploy.scenarios import SCENARIOS, Arrivals, Scenario, SimulateError
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
 from deploy.virtual_stages import (
+    Costly,
     OutOfOrder,
     VirtualAudio,
     VirtualCamera,
@@ -389,6 +390,11 @@ class Simulation:
                 for session in runner.snapshot().sessions:
                     yield name, session
 
+    def _stages(self) -> Iterable[tuple[str, Stage]]:
+        for actor in self.actors.values():
+            for name, runner in actor.runners.items():
+                yield name, runner.stage
+
     # ---- what must hold ----------------------------------------------------------------------------------------------
 
     def _violated(self, rule: str, what: str) -> None:
@@ -454,6 +460,9 @@ class Simulation:
         for edge, account in self.accounts().items():
             if account.in_flight:
                 self._violated("ledger", f"{edge}: {account.in_flight} chunks are neither delivered nor dropped")
+        for name, stage in self._stages():
+            for session in stage.unsaid if isinstance(stage, Costly) else ():
+                self._violated("all is said", f"{session} was closed at {name} with something left to say")
         ended, due = self.figures.num_windows, self._num_due
         if ended < due and not self.violations:  # what is carried past the end has one of its own
             self._violated("every window ends", f"{ended} of {due} windows have come to their end")

@@ -38,12 +38,14 @@ class Costly(Stage):
         self._cost, self._device, self._rng = cost, device, rng
         self._next: dict[SessionId, int] = {}
         self.slow_down = 1.0
+        self.unsaid: list[SessionId] = []  # sessions that were closed with something left to say
 
     def open_session(self, session: Session) -> None:
         self._next[session.id] = 0
 
     def close_session(self, session: SessionId) -> None:
-        self._next.pop(session, None)
+        if self._next.pop(session, None) is not None and self.goes_on(session):
+            self.unsaid.append(session)
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         for unit in units:

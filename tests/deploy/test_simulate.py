@@ -11,10 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy import cli
-from deploy.scenarios import SCENARIOS, SimulateError
+from deploy.runner import StageRunner
+from deploy.scenarios import COSTS, SCENARIOS, Scenario, SimulateError
 from deploy.shrink import faults_of, shrink
 from deploy.simulate import MAX_VIOLATIONS, Report, Simulation, find_scenario, parse_seeds, run_scenario
 from deploy.virtual import Network
+from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.costs import Profile, ProfileError, StageCost
 from graph.credit import ReceiveCredit, SendCredit
 from graph.epoch import EpochFence
 from graph.ledger import Ledger
@@ -46,11 +49,35 @@ def rules(report: Report) -> set[str]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_happens_what_must_hold_does(spec: PipelineSpec, name: str):
-    scenario = SCENARIOS[name]
+    scenario = SCENARIOS[name] if name != "diurnal" else a_fifth_of(SCENARIOS[name])
     num_seeds = 1 if scenario.arrivals else NUM_SEEDS
-    report = run(spec, name, num_seeds)
+    report = run_scenario(spec, scenario, range(num_seeds))
     assert report.violations == ()
     assert report.figures.num_windows >= num_seeds * scenario.num_sessions * scenario.num_windows
+
+
+def a_fifth_of(scenario: Scenario) -> Scenario:
+    """With a fifth of the sessions: a test shall not take a quarter of a minute."""
+    arrivals = tuple(replace(each, num_sessions=each.num_sessions // 5) for each in scenario.arrivals)
+    return replace(scenario, arrivals=arrivals)
+
+
+def test_a_day_has_a_fifth_of_its_cameras_at_night_and_all_of_them_at_noon(spec: PipelineSpec):
+    def num_open(at_s: float) -> int:
+        coming = [(begin, each.until_ns) for each in SCENARIOS["diurnal"].arrivals for begin in each.begins_ns()]
+        return sum(begin <= at_s * NS_PER_S < until for begin, until in coming)
+
+    assert [num_open(hour * 5) for hour in (0, 5, 13, 15, 23)] == [20, 20, 100, 100, 20]
+
+
+def test_a_profile_says_what_stages_cost(spec: PipelineSpec):
+    steady = SCENARIOS["steady"]
+    slow = {name: StageCost(900 * NS_PER_MS, 0) for name in COSTS}
+    profile = Profile("tiny", {}, 2, slow)
+    usual, figures = (run_scenario(spec, each, range(1)).figures.as_dict() for each in (steady, steady.priced(profile)))
+    assert figures["latency_p50_s"] > 3 * usual["latency_p50_s"]
+    with pytest.raises(ProfileError, match="the profile says nothing of vocoder"):
+        SCENARIOS["steady"].priced(replace(profile, stages={n: c for n, c in slow.items() if n != "vocoder"}))
 
 
 def test_a_seed_happens_the_same_each_time(spec: PipelineSpec):
@@ -118,6 +145,11 @@ def test_speech_that_runs_ahead_is_seen(spec: PipelineSpec, broken: pytest.Monke
     broken.setattr(SpeechCredit, "allows", lambda self, duration_ns, now_ns: True)
     broken.setattr("graph.tail.TextBudget.tokens", lambda self, now_ns: 18)
     assert "TAIL" in rules(run(spec, "storm", 12))
+
+
+def test_what_is_not_said_at_the_end_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(StageRunner, "_goes_on", lambda self, state: False)
+    assert "all is said" in rules(run(spec, "slow-tts", 20))
 
 
 def test_a_listener_who_is_never_heard_of_is_not_spoken_to_for_long(spec: PipelineSpec):
