@@ -61,6 +61,12 @@ class Checkpoint:
                     f"window.length is {spec.window.length_ns / NS_PER_S:g}s, but the model of {self.path} works in "
                     f"windows of {window_ns / NS_PER_S:g}s; set window.length: {window_ns / NS_PER_S:g}s"
                 )
+        llm, codes = spec.stages.get("llm"), config.llm.quantization
+        if codes is not None and llm is not None and llm.dtype == "float32":
+            raise CheckpointError(
+                f"stages.llm.dtype is float32, but the LLM of {self.path} is in {codes}, which is computed with in "
+                "bfloat16; set stages.llm.dtype: auto"
+            )
         return spec.without(off) if off else spec
 
     def check_tensors(self, spec: PipelineSpec) -> None:

@@ -40,7 +40,7 @@ from stages.stage import Session, Stage
 
 LEAST_SLEEP_NS = NS_PER_MS
 MAX_QUIET = 5
-"""Windows after its inputs' end in which a stage waits for a listener who hears nothing; as ACK_TIMEOUT_NS."""
+"""Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
 

@@ -117,7 +117,7 @@ DAY_S: Final = 120  # five seconds for an hour
 DIURNAL: Final = (
     Arrivals(20, until_ns=DAY_S * NS_PER_S),
     *(
-        # All of the others come between 6 and noon, and go group by group between 16 and 22.
+        # All of the others come between 6 and 12:20, and go group by group between 16:20 and 22.
         Arrivals(
             10, until_ns=(110 - 4 * group) * NS_PER_S, from_ns=(30 + 4 * group) * NS_PER_S, every_ns=400 * NS_PER_MS
         )

@@ -22,6 +22,7 @@ from deploy.checkpoints import Checkpoint, open_checkpoint
 from deploy.live_cameras import LiveCameras
 from deploy.measure import PipelineMeter
 from deploy.observe import GatewayServer, build_gateway
+from deploy.runner import MAX_QUIET
 from deploy.sources import anchored, check_cameras
 from deploy.state import Running, StateFolder
 from deploy.status import Status
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 AGAIN_S = 0.02
 MAX_ENDED = 64  # sessions which `ps` goes on showing
-DRAIN_S = 8.0  # after the first Ctrl-C; the listener may still have a lead and a window to hear
+CLOSING_S = 1.0  # after the last word
 
 
 class UpError(GraphError):
@@ -203,6 +204,12 @@ class _Run:
         self._write_ledger(ledger)
         return Outcome(interrupted, ledger, self._options.out)
 
+    def _drain_s(self) -> float:
+        """How long sessions may take to their end, after the first Ctrl-C: TTS and then the vocoder may wait for their
+        listener, who then has a lead and a window to hear."""
+        window_ns = self._spec.window.length_ns
+        return ((2 * MAX_QUIET + 1) * window_ns + self._spec.tail.lead_ns) / NS_PER_S + CLOSING_S
+
     def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> bool:
         """Until every session has ended; True when that was asked for."""
         deadline_s = float("inf")
@@ -214,7 +221,7 @@ class _Run:
                 asked = True
                 self._live.close()
                 self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
-                deadline_s = time.monotonic() + DRAIN_S
+                deadline_s = time.monotonic() + self._drain_s()
                 for session in coordinator.sessions:
                     coordinator.end_session(session)
             if time.monotonic() > deadline_s:

@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_shards.checkpoint import Component
+from model_shards.checkpoint import Component, check
 from model_shards.config import Quantization, load_config
 from model_shards.errors import ModelError
-from model_shards.quantized import GROUPS, QuantizedLinear, dequantize, quantize
+from model_shards.quantized import GROUPS, Codes, QuantizedLinear, dequantize, quantize
 from model_shards.split import split_checkpoint
 
 Bits = Literal[8, 4]
 LAYERS = "llm.model.layers."
 HEAD = "llm.lm_head.weight"
+_ROWS_AT_ONCE = 1024  # of a matrix: what is reckoned with takes several times their size
 
 
 @dataclass(slots=True)
@@ -49,10 +50,10 @@ class Quantized:
 @torch.inference_mode()
 def quantize_checkpoint(checkpoint: Path, out: Path, bits: Bits) -> Quantized:
     """Write `checkpoint` with the matrices of its LLM's layers in `bits`, and the head in 8. Holds the LLM's codes in
-    memory.
+    memory, and the largest matrix once more.
 
-    Raises ModelError where `split_checkpoint` does, and for a checkpoint that is quantised already, or whose sizes no
-    group divides.
+    Raises ModelError where `check` and `split_checkpoint` do, and for a checkpoint that is quantised already, or whose
+    sizes no group divides.
     """
     config = load_config(checkpoint).llm
     if config.quantization is not None:
@@ -61,6 +62,7 @@ def quantize_checkpoint(checkpoint: Path, out: Path, bits: Bits) -> Quantized:
     group_size = next((group for group in GROUPS if not any(size % group for size in sizes)), None)
     if group_size is None:
         raise ModelError(f"{checkpoint}: no group of {GROUPS} weights divides {sorted(sizes)}")
+    check(checkpoint, ["llm"])
     done = Quantized(Quantization(bits, group_size))
 
     def change(component: Component, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -115,13 +117,19 @@ def _quantized(name: str, tensor: Tensor, done: Quantized) -> dict[str, Tensor]:
     in_layers = name.startswith(LAYERS) and tensor.dim() == 2
     if not (in_layers or name == HEAD):
         return {name: tensor}
-    codes = quantize(tensor, done.quantization.bits if in_layers else 8, done.quantization.group_size)
+    if tensor.dtype.itemsize == 1:  # a scale would not fit into 8 bits
+        tensor = tensor.to(torch.bfloat16)
     if in_layers and (done.largest is None or tensor.numel() > done.largest.numel()):
         done.largest = tensor
-    done.squares += float(tensor.float().square().sum())
-    done.errors += float((dequantize(codes).float() - tensor.float()).square().sum())
-    stored = {name: codes.weight, f"{name}_scale": codes.scale}
-    return stored if codes.zero is None else {**stored, f"{name}_zero": codes.zero}
+    parts: list[Codes] = []
+    for rows in torch.split(tensor, _ROWS_AT_ONCE):
+        parts.append(quantize(rows, done.quantization.bits if in_layers else 8, done.quantization.group_size))
+        done.squares += float(rows.float().square().sum())
+        done.errors += float((dequantize(parts[-1]).float() - rows.float()).square().sum())
+    stored = {name: [part.weight for part in parts], f"{name}_scale": [part.scale for part in parts]}
+    if zeros := [part.zero for part in parts if part.zero is not None]:
+        stored[f"{name}_zero"] = zeros
+    return {key: torch.cat(pieces) for key, pieces in stored.items()}
 
 
 def _num_bytes(tensors: Mapping[str, Tensor]) -> int:

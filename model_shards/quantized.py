@@ -67,10 +67,11 @@ Product = Callable[[Tensor], Tensor]  # [rows, in] to [rows, out]
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias, in its file's codes until it is settled."""
+    """A linear layer without bias, in its file's codes until it is settled. It takes one row or more."""
 
     def __init__(self, in_features: int, out_features: int, quantization: Quantization) -> None:
         super().__init__()
+        self.out_features = out_features
         four = quantization.bits == 4
         groups = in_features // quantization.group_size if four else 1
         weight = torch.empty(out_features, in_features // 2 if four else in_features, dtype=_DTYPES[quantization.bits])
@@ -91,7 +92,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         assert self._product is not None, "a quantised layer is settled before it computes"
-        return self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return self._product(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], self.out_features)
 
 
 def settle(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from deploy.checkpoints import (
     open_checkpoint,
 )
 from graph.spec import PipelineSpec, parse_spec
-from model_shards.config import ModelConfig
+from model_shards.config import ModelConfig, Quantization
 from model_shards.errors import ModelError
 from model_shards.init import TINY
 from tests.support.tiny import Tiny
@@ -79,6 +79,14 @@ def test_a_stage_that_is_off_already_stays_off():
 def test_windows_of_another_length_than_the_model_s_are_refused():
     with pytest.raises(CheckpointError, match=r"window.length is 2s, .*windows of 1s; set window.length: 1s"):
         checkpoint().fit(spec("window.length=2s"))
+
+
+def test_float32_for_an_llm_in_4_bits_is_refused():
+    llm = dataclasses.replace(TINY.llm, quantization=Quantization(4, 64))
+    small = checkpoint(dataclasses.replace(TINY, llm=llm))
+    assert small.fit(spec()) == spec()
+    with pytest.raises(CheckpointError, match=r"the LLM of .* is in 4 bits in groups of 64, .*; set stages.llm.dtype"):
+        small.fit(spec("stages.llm.dtype=float32"))
 
 
 def test_a_model_that_does_not_hear_takes_any_window():

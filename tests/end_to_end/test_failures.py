@@ -135,7 +135,7 @@ def test_after_ctrl_c_the_listener_hears_what_was_said(interrupted: Run) -> None
     """The last words of a turn that was cut off included."""
     said = [event["text"] for event in interrupted.events("yard", "said")]
     heard = [event["text"] for event in interrupted.events("yard", "heard")]
-    assert "".join(heard) == "".join(said)
+    assert "".join(heard) == "".join(said) != ""
 
 
 def test_a_second_pipeline_of_the_same_folder_is_refused(interruption: Interrupted) -> None:

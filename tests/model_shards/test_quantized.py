@@ -1,6 +1,8 @@
 """Weights in 8 and 4 bits: what is stored, what is computed of it, and the checkpoint which holds them."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deploy.build import build_stage
-from graph.chunk import NS_PER_S
 from graph.sections import LlmSpec
 from model_shards.checkpoint import COMPONENTS, build_hollow, check, inspect, load_shard, stored_tensors
 from model_shards.config import RELEASED, LlmConfig, ModelConfig, Quantization, load_config
@@ -119,6 +120,7 @@ def test_codes_and_inputs_may_lie_anywhere():
 
 def test_what_a_layer_no_longer_needs_is_forgotten():
     made = layer(matrix().to(torch.bfloat16), 4)
+    assert made(torch.randn(128, 2).to(torch.bfloat16).T).shape == (2, 48)  # a view that is not contiguous
     assert sum(buffer.numel() for buffer in made.buffers()) == 0
 
 
@@ -174,7 +176,28 @@ def test_a_session_runs_on_it_in_the_type_which_its_kernels_know(small: tuple[Pa
     rows = torch.randn(10, 128, generator=torch.Generator().manual_seed(1)).numpy()
     said = [chunk for index in range(12) for chunk in stage.process([unit("door", index, audio("door", index, rows))])]
     assert any(chunk.attrs.get("dtype") == "bfloat16" for chunk in said)
-    assert all(chunk.start_ns <= 12 * NS_PER_S for chunk in said)
+
+
+def changed(whole: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """A copy of a checkpoint with other tensors in its main file."""
+    shutil.copytree(whole, out)
+    tensors = {name: tensor.clone() for name, tensor in load_file(out / "model.safetensors").items()}
+    save_file(change(tensors), out / "model.safetensors")
+    return out
+
+
+def test_weights_in_fp8_are_not_lost(whole: Path, tmp_path: Path):
+    fp8 = changed(whole, tmp_path / "fp8", lambda all: {name: t.to(torch.float8_e4m3fn) for name, t in all.items()})
+    for bits in BITS:
+        assert quantize_checkpoint(fp8, tmp_path / f"{bits}", bits).relative_error < OFF[bits]
+
+
+def test_what_does_not_fit_its_config_is_named_and_nothing_is_written(whole: Path, tmp_path: Path):
+    head = "llm.lm_head.weight"
+    headless = changed(whole, tmp_path / "headless", lambda all: {name: t for name, t in all.items() if name != head})
+    with pytest.raises(ModelError, match=f"1 missing: {head}"):
+        quantize_checkpoint(headless, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_quantised_is_not_quantised_again(small: tuple[Path, Bits], tmp_path: Path):
