@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from deploy.build import device_of
 from deploy.hub import HubId, fetch
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
@@ -17,6 +18,7 @@ from graph.sections import NANO, TINY
 from graph.spec import PipelineSpec
 
 if TYPE_CHECKING:
+    from model_shards.checkpoint import ComponentInfo
     from model_shards.config import ModelConfig
 
 STAGE_OF = {"vision": "vision_encoder", "audio": "audio_encoder", "llm": "llm", "tts": "tts", "vocoder": "vocoder"}
@@ -32,7 +34,7 @@ class CheckpointError(GraphError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder. bytes_of: by stage, as the weights lie in the files."""
+    """A checkpoint folder. bytes_of: by stage, what its weights take where they are loaded."""
 
     path: Path
     config: ModelConfig
@@ -105,11 +107,22 @@ def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoi
 
     path = _folder_of(spec.model, tell)
     config = load_config(path)
-    sizes = {STAGE_OF[info.component]: info.num_bytes for info in inspect(path)}
+    sizes = {STAGE_OF[info.component]: _loaded_bytes(info, spec, config) for info in inspect(path)}
     checkpoint = Checkpoint(path, config, sizes)
     tell(": ".join(filter(None, (f"model {spec.model}", checkpoint.caution))))
     tell_differences(config, tell)
     return checkpoint
+
+
+def _loaded_bytes(info: ComponentInfo, spec: PipelineSpec, config: ModelConfig) -> int:
+    """Codes stay what they are; other weights take the type in which they are computed with."""
+    from stages.tensors import runtime
+
+    stage = spec.stages.get(STAGE_OF[info.component])
+    if stage is None or (info.component == "llm" and config.llm.quantization is not None):
+        return info.num_bytes
+    dtype = "float32" if info.component == "vocoder" else stage.dtype
+    return info.num_parameters * runtime(device_of(stage), dtype).dtype.itemsize
 
 
 def tell_differences(config: ModelConfig, tell: Callable[[str], None]) -> None:

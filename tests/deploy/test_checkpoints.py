@@ -139,6 +139,16 @@ def test_nano_is_what_is_shipped_and_its_line_says_what_it_knows(tiny: Tiny, tmp
     assert told == [f"model {folder}: {OF_THE_ROOM}"]
 
 
+def test_weights_count_in_the_type_they_are_computed_with():
+    def sizes(*overrides: str) -> dict[str, int]:
+        return open_checkpoint(spec("model=nano", *overrides), lambda line: None).bytes_of
+
+    usual, small = sizes(), sizes("stages.llm.dtype=bfloat16", "stages.vision_encoder.device=cuda")
+    assert usual["llm"] == 2 * small["llm"] > 5_000_000
+    assert usual["vision_encoder"] == 2 * small["vision_encoder"]
+    assert usual["vocoder"] == small["vocoder"] > 2 * 6_000_000  # its file has 2 bytes for each
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path):
     with pytest.raises(ModelError, match=r"config\.json"):
         open_checkpoint(spec(f"model={tmp_path}"), lambda line: None)
