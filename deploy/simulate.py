@@ -385,15 +385,13 @@ class Simulation:
                 yield begin_ns[chunk.session] / NS_PER_S + float(chunk.attrs["end_s"] or 0), chunk.attrs
 
     def _open_sessions(self) -> Iterable[tuple[str, SessionId]]:
-        for actor in self.actors.values():
-            for name, runner in actor.runners.items():
-                for session in runner.snapshot().sessions:
-                    yield name, session
+        for name, runner in self._runners():
+            for session in runner.snapshot().sessions:
+                yield name, session
 
-    def _stages(self) -> Iterable[tuple[str, Stage]]:
+    def _runners(self) -> Iterable[tuple[str, StageRunner]]:
         for actor in self.actors.values():
-            for name, runner in actor.runners.items():
-                yield name, runner.stage
+            yield from actor.runners.items()
 
     # ---- what must hold ----------------------------------------------------------------------------------------------
 
@@ -460,8 +458,8 @@ class Simulation:
         for edge, account in self.accounts().items():
             if account.in_flight:
                 self._violated("ledger", f"{edge}: {account.in_flight} chunks are neither delivered nor dropped")
-        for name, stage in self._stages():
-            for session in stage.unsaid if isinstance(stage, Costly) else ():
+        for name, runner in self._runners():
+            for session in runner.stage.unsaid if isinstance(runner.stage, Costly) else ():
                 self._violated("all is said", f"{session} was closed at {name} with something left to say")
         ended, due = self.figures.num_windows, self._num_due
         if ended < due and not self.violations:  # what is carried past the end has one of its own

@@ -115,16 +115,13 @@ class ReceiveEnd:
     def come(self, peer: bytes, chunk: Chunk) -> None:
         self._came.append((peer, chunk))
         self._actor.num_waiting += 1
-        if not self._is_only_looked_up(chunk):
-            self._actor.wake()
-
-    def _is_only_looked_up(self, chunk: Chunk) -> bool:
-        """The listener's news, unless they tell of a barge-in: nothing is done about them in real time until the next
-        window comes (`StageRunner.take()`), so here they wait for it without a turn of their own."""
-        is_news = chunk.epoch > self._epochs.setdefault(chunk.session, 0)
-        if is_news:
+        tells_of_barge_in = chunk.epoch > self._epochs.get(chunk.session, 0)
+        if tells_of_barge_in:
             self._epochs[chunk.session] = chunk.epoch
-        return chunk.kind is Kind.PLAYBACK and not is_news
+        # In real time nothing is done about the listener's news until the next window comes (`StageRunner.take()`), so
+        # here they wait for it without a turn of their own.
+        if tells_of_barge_in or chunk.kind is not Kind.PLAYBACK:
+            self._actor.wake()
 
     def receive(self) -> list[tuple[bytes, Chunk]]:
         taken = [self._came.popleft() for _ in range(min(len(self._came), RECEIVE_BATCH))]
