@@ -173,18 +173,23 @@ class Bus:
 
     def connect(self, rule: EdgeRule, endpoint: str, observer: EdgeObserver | None = None) -> Sender:
         """Open the sending end of an edge to one replica."""
-        socket = self._socket(zmq.DEALER, rule)
-        socket.setsockopt(zmq.IDENTITY, self._name)
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            socket.close()
-            raise BusError(f"edge {rule.id}: can't connect to {endpoint}: {error}") from error
         observer = observer or SilentObserver()
+        socket = self._connected(rule, endpoint)
         sender = Sender(rule, _SendLink(socket, observer, self._on_invalid), observer)
-        self._senders[socket] = sender
-        self._poller.register(socket, zmq.POLLIN)
+        self._watch_sender(socket, sender)
         return sender
+
+    def bury(self, sender: Sender) -> None:
+        """The replica at the other end has died."""
+        sender.bury()
+        self._close_sender(sender)
+
+    def reconnect(self, sender: Sender, endpoint: str, observer: EdgeObserver | None = None) -> None:
+        """Another replica has taken the place of the one that was buried. Raises BusError as `connect` does."""
+        self._close_sender(sender)
+        socket = self._connected(sender.rule, endpoint)
+        self._watch_sender(socket, sender)
+        sender.meet(_SendLink(socket, observer or SilentObserver(), self._on_invalid))
 
     def wait(self, timeout_s: float, files: Iterable[int] = ()) -> list[Arrival]:
         """Wait until something comes, a session that waited for credit has room again, a file descriptor is readable,
@@ -250,6 +255,26 @@ class Bus:
             if socket in ready:
                 sender.flush()
         return ready
+
+    def _connected(self, rule: EdgeRule, endpoint: str) -> zmq.Socket[bytes]:
+        socket = self._socket(zmq.DEALER, rule)
+        socket.setsockopt(zmq.IDENTITY, self._name)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise BusError(f"edge {rule.id}: can't connect to {endpoint}: {error}") from error
+        return socket
+
+    def _close_sender(self, sender: Sender) -> None:
+        for socket in [socket for socket, other in self._senders.items() if other is sender]:
+            del self._senders[socket]
+            self._poller.unregister(socket)
+            socket.close(linger=0)
+
+    def _watch_sender(self, socket: zmq.Socket[bytes], sender: Sender) -> None:
+        self._senders[socket] = sender
+        self._poller.register(socket, zmq.POLLIN)
 
     def _socket(self, kind: int, rule: EdgeRule) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

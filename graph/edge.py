@@ -7,12 +7,15 @@ Rule: credit, order and the ledger of an edge are kept in this file and nowhere 
 
 Data waits in its lane for credit (`wait`), or pushes the oldest waiting one out (`drop_oldest`). Watermarks and ends
 keep their place behind the data of their lane; barge-in and playback overtake everything.
+
+When the replica at the receiving end dies (`bury`), what was under way to it is lost and counted `crash`, and what
+waited goes on waiting: for the replica that takes its place (`meet`), or until its session goes to another (`move`).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Literal, Protocol
@@ -116,6 +119,7 @@ class Sender:
         self._ledger = Ledger()
         self._lanes: dict[SessionId, _Lane] = {}
         self.is_blocked = False  # the link was full; nobody tells when it no longer is
+        self._is_down = False  # there is nobody at the other end
         self._has_eased = False
 
     def open_session(self, session: SessionId, *, lossless: bool = False) -> None:
@@ -128,6 +132,33 @@ class Sender:
         for chunk, _ in lane.waiting if lane else ():
             if not chunk.is_control:
                 self._drop("shed")
+
+    def bury(self) -> None:
+        """The replica at the other end has died. What it had told that it was done with counts as delivered."""
+        if self._is_down:
+            return
+        self._take_grants()
+        self._is_down = True
+        self._drop("crash", self.num_in_flight)
+        account = self._ledger.account()
+        self._ledger.deliver(account.in_flight - self.num_waiting)
+        for lane in self._lanes.values():
+            lane.credit = SendCredit(self.rule.limit)
+
+    def meet(self, link: SendLink) -> None:
+        """Another replica has taken the place of the one that has died, and has its sessions open."""
+        self._link = link
+        self._is_down = False
+        self.is_blocked = True
+        self.flush()
+
+    def move(self, session: SessionId, other: Sender) -> None:
+        """Let a session whose replica has died go on at another one, which has it open: what waits goes there."""
+        lane = self._lanes.pop(session)
+        self._ledger.accept(-lane.num_data)
+        other._ledger.accept(lane.num_data)
+        other._lanes[session] = lane
+        other.is_blocked = not other._flush_lane(lane) or other.is_blocked
 
     def has_room(self, session: SessionId) -> bool:
         """False while this session waits for credit, or for a link that is full: its stage shall not make more."""
@@ -155,10 +186,10 @@ class Sender:
         """Send now, or queue for credit. Never blocks."""
         lane = self._lanes[chunk.session]
         if chunk.kind in (Kind.PLAYBACK, Kind.BARGE_IN):
-            was_sent = self._link.send(chunk)
+            was_sent = not self._is_down and self._link.send(chunk)
             if not was_sent and chunk.kind is Kind.BARGE_IN:  # of a lost playback the next one tells
                 lane.waiting.appendleft((chunk, self._now_ns()))
-                self.is_blocked = True
+                self.is_blocked = not self._is_down
             return
         if not chunk.is_control:
             self._ledger.accept()
@@ -178,11 +209,7 @@ class Sender:
 
     def flush(self) -> bool:
         """Take the grants that came and send what they allow. False when the link would not take it all."""
-        granted: list[_Lane] = []
-        for session, grant in self._link.grants():
-            if (lane := self._lanes.get(session)) is not None:
-                lane.credit.grant(grant)
-                granted.append(lane)
+        granted = self._take_grants()
         lanes = self._lanes.values() if self.is_blocked else granted
         self.is_blocked = False
         for lane in lanes:
@@ -196,8 +223,16 @@ class Sender:
         eased, self._has_eased = self._has_eased, False
         return eased
 
+    def _take_grants(self) -> list[_Lane]:
+        granted: list[_Lane] = []
+        for session, grant in () if self._is_down else self._link.grants():
+            if (lane := self._lanes.get(session)) is not None:
+                lane.credit.grant(grant)
+                granted.append(lane)
+        return granted
+
     def _flush_lane(self, lane: _Lane) -> bool:
-        while lane.waiting:
+        while lane.waiting and not self._is_down:
             chunk, queued_ns = lane.waiting[0]
             if not chunk.is_control and not lane.credit.fits(chunk.duration_ns):
                 return True
@@ -219,9 +254,10 @@ class Sender:
         lane.num_data -= 1
         self._drop("overflow")
 
-    def _drop(self, reason: Reason) -> None:
-        self._ledger.drop(reason)
-        self._observer.dropped(reason)
+    def _drop(self, reason: Reason, number: int = 1) -> None:
+        self._ledger.drop(reason, number)
+        for _ in range(number):
+            self._observer.dropped(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +279,15 @@ class Receiver:
         self._ledger = Ledger()
         self._credits: dict[tuple[bytes, SessionId], ReceiveCredit] = {}
         self._unsent: dict[tuple[bytes, SessionId], int] = {}  # grants that are due, with the chunks they are for
+        self._arrived: Counter[bytes] = Counter()
 
     def account(self) -> Account:
         return self._ledger.account()
+
+    @property
+    def arrived(self) -> Mapping[bytes, int]:
+        """Data chunks that have come in, by the peer that sent them."""
+        return self._arrived
 
     def close_session(self, session: SessionId) -> None:
         for key in [key for key in self._credits if key[1] == session]:
@@ -254,7 +296,11 @@ class Receiver:
 
     def receive(self) -> list[Arrival]:
         """What has come in, a bounded number."""
-        return [Arrival(chunk, self.rule.id, peer) for peer, chunk in self._link.receive()]
+        arrivals = [Arrival(chunk, self.rule.id, peer) for peer, chunk in self._link.receive()]
+        for arrival in arrivals:
+            if not arrival.chunk.is_control:
+                self._arrived[arrival.peer] += 1
+        return arrivals
 
     def deliver(self, arrival: Arrival, age_s: float) -> None:
         """The chunk has been used, `age_s` after its end in event time: its credit goes back."""

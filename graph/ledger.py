@@ -45,14 +45,14 @@ class Ledger:
         self._delivered = 0
         self._dropped: dict[Reason, int] = dict.fromkeys(REASONS, 0)
 
-    def accept(self) -> None:
-        self._accepted += 1
+    def accept(self, number: int = 1) -> None:
+        self._accepted += number
 
-    def deliver(self) -> None:
-        self._delivered += 1
+    def deliver(self, number: int = 1) -> None:
+        self._delivered += number
 
-    def drop(self, reason: Reason) -> None:
-        self._dropped[reason] += 1
+    def drop(self, reason: Reason, number: int = 1) -> None:
+        self._dropped[reason] += number
 
     def account(self) -> Account:
         """A frozen copy of the sums."""

@@ -102,9 +102,10 @@ class TextBudget:
         self._playback = playback
         self._allowed_ns = lead_ns + window_ns
         self._num_tokens = 0
-        self._num_turns = 0  # ended by the LLM
+        self._num_turns = playback.latest.num_turns  # ended by the LLM; by another one, where this goes on for it
         self._turn_open = False
-        self._settled = (0, 0)  # (tokens, ns of speech) up to the last moment when all text was spoken
+        # (tokens, ns of speech) up to the last moment when all text was spoken
+        self._settled = (0, playback.latest.received_ns)
         self._window_ns = window_ns
         self._asked_ns = 0  # end of the window that is being decided
         self._last_received_ns = 0

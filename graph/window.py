@@ -120,6 +120,10 @@ class WindowJoin:
         """Every stream has ended, and every window up to the latest end has left."""
         return min(self._watermarks.values()) == FOREVER_NS and self._index * self._window_ns >= self._ended_ns
 
+    def begin_at(self, index: int) -> None:
+        """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come."""
+        self._index = index
+
     def add(self, chunk: Chunk) -> Joined:
         """Take a data chunk. It never completes a window by itself: a watermark does.
 

@@ -585,3 +585,88 @@ def test_an_observer_hears_what_the_ledger_writes(directory: Path) -> None:
         receiver.deliver(edge.arrived[0], 0.25)
     assert above.heard == [("accepted",), ("sent", num_bytes), ("waited", True)]
     assert below.heard == [("received", num_bytes), ("delivered", 0.25)]
+
+
+# ---- a replica that dies -------------------------------------------------------------------------------------------
+
+
+def with_one_chunk_of_four_used(edge: Edge) -> None:
+    """Four are sent, of which one has been used and granted anew; three more wait."""
+    for seq in range(7):
+        edge.sender.send(piece(seq))
+    edge.until_arrived(4)
+    edge.receiver.deliver(edge.arrived[0], 0.0)
+    edge.until_arrived(5)
+
+
+def test_what_was_under_way_to_a_replica_that_dies_is_lost_and_what_waits_goes_on_waiting(open_edge) -> None:
+    edge = open_edge(WAIT)
+    with_one_chunk_of_four_used(edge)
+    edge.upstream.bury(edge.sender)
+    account = edge.sender.account()
+    assert (account.accepted, account.delivered, account.dropped["crash"]) == (7, 1, 4)
+    assert edge.sender.num_waiting == account.in_flight == 2
+    assert not edge.sender.has_room(PORCH)
+    edge.upstream.wait(0.001)  # nobody is there, and nothing is tried
+
+
+def test_what_waited_goes_to_the_replica_that_takes_the_place_of_a_dead_one(open_edge, directory: Path) -> None:
+    edge = open_edge(WAIT)
+    with_one_chunk_of_four_used(edge)
+    edge.upstream.bury(edge.sender)
+    edge.sender.send(end_of_stream(PORCH, "image", 7 * NS_PER_S))
+    with closing(Bus("llm-0-1", directory)) as bus:
+        receiver, endpoint = bus.bind(WAIT)
+        edge.upstream.reconnect(edge.sender, endpoint)
+        edge.downstream, edge.receiver, before, edge.arrived = bus, receiver, edge.downstream, []
+        before.close()
+        assert [chunk.seq for chunk in edge.until_arrived(3)[:2]] == [5, 6]
+        assert edge.chunks()[2].kind is Kind.END
+        for seq in range(7, 20):  # its credit is whole
+            edge.sender.send(piece(seq))
+        edge.deliver_all(until=lambda: edge.in_flight == 0)
+        assert merge([edge.sender.account(), receiver.account()]).accepted == 20
+
+
+def test_a_session_goes_on_at_another_replica_with_what_waited(open_edge, directory: Path) -> None:
+    edge = open_edge(WAIT)
+    with closing(Bus("llm-1", directory)) as bus:
+        receiver, endpoint = bus.bind(WAIT)
+        other = edge.upstream.connect(WAIT, endpoint)
+        with_one_chunk_of_four_used(edge)
+        edge.upstream.bury(edge.sender)
+        edge.sender.move(PORCH, other)
+        assert (edge.sender.account().accepted, other.account().accepted) == (5, 2)
+        assert edge.sender.account().in_flight == edge.sender.num_waiting == 0
+        edge.sender, edge.receiver, edge.arrived = other, receiver, []
+        edge.downstream, before = bus, edge.downstream
+        before.close()
+        edge.deliver_all(until=lambda: len(edge.chunks()) == 2 and edge.in_flight == 0)
+        assert [chunk.seq for chunk in edge.chunks()] == [5, 6]
+        assert receiver.arrived == {b"camera-0": 2}
+
+
+def test_a_barge_in_waits_for_who_takes_the_place_and_a_listeners_news_does_not(open_edge, directory: Path) -> None:
+    edge = open_edge(WAIT)
+    edge.upstream.bury(edge.sender)
+    edge.sender.send(Chunk(PORCH, "playback", 0, kind=Kind.PLAYBACK))
+    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, kind=Kind.BARGE_IN))
+    with closing(Bus("llm-0-1", directory)) as bus:
+        edge.downstream.close()
+        edge.downstream = bus
+        _, endpoint = bus.bind(WAIT)
+        edge.upstream.reconnect(edge.sender, endpoint)
+        assert [chunk.kind for chunk in edge.until_arrived(1)] == [Kind.BARGE_IN]
+        edge.settle()
+        assert len(edge.arrived) == 1
+
+
+def test_while_a_replica_is_dead_an_edge_for_pictures_drops_the_oldest(open_edge) -> None:
+    edge = open_edge(DROP_OLDEST)
+    edge.upstream.bury(edge.sender)
+    for seq in range(100):
+        edge.sender.send(piece(seq, stream="camera/porch"))
+        edge.sender.send(watermark(PORCH, "camera/porch", (seq + 1) * NS_PER_S))
+    assert edge.sender.num_waiting == DROP_OLDEST.limit.chunks
+    assert edge.sender.account().dropped["overflow"] == 100 - DROP_OLDEST.limit.chunks
+    assert len(edge.sender._lanes[PORCH].waiting) <= 2 * DROP_OLDEST.limit.chunks + 1

@@ -350,6 +350,18 @@ def test_after_five_seconds_without_acks_the_session_parks_and_the_next_ack_wake
     assert budget.tokens(T + ACK_TIMEOUT_NS + 1) == 7
 
 
+def test_who_goes_on_for_another_owes_nothing_of_what_that_one_said() -> None:
+    playback = Playback()
+    playback.ack(Ack(9 * T, heard_ns=5 * T, received_ns=5 * T, through_ns=9 * T, num_turns=4))
+    budget = TextBudget(playback, lead_ns=LEAD, window_ns=T)
+    assert budget.tokens(9 * T) == ALLOWED // FIRST_NS_PER_TOKEN
+    budget.generated(4, end_of_turn=True)
+    assert budget.tokens(9 * T) == (ALLOWED - 4 * FIRST_NS_PER_TOKEN) // FIRST_NS_PER_TOKEN
+    playback.ack(Ack(10 * T, heard_ns=6 * T, received_ns=6 * T, through_ns=10 * T, num_turns=5))
+    budget.tokens(10 * T)
+    assert budget.ns_per_token < FIRST_NS_PER_TOKEN, "measured by what was said here: 4 tokens, 1 s"
+
+
 def test_after_a_barge_in_nothing_is_owed_and_the_turn_is_closed() -> None:
     playback, budget = new_budget()
     budget.tokens(T)
