@@ -19,13 +19,14 @@ from typing import TypeVar
 import ray
 from prometheus_client import CollectorRegistry
 
+from deploy.accounts import EdgeEnds
 from deploy.build import build_stage
 from deploy.measure import StageMeter
 from deploy.packages import check_packages
 from deploy.plan import ActorPlan, Address
-from deploy.runner import ActorLoop, SessionPlan, StageRunner, StageSnapshot
+from deploy.runner import ActorLoop, Listener, SessionPlan, StageRunner, StageSnapshot
 from graph.bus import Bus
-from graph.chunk import NS_PER_S, SessionId
+from graph.chunk import NS_PER_S, Scalar, SessionId
 from graph.clock import SystemClock
 from graph.edge import EdgeRule, Receiver, Sender
 from graph.gather import Gathering
@@ -79,6 +80,14 @@ class Actor:
         """Open the sending ends: per edge the endpoints of all replicas of the other stage."""
         self._do(lambda: self._connect(endpoints))
 
+    def bury(self, ends: Mapping[str, int]) -> None:
+        """Replicas that this actor sends to have died: per edge which one."""
+        self._do(lambda: self._bury(ends))
+
+    def reconnect(self, ends: Mapping[str, tuple[int, str]]) -> None:
+        """Others have taken their place: per edge which one, and its endpoint."""
+        self._do(lambda: self._reconnect(ends))
+
     def load(self) -> None:
         """Build the stages, with their weights. Raises what they raise."""
         self._do(self._load)
@@ -108,6 +117,18 @@ class Actor:
     def close_session(self, stage: str, session: SessionId) -> None:
         self._do(lambda: self._runners[stage].close_session(session))
 
+    def reroute(self, stage: str, session: SessionId, edge: str, replica: int) -> bool:
+        """See `StageRunner.reroute`."""
+        return self._do(lambda: self._runners[stage].reroute(session, edge, replica))
+
+    def end_input(self, stage: str, session: SessionId, edge: str) -> None:
+        """See `StageRunner.end_input`."""
+        self._do(lambda: self._runners[stage].end_input(session, edge))
+
+    def tell(self, stage: str, session: SessionId, kind: str, attrs: Mapping[str, Scalar], cuts: bool) -> None:
+        """See `StageRunner.tell`."""
+        self._do(lambda: self._runners[stage].tell(session, kind, attrs, cuts=cuts))
+
     def forget_camera(self, camera: str) -> None:
         """It was removed: no alert shall wait for it."""
         self._do(lambda: self._metrics.forget_camera(camera))
@@ -118,8 +139,12 @@ class Actor:
         """What each stage here is doing. Raises RuntimeError when the loop has failed, with its reason."""
         return self._do(lambda: {name: runner.snapshot() for name, runner in self._runners.items()})
 
-    def accounts(self) -> dict[str, Account]:
-        """This actor's ends of its edges, summed over replicas of the other end."""
+    def listener(self, stage: str, session: SessionId) -> Listener | None:
+        """See `StageRunner.listener`."""
+        return self._do(lambda: self._runners[stage].listener(session))
+
+    def accounts(self) -> dict[str, EdgeEnds]:
+        """This actor's ends of its edges."""
         return self._do(self._accounts)
 
     def stop(self) -> None:
@@ -134,7 +159,7 @@ class Actor:
     def _run(self) -> None:
         try:
             self._feeds = Feeds()
-            self._bus = Bus(self._plan.name, self._plan.directory, self._metrics.bus(INVALID_REASONS).invalid)
+            self._bus = Bus(self._plan.peer, self._plan.directory, self._metrics.bus(INVALID_REASONS).invalid)
         except OSError as error:
             self._failure = f"{self._plan.name}: {error}"
             return
@@ -172,6 +197,14 @@ class Actor:
             rule, observer = self._rule(edge), self._observer(edge)
             self._senders[edge] = [self._bus.connect(rule, endpoint, observer) for endpoint in replicas]
 
+    def _bury(self, ends: Mapping[str, int]) -> None:
+        for edge, replica in ends.items():
+            self._bus.bury(self._senders[edge][replica])
+
+    def _reconnect(self, ends: Mapping[str, tuple[int, str]]) -> None:
+        for edge, (replica, endpoint) in ends.items():
+            self._bus.reconnect(self._senders[edge][replica], endpoint, self._observer(edge))
+
     def _load(self) -> None:
         runners = [self._runner(name, spec) for name, spec in self._plan.stages.items()]
         self._loop = ActorLoop(runners)
@@ -189,11 +222,15 @@ class Actor:
             SystemClock(),
         )
 
-    def _accounts(self) -> dict[str, Account]:
-        ends: dict[str, list[Account]] = {edge: [end.account()] for edge, end in self._receivers.items()}
-        for edge, senders in self._senders.items():
-            ends.setdefault(edge, []).extend(sender.account() for sender in senders)
-        return {edge: merge(accounts) for edge, accounts in ends.items()}
+    def _accounts(self) -> dict[str, EdgeEnds]:
+        return {
+            edge.id: EdgeEnds(
+                merge(sender.account() for sender in self._senders.get(edge.id, ())),
+                receiver.account() if (receiver := self._receivers.get(edge.id)) else Account(),
+                {peer.decode(): number for peer, number in receiver.arrived.items()} if receiver else {},
+            )
+            for edge in self._plan.edges
+        }
 
     def _set_gauges(self) -> None:
         for edge, senders in self._senders.items():

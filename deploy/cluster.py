@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Cluster:
 
     folder: Path | None
     groups: list[PlacementGroup]
+    strategies: dict[str, Any] = field(default_factory=dict)  # by the actor's name, where it is to run
 
     @property
     def node_id(self) -> str:
@@ -48,13 +49,16 @@ class Cluster:
         group = self._reserve(elsewhere)
         handles: dict[str, Any] = {}
         for process, plan in zip(processes, plans, strict=True):
-            strategy: Any
             if _stays_here(process):
-                strategy = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+                self.strategies[process.name] = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
             else:
-                strategy = PlacementGroupSchedulingStrategy(group, elsewhere.index(process))
-            handles[process.name] = _create(process, plan, strategy)
+                self.strategies[process.name] = PlacementGroupSchedulingStrategy(group, elsewhere.index(process))
+            handles[process.name] = self.replace(process, plan)
         return handles
+
+    def replace(self, process: Process, plan: ActorPlan) -> Any:
+        """Create an actor where one of its name was placed that has died; returns its handle, before it is up."""
+        return _create(process, plan, self.strategies[process.name])
 
     def close(self) -> None:
         """Give the placement back; shut Ray down if it is ours."""
@@ -86,6 +90,7 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
     Raises PlacementError when there is no cluster at the address.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _mute()
     if address:
         try:
             _knock(address)
@@ -111,6 +116,11 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
             raise PlacementError(f"Ray does not start: {str(error).partition(chr(10))[0]}") from error
         raise
     return cluster
+
+
+def _mute() -> None:
+    """Ray prints to stdout when an actor dies, whatever `log_to_driver` says; that, the coordinator tells."""
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None  # where it no longer is, nothing happens
 
 
 def _knock(address: str) -> None:

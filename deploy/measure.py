@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Protocol, runtime_checkable
 
 from prometheus_client import CollectorRegistry
 
+from deploy.placement import Process, replicas_of
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics, serve_metrics
 from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, is_raw
@@ -24,22 +26,33 @@ RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "c
 class PipelineMeter:
     """Counts for the pipeline as a whole, and serves them, in the process that holds it."""
 
-    def __init__(self, model: str, trained: bool, replicas: Mapping[str, int]) -> None:
-        """replicas: by stage, as they run. An actor that dies ends the pipeline, so none is ever restarted."""
+    def __init__(self, model: str, trained: bool, processes: Sequence[Process]) -> None:
         registry = CollectorRegistry()
         metrics = Metrics(registry)
         metrics.build_info(version("omni-pipeline"), model, trained)
-        self._coordinator = metrics.coordinator(replicas, RESTART_REASONS)
-        for stage, num_replicas in replicas.items():
-            self._coordinator.replicas(stage, "ready", num_replicas)
+        self._processes = processes
+        self._num_replicas = replicas_of(processes)
+        self._coordinator = metrics.coordinator(self._num_replicas, RESTART_REASONS)
+        self._num_deaths: Counter[str] = Counter()
+        self.saw(0, {process.name for process in processes}, {})
         self._server = serve_metrics(registry)
 
     @property
     def port(self) -> int:
         return self._server.port
 
-    def sessions(self, num_open: int) -> None:
-        self._coordinator.sessions("open", num_open)
+    def saw(self, num_sessions: int, alive: Collection[str], num_deaths: Mapping[str, int]) -> None:
+        """How things are. alive: the actors that are. num_deaths: of each actor so far."""
+        self._coordinator.sessions("open", num_sessions)
+        ready = replicas_of(process for process in self._processes if process.name in alive)
+        for stage, num_replicas in self._num_replicas.items():
+            self._coordinator.replicas(stage, "ready", ready.get(stage, 0))
+            self._coordinator.replicas(stage, "starting", num_replicas - ready.get(stage, 0))
+        for process in self._processes:
+            for _ in range(num_deaths.get(process.name, 0) - self._num_deaths[process.name]):
+                for stage in process.stages:
+                    self._coordinator.restarted(stage, "crash")
+            self._num_deaths[process.name] = num_deaths.get(process.name, 0)
 
     def stop(self) -> None:
         self._server.stop()

@@ -12,9 +12,13 @@ from graph.spec import EdgeSpec
 
 @dataclass(frozen=True, slots=True)
 class ActorPlan:
-    """What an actor process is to be. `name` is unique: "llm.0", or "io.0" for light stages that share a process."""
+    """What an actor process is to be. `name` is unique: "llm.0", or "io.0" for light stages that share a process.
+
+    peer: its name on the bus, which no other actor has had: one that takes the place of a dead one has the same name.
+    """
 
     name: str
+    peer: str
     replica: int
     stages: Mapping[str, StageSpec]
     edges: tuple[EdgeSpec, ...]

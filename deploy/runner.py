@@ -31,7 +31,8 @@ from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
 from graph.gather import Gathering, Waiting
 from graph.ladder import Ladder, sheds_picture
-from graph.streams import EVENTS, port_of
+from graph.ledger import Reason
+from graph.streams import EVENTS, is_raw, port_of
 from graph.tail import Ack, ack_chunk, ack_of
 from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
 from graph.window import Joined, Late, Unit, WindowJoin
@@ -41,8 +42,21 @@ from stages.stage import Session, Stage
 LEAST_SLEEP_NS = NS_PER_MS
 MAX_QUIET = 5
 """Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
+DEEPER_NS = 2 * NS_PER_MS
+"""A stage gives a window up so much later than the one before it (a hop takes 0.5 ms at p99): so it hears first whom
+that one has waited for."""
+MAX_CHUNKS_PER_WINDOW = 1 << 16
+"""Of one stream; by far."""
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What was last heard of a session's listener, and how far down the shedding ladder it is."""
+
+    ack: Ack
+    level: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +66,22 @@ class SessionPlan:
     streams:        what the join waits for, with what happens to late chunks; empty for a source.
     num_inputs:     input edges; a stage without windows ends with the last of them.
     peers:          per output edge the replica that this session goes to.
+    depth:          how many stages with windows come before this one, at most.
+    goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
     """
 
     session: Session
     streams: Mapping[str, Late] = field(default_factory=dict)
     num_inputs: int = 0
     peers: Mapping[str, int] = field(default_factory=dict)
+    depth: int = 0
+    goes_on: Listener | None = None
+
+    @property
+    def patience_ns(self) -> int:
+        """How long after its end a window is given up in real time. The sources keep `lateness`; a window more is given
+        to the stages in between, whose watermarks always come."""
+        return self.session.lateness_ns + self.session.window_ns + self.depth * DEEPER_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +123,9 @@ class _Open:
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
     fence: EpochFence = field(default_factory=EpochFence)
     ready: deque[_Ready] = field(default_factory=deque)
-    arrivals: dict[tuple[str, int, str], Arrival] = field(default_factory=dict)
+    arrivals: dict[int, Arrival] = field(default_factory=dict)  # not settled, by the id() of their chunk
     seqs: dict[str, int] = field(default_factory=dict)
+    first_seq: int = 0  # of each stream
     num_ended: int = 0
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
@@ -187,6 +212,8 @@ class StageRunner:
         Raises StageError when the stage has no room; then nothing has changed.
         """
         session = plan.session
+        if plan.goes_on is not None:
+            session.playback.ack(plan.goes_on.ack)
         self.stage.open_session(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         for sender in lanes.values():
@@ -196,7 +223,7 @@ class StageRunner:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
         has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
         ladder = Ladder(session.ladder, session.window_ns, self._usual_level(session)) if has_ladder else None
-        session.level.told(0, ladder.level if ladder else 0)
+        session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
         self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder)
         self._touch(session.id)
         self._meter.opened(session)
@@ -214,7 +241,17 @@ class StageRunner:
         state = self._open[session]
         state.offset_ns = self._clock.unix_ns() - self._clock.monotonic_ns() - origin_unix_ns
         state.begun = True
+        if state.plan.goes_on is not None:
+            self._go_on(state, state.plan.goes_on)
         self._touch(session)
+
+    def _go_on(self, state: _Open, listener: Listener) -> None:
+        """With the window that it is in now. Numbers of chunks leave room for those of the replica that has died."""
+        index = max(state.now_ns(), 0) // state.session.window_ns
+        _of(state.join).begin_at(index)
+        state.num_units = index
+        state.first_seq = index * MAX_CHUNKS_PER_WINDOW
+        state.fence.raise_to(listener.ack.epoch)
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
@@ -238,6 +275,42 @@ class StageRunner:
             self.stage.end(session, state.now_ns())
             self._touch(session)
 
+    def listener(self, session: SessionId) -> Listener | None:
+        """What is known here of a session's listener; None where the session is not open."""
+        state = self._open.get(session)
+        return None if state is None else Listener(state.session.playback.latest, state.session.level.num_steps)
+
+    def reroute(self, session: SessionId, edge: str, replica: int) -> bool:
+        """A session goes on at a replica behind this edge that knows nothing of it. False: it has ended here."""
+        state = self._open.get(session)
+        if state is None:
+            return False
+        before, sender = state.lanes[edge], self._senders[edge][replica]
+        if sender is not before:
+            before.move(session, sender)
+            state.lanes[edge] = sender
+        self.stage.peer_begins_anew(session)
+        self._touch(session)
+        return True
+
+    def end_input(self, session: SessionId, edge: str) -> None:
+        """Nothing more comes on this edge, and nobody is left to say so."""
+        state = self._open[session]
+        join, port = _of(state.join), edge.partition("->")[0].partition(".")[2]
+        (stream,) = [stream for stream in state.plan.streams if port_of(stream) == port]
+        self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
+        self._touch(session)
+
+    def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
+        """Something worth telling has happened to a session. cuts: what is said and not heard is lost with it."""
+        state = self._open.get(session)
+        if state is None:
+            return
+        now_ns = state.now_ns()
+        if cuts:
+            self._send_all(state, self.stage.cut_off(session, now_ns))
+        self._send(state, Chunk(session, EVENTS, now_ns, attrs={"type": kind, **attrs}))
+
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
         sessions = {name: SessionSnapshot(state.num_windows, state.num_late) for name, state in self._open.items()}
@@ -252,8 +325,7 @@ class StageRunner:
         if not plan.streams:
             return None
         session = plan.session
-        # The sources keep `lateness`; a window more is given to the stages in between, whose watermarks always come.
-        lateness_ns = session.lateness_ns + session.window_ns if session.paced else None
+        lateness_ns = plan.patience_ns if session.paced else None
         return WindowJoin(
             session.id, plan.streams, window_ns=session.window_ns, lateness_ns=lateness_ns, late=plan.streams
         )
@@ -277,7 +349,7 @@ class StageRunner:
             self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
             self.stage.process([_single(state, chunk)])
         else:
-            state.arrivals[(chunk.stream, chunk.seq, arrival.edge)] = arrival
+            state.arrivals[id(chunk)] = arrival
             self._joined(state, _of(state.join).add(chunk))
 
     def _control(self, state: _Open, chunk: Chunk) -> None:
@@ -312,16 +384,13 @@ class StageRunner:
         if joined.units:
             self._ready[state.session.id] = state
 
-    def _settle(self, state: _Open, chunk: Chunk, reason: str | None) -> None:
+    def _settle(self, state: _Open, chunk: Chunk, reason: Reason | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason."""
-        for edge in self._receivers:
-            arrival = state.arrivals.pop((chunk.stream, chunk.seq, edge), None)
-            if arrival is None:
-                continue
-            if reason is None:
-                self._receivers[edge].deliver(arrival, self._age_s(state, chunk))
-            else:
-                self._receivers[edge].drop(arrival, reason)  # type: ignore[arg-type]
+        arrival = state.arrivals.pop(id(chunk))
+        if reason is None:
+            self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
+        else:
+            self._receivers[arrival.edge].drop(arrival, reason)
 
     @staticmethod
     def _age_s(state: _Open, chunk: Chunk) -> float:
@@ -491,7 +560,7 @@ class StageRunner:
     def _marked(self, state: _Open, unit: Unit) -> Unit:
         """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
         session = state.session
-        if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
+        if not session.paced or state.now_ns() <= unit.end_ns + state.plan.patience_ns:
             return unit
         pictures = {stream for stream in unit.chunks if port_of(stream) == "frames"}
         for stream in pictures:
@@ -524,15 +593,17 @@ class StageRunner:
         self._meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.since_ns)
         span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
-        trace = leave_stage(unit, span, *self._awaited(unit, received_ns))
+        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns))
         if self._ends_here(state):
             self._window_done(state, unit, received_ns, trace)
         for stream in self.stage.outputs:
             self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
 
-    def _awaited(self, unit: Unit, given_up_ns: int) -> list[Span]:
-        """Where a window was that was given up: as far as is known here, with the stages which it had not left."""
-        sources = (self._source_of(stream) for stream in unit.awaited)
+    def _awaited(self, state: _Open, unit: Unit, given_up_ns: int) -> list[Span]:
+        """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
+        known here, with the stages which it had not left."""
+        untold = {stream for stream in state.plan.streams if not is_raw(stream) and stream not in unit.traces}
+        sources = (self._source_of(stream) for stream in sorted(unit.awaited | untold))
         return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
 
     def _source_of(self, stream: str) -> str:
@@ -619,7 +690,7 @@ class StageRunner:
 
     def _send(self, state: _Open, chunk: Chunk) -> None:
         if not chunk.is_control:
-            seq = state.seqs.get(chunk.stream, 0)
+            seq = state.seqs.get(chunk.stream, state.first_seq)
             state.seqs[chunk.stream] = seq + 1
             chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
             self._meter.made(state.session, chunk)

@@ -64,6 +64,7 @@ class Scenario:
     barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
     nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
     times slower it is for so long. drift_ppm: of each actor's clock, at most.
+    deaths: how often on average each actor that computes dies. replicas: of stages; else as described.
     """
 
     name: str
@@ -89,6 +90,8 @@ class Scenario:
     longest_stall_ns: int = 500 * NS_PER_MS
     slow: Mapping[str, float] = field(default_factory=dict)
     drift_ppm: int = 0
+    deaths: float = 0.0
+    replicas: Mapping[str, int] = field(default_factory=dict)
 
     def priced(self, profile: Profile) -> Scenario:
         """The same where stages cost what was measured. Raises ProfileError where a stage of ours was not."""
@@ -189,6 +192,20 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 num_sessions=2,
                 num_windows=5,
                 barges_in=0.6,
+            ),
+            replace(
+                _STEADY,
+                name="kill-storm",
+                about="what computes dies once on average; LLM and vocoder have another beside them",
+                num_sessions=6,
+                num_windows=20,
+                network=Network(100_000, 5 * NS_PER_MS),
+                acks=Network(100_000, 100 * NS_PER_MS, lost=0.01),
+                barges_in=0.2,
+                pauses=0.2,
+                deaths=1.0,
+                replicas={"llm": 2, "vocoder": 2},
+                drift_ppm=200,
             ),
             Scenario(
                 "overload",

@@ -97,6 +97,8 @@ _USUAL: Final[dict[str, object]] = {
     "dies": 0.0,
     "stalls": 0.0,
     "slow": {},
+    "deaths": 0.0,
+    "replicas": {},
     "drift_ppm": 0,
     "stagger_ns": 0,
     "credit": None,

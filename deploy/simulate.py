@@ -3,7 +3,7 @@ faults, many seeds in a row; and what must hold whatever happens.
 
 What must hold: units come as 0, 1, 2 …, each once; nothing is sent without credit; no more speech waits unheard than
 lead + window (seen at each unit, chunk and ack); the ledger of every edge is exact and queues stay bounded (seen every
-half second and at the end); and every window comes to its end.
+half second and at the end); and every window comes to its end. Also when actors die (deploy/virtual_deaths.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Final
 
 import numpy as np
 
+from deploy.accounts import Accounts, EdgeEnds
 from deploy.placement import Process, processes_of
 from deploy.routing import SOURCES, least_loaded, opening_order, phase_ns, session_plan, stages_of
 from deploy.runner import MAX_READY, StageRunner
 from deploy.scenarios import SCENARIOS, Arrivals, Scenario, SimulateError
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
+from deploy.virtual_deaths import Deaths
 from deploy.virtual_stages import (
     Costly,
     OutOfOrder,
@@ -41,7 +43,7 @@ from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, S
 from graph.gather import Gathering
 from graph.ladder import Level
 from graph.ledger import REASONS, Account, Reason, merge
-from graph.sections import StageSpec
+from graph.sections import ReplicasSpec, StageSpec
 from graph.spec import EdgeSpec, PipelineSpec
 from graph.tail import Ack, Playback
 from stages.events import WINDOW_EVENT
@@ -76,6 +78,7 @@ class Figures:
     missing: Counter[str] = field(default_factory=Counter)
     drops: Counter[str] = field(default_factory=Counter)
     levels: Counter[int] = field(default_factory=Counter)  # windows, by the level of the shedding ladder
+    num_deaths: int = 0  # of actors
     num_underruns: int = 0
     num_pieces: int = 0
     unheard_max_ns: int = 0
@@ -89,6 +92,7 @@ class Figures:
         self.missing += other.missing
         self.drops += other.drops
         self.levels += other.levels
+        self.num_deaths += other.num_deaths
         self.num_underruns += other.num_underruns
         self.num_pieces += other.num_pieces
         self.unheard_max_ns = max(self.unheard_max_ns, other.unheard_max_ns)
@@ -104,6 +108,7 @@ class Figures:
             "late_stages": dict(self.late_stages),
             "missing": dict(self.missing),
             "drops": dict(self.drops),
+            "deaths": self.num_deaths,
             "levels": {str(level): number for level, number in sorted(self.levels.items())},
             "unheard_max_s": self.unheard_max_ns / NS_PER_S,
             "underruns": self.num_underruns / max(self.num_pieces, 1),
@@ -145,7 +150,7 @@ class Simulation:
 
     def __init__(self, spec: PipelineSpec, scenario: Scenario, seed: int, *, traced: bool = False) -> None:
         """traced: keep what happens, a line per event, in `trace`."""
-        self._spec, self._scenario, self.seed = spec, scenario, seed
+        self.spec, self._scenario, self.seed = _with_replicas(spec, scenario.replicas), scenario, seed
         self._traced = traced
         self.trace: list[str] = []
         self._rng = Random(f"{scenario.name} {seed}")
@@ -162,14 +167,19 @@ class Simulation:
         self._begin_ns = [ORIGIN_NS + begin_ns + n * scenario.stagger_ns for n, (begin_ns, _) in enumerate(coming)]
         self._num_due = sum(num_windows)
         self._end_ns = ORIGIN_NS + max(until_ns for _, until_ns in coming)
-        self.actors: dict[str, Actor] = {}
+        self.actors: dict[str, Actor] = {}  # that live
         self._clocks: dict[str, HostClock] = {}
         self._speaker = Speaker()
         self._llms: list[VirtualLlm] = []
-        self._build(processes_of(spec))
+        self._ends: dict[tuple[str, int], ReceiveEnd] = {}  # by edge and replica
+        self._accounts = Accounts()
+        self.processes = processes_of(self.spec)
+        self._place(self.processes, [process.name for process in self.processes])
         self._under_way: dict[tuple[str, bytes, SessionId], list[Chunk]] = {}
-        self._replicas: dict[SessionId, dict[str, int]] = {}
+        self.replicas: dict[SessionId, dict[str, int]] = {}
+        self._origins_ns: dict[SessionId, int] = {}
         self._num_coming = 0  # sessions that are not open yet
+        self.deaths = Deaths(self)
         self._open()
         self._plan_faults()
 
@@ -178,7 +188,7 @@ class Simulation:
     def _session(self, number: int, num_windows: int) -> Session:
         rng, scenario = self._rng, self._scenario
         name = f"camera{number}"
-        window_ns = self._spec.window.length_ns
+        window_ns = self.spec.window.length_ns
         last_ns = max((num_windows - 3) * window_ns, NS_PER_S)
         actions: list[ListenerAction] = []
         if rng.random() < scenario.barges_in:
@@ -192,35 +202,47 @@ class Simulation:
             name,
             "virtual",
             window_ns=window_ns,
-            lateness_ns=self._spec.window.lateness_ns,
-            lead_ns=self._spec.tail.lead_ns,
-            delay_ns=self._spec.tail.delay_ns,
+            lateness_ns=self.spec.window.lateness_ns,
+            lead_ns=self.spec.tail.lead_ns,
+            delay_ns=self.spec.tail.delay_ns,
             duration_ns=num_windows * window_ns,
-            pictures="camera" in self._spec.stages,
-            microphone="microphone" in self._spec.stages,
-            speech="speaker" in self._spec.stages,
+            pictures="camera" in self.spec.stages,
+            microphone="microphone" in self.spec.stages,
+            speech="speaker" in self.spec.stages,
             listener=tuple(actions),
-            ladder=self._spec.shedding.steps(),
+            ladder=self.spec.shedding.steps(),
         )
 
-    def _build(self, processes: Sequence[Process]) -> None:
-        for process in processes:
-            self.actors[process.name] = Actor(self.world, process.name)
+    def _place(self, processes: Sequence[Process], peers: Sequence[str]) -> None:
+        """Make their actors, wire them, and let them run. peers: their names on the bus."""
+        for process, peer in zip(processes, peers, strict=True):
+            self.actors[process.name] = Actor(self.world, peer)
             self._clocks[process.name] = self._clock()
-        receivers: dict[str, list[tuple[Actor, ReceiveEnd, Receiver]]] = {}
-        for edge in self._spec.edges:
+        for edge in self.spec.edges:
             for process in processes:
                 if edge.target.stage in process.stages:
-                    actor = self.actors[process.name]
-                    link = ReceiveEnd(self.world, actor, self._scenario.grants, self._new_rng())
-                    receiver = WatchedReceiver(self._rule(edge), link, self._settled)
-                    actor.receivers.append((link, receiver))
-                    receivers.setdefault(edge.id, []).append((actor, link, receiver))
+                    self._bind(edge, process)
         for process in processes:
             actor = self.actors[process.name]
             for name, stage_spec in process.stages.items():
-                actor.runners[name] = self._runner(actor, process, name, stage_spec, receivers)
+                actor.runners[name] = self._runner(actor, process, name, stage_spec)
             actor.start()
+
+    def _bind(self, edge: EdgeSpec, process: Process) -> None:
+        actor = self.actors[process.name]
+        link = ReceiveEnd(self.world, actor, process.replica, self._scenario.grants, self._new_rng())
+        actor.receivers.append((link, WatchedReceiver(self._rule(edge), link, self._settled)))
+        self._ends[(edge.id, process.replica)] = link
+
+    def revive(self, process: Process, peer: str) -> None:
+        """Another actor takes the place of one that has died."""
+        self._place([process], [peer])
+
+    def link(self, actor: Actor, edge: EdgeSpec, replica: int) -> SendEnd:
+        """The way from an actor to a replica at the other end of an edge."""
+        network = self._scenario.acks if edge.kind == "playback" else self._scenario.network
+        target = self._ends[(edge.id, replica)]
+        return SendEnd(self.world, actor, target, network, self._new_rng(), self._sent_on(self._rule(edge)))
 
     def _rule(self, edge: EdgeSpec) -> EdgeRule:
         return EdgeRule(edge.id, self._scenario.credit or edge.credit, edge.when_full)
@@ -233,27 +255,18 @@ class Simulation:
         drift_ppm = self._rng.randint(-self._scenario.drift_ppm, self._scenario.drift_ppm)
         return HostClock(self.world, drift_ppm=drift_ppm, ahead_ns=self._rng.randint(0, NS_PER_S))
 
-    def _runner(
-        self,
-        actor: Actor,
-        process: Process,
-        name: str,
-        spec: StageSpec,
-        receivers: Mapping[str, list[tuple[Actor, ReceiveEnd, Receiver]]],
-    ) -> StageRunner:
+    def _runner(self, actor: Actor, process: Process, name: str, spec: StageSpec) -> StageRunner:
         incoming = {
-            edge.id: next(receiver for owner, _, receiver in receivers[edge.id] if owner is actor)
-            for edge in self._spec.edges
-            if edge.target.stage == name
+            receiver.rule.id: receiver
+            for _, receiver in actor.receivers
+            if receiver.rule.id.partition("->")[2].partition(".")[0] == name
         }
         outgoing: dict[str, list[Sender]] = {}
-        for edge in self._spec.edges:
+        for edge in self.spec.edges:
             if edge.source.stage == name:
-                rule, now_ns = self._rule(edge), self._clocks[process.name].monotonic_ns
-                network = self._scenario.acks if edge.kind == "playback" else self._scenario.network
-                for _, target, _ in receivers[edge.id]:
-                    link = SendEnd(self.world, actor, target, network, self._new_rng(), self._sent_on(rule))
-                    sender = Sender(rule, link, SilentObserver(), now_ns)
+                for replica in range(sum(edge.target.stage in other.stages for other in self.processes)):
+                    link = self.link(actor, edge, replica)
+                    sender = Sender(self._rule(edge), link, SilentObserver(), self._clocks[process.name].monotonic_ns)
                     actor.senders.append((link, sender))
                     outgoing.setdefault(edge.id, []).append(sender)
         return StageRunner(
@@ -302,12 +315,12 @@ class Simulation:
     # ---- what happens ------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        counts = {name: [0] * max(stage.replicas, 1) for name, stage in self._spec.stages.items()}
+        counts = {name: [0] * max(stage.replicas, 1) for name, stage in self.spec.stages.items()}
         for session in self._sessions:
-            replicas = {name: least_loaded(counts[name]) for name in self._spec.stages}
+            replicas = {name: least_loaded(counts[name]) for name in self.spec.stages}
             for name, replica in replicas.items():
                 counts[name][replica] += 1
-            self._replicas[session.id] = replicas
+            self.replicas[session.id] = replicas
         together: dict[int, list[int]] = {}
         for number, begin_ns in enumerate(self._begin_ns):
             together.setdefault(0 if self._scenario.stagger_ns else begin_ns - ORIGIN_NS, []).append(number)
@@ -324,22 +337,23 @@ class Simulation:
 
     def _enter(self, numbers: Sequence[int]) -> None:
         """Open these sessions, whose time begins soon."""
-        order = opening_order(self._spec)
+        order = opening_order(self.spec)
         sessions = [self._sessions[number] for number in numbers]
         for stage in order:
             for session in sessions:
-                if stage in stages_of(session, self._spec):
-                    own = replace(session, playback=Playback(), level=Level())  # each stage knows what it was told
-                    plan = session_plan(self._spec, stage, own, self._replicas[session.id])
+                if stage in stages_of(session, self.spec):
+                    plan = session_plan(self.spec, stage, own_of(session), self.replicas[session.id])
                     self._runner_of(stage, session.id).open_session(plan)
         for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
             for number, session in zip(numbers, sessions, strict=True):
-                begin_ns = self._begin_ns[number] + phase_ns(number, self._spec.window)
-                origin_ns = self._unix_ns(stage, session.id, begin_ns)
-                self._runner_of(stage, session.id).begin_session(session.id, origin_ns)
+                self._origins_ns[session.id] = self._begin_ns[number] + phase_ns(number, self.spec.window)
+                self.begin(stage, session.id)
 
-    def _unix_ns(self, stage: str, session: SessionId, world_ns: int) -> int:
-        return world_ns + self._clocks[self._actor_of(stage, session).name].ahead_ns
+    def begin(self, stage: str, session: SessionId) -> None:
+        """Let a session's clock run at a stage, by the clock of its host."""
+        name = self.process_of(stage, self.replicas[session][stage]).name
+        origin_ns = self._origins_ns[session] + self._clocks[name].ahead_ns
+        self.actors[name].runners[stage].begin_session(session, origin_ns)
 
     def _plan_faults(self) -> None:
         rng, scenario = self._rng, self._scenario
@@ -353,6 +367,8 @@ class Simulation:
             self.world.at(begin_ns, lambda name=name, factor=factor: self._slow_down(name, factor))  # type: ignore[misc]
             end_ns = begin_ns + scenario.longest_stall_ns
             self.world.at(end_ns, lambda name=name: self._slow_down(name, 1.0))  # type: ignore[misc]
+        if scenario.deaths:
+            self.deaths.plan(rng, scenario.deaths, ORIGIN_NS, self._end_ns)
 
     def _slow_down(self, name: str, factor: float) -> None:
         for actor in self.actors.values():
@@ -362,7 +378,7 @@ class Simulation:
     def run(self) -> None:
         """To the end, or to the first violation."""
         self.world.at(ORIGIN_NS, self._check_and_again)
-        last_ns = self._end_ns + self._spec.window.length_ns + PATIENCE_NS
+        last_ns = self._end_ns + self.spec.window.length_ns + PATIENCE_NS
         last_ns += len(self._sessions) * self._scenario.stagger_ns
         try:
             self.world.run(last_ns)
@@ -383,6 +399,11 @@ class Simulation:
         for chunk in self._events.chunks:
             if chunk.attrs["type"] == WINDOW_EVENT:
                 yield begin_ns[chunk.session] / NS_PER_S + float(chunk.attrs["end_s"] or 0), chunk.attrs
+
+    def open_sessions(self) -> list[Session]:
+        """Those that are open somewhere."""
+        names = {name for _, name in self._open_sessions()}
+        return [session for session in self._sessions if session.id in names]
 
     def _open_sessions(self) -> Iterable[tuple[str, SessionId]]:
         for name, runner in self._runners():
@@ -425,7 +446,7 @@ class Simulation:
     def _sent_on(self, rule: EdgeRule) -> Callable[[bytes, Chunk], None]:
         def sent(peer: bytes, chunk: Chunk) -> None:
             if self._traced:
-                self._note(f"{rule.id}: {chunk.session} sends {_told(chunk)}")
+                self.note(f"{rule.id}: {chunk.session} sends {_told(chunk)}")
             if not chunk.is_control:
                 self._under_way.setdefault((rule.id, peer, chunk.session), []).append(chunk)
                 self._check_credit(rule, self._under_way[(rule.id, peer, chunk.session)])
@@ -440,12 +461,13 @@ class Simulation:
             told = f"{len(under_way)} chunks, {spent_ns / NS_PER_S:.3f} s"
             self._violated("credit", f"{rule.id}, {under_way[0].session}: {told} are under way")
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """For the trace."""
         self.trace.append(f"{self.world.now_ns / NS_PER_S:9.4f} s  {what}")
 
     def _settled(self, arrival: Arrival) -> None:
         if self._traced:
-            self._note(f"{arrival.edge}: {arrival.chunk.session} has done with {_told(arrival.chunk)}")
+            self.note(f"{arrival.edge}: {arrival.chunk.session} has done with {_told(arrival.chunk)}")
         key, chunk = (arrival.edge, arrival.peer, arrival.chunk.session), arrival.chunk
         left = [other for other in self._under_way.get(key, ()) if other is not chunk]
         if len(left) == len(self._under_way.get(key, ())):
@@ -462,19 +484,32 @@ class Simulation:
             for session in runner.stage.unsaid if isinstance(runner.stage, Costly) else ():
                 self._violated("all is said", f"{session} was closed at {name} with something left to say")
         ended, due = self.figures.num_windows, self._num_due
-        if ended < due and not self.violations:  # what is carried past the end has one of its own
+        may_lack = self.deaths.num_deaths and "speaker" not in self.spec.stages  # who counts them has died
+        if ended < due and not self.violations and not may_lack:  # what is carried past the end has one of its own
             self._violated("every window ends", f"{ended} of {due} windows have come to their end")
 
     def accounts(self) -> dict[str, Account]:
-        ends: dict[str, list[Account]] = {}
+        """Of every edge, the ends of dead actors included."""
         for actor in self.actors.values():
-            for _, sender in actor.senders:
-                ends.setdefault(sender.rule.id, []).append(sender.account())
-            for _, receiver in actor.receivers:
-                ends.setdefault(receiver.rule.id, []).append(receiver.account())
-        return {edge: merge(accounts) for edge, accounts in ends.items()}
+            if actor.is_dead:  # whoever asks it sees that
+                self._accounts.died(actor.name, ())
+            else:
+                self._accounts.told(actor.name, _ends_of(actor))
+        return {edge.id: self._accounts.of(edge.id) for edge in self.spec.edges}
+
+    def forget(self, actor: Actor, buried_by: Iterable[str], edges: Iterable[str]) -> None:
+        """An actor has died. edges: on which it received."""
+        self._accounts.died(actor.name, buried_by)
+        of_dead = {key for key in self._under_way if key[0] in edges and self._is_at(key[0], key[2], actor)}
+        for key in of_dead:
+            del self._under_way[key]
+
+    def _is_at(self, edge: str, session: SessionId, actor: Actor) -> bool:
+        stage = edge.partition("->")[2].partition(".")[0]
+        return stage in actor.runners and session in actor.runners[stage].snapshot().sessions
 
     def _count(self) -> None:
+        self.figures.num_deaths = self.deaths.num_deaths
         for account in self.accounts().values():
             self.figures.drops.update({reason: account.dropped.get(reason, 0) for reason in REASONS})
         self.figures.wasted_tokens += [wasted for llm in self._llms for wasted in llm.wasted]
@@ -485,11 +520,40 @@ class Simulation:
             self.figures.levels.update([int(chunk.attrs["level"] or 0)] if kind == WINDOW_EVENT else [])
 
     def _runner_of(self, stage: str, session: SessionId) -> StageRunner:
-        return self._actor_of(stage, session).runners[stage]
+        return self.actors[self.process_of(stage, self.replicas[session][stage]).name].runners[stage]
 
-    def _actor_of(self, stage: str, session: SessionId) -> Actor:
-        actors = [actor for actor in self.actors.values() if stage in actor.runners]
-        return actors[self._replicas[session][stage] if len(actors) > 1 else 0]
+    def process_of(self, stage: str, replica: int) -> Process:
+        """The process of a replica, alive or not."""
+        return next(p for p in self.processes if stage in p.stages and p.replica == replica)
+
+
+def own_of(session: Session) -> Session:
+    """As a stage is told of it: each knows what it was told."""
+    return replace(session, playback=Playback(), level=Level())
+
+
+def _with_replicas(spec: PipelineSpec, replicas: Mapping[str, int]) -> PipelineSpec:
+    scaled = {
+        name: spec.stages[name].model_copy(update={"scale": ReplicasSpec(min=number)})
+        for name, number in replicas.items()
+        if name in spec.stages
+    }
+    return replace(spec, stages={**spec.stages, **scaled})
+
+
+def _ends_of(actor: Actor) -> dict[str, EdgeEnds]:
+    sent: dict[str, list[Account]] = {}
+    for _, sender in actor.senders:
+        sent.setdefault(sender.rule.id, []).append(sender.account())
+    received = {receiver.rule.id: receiver for _, receiver in actor.receivers}
+    return {
+        edge: EdgeEnds(
+            merge(sent.get(edge, ())),
+            received[edge].account() if edge in received else Account(),
+            {peer.decode(): n for peer, n in received[edge].arrived.items()} if edge in received else {},
+        )
+        for edge in sent.keys() | received.keys()
+    }
 
 
 def _told(chunk: Chunk) -> str:

@@ -91,11 +91,11 @@ class Status:
 
     def _session_row(self, session: str, source: str) -> Mapping[str, object]:
         seen = self.last_seen.get(session, SessionSnapshot(0, 0))
-        state = "running" if session in self._at_end() else "ended"
+        is_open = any(session in stage.sessions for stages in self.snapshots.values() for stage in stages.values())
         return {
             "session": session,
             "source": source,
-            "state": state,
+            "state": "running" if is_open else "ended",
             "windows": seen.num_windows,
             "late": seen.num_late,
         }

@@ -175,7 +175,7 @@ class _Run:
         ray_environment.prepare(address)
         from deploy.cluster import connect
         from deploy.coordinator import Coordinator
-        from deploy.placement import processes_of, replicas_of
+        from deploy.placement import processes_of
 
         with ExitStack() as stack:
             cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
@@ -183,11 +183,11 @@ class _Run:
             self._interrupts.listen()
             coordinator = Coordinator(self._spec, self._checkpoint.path.absolute(), self._state.path)
             stack.callback(coordinator.stop)
-            coordinator.start(cluster, lambda name: self._tell(f"  {name} ready"))
+            coordinator.start(cluster, self._tell)
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
             coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
             self._begun_s = time.monotonic()
-            meter = PipelineMeter(self._spec.model, self._status.trained, replicas_of(coordinator.processes))
+            meter = PipelineMeter(self._spec.model, self._status.trained, coordinator.processes)
             stack.callback(meter.stop)
             self._status.own_port = meter.port
             self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
@@ -233,7 +233,8 @@ class _Run:
             for session in set(before) - set(coordinator.sessions):
                 self._ended(coordinator, session)
             self._status.ledger = coordinator.ledger()
-            meter.sessions(len(coordinator.sessions))
+            self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
+            meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
             if coordinator.sessions:
                 self._live.wait(POLL_S)
         return asked

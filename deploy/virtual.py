@@ -101,8 +101,9 @@ class Network:
 class ReceiveEnd:
     """The link of a Receiver."""
 
-    def __init__(self, world: World, actor: Actor, grants: Network, rng: Random) -> None:
-        self._world, self._actor, self._grants, self._rng = world, actor, grants, rng
+    def __init__(self, world: World, actor: Actor, replica: int, grants: Network, rng: Random) -> None:
+        self.actor, self.replica = actor, replica
+        self._world, self._grants, self._rng = world, grants, rng
         self._came: deque[tuple[bytes, Chunk]] = deque()
         self._epochs: dict[SessionId, int] = {}  # the newest that has come
         self.peers: dict[bytes, SendEnd] = {}
@@ -113,19 +114,21 @@ class ReceiveEnd:
         return len(self._came)
 
     def come(self, peer: bytes, chunk: Chunk) -> None:
+        if self.actor.is_dead:
+            return
         self._came.append((peer, chunk))
-        self._actor.num_waiting += 1
+        self.actor.num_waiting += 1
         tells_of_barge_in = chunk.epoch > self._epochs.get(chunk.session, 0)
         if tells_of_barge_in:
             self._epochs[chunk.session] = chunk.epoch
         # In real time nothing is done about the listener's news until the next window comes (`StageRunner.take()`), so
         # here they wait for it without a turn of their own.
         if tells_of_barge_in or chunk.kind is not Kind.PLAYBACK:
-            self._actor.wake()
+            self.actor.wake()
 
     def receive(self) -> list[tuple[bytes, Chunk]]:
         taken = [self._came.popleft() for _ in range(min(len(self._came), RECEIVE_BATCH))]
-        self._actor.num_waiting -= len(taken)
+        self.actor.num_waiting -= len(taken)
         return taken
 
     def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
@@ -148,7 +151,8 @@ class SendEnd:
         sent: Callable[[bytes, Chunk], None],
     ) -> None:
         """sent: told of each chunk that leaves, and by whom."""
-        self._world, self._actor, self._target, self._network, self._rng = world, actor, target, network, rng
+        self.target = target
+        self._world, self._actor, self._network, self._rng = world, actor, network, rng
         self._sent = sent
         self._peer = actor.name.encode()
         self._last_ns = 0
@@ -163,8 +167,13 @@ class SendEnd:
             at_ns = self._world.now_ns + after_ns
             if not self._network.lost:
                 at_ns = self._last_ns = max(at_ns, self._last_ns)
-            self._world.at(at_ns, lambda: self._target.come(self._peer, chunk))
+            self._world.at(at_ns, lambda: self._arrive(chunk))
         return True
+
+    def _arrive(self, chunk: Chunk) -> None:
+        """What was under way when its sender died is lost with it."""
+        if not self._actor.is_dead:
+            self.target.come(self._peer, chunk)
 
     def come(self, session: SessionId, grant: Grant) -> None:
         self._grants.append((session, grant))
@@ -188,9 +197,14 @@ class Actor:
         self._granted: set[SendEnd] = set()  # whose grants were not taken
         self._blocked: list[Sender] = []
         self._owing: list[Receiver] = []
+        self.is_dead = False
         self._world = world
         self._free_ns = 0
         self._next_turn_ns: int | None = None
+
+    def die(self) -> None:
+        """Do nothing any more."""
+        self.is_dead = True
 
     def start(self) -> None:
         """Once it is wired."""
@@ -206,6 +220,8 @@ class Actor:
 
     def take_grants(self, link: SendEnd) -> None:
         """As Bus.wait() does while its loop sleeps: only a session that has room again wakes the loop."""
+        if self.is_dead:
+            return
         self._granted.add(link)
         if self._free_ns <= self._world.now_ns and self._flush_senders():
             self.wake()
@@ -239,7 +255,7 @@ class Actor:
             self._world.at(at_ns, lambda: self._turn_at(at_ns))
 
     def _turn_at(self, at_ns: int) -> None:
-        if at_ns != self._next_turn_ns:
+        if at_ns != self._next_turn_ns or self.is_dead:
             return  # an earlier one has come in between
         self._next_turn_ns = None
         if self._free_ns > at_ns:  # stalled meanwhile

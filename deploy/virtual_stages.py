@@ -36,22 +36,27 @@ class Costly(Stage):
 
     def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
         self._cost, self._device, self._rng = cost, device, rng
-        self._next: dict[SessionId, int] = {}
+        self._next: dict[SessionId, int | None] = {}  # None: any
         self.slow_down = 1.0
         self.unsaid: list[SessionId] = []  # sessions that were closed with something left to say
 
     def open_session(self, session: Session) -> None:
         self._next[session.id] = 0
 
+    def begin_anywhere(self, session: SessionId) -> None:
+        """The session goes on here in the place of a replica that has died."""
+        self._next[session] = None
+
     def close_session(self, session: SessionId) -> None:
-        if self._next.pop(session, None) is not None and self.goes_on(session):
+        if self._next.pop(session, 0) and self.goes_on(session):
             self.unsaid.append(session)
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         for unit in units:
-            if unit.index != self._next[unit.session]:
-                raise OutOfOrder(f"{unit.session}: unit {unit.index} where {self._next[unit.session]} was to come")
-            self._next[unit.session] += 1
+            awaited = self._next[unit.session]
+            if awaited is not None and unit.index != awaited:
+                raise OutOfOrder(f"{unit.session}: unit {unit.index} where {awaited} was to come")
+            self._next[unit.session] = unit.index + 1
         made = [chunk for unit in units for chunk in self.make(unit)]
         if num_items := self.num_items(units, made):
             cost_ns = self._cost.batch_ns(num_items) * (1 + self._cost.spread * self._rng.random())
@@ -261,7 +266,7 @@ class VirtualLlm(Costly):
             return []
         attrs: dict[str, Scalar] = {"text": "", "turn_start": False, "end_of_turn": True}
         window_ns = talk.session.window_ns
-        end_ns = self._next[session] * window_ns
+        end_ns = (self._next[session] or 0) * window_ns
         return [Chunk(session, TEXT, end_ns, window_ns, arrays={"token_ids": np.zeros(0, np.int64)}, attrs=attrs)]
 
     def process(self, units: list[Unit]) -> list[Chunk]:

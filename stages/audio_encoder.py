@@ -48,6 +48,9 @@ class AudioEncoder(Stage):
     def close_session(self, session: SessionId) -> None:
         self._open.pop(session, None)
 
+    def peer_begins_anew(self, session: SessionId) -> None:
+        self._open[session].voice_sent = False
+
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         batch = [(unit, mel) for unit in units for mel in self._hear(unit)]

@@ -100,6 +100,10 @@ class Speaker(Stage):
             return self._listen(state, state.session.window_ns)
         return []
 
+    def cut_off(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state = self._open[session]
+        return [*self._listen(state, now_ns), *self._interrupt(state, state.player.now_ns, "cut_off")]
+
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         state = self._open[session]
         if self._open_device is not None or not state.session.paced:
@@ -181,10 +185,10 @@ class Speaker(Stage):
         elif action.kind == "resume":
             state.player.resume()
         else:
-            return self._barge_in(state, action.at_ns)
+            return self._interrupt(state, action.at_ns, "barge_in")
         return [_event(state, action.at_ns, f"listener_{action.kind}"), _ack(state)]
 
-    def _barge_in(self, state: _Open, at_ns: int) -> list[Chunk]:
+    def _interrupt(self, state: _Open, at_ns: int, kind: str) -> list[Chunk]:
         state.epoch += 1
         state.in_turn = False
         unheard_ns = state.player.flush(state.epoch)
@@ -194,7 +198,7 @@ class Speaker(Stage):
         return [
             _ack(state),  # first: whoever is interrupted shall know what was heard
             control,
-            _event(state, at_ns, "barge_in", seconds=unheard_ns / NS_PER_S, epoch=state.epoch),
+            _event(state, at_ns, kind, seconds=unheard_ns / NS_PER_S, epoch=state.epoch),
         ]
 
 

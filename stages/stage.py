@@ -113,6 +113,13 @@ class Stage:
         """The listener barged in: forget what was to be said. ack tells what was heard."""
         return []
 
+    def cut_off(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        """For sinks: what was said and not heard will not be heard; its maker has died."""
+        return []
+
+    def peer_begins_anew(self, session: SessionId) -> None:
+        """Who takes what this stage sends of the session has died; another one does now, and knows nothing of it."""
+
     def finished(self, session: SessionId) -> bool:
         """May the session end, now that its inputs have ended and all units are processed?"""
         return True

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
+from deploy.accounts import EdgeEnds
 from deploy.clock import clock_ahead_ns
-from deploy.coordinator import DECODER_START_NS, HEAD_START_NS, Coordinator
-from deploy.plan import Address
-from deploy.runner import SessionPlan
+from deploy.coordinator import DECODER_START_NS, HEAD_START_NS, MAX_DEATHS, Coordinator, CoordinatorError
+from deploy.plan import ActorPlan, Address
+from deploy.runner import Listener, SessionPlan, SessionSnapshot, StageSnapshot
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
+from graph.ledger import Account
 from graph.spec import default_spec_path, load_spec
+from graph.tail import Ack
 from stages.stage import Session, StageError
 
 AHEAD_NS = 5 * NS_PER_S
@@ -22,9 +26,14 @@ Call = tuple[str, str, Any]  # method, stage, what for
 class FakeActor:
     """An actor whose calls are written down; its node's clock may be ahead. What it returns is its own reference."""
 
-    def __init__(self, node: str, calls: list[Call]) -> None:
+    def __init__(self, node: str, calls: list[Call], stages: Sequence[str] = ()) -> None:
         self.node = node
         self.calls = calls
+        self.stages = stages
+        self.sessions: set[SessionId] = set()
+        self.ends: dict[str, EdgeEnds] = {}
+        self.is_dead = False
+        self.is_up = True
         self.full_at = ""
         self.ahead_ns = AHEAD_NS if node != "here" else 0
 
@@ -32,7 +41,21 @@ class FakeActor:
         return FakeMethod(lambda *arguments: self.do(method, *arguments))
 
     def do(self, method: str, *arguments: Any) -> Any:
+        if self.is_dead:
+            return RayActorError()
         match method:
+            case "load":
+                return None if self.is_up else NOT_YET
+            case "snapshot":
+                seen = dict.fromkeys(self.sessions, SessionSnapshot(0, 0))
+                return dict.fromkeys(self.stages, StageSnapshot(0, 0, seen))
+            case "accounts":
+                return self.ends
+            case "listener":
+                return HEARD
+            case "bury" | "reconnect" | "reroute" | "tell" | "end_input":
+                self.calls.append((method, self.stages[0], arguments))
+                return method == "reroute"
             case "address":
                 return Address(self.node, "127.0.0.1", 1, 9)
             case "clock":
@@ -43,7 +66,13 @@ class FakeActor:
                 self.calls.append((method, arguments[0], arguments[1:]))
                 if method == "open_sessions" and arguments[0] == self.full_at:
                     return StageError("no room")
+                if method == "open_sessions":
+                    self.sessions |= {plan.session.id for plan in arguments[1]}
         return None
+
+
+NOT_YET = object()
+HEARD = Listener(Ack(3), 1)
 
 
 class FakeMethod:
@@ -56,12 +85,24 @@ class FakeCluster:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.peers: list[str] = []  # of those which took a dead one's place
+        self.starts_at_once = True
         self.actors: dict[str, FakeActor] = {}
 
     def place(self, processes: Sequence[Any], plans: object) -> Mapping[str, FakeActor]:
         """Only the LLM is on another node."""
-        self.actors = {p.name: FakeActor("there" if "llm" in p.stages else "here", self.calls) for p in processes}
+        self.actors = {process.name: self.made(process) for process in processes}
         return self.actors
+
+    def replace(self, process: Any, plan: ActorPlan) -> FakeActor:
+        self.peers.append(plan.peer)
+        self.actors[process.name] = self.made(process)
+        return self.actors[process.name]
+
+    def made(self, process: Any) -> FakeActor:
+        actor = FakeActor("there" if "llm" in process.stages else "here", self.calls, list(process.stages))
+        actor.is_up = self.starts_at_once
+        return actor
 
 
 @pytest.fixture
@@ -72,7 +113,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
         return answer
 
     monkeypatch.setattr("ray.get", get)
-    monkeypatch.setattr("ray.wait", lambda answers, num_returns, timeout: (answers[:num_returns], []))
+
+    def wait(answers: Sequence[object], num_returns: int, timeout: float) -> tuple[list[object], list[object]]:
+        return [answer for answer in answers if answer is not NOT_YET][:num_returns], []
+
+    monkeypatch.setattr("ray.wait", wait)
+    monkeypatch.setattr("ray.kill", lambda handle: None)
     yield FakeCluster()
 
 
@@ -185,3 +231,125 @@ def test_the_quickest_answer_tells_another_clock():
     now = iter([0, 110, 1000, 1020, 2000, 2210])
     theirs = iter([100 + 700, 1010 + 700, 2200 + 700])
     assert clock_ahead_ns(lambda: next(theirs), lambda: next(now), num_questions=3) == 700
+
+
+# ---- who dies --------------------------------------------------------------------------------------------------------
+
+
+def at_replica(coordinator: Coordinator, stage: str) -> dict[str, int]:
+    return {name: placement.replicas[stage] for name, placement in coordinator._sessions.items()}
+
+
+def test_sessions_of_a_dead_replica_go_on_at_another_one(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    assert at_replica(coordinator, "llm") == {"a": 0, "b": 1}
+    cluster.starts_at_once = False
+    cluster.actors["llm.0"].is_dead = True
+    cluster.calls.clear()
+    coordinator.poll()
+    assert at_replica(coordinator, "llm") == {"a": 1, "b": 1}
+    (opened,) = of(cluster.calls, "open_sessions")
+    assert (opened[1], [plan.goes_on for plan in opened[2][0]]) == ("llm", [HEARD])
+    buried = {stage: ends for _, stage, (ends,) in of(cluster.calls, "bury")}
+    assert buried["vision_encoder"] == {"vision_encoder.image->llm.image": 0}
+    assert (cluster.peers, coordinator.problem) == (["llm.0-1"], "llm.0 started again after it has died")
+    assert not of(cluster.calls, "reconnect"), "nobody sends there until it is up"
+
+
+def test_one_that_takes_the_place_of_a_dead_one_is_sent_to_once_its_sessions_are_open(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.starts_at_once = False
+    cluster.actors["tts.0"].is_dead = True
+    coordinator.poll()
+    cluster.calls.clear()
+    coordinator.poll()
+    assert cluster.calls == [], "it loads"
+    down = coordinator._down["tts.0"]
+    down.awaited = None
+    coordinator.poll()
+    methods = [method for method, _, _ in cluster.calls if method != "bury"]
+    first_sent = methods.index("reconnect")
+    assert methods[:first_sent] == ["open_sessions", "begin_sessions"] * 2
+    assert set(methods[first_sent:]) == {"reconnect", "reroute", "tell"}
+    assert (coordinator.problem, coordinator.num_deaths) == ("", {"tts.0": 1})
+
+
+def test_sessions_that_find_no_room_elsewhere_wait_for_the_next_one(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.starts_at_once = False
+    cluster.actors["llm.1"].full_at = "llm"
+    cluster.actors["llm.0"].is_dead = True
+    coordinator.poll()
+    assert at_replica(coordinator, "llm") == {"a": 0, "b": 1}
+    assert coordinator.sessions == ["a", "b"]
+
+
+def test_new_sessions_go_where_a_replica_lives_or_are_refused(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.starts_at_once = False
+    cluster.actors["llm.0"].is_dead = True
+    coordinator.poll()
+    coordinator.open_sessions(sessions("b"))
+    assert at_replica(coordinator, "llm")["b"] == 1
+    cluster.actors["tts.0"].is_dead = True
+    coordinator.poll()
+    with pytest.raises(StageError, match="tts has died and is being started again"):
+        coordinator.open_sessions(sessions("c"))
+    assert coordinator.sessions == ["a", "b"]
+
+
+def test_who_dies_while_a_session_opens_costs_that_session(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["tts.0"].is_dead = True
+    with pytest.raises(StageError, match=r"tts\.0 has died: .*; try again"):
+        coordinator.open_sessions(sessions("b"))
+    coordinator.poll()
+    assert coordinator.sessions == ["a"]
+
+
+def test_who_holds_cameras_and_files_is_not_replaced(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["io.0"].is_dead = True
+    with pytest.raises(CoordinatorError, match=r"io\.0 has died"):
+        coordinator.poll()
+
+
+def test_in_virtual_time_a_run_is_whole_or_none(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", paced=False))
+    cluster.actors["llm.0"].is_dead = True
+    with pytest.raises(CoordinatorError, match=r"llm\.0 has died"):
+        coordinator.poll()
+
+
+def test_one_that_dies_again_and_again_ends_the_run(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    for _ in range(MAX_DEATHS - 1):
+        cluster.actors["tts.0"].is_dead = True
+        coordinator.poll()
+    cluster.actors["tts.0"].is_dead = True
+    with pytest.raises(CoordinatorError, match="that was 3 times within 10 minutes"):
+        coordinator.poll()
+
+
+def test_one_that_dies_while_it_starts_again_is_started_once_more(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.starts_at_once = False
+    cluster.actors["tts.0"].is_dead = True
+    coordinator.poll()
+    cluster.actors["tts.0"].is_dead = True
+    coordinator._down["tts.0"].awaited = None
+    coordinator.poll()
+    assert cluster.peers == ["tts.0-1", "tts.0-2"]
+
+
+def test_the_ledger_knows_the_dead(coordinator: Coordinator, cluster: FakeCluster):
+    edge = "llm.text->tts.text"
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["llm.0"].ends = {edge: EdgeEnds(sent=Account(5))}
+    cluster.actors["tts.0"].ends = {edge: EdgeEnds(received=Account(0, 2), arrived={"llm.0": 3})}
+    assert coordinator.ledger()[edge].in_flight == 3
+    cluster.actors["llm.0"].is_dead = True
+    account = coordinator.ledger()[edge]
+    assert (account.accepted, account.delivered, account.dropped["crash"], account.in_flight) == (5, 2, 2, 1)

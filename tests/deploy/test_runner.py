@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy.runner import SessionPlan
-from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
+from deploy.runner import Listener, SessionPlan, StageRunner
+from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.credit import Limit
-from graph.edge import Arrival
+from graph.edge import Arrival, Sender, SilentObserver
 from graph.ladder import STEPS
 from graph.streams import MIC, SPEECH, TEXT, camera_stream
 from graph.tail import Ack, ack_chunk
@@ -33,6 +33,7 @@ from tests.support.house import (
     barge_in,
     heard,
 )
+from tests.support.units import session as session_of
 
 DOOR, YARD = SessionId("door"), SessionId("yard")
 
@@ -249,6 +250,117 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
     told = {name: window[name] for name in ("missing", "digest", "on_time", "late_stage", "stages")}
     stages = '{"llm.queue": 1.15}'
     assert told == {"missing": "text", "digest": "", "on_time": False, "late_stage": "llm", "stages": stages}
+
+
+def test_who_comes_later_on_the_way_gives_up_a_little_later(build, clock: ManualClock):
+    house = build({"llm": (echo := Echo())}, (SOUND,))
+    house.runners["llm"].open_session(SessionPlan(session_of("door", paced=True), {MIC: "drop"}, 1, depth=2))
+    house.runners["llm"].begin_session(DOOR, 0)
+    clock.advance(2.153)
+    house.runners["llm"].step()
+    assert echo.units == []
+    clock.advance(0.001)
+    house.runners["llm"].step()
+    assert len(echo.units) == 1
+
+
+# ---- a replica that has died -----------------------------------------------------------------------------------------
+
+HEARD = Listener(Ack(3 * NS_PER_S, heard_ns=NS_PER_S, received_ns=2 * NS_PER_S, num_turns=1, epoch=2), level=1)
+
+
+def go_on(house: House, stage: str = "llm", edges: tuple[str, ...] = (), **streams: str) -> StageRunner:
+    """Session `door` goes on at this stage."""
+    runner = house.runners[stage]
+    peers = dict.fromkeys(edges, 0)
+    runner.open_session(SessionPlan(session_of("door", paced=True), streams, len(streams), peers, goes_on=HEARD))
+    runner.begin_session(DOOR, 0)
+    return runner
+
+
+def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClock):
+    house = build({"llm": (echo := Echo())}, (SOUND, SPOKEN))
+    clock.advance(3.4)
+    go_on(house, edges=(SPOKEN,), mic="drop")
+    house.window("door", 2), house.window("door", 3)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", 3)]]
+    assert house.account(SOUND).dropped["late"] == 1
+    (arrival, *_) = house.bus.wait(1.0)
+    assert arrival.chunk.epoch == 2, "what was said before the last barge-in stays stale"
+
+
+def test_it_knows_the_listener_as_the_others_do(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND,))
+    state = go_on(house, mic="drop")._open[DOOR]
+    assert (state.session.playback.latest, state.session.level.num_steps) == (HEARD.ack, 1)
+    assert house.runners["llm"].listener(DOOR) == HEARD
+    assert house.runners["llm"].listener(YARD) is None
+
+
+def test_numbers_of_chunks_never_come_twice(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND, SPOKEN))
+    house.open("door", paced=True)
+    seqs = []
+    for second in (1.0, 1.0):
+        clock.advance(second)
+        house.window("door", int(clock.now_ns // NS_PER_S) - 1)
+        house.runners["llm"].step()
+        seqs += [arrival.chunk.seq for arrival in house.bus.wait(1.0) if not arrival.chunk.is_control]
+        house.runners["llm"].close_session(DOOR)
+        go_on(house, edges=(SPOKEN,), mic="drop")
+    assert len(seqs) == len(set(seqs)) == 2
+
+
+def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND, SPOKEN))
+    clock.advance(3.4)
+    runner = go_on(house, edges=(SPOKEN,), mic="drop")
+    house.window("door", 3)
+    house.take(end_of_stream(DOOR, MIC, 4 * NS_PER_S))
+    runner.step()
+    (end,) = [a.chunk for a in house.bus.wait(1.0) if a.chunk.kind is Kind.END]
+    assert end.start_ns == 4 * NS_PER_S
+
+
+def test_an_input_that_nobody_is_left_to_end_is_ended(build, clock: ManualClock):
+    house = build({"llm": Echo()}, (SOUND, SPOKEN))
+    clock.advance(3.4)
+    runner = go_on(house, edges=(SPOKEN,), mic="drop")
+    runner.end_input(DOOR, SOUND)
+    runner.step()
+    assert runner.snapshot().sessions == {}
+
+
+def test_a_session_is_sent_to_another_replica_which_knows_nothing_of_it(build, clock: ManualClock):
+    house = build({"microphone": (ticker := Ticker(9))}, (SOUND,))
+    begun_anew: list[str] = []
+    ticker.peer_begins_anew = begun_anew.append  # type: ignore[method-assign]
+    house.open("door")
+    runner, sink = house.runners["microphone"], Sink()
+    other = Sender(house.senders[SOUND].rule, sink, SilentObserver())
+    runner._senders[SOUND].append(other)
+    house.bus.bury(house.senders[SOUND])
+    runner.step()
+    assert house.senders[SOUND].num_waiting == 1
+    assert runner.reroute(DOOR, SOUND, 1)
+    assert [chunk.kind for chunk in sink.chunks] == [Kind.DATA, Kind.WATERMARK]
+    assert begun_anew == ["door"]
+    assert not runner.reroute(YARD, SOUND, 1), "it has ended here"
+
+
+def test_who_has_died_is_told_and_what_was_not_heard_is_cut_off(build, clock: ManualClock):
+    house = build({"speaker": Ear(), "events": (notes := Notes())}, (SPOKEN, NOTED))
+    ear = house.runners["speaker"].stage
+    ear.cut_off = lambda session, now_ns: [Chunk(session, "events", now_ns, attrs={"type": "cut_off"})]
+    house.open("door")
+    clock.advance(3.4)
+    for cuts in (False, True):
+        house.runners["speaker"].tell(DOOR, "recovered", {"actor": "tts.0"}, cuts=cuts)
+    house.runners["speaker"].tell(YARD, "recovered", {"actor": "tts.0"}, cuts=True)  # it has ended
+    house.settle()
+    assert [chunk.attrs["type"] for chunk in notes.chunks] == ["recovered", "cut_off", "recovered"]
+    assert {chunk.start_ns for chunk in notes.chunks} == {3_400_000_000}
 
 
 # ---- the shedding ladder ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from deploy.virtual import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, ProfileError, StageCost
 from graph.credit import ReceiveCredit, SendCredit
+from graph.edge import Sender
 from graph.epoch import EpochFence
 from graph.ledger import Ledger
 from graph.spec import PipelineSpec, default_spec_path, load_spec
@@ -123,6 +124,37 @@ def test_faults_leave_their_marks(spec: PipelineSpec):
     assert storm.wasted_tokens
 
 
+def test_in_a_kill_storm_actors_die_and_what_they_held_is_named(spec: PipelineSpec):
+    figures = run(spec, "kill-storm").figures
+    assert figures.num_deaths > NUM_SEEDS
+    assert figures.drops["crash"] > 0
+    assert 0.5 < figures.as_dict()["on_time"] < 1.0
+
+
+@pytest.mark.parametrize("settings", [[], ["stages.tts.replicas=0"], ["stages.audio_encoder.replicas=0"]])
+@pytest.mark.parametrize("replicas", [{}, {"vision_encoder": 2, "audio_encoder": 2, "llm": 3, "tts": 2}])
+def test_whoever_dies_in_a_storm_what_must_hold_does(settings: list[str], replicas: dict[str, int]):
+    storm = replace(SCENARIOS["storm"], deaths=1.0, replicas=replicas)
+    report = run_scenario(load_spec(default_spec_path(), settings), storm, range(4))
+    assert report.violations == ()
+    assert report.figures.num_deaths > 0
+
+
+def test_with_another_replica_a_death_costs_fewer_windows(spec: PipelineSpec):
+    alone = replace(SCENARIOS["kill-storm"], replicas={})
+    both = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), 2)
+    ours, theirs = (
+        run_scenario(spec, replace(alone, replicas=replicas), range(NUM_SEEDS)).figures.as_dict()["on_time"]
+        for replicas in (both, {})
+    )
+    assert ours > theirs
+
+
+def test_what_a_death_loses_and_nobody_names_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    broken.setattr(Sender, "bury", lambda self: setattr(self, "_is_down", True))
+    assert "ledger" in rules(run(spec, "kill-storm"))
+
+
 def test_overload_sheds_pictures_and_never_sound_and_everything_comes_back(spec: PipelineSpec):
     simulation = Simulation(spec, SCENARIOS["overload"], 0)
     simulation.run()
@@ -218,7 +250,7 @@ def test_a_crash_is_told_with_its_seed(spec: PipelineSpec, broken: pytest.Monkey
 
 
 def test_a_chunk_that_vanishes_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
-    broken.setattr(Ledger, "drop", lambda self, reason: None)
+    broken.setattr(Ledger, "drop", lambda self, reason, number=1: None)
     assert "ledger" in rules(run(spec, "storm", 20))
 
 
@@ -247,7 +279,7 @@ def test_what_is_said_after_a_barge_in_by_who_does_not_know_of_it_is_stale(
 
 
 def test_violations_are_bounded_and_told_with_their_seed(spec: PipelineSpec, broken: pytest.MonkeyPatch):
-    broken.setattr(Ledger, "deliver", lambda self: None)
+    broken.setattr(Ledger, "deliver", lambda self, number=1: None)
     report = run(spec, "steady", 2)
     assert {violation.seed for violation in report.violations} == {0, 1}
     assert len(report.violations) <= 2 * MAX_VIOLATIONS
@@ -274,7 +306,7 @@ def test_the_command_prints_json_and_exits_with_3_when_something_did_not_hold(br
     result = CliRunner().invoke(cli.app, arguments)
     told = json.loads(result.stdout)
     assert (result.exit_code, told["violations"], told["windows"], told["seeds"]) == (0, [], 64, "0:2")
-    broken.setattr(Ledger, "deliver", lambda self: None)
+    broken.setattr(Ledger, "deliver", lambda self, number=1: None)
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 3
     assert json.loads(result.stdout)["violations"][0]["rule"] == "ledger"

@@ -1,4 +1,5 @@
-"""A pipeline whose stages are split over two nodes, with two replicas of a stateless and of a stateful stage."""
+"""A pipeline whose stages are split over two nodes, with two replicas of a stateless and of a stateful stage, of which
+one is killed on the way."""
 
 import json
 import shutil
@@ -18,7 +19,7 @@ from tests.support.pipeline import Place, Run
 pytestmark = pytest.mark.ray
 
 SESSIONS = ("door", "garage", "yard")
-NUM_WINDOWS = 8
+NUM_WINDOWS = 12
 ON_A = ("vision_encoder", "audio_encoder", "vocoder")
 ON_B = ("llm", "tts")
 PLACEMENT = [
@@ -83,6 +84,8 @@ def split(place: Place) -> Iterator[SplitRun]:
         status = json.loads(place.run("ps", "--json").stdout)
         tcp = connections({row["pid"]: row["process"] for row in status["stages"]})
         sockets = {path.name for path in place.tmp.glob("omni-*/*/bus/*")}
+        place.wait_for_window(3)
+        psutil.Process(next(row["pid"] for row in status["stages"] if row["process"] == "llm.1")).kill()
         run = place.finish(process)
         yield SplitRun(run, status, tcp, sockets, nodes.free_resources() == nodes.free)
     finally:
@@ -108,7 +111,15 @@ def test_a_pipeline_over_two_nodes_runs_to_its_end(split: SplitRun) -> None:
     for session in SESSIONS:
         windows = split.run.windows(session)
         assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
-        assert all(window["missing"] == [] for window in windows)
+        assert all(window["missing"] == [] for window in windows) or split.run.events(session, "recovered")
+
+
+def test_sessions_of_a_replica_that_dies_go_on_at_the_other_one(split: SplitRun) -> None:
+    recovered = {session: split.run.events(session, "recovered") for session in SESSIONS}
+    (count,) = [row["sessions"] for row in split.status["stages"] if row["process"] == "llm.1"]
+    assert sum(map(bool, recovered.values())) == count
+    assert {event["actor"] for events in recovered.values() for event in events} == {"llm.1"}
+    assert all(split.run.windows(session)[-1]["missing"] == [] for session in SESSIONS)
 
 
 def test_every_edge_between_the_nodes_is_exact(split: SplitRun) -> None:

@@ -1,9 +1,11 @@
 """Decoders, actors and patience that die in the middle of a run: who pays, what is left, and what is not."""
 
+import json
 import os
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from graph.ledger import REASONS
-from tests.support.pipeline import Place, Run, new_place
+from tests.support.pipeline import Place, Run, new_place, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -178,15 +180,68 @@ def test_ctrl_c_while_it_starts_leaves_nothing_behind(fresh: Place, until: str) 
 # --- the cluster --------------------------------------------------------------------------------------------------
 
 
-def test_an_actor_that_dies_ends_the_run_with_its_name(fresh: Place) -> None:
+@pytest.fixture(scope="module")
+def with_dead_actors(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[tuple[Run, list[str]]]:
+    """The vocoder is killed, and when it is back one of two LLMs."""
+    replicas = ("--set", "stages.llm.replicas=2", "--set", "stages.llm.kv_memory=128MiB")
+    with new_place(tmp_path_factory.mktemp("dead"), cache) as place:
+        process = place.start("up", *YARD, *replicas, "--for", f"{LONG}s", "--out", "run", "--barge-in", "2.5s")
+        place.wait_for_window(2)
+        kill(place, process.pid, "vocoder.0")
+        wait_for(lambda: problem(place))
+        wait_for(lambda: not problem(place))
+        kill(place, process.pid, "llm.0")
+        yield place.finish(process), place.leftovers()
+
+
+LONG = 25
+
+
+def problem(place: Place) -> str:
+    with urllib.request.urlopen(f"{place.url()}/api/v1/ps") as answer:
+        return str(json.load(answer)["problem"])
+
+
+def kill(place: Place, pid: int, name: str) -> None:
+    (actor,) = [child for child in place.watch(pid) if is_actor(child, place, name)]
+    actor.kill()
+
+
+def test_an_actor_that_dies_is_started_again_and_the_run_goes_on(with_dead_actors: tuple[Run, list[str]]) -> None:
+    run, leftovers = with_dead_actors
+    assert run.returncode == 0, run.stderr
+    for name in ("vocoder.0", "llm.0"):
+        assert f"{name} has died" in run.stderr
+        assert f"  {name} ready again" in run.stderr
+    assert "raylet" not in run.stdout + run.stderr
+    assert leftovers == []
+
+
+def test_what_a_dead_actor_costs_is_named_and_the_ledger_is_exact(with_dead_actors: tuple[Run, list[str]]) -> None:
+    run, _ = with_dead_actors
+    windows = run.windows("yard")
+    assert [window["index"] for window in windows] == list(range(LONG))
+    assert is_exact(run)
+    assert {window["late_stage"] for window in windows} & {"vocoder"}
+    assert [event["actor"] for event in run.events("yard", "recovered")] == ["vocoder.0", "llm.0"]
+    assert [event["epoch"] for event in run.events("yard", "cut_off")] == [2, 3], "after the barge-in"
+
+
+def test_after_a_death_it_is_heard_again(with_dead_actors: tuple[Run, list[str]]) -> None:
+    run, _ = with_dead_actors
+    (_, last) = run.events("yard", "recovered")
+    assert any(event["time_s"] > last["time_s"] for event in run.events("yard", "heard"))
+    assert run.windows("yard")[-1]["on_time"]
+
+
+def test_whoever_holds_the_cameras_ends_the_run_with_its_name(fresh: Place) -> None:
     process = fresh.start("up", *YARD, "--out", "run")
     fresh.wait_for_window(1)
-    (llm,) = [child for child in fresh.watch(process.pid) if is_actor(child, fresh, "llm.0")]
-    llm.kill()
+    kill(fresh, process.pid, "io.0")
     run = fresh.finish(process)
     assert run.returncode == 1
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
-    assert line.startswith("pipeline: llm.0 has died")
+    assert line.startswith("pipeline: io.0 has died")
     assert fresh.leftovers() == []
 
 

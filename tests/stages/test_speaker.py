@@ -158,6 +158,15 @@ def test_whoever_is_interrupted_has_been_told_before_what_was_heard():
     assert (before.epoch, before.start_ns) == (1, 1800 * NS_PER_MS)
 
 
+def test_what_is_cut_off_is_dropped_and_raises_the_epoch():
+    room = Room().to(1.0).hear(0, speech("door", 0, voice(1.0))).to(1.8)
+    room.told += room.speaker.cut_off(DOOR, 1_900_000_000)
+    assert room.events("cut_off") == [(1.9, {"type": "cut_off", "seconds": 0.4, "epoch": 1})]
+    (control,) = of_kind(room.told, Kind.BARGE_IN)
+    assert (control.epoch, control.start_ns) == (1, 1_900_000_000)
+    assert room.acks()[-1].heard_ns == room.to(4.0).acks()[-1].heard_ns == 600_000_000
+
+
 def test_each_barge_in_has_an_epoch_of_its_own():
     room = Room(listener=(action(0.5, "barge_in"), action(0.7, "barge_in"))).to(1.0)
     assert [chunk.epoch for chunk in of_kind(room.told, Kind.BARGE_IN)] == [1, 2]

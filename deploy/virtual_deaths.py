@@ -1,0 +1,168 @@
+"""Actors of a simulated pipeline that die, and are started again: by the same deploy/recovery.py as real ones, and in
+the same order as deploy/coordinator.py does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import TYPE_CHECKING, Final
+
+from deploy.placement import LOCAL_STAGES, Process
+from deploy.recovery import Going, inputs_of, reconnect, reopen
+from deploy.runner import Listener, SessionPlan, StageRunner
+from deploy.virtual import Actor
+from deploy.virtual_stages import Costly
+from graph.chunk import NS_PER_MS, NS_PER_S, Scalar, SessionId
+from stages.stage import Session
+
+if TYPE_CHECKING:
+    from deploy.simulate import Simulation
+
+LOOKS_NS: Final = 250 * NS_PER_MS  # how often the coordinator looks for its actors
+STARTS_NS: Final = (NS_PER_S, 5 * NS_PER_S)  # how long one takes to start
+
+
+class Deaths:
+    """Lets actors die, and brings them back. Also the `Replicas` of deploy/recovery.py."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self._world = simulation.world
+        self._spec = simulation.spec
+        self._rng = Random(0)
+        self.num_deaths = 0
+
+    def plan(self, rng: Random, deaths: float, begin_ns: int, end_ns: int) -> None:
+        """deaths: of each actor that may die, on average."""
+        self._rng = Random(rng.random())
+        mortal = [p for p in self._simulation.processes if not LOCAL_STAGES & p.stages.keys()]
+        for process in mortal:
+            for _ in range(2):
+                if rng.random() < deaths / 2:
+                    at_ns = rng.randint(begin_ns, end_ns)
+                    self._world.at(at_ns, lambda process=process: self._die(process))  # type: ignore[misc]
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def _die(self, process: Process) -> None:
+        actor = self._simulation.actors.get(process.name)
+        if actor is None or actor.is_dead:
+            return
+        self.num_deaths += 1
+        self._simulation.note(f"{actor.name} dies")
+        actor.die()
+        found_ns = self._world.now_ns + self._rng.randint(0, LOOKS_NS)
+        self._world.at(found_ns, lambda: self._find(process, actor))
+
+    def _find(self, process: Process, actor: Actor) -> None:
+        """It is seen that an actor has died."""
+        simulation = self._simulation
+        del simulation.actors[process.name]
+        inputs = [edge.id for edge in inputs_of(self._spec, process.stages)]
+        for other in simulation.actors.values():
+            for link, sender in other.senders:
+                if sender.rule.id in inputs and link.target.actor is actor:
+                    sender.bury()
+        simulation.forget(actor, [other.name for other in simulation.actors.values()], inputs)
+        for session in self._sessions_at(process):
+            self._move_away(process, session)
+        starts_ns = self._rng.randint(*STARTS_NS)
+        self._world.at(self._world.now_ns + starts_ns, lambda: self._come_back(process))
+
+    def _move_away(self, process: Process, session: Session) -> None:
+        if len(process.stages) > 1:
+            return
+        (stage,) = process.stages
+        replicas_of = self._simulation.replicas
+        others = [p.replica for p in self._simulation.processes if stage in p.stages and self._actor(stage, p.replica)]
+        loads = {replica: sum(each[stage] == replica for each in replicas_of.values()) for replica in others}
+        if loads:
+            replicas_of[session.id][stage] = min(loads, key=lambda replica: loads[replica])
+            reopen(self, self._spec, [stage], self._going(session))
+            reconnect(self, self._spec, [stage], self._going(session), process.name)
+
+    def _come_back(self, process: Process) -> None:
+        simulation, stages = self._simulation, list(process.stages)
+        simulation.note(f"{process.name} is back")
+        simulation.revive(process, f"{process.name}-{self.num_deaths}")
+        actor = simulation.actors[process.name]
+        for link, sender in actor.senders:
+            if link.target.actor.is_dead:
+                sender.bury()
+        waiting = self._sessions_at(process)
+        for session in waiting:
+            reopen(self, self._spec, stages, self._going(session))
+        inputs = {edge.id: edge for edge in inputs_of(self._spec, stages)}
+        for other in simulation.actors.values():
+            for number, (link, sender) in enumerate(other.senders):
+                if sender.rule.id in inputs and link.target.replica == process.replica and not other.is_dead:
+                    new = simulation.link(other, inputs[sender.rule.id], process.replica)
+                    other.senders[number] = (new, sender)
+                    sender.meet(new)
+        for session in waiting:
+            reconnect(self, self._spec, stages, self._going(session), process.name)
+
+    def _sessions_at(self, process: Process) -> list[Session]:
+        """Those that are open and live there."""
+        simulation = self._simulation
+        return [
+            session
+            for session in simulation.open_sessions()
+            if any(simulation.replicas[session.id][stage] == process.replica for stage in process.stages)
+        ]
+
+    def _going(self, session: Session) -> Going:
+        return Going(session, self._simulation.replicas[session.id])
+
+    # ---- Replicas ----------------------------------------------------------------------------------------------------
+
+    def open(self, stage: str, replica: int, plan: SessionPlan) -> None:
+        from deploy.simulate import own_of
+
+        runner = self._runner(stage, replica)
+        assert runner is not None
+        runner.open_session(replace(plan, session=own_of(plan.session)))
+        if isinstance(runner.stage, Costly):
+            runner.stage.begin_anywhere(plan.session.id)
+
+    def begin(self, stage: str, replica: int, session: SessionId) -> None:
+        self._simulation.begin(stage, session)
+        self._wake(stage, replica)
+
+    def listener(self, stage: str, replica: int, session: SessionId) -> Listener | None:
+        runner = self._runner(stage, replica)
+        return None if runner is None else runner.listener(session)
+
+    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> bool:
+        runner = self._runner(stage, replica)
+        is_open = runner is None or runner.reroute(session, edge, target)
+        self._wake(stage, replica)
+        return is_open
+
+    def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
+        runner = self._runner(stage, replica)
+        assert runner is not None
+        runner.end_input(session, edge)
+        self._wake(stage, replica)
+
+    def tell(
+        self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
+    ) -> None:
+        runner = self._runner(stage, replica)
+        if runner is not None:
+            runner.tell(session, kind, attrs, cuts=cuts)
+            self._wake(stage, replica)
+
+    def _runner(self, stage: str, replica: int) -> StageRunner | None:
+        actor = self._actor(stage, replica)
+        return None if actor is None else actor.runners[stage]
+
+    def _actor(self, stage: str, replica: int) -> Actor | None:
+        """None where it is dead."""
+        actor = self._simulation.actors.get(self._simulation.process_of(stage, replica).name)
+        return None if actor is None or actor.is_dead else actor
+
+    def _wake(self, stage: str, replica: int) -> None:
+        if (actor := self._actor(stage, replica)) is not None:
+            actor.wake()

@@ -1,0 +1,118 @@
+"""deploy/recovery.py: what is done, and in which order, where a replica has died."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from deploy.recovery import Going, reconnect, reopen
+from deploy.runner import Listener, SessionPlan
+from graph.chunk import Scalar, SessionId
+from graph.spec import PipelineSpec, default_spec_path, load_spec
+from graph.tail import Ack
+from stages.stage import Session
+
+DOOR = SessionId("door")
+HEARD = Listener(Ack(7, heard_ns=5, received_ns=6, epoch=2), level=1)
+
+
+@dataclass
+class Written:
+    """Writes down what it is asked. gone: stages where the session has ended."""
+
+    gone: tuple[str, ...] = ()
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    plans: dict[str, SessionPlan] = field(default_factory=dict)
+
+    def open(self, stage: str, replica: int, plan: SessionPlan) -> None:
+        self.plans[stage] = plan
+        self.calls.append(("open", stage, replica))
+
+    def begin(self, stage: str, replica: int, session: SessionId) -> None:
+        self.calls.append(("begin", stage, replica))
+
+    def listener(self, stage: str, replica: int, session: SessionId) -> Listener | None:
+        return None if stage in self.gone else HEARD
+
+    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> bool:
+        self.calls.append(("reroute", stage, replica, edge.partition(".")[2], target))
+        return stage not in self.gone
+
+    def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
+        self.calls.append(("end_input", stage, replica, edge.partition(".")[2]))
+
+    def tell(
+        self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
+    ) -> None:
+        self.calls.append(("tell", stage, kind, attrs["actor"], cuts))
+
+
+@pytest.fixture(scope="module")
+def spec() -> PipelineSpec:
+    return load_spec(default_spec_path(), ["stages.llm.replicas=2"])
+
+
+def going(spec: PipelineSpec, **fields: object) -> Going:
+    session = Session(DOOR, "door", "test://pattern", **fields)  # type: ignore[arg-type]
+    return Going(session, {**dict.fromkeys(spec.stages, 0), "llm": 1})
+
+
+def recovered(spec: PipelineSpec, *stages: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
+    written = Written(gone)
+    reopen(written, spec, stages, going(spec, **fields))
+    reconnect(written, spec, stages, going(spec, **fields), "llm.0")
+    return written
+
+
+def test_a_session_is_open_and_its_clock_runs_before_anything_is_sent_there(spec: PipelineSpec) -> None:
+    assert recovered(spec, "llm").calls == [
+        ("open", "llm", 1),
+        ("begin", "llm", 1),
+        ("reroute", "vision_encoder", 0, "image->llm.image", 1),
+        ("reroute", "audio_encoder", 0, "audio->llm.audio", 1),
+        ("reroute", "speaker", 0, "playback->llm.playback", 1),
+        ("tell", "speaker", "recovered", "llm.0", True),
+    ]
+
+
+def test_it_goes_on_with_what_is_known_of_its_listener(spec: PipelineSpec) -> None:
+    plan = recovered(spec, "llm").plans["llm"]
+    assert plan.goes_on == HEARD
+    assert plan.peers["llm.text->tts.text"] == 0
+
+
+def test_where_nothing_is_said_nothing_is_cut_off(spec: PipelineSpec) -> None:
+    assert recovered(spec, "vision_encoder").calls[-1] == ("tell", "speaker", "recovered", "llm.0", False)
+    assert recovered(spec, "vocoder").calls[-1] == ("tell", "speaker", "recovered", "llm.0", True)
+
+
+def test_what_has_ended_before_it_is_ended_for_it(spec: PipelineSpec) -> None:
+    calls = recovered(spec, "llm", gone=("vision_encoder", "audio_encoder")).calls
+    assert [call for call in calls if call[0] == "end_input"] == [
+        ("end_input", "llm", 1, "image->llm.image"),
+        ("end_input", "llm", 1, "audio->llm.audio"),
+    ]
+
+
+def test_a_session_without_ears_asks_no_ears(spec: PipelineSpec) -> None:
+    calls = recovered(spec, "llm", microphone=False).calls
+    assert not any("audio_encoder" in call for call in calls)
+
+
+def test_stages_that_died_together_come_back_together(spec: PipelineSpec) -> None:
+    calls = recovered(spec, "llm", "tts").calls
+    assert [call[:2] for call in calls[:4]] == [("open", "llm"), ("open", "tts"), ("begin", "llm"), ("begin", "tts")]
+    assert ("reroute", "llm", 1, "text->tts.text", 0) not in calls, "both ends are new"
+    assert ("reroute", "speaker", 0, "playback->tts.playback", 0) in calls
+
+
+def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
+    spec = load_spec(default_spec_path(), ["stages.tts.replicas=0"])
+    written = Written()
+    silent = Going(Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0))
+    reopen(written, spec, ["llm"], silent)
+    reconnect(written, spec, ["llm"], silent, "llm.0")
+    assert written.plans["llm"].goes_on == Listener(Ack(0), 0)
+    assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)
