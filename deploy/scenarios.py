@@ -192,6 +192,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 num_sessions=2,
                 num_windows=5,
                 barges_in=0.6,
+                deaths=0.1,
             ),
             replace(
                 _STEADY,
