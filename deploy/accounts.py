@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 
 from graph.ledger import Account, Reason, merge
 
+NOTHING = Account()
+
 
 @dataclass(frozen=True, slots=True)
 class EdgeEnds:
     """One actor's ends of one edge, over all replicas of the other stage. arrived: data chunks, by who sent them."""
 
-    sent: Account = field(default_factory=Account)
-    received: Account = field(default_factory=Account)
+    sent: Account = NOTHING
+    received: Account = NOTHING
     arrived: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -42,13 +44,16 @@ class Accounts:
         self._dead.add(actor)
         self._buried |= {(other, actor) for other in buried_by}
 
-    def of(self, edge: str) -> Account:
-        """The account of an edge."""
-        living = [ends for actor in self._told.keys() - self._dead for ends in [self._ends(actor, edge)]]
-        ends = [account for each in living for account in (each.sent, each.received)]
-        for actor in self._dead:
-            ends += [self._sent_by_dead(actor, edge), _named(self._ends(actor, edge).received)]
-        return merge(ends)
+    def of(self, edges: Iterable[str]) -> dict[str, Account]:
+        """The accounts of these edges."""
+        ends: dict[str, list[Account]] = {edge: [] for edge in edges}
+        for actor in self._told.keys() - self._dead:
+            for edge, each in self._told[actor].items():
+                ends[edge] += [account for account in (each.sent, each.received) if account is not NOTHING]
+        for edge, accounts in ends.items():
+            for actor in self._dead:
+                accounts += [self._sent_by_dead(actor, edge), _named(self._ends(actor, edge).received)]
+        return {edge: merge(accounts) for edge, accounts in ends.items()}
 
     def _sent_by_dead(self, actor: str, edge: str) -> Account:
         """What had left it and has not come anywhere is lost; what has come and it had not told of yet was accepted."""

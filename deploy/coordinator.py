@@ -241,7 +241,7 @@ class Coordinator:
                 break  # else somebody has died meanwhile, of which some did not know yet
         for name, ends in told.items():
             self._accounts.told(self._actors[name].peer, ends)
-        return {edge.id: self._accounts.of(edge.id) for edge in self._spec.edges}
+        return self._accounts.of(edge.id for edge in self._spec.edges)
 
     def load_of(self, stage: str) -> list[int]:
         """Sessions per replica of a stage."""

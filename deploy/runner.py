@@ -121,6 +121,7 @@ class _Open:
     ladder: Ladder | None  # at the sink
     begun: bool = False
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
+    traced: frozenset[str] = frozenset()  # the streams that bring a trace of each window
     fence: EpochFence = field(default_factory=EpochFence)
     ready: deque[_Ready] = field(default_factory=deque)
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # not settled, by the id() of their chunk
@@ -224,7 +225,8 @@ class StageRunner:
         has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
         ladder = Ladder(session.ladder, session.window_ns, self._usual_level(session)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
-        self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder)
+        traced = frozenset(stream for stream in plan.streams if not is_raw(stream))
+        self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder, traced=traced)
         self._touch(session.id)
         self._meter.opened(session)
         if ladder is not None:
@@ -602,7 +604,9 @@ class StageRunner:
     def _awaited(self, state: _Open, unit: Unit, given_up_ns: int) -> list[Span]:
         """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
         known here, with the stages which it had not left."""
-        untold = {stream for stream in state.plan.streams if not is_raw(stream) and stream not in unit.traces}
+        untold = state.traced - unit.traces.keys()
+        if not (untold or unit.awaited):
+            return []
         sources = (self._source_of(stream) for stream in sorted(unit.awaited | untold))
         return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
 

@@ -497,7 +497,7 @@ class Simulation:
                 self._accounts.died(actor.name, ())
             else:
                 self._accounts.told(actor.name, _ends_of(actor))
-        return {edge.id: self._accounts.of(edge.id) for edge in self.spec.edges}
+        return self._accounts.of(edge.id for edge in self.spec.edges)
 
     def forget(self, actor: Actor, buried_by: Iterable[str], edges: Iterable[str]) -> None:
         """An actor has died. edges: on which it received."""
@@ -547,15 +547,13 @@ def _ends_of(actor: Actor) -> dict[str, EdgeEnds]:
     sent: dict[str, list[Account]] = {}
     for _, sender in actor.senders:
         sent.setdefault(sender.rule.id, []).append(sender.account())
-    received = {receiver.rule.id: receiver for _, receiver in actor.receivers}
-    return {
-        edge: EdgeEnds(
-            merge(sent.get(edge, ())),
-            received[edge].account() if edge in received else Account(),
-            {peer.decode(): n for peer, n in received[edge].arrived.items()} if edge in received else {},
-        )
-        for edge in sent.keys() | received.keys()
-    }
+    ends: dict[str, EdgeEnds] = {}
+    for _, receiver in actor.receivers:
+        arrived = {peer.decode(): number for peer, number in receiver.arrived.items()}
+        ends[receiver.rule.id] = EdgeEnds(merge(sent.pop(receiver.rule.id, ())), receiver.account(), arrived)
+    for edge, accounts in sent.items():
+        ends[edge] = EdgeEnds(merge(accounts))
+    return ends
 
 
 def _told(chunk: Chunk) -> str:

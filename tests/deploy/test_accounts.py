@@ -122,7 +122,7 @@ class Pipeline(RuleBasedStateMachine):
             for name, source in self.sources.items()
             for sink, number in source.sent.items()
         )
-        account = accounts.of(EDGE)
+        account = accounts.of([EDGE])[EDGE]
         assert account.in_flight == waiting + held + under_way
         assert all(number >= 0 for number in account.dropped.values())
 
@@ -137,7 +137,7 @@ def test_who_has_died_before_it_told_anything_is_known_by_what_has_come_from_it(
     sink.deliver(2)
     accounts.died("llm.0", ())
     accounts.told("tts.0", {EDGE: EdgeEnds(received=sink.account(), arrived={"llm.0": 3})})
-    account = accounts.of(EDGE)
+    account = accounts.of([EDGE])[EDGE]
     assert (account.accepted, account.delivered, account.in_flight) == (3, 2, 1)
 
 
@@ -148,7 +148,7 @@ def test_what_a_dead_one_was_known_to_have_sent_and_nobody_got_is_lost() -> None
     accounts.told("llm.0", {EDGE: EdgeEnds(sent=source.account())})
     accounts.told("tts.0", {EDGE: EdgeEnds(arrived={"llm.0": 3})})
     accounts.died("llm.0", ())
-    account = accounts.of(EDGE)
+    account = accounts.of([EDGE])[EDGE]
     assert (account.accepted, account.dropped["crash"], account.in_flight) == (5, 2, 3)
 
 
@@ -160,5 +160,5 @@ def test_what_a_dead_one_had_dropped_keeps_its_name() -> None:
     accounts.told("tts.0", {EDGE: EdgeEnds(received=sink.account(), arrived={"llm.0": 4})})
     accounts.died("tts.0", ["llm.0"])
     accounts.told("llm.0", {EDGE: EdgeEnds(sent=source.account())})
-    account = accounts.of(EDGE)
+    account = accounts.of([EDGE])[EDGE]
     assert (account.delivered, account.dropped["stale"], account.dropped["crash"], account.in_flight) == (1, 2, 1, 0)
