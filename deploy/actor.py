@@ -80,8 +80,8 @@ class Actor:
         """Open the sending ends: per edge the endpoints of all replicas of the other stage."""
         self._do(lambda: self._connect(endpoints))
 
-    def bury(self, ends: Mapping[str, int]) -> None:
-        """Replicas that this actor sends to have died: per edge which one."""
+    def bury(self, ends: Sequence[tuple[str, int]]) -> None:
+        """Replicas that this actor sends to have died: on which edge, and which one."""
         self._do(lambda: self._bury(ends))
 
     def reconnect(self, ends: Mapping[str, tuple[int, str]]) -> None:
@@ -197,8 +197,8 @@ class Actor:
             rule, observer = self._rule(edge), self._observer(edge)
             self._senders[edge] = [self._bus.connect(rule, endpoint, observer) for endpoint in replicas]
 
-    def _bury(self, ends: Mapping[str, int]) -> None:
-        for edge, replica in ends.items():
+    def _bury(self, ends: Sequence[tuple[str, int]]) -> None:
+        for edge, replica in ends:
             self._bus.bury(self._senders[edge][replica])
 
     def _reconnect(self, ends: Mapping[str, tuple[int, str]]) -> None:

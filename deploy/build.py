@@ -125,6 +125,7 @@ def _llm(spec: StageSpec, checkpoint: Path) -> Stage:
         where,
         system_prompt=spec.system_prompt,
         seed=spec.seed,
+        needs_pictures=told.generation.needs_pictures,
     )
 
 

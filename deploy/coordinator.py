@@ -77,12 +77,14 @@ class _Placement:
 
 @dataclass(slots=True)
 class _Down:
-    """An actor that has died. coming: what brings the next one up, step by step; `awaited` is what it waits for."""
+    """Who takes the place of a dead actor. coming: what brings it up, step by step; awaited: what that waits for."""
 
-    since_s: float
+    process: Process
+    peer: str
+    handle: Any
     coming: Iterator[Any]
     awaited: Any
-    handle: Any
+    since_s: float
 
 
 class Coordinator:
@@ -235,9 +237,9 @@ class Coordinator:
     def ledger(self) -> dict[str, Account]:
         """The account of every edge, both ends and all replicas put together."""
         while True:
-            before = dict(self._actors)
+            before = set(self._actors)
             told = self._ask_all("accounts")
-            if before == self._actors:
+            if before == set(self._actors):
                 break  # else somebody has died meanwhile, of which some did not know yet
         for name, ends in told.items():
             self._accounts.told(self._actors[name].peer, ends)
@@ -265,20 +267,27 @@ class Coordinator:
         placed = self._actors[name]
         if LOCAL_STAGES & placed.process.stages.keys() or not all(p.session.paced for p in self._sessions.values()):
             raise error
-        self._count_death(name, error)
-        del self._actors[name]
-        ray.kill(placed.handle)
-        inputs = inputs_of(self._spec, placed.process.stages)
+        self._replace(placed.process, placed.peer, placed.handle, error)
+
+    def _replace(self, process: Process, peer: str, handle: Any, error: CoordinatorError) -> None:
+        self._count_death(process.name, error)
+        self._actors.pop(process.name, None)
+        ray.kill(handle)
+        self._accounts.died(peer, self._bury(process))
+        self._tell(str(error))
+        self._move_away(process)
+        self._start_again(process)
+
+    def _bury(self, process: Process) -> list[str]:
+        """Let all who send to an actor know that it has died; returns who does."""
+        inputs = inputs_of(self._spec, process.stages)
         buried_by = []
         for other in list(self._actors.values()):
-            ends = {edge.id: placed.process.replica for edge in inputs if edge.source.stage in other.process.stages}
+            ends = [(edge.id, process.replica) for edge in inputs if edge.source.stage in other.process.stages]
             with suppress(CoordinatorError):  # it has died as well
                 self._call(other, "bury", ends)
                 buried_by.append(other.peer)
-        self._accounts.died(placed.peer, buried_by)
-        self._tell(str(error))
-        self._move_away(placed.process)
-        self._start_again(placed.process)
+        return buried_by
 
     def _count_death(self, name: str, error: CoordinatorError) -> None:
         times = self._deaths.setdefault(name, [])
@@ -309,7 +318,7 @@ class Coordinator:
         plan = self._plan(process)
         handle = self._cluster.replace(process, plan)
         coming = self._bring_up(process, plan, handle)
-        self._down[process.name] = _Down(time.monotonic(), coming, next(coming), handle)
+        self._down[process.name] = _Down(process, plan.peer, handle, coming, next(coming), time.monotonic())
 
     def _look_at_coming(self) -> None:
         """Who is started again: is it up by now?"""
@@ -320,11 +329,7 @@ class Coordinator:
             except StopIteration:
                 del self._down[name]
             except CoordinatorError as error:
-                self._count_death(name, error)
-                ray.kill(down.handle)
-                self._actors.pop(name, None)
-                self._tell(str(error))
-                self._start_again(next(process for process in self._processes if process.name == name))
+                self._replace(down.process, down.peer, down.handle, error)
             else:
                 if time.monotonic() - down.since_s > START_TIMEOUT_S:
                     raise CoordinatorError(f"{name} did not load within {START_TIMEOUT_S:g} s")
@@ -443,16 +448,16 @@ class Coordinator:
         outgoing = [edge.id for edge in self._spec.edges if edge.source.stage in process.stages]
         return {edge: [endpoint for _, endpoint in sorted(self._endpoints[edge].items())] for edge in outgoing}
 
-    def _outgoing_down(self, process: Process) -> dict[str, int]:
-        """The edges that leave it for somebody who is down."""
-        return {
-            edge.id: other.replica
+    def _outgoing_down(self, process: Process) -> list[tuple[str, int]]:
+        """The edges that leave it for somebody who is down, and for which replica."""
+        return [
+            (edge.id, other.replica)
             for edge in self._spec.edges
             for other in self._processes
             if edge.source.stage in process.stages
             and edge.target.stage in other.stages
             and other.name not in (*self._actors, process.name)
-        }
+        ]
 
     def _replicas_of(self, stage: str) -> list[_Placed]:
         """Those that live."""
@@ -578,7 +583,8 @@ class _Remote:
         return True  # whoever takes its place will send
 
     def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
-        self._call(stage, replica, "end_input", session, edge)
+        with suppress(ActorDied):
+            self._call(stage, replica, "end_input", session, edge)
 
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool

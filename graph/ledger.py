@@ -61,9 +61,6 @@ class Ledger:
 
 def merge(accounts: Iterable[Account]) -> Account:
     """Add up the ends (and replicas) of one edge."""
-    accounts = list(accounts)
-    if len(accounts) == 1:
-        return accounts[0]
     accepted = delivered = 0
     dropped: dict[Reason, int] = dict.fromkeys(REASONS, 0)
     for account in accounts:

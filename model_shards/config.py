@@ -193,7 +193,8 @@ class VocoderConfig:
 class GenerationConfig:
     """How the checkpoint's duplex sessions decode and what they remember, where the user says nothing else.
 
-    needs_pictures: it is lost where a window lacks its picture, so that overload should not take that away.
+    needs_pictures: it is lost where a window lacks its picture: overload should not take that away, and where there is
+    none it is shown the last one again.
     The defaults are the official demo's. What they mean: `SamplingConfig` (decoding.py), `DuplexConfig` (duplex.py),
     `WindowConfig` (context.py).
     """

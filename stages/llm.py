@@ -35,12 +35,14 @@ class _Open:
     num_tokens: int = 0  # allowed in the last window
     num_skipped: int = 0  # pictures of the last window for which the unit had no room
     held: tuple[UnitInput, ...] = ()  # windows that go with the next one
+    seen: tuple[list[torch.Tensor], ...] = ()  # the last picture
 
 
 class Llm(Stage):
     """`image`, `audio` → `text`: token_ids [n], hidden [n, dim], and what they read, for each window in a turn.
 
     A window takes so many pictures as the model's unit has room for, the newest; an event tells of the others.
+    needs_pictures: a window without a picture is shown the last one again, for the model is lost without.
     system_prompt: the text of it; the voice comes from the audio encoder with a session's first window.
     A session for which the KV cache has no room, however long it will live, is refused when it opens, never later.
 
@@ -59,7 +61,9 @@ class Llm(Stage):
         *,
         system_prompt: str,
         seed: int,
+        needs_pictures: bool = False,
     ) -> None:
+        self._needs_pictures = needs_pictures
         self._engine = engine
         self._cache = cache
         self._tokenizer = tokenizer
@@ -156,6 +160,9 @@ class Llm(Stage):
         held, state.held = state.held, ()
         heard = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") != VOICE_ROLE]
         seen = [list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(IMAGE)]
+        if self._needs_pictures:
+            seen = seen or list(state.seen)
+            state.seen = tuple(seen[-1:])
         audio = torch.cat(heard) if heard else None
         window = UnitInput((), audio, max_text_tokens=state.num_tokens, force_listen=cut, before=held)
         fitting = _fitting(seen, self._engine.config.max_unit_tokens - self._engine.num_tokens(window))

@@ -251,7 +251,7 @@ def test_sessions_of_a_dead_replica_go_on_at_another_one(coordinator: Coordinato
     (opened,) = of(cluster.calls, "open_sessions")
     assert (opened[1], [plan.goes_on for plan in opened[2][0]]) == ("llm", [HEARD])
     buried = {stage: ends for _, stage, (ends,) in of(cluster.calls, "bury")}
-    assert buried["vision_encoder"] == {"vision_encoder.image->llm.image": 0}
+    assert buried["vision_encoder"] == [("vision_encoder.image->llm.image", 0)]
     assert (cluster.peers, coordinator.problem) == (["llm.0-1"], "llm.0 started again after it has died")
     assert not of(cluster.calls, "reconnect"), "nobody sends there until it is up"
 

@@ -321,6 +321,20 @@ def test_a_window_with_nothing_in_it_is_a_unit_like_any_other(tiny: Tiny):
     assert words(stage.process([window("door", 0, pictures=0, sound=False)])) == []
 
 
+@pytest.mark.parametrize("needs_pictures", [False, True])
+def test_a_model_that_needs_pictures_is_shown_the_last_one_again(tiny: Tiny, needs_pictures: bool):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder, needs_pictures=needs_pictures)
+    stage.open_session(session(speech=False))
+    last = torch.from_numpy(window("door", 1, pictures=2).of("image")[-1].arrays["embeds"][0])
+    shown = []
+    for index, pictures in enumerate((0, 2, 0, 0)):
+        recorder.fed.clear()
+        stage.process([window("door", index, pictures)])
+        shown.append(any((rows == last[0]).all(-1).any() for rows in recorder.fed))
+    assert shown == [False, True, needs_pictures, needs_pictures]
+
+
 def test_pictures_for_which_a_unit_has_no_room_are_skipped_and_told(tiny: Tiny):
     recorder = Recorder(tiny)
     stage = tiny.llm(model=recorder)

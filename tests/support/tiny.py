@@ -60,6 +60,7 @@ class Tiny:
         max_unit: int = MAX_UNIT,
         seed: int = 0,
         system_prompt: str = "See.",
+        needs_pictures: bool = False,
     ) -> Llm:
         model = model or self.model("llm")
         window = WindowConfig(high_tokens=HIGH, low_tokens=LOW)
@@ -67,7 +68,15 @@ class Tiny:
         tokens = session_tokens(max_unit)
         kv_cache = KvCache(KvShape.of(self.model("llm").config), num_sessions * -(-tokens // 32))
         engine = DuplexEngine(model, kv_cache, self.tokenizer, config)
-        return Llm(engine, kv_cache, self.tokenizer, CPU, system_prompt=system_prompt, seed=seed)
+        return Llm(
+            engine,
+            kv_cache,
+            self.tokenizer,
+            CPU,
+            system_prompt=system_prompt,
+            seed=seed,
+            needs_pictures=needs_pictures,
+        )
 
     def tts(self, seed: int | None = None) -> Tts:
         return Tts(self.model("tts"), CPU, seed)
