@@ -49,14 +49,7 @@ def session_plan(spec: PipelineSpec, stage: str, session: Session, replicas: Map
         streams=streams,
         num_inputs=len(inputs),
         peers={edge.id: replicas[edge.target.stage] for edge in outputs},
-        depth=_depth(edges, stage),
     )
-
-
-def _depth(edges: Sequence[EdgeSpec], stage: str) -> int:
-    """How many stages come before it, at most, sources not counted."""
-    before = {edge.source.stage for edge in edges if edge.target.stage == stage and edge.kind != "playback"}
-    return max((_depth(edges, each) + 1 for each in before - set(SOURCES)), default=0)
 
 
 def _stream(edge: EdgeSpec, session: Session) -> str:

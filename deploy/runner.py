@@ -42,9 +42,6 @@ from stages.stage import Session, Stage
 LEAST_SLEEP_NS = NS_PER_MS
 MAX_QUIET = 5
 """Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
-DEEPER_NS = 2 * NS_PER_MS
-"""A stage gives a window up so much later than the one before it (a hop takes 0.5 ms at p99): so it hears first whom
-that one has waited for."""
 MAX_CHUNKS_PER_WINDOW = 1 << 16
 """Of one stream; by far."""
 MAX_READY = 4
@@ -66,7 +63,6 @@ class SessionPlan:
     streams:        what the join waits for, with what happens to late chunks; empty for a source.
     num_inputs:     input edges; a stage without windows ends with the last of them.
     peers:          per output edge the replica that this session goes to.
-    depth:          how many stages with windows come before this one, at most.
     goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
     """
 
@@ -74,14 +70,7 @@ class SessionPlan:
     streams: Mapping[str, Late] = field(default_factory=dict)
     num_inputs: int = 0
     peers: Mapping[str, int] = field(default_factory=dict)
-    depth: int = 0
     goes_on: Listener | None = None
-
-    @property
-    def patience_ns(self) -> int:
-        """How long after its end a window is given up in real time. The sources keep `lateness`; a window more is given
-        to the stages in between, whose watermarks always come."""
-        return self.session.lateness_ns + self.session.window_ns + self.depth * DEEPER_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +316,8 @@ class StageRunner:
         if not plan.streams:
             return None
         session = plan.session
-        lateness_ns = plan.patience_ns if session.paced else None
+        # The sources keep `lateness`; a window more is given to the stages in between, whose watermarks always come.
+        lateness_ns = session.lateness_ns + session.window_ns if session.paced else None
         return WindowJoin(
             session.id, plan.streams, window_ns=session.window_ns, lateness_ns=lateness_ns, late=plan.streams
         )
@@ -562,7 +552,7 @@ class StageRunner:
     def _marked(self, state: _Open, unit: Unit) -> Unit:
         """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
         session = state.session
-        if not session.paced or state.now_ns() <= unit.end_ns + state.plan.patience_ns:
+        if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
             return unit
         pictures = {stream for stream in unit.chunks if port_of(stream) == "frames"}
         for stream in pictures:

@@ -252,18 +252,6 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
     assert told == {"missing": "text", "digest": "", "on_time": False, "late_stage": "llm", "stages": stages}
 
 
-def test_who_comes_later_on_the_way_gives_up_a_little_later(build, clock: ManualClock):
-    house = build({"llm": (echo := Echo())}, (SOUND,))
-    house.runners["llm"].open_session(SessionPlan(session_of("door", paced=True), {MIC: "drop"}, 1, depth=2))
-    house.runners["llm"].begin_session(DOOR, 0)
-    clock.advance(2.153)
-    house.runners["llm"].step()
-    assert echo.units == []
-    clock.advance(0.001)
-    house.runners["llm"].step()
-    assert len(echo.units) == 1
-
-
 # ---- a replica that has died -----------------------------------------------------------------------------------------
 
 HEARD = Listener(Ack(3 * NS_PER_S, heard_ns=NS_PER_S, received_ns=2 * NS_PER_S, num_turns=1, epoch=2), level=1)
