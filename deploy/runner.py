@@ -116,7 +116,7 @@ class _Open:
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # not settled, by the id() of their chunk
     seqs: dict[str, int] = field(default_factory=dict)
     first_seq: int = 0  # of each stream
-    num_ended: int = 0
+    ended: set[str] = field(default_factory=set)  # the edges that have, of a stage without windows
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
     num_late: int = 0
@@ -295,7 +295,7 @@ class StageRunner:
     def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
         """Something worth telling has happened to a session. cuts: what is said and not heard is lost with it."""
         state = self._open.get(session)
-        if state is None:
+        if state is None or state.ending:
             return
         now_ns = state.now_ns()
         if cuts:
@@ -334,7 +334,7 @@ class StageRunner:
             if not chunk.is_control:
                 self._receivers[arrival.edge].drop(arrival, "shed")
         elif chunk.is_control:
-            self._control(state, chunk)
+            self._control(state, chunk, arrival.edge)
         elif self._is_stale(state, chunk):
             self._receivers[arrival.edge].drop(arrival, "stale")
         elif not self.stage.windowed:
@@ -344,13 +344,13 @@ class StageRunner:
             state.arrivals[id(chunk)] = arrival
             self._joined(state, _of(state.join).add(chunk))
 
-    def _control(self, state: _Open, chunk: Chunk) -> None:
+    def _control(self, state: _Open, chunk: Chunk, edge: str) -> None:
         if chunk.kind is Kind.WATERMARK:
             self._joined(state, _of(state.join).advance(chunk.stream, chunk.start_ns, chunk.trace))
         elif chunk.kind is Kind.END and state.join is not None:
             self._joined(state, state.join.end(chunk.stream, chunk.start_ns))
         elif chunk.kind is Kind.END:
-            state.num_ended += 1
+            state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
         else:
             if chunk.kind is Kind.PLAYBACK:
                 state.session.playback.ack(ack_of(chunk))
@@ -676,7 +676,7 @@ class StageRunner:
     def _inputs_ended(self, state: _Open) -> bool:
         if state.join is not None:
             return state.join.finished
-        return state.num_ended >= state.plan.num_inputs
+        return len(state.ended) >= state.plan.num_inputs
 
     def _send_all(self, state: _Open, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:

@@ -148,7 +148,9 @@ class WindowJoin:
         return self._leave(self._settled_ns())
 
     def end(self, stream: str, at_ns: int) -> Joined:
-        """The stream is over; its last chunk ended at `at_ns` at the latest."""
+        """The stream is over; its last chunk ended at `at_ns` at the latest. Of several such words the first stands."""
+        if self._watermarks[stream] == FOREVER_NS:
+            return NOTHING
         self._ended_ns = max(self._ended_ns, at_ns)
         return self.advance(stream, FOREVER_NS)
 

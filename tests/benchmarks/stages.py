@@ -106,7 +106,7 @@ class Watched(Simulation):
             return VirtualMicrophone(lambda session, start, end: self._room(session).samples(start, end))
         if name not in MODEL_STAGES:
             return super().make_stage(name)
-        stage = build_stage(name, self._spec.stages[name], self._checkpoint, Feeds())
+        stage = build_stage(name, self.spec.stages[name], self._checkpoint, Feeds())
         self._timed[name] = Timed(stage, self._devices["cpu"], counts_made=name in ("vision_encoder", "tts", "vocoder"))
         return self._timed[name]
 

@@ -337,6 +337,18 @@ def test_a_session_is_sent_to_another_replica_which_knows_nothing_of_it(build, c
     assert not runner.reroute(YARD, SOUND, 1), "it has ended here"
 
 
+def test_an_end_that_is_told_again_by_who_takes_a_dead_ones_place_counts_once(build, clock: ManualClock):
+    house = build({"events": Notes()}, (NOTED, "llm.events->events.events"))
+    house.open("door")
+    for edge in ("llm.events->events.events",) * 2:
+        house.take(end_of_stream(DOOR, "events", NS_PER_S), edge)
+        house.runners["events"].step()
+    assert set(house.runners["events"].snapshot().sessions) == {"door"}
+    house.take(end_of_stream(DOOR, "events", NS_PER_S), NOTED)
+    house.runners["events"].step()
+    assert house.runners["events"].snapshot().sessions == {}
+
+
 def test_who_has_died_is_told_and_what_was_not_heard_is_cut_off(build, clock: ManualClock):
     house = build({"speaker": Ear(), "events": (notes := Notes())}, (SPOKEN, NOTED))
     ear = house.runners["speaker"].stage

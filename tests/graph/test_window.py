@@ -342,6 +342,22 @@ def test_the_ends_of_all_streams_close_the_windows_that_remain() -> None:
     assert subject.finished
 
 
+def test_of_two_words_of_an_end_the_first_stands() -> None:
+    subject = join(DOOR)
+    assert len(subject.end(DOOR, 2 * T).units) == 2
+    assert subject.end(DOOR, 5 * T).units == ()
+    assert subject.finished
+
+
+def test_a_join_may_begin_with_any_window() -> None:
+    subject = join(DOOR)
+    subject.begin_at(3)
+    assert subject.add(piece(DOOR, 3 * T - 1)).late
+    subject.add(piece(DOOR, 3 * T))
+    (unit,) = subject.advance(DOOR, 4 * T).units
+    assert (unit.index, unit.start_ns, len(unit.of(DOOR))) == (3, 3 * T, 1)
+
+
 def test_one_stream_that_has_ended_holds_no_window_open() -> None:
     subject = join(DOOR, MIC)
     subject.end(DOOR, T)
