@@ -36,16 +36,16 @@ from deploy.virtual_stages import (
     VirtualTts,
     VirtualVision,
     VirtualVocoder,
+    own_of,
 )
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.credit import Limit
 from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, SilentObserver
 from graph.gather import Gathering
-from graph.ladder import Level
 from graph.ledger import REASONS, Account, Reason, merge
 from graph.sections import ReplicasSpec, StageSpec
 from graph.spec import EdgeSpec, PipelineSpec
-from graph.tail import Ack, Playback
+from graph.tail import Ack
 from stages.events import WINDOW_EVENT
 from stages.speaker import Speaker
 from stages.stage import ListenerAction, Session, Stage
@@ -527,11 +527,6 @@ class Simulation:
     def process_of(self, stage: str, replica: int) -> Process:
         """The process of a replica, alive or not."""
         return next(p for p in self.processes if stage in p.stages and p.replica == replica)
-
-
-def own_of(session: Session) -> Session:
-    """As a stage is told of it: each knows what it was told."""
-    return replace(session, playback=Playback(), level=Level())
 
 
 def _with_replicas(spec: PipelineSpec, replicas: Mapping[str, int]) -> PipelineSpec:

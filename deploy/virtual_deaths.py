@@ -12,7 +12,7 @@ from deploy.placement import LOCAL_STAGES, Process
 from deploy.recovery import Going, inputs_of, reconnect, reopen
 from deploy.runner import Listener, SessionPlan, StageRunner
 from deploy.virtual import Actor
-from deploy.virtual_stages import Costly
+from deploy.virtual_stages import Costly, own_of
 from graph.chunk import NS_PER_MS, NS_PER_S, Scalar, SessionId
 from stages.stage import Session
 
@@ -118,8 +118,6 @@ class Deaths:
     # ---- Replicas ----------------------------------------------------------------------------------------------------
 
     def open(self, stage: str, replica: int, plan: SessionPlan) -> None:
-        from deploy.simulate import own_of
-
         runner = self._runner(stage, replica)
         assert runner is not None
         runner.open_session(replace(plan, session=own_of(plan.session)))

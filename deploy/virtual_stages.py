@@ -6,7 +6,7 @@ They spend what TAIL allows as the real ones do, through the same graph/tail.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Final
 
@@ -15,9 +15,9 @@ import numpy as np
 from deploy.virtual import Device
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
-from graph.ladder import holds_window
+from graph.ladder import Level, holds_window
 from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
-from graph.tail import Ack, SpeechQueue, TextBudget
+from graph.tail import Ack, Playback, SpeechQueue, TextBudget
 from graph.window import Unit
 from stages.stage import Session, Stage
 
@@ -25,6 +25,11 @@ PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
 SOUND: Final = np.zeros(16, np.float32)
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
 CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
+
+
+def own_of(session: Session) -> Session:
+    """A session as one stage is told of it: each knows what it was told, and nothing of what others were."""
+    return replace(session, playback=Playback(), level=Level())
 
 
 class OutOfOrder(AssertionError):
