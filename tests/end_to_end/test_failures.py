@@ -194,7 +194,7 @@ def with_dead_actors(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> I
         yield place.finish(process), place.leftovers()
 
 
-LONG = 25
+LONG = 30  # a slow machine takes its time to start an actor
 
 
 def problem(place: Place) -> str:
@@ -231,7 +231,7 @@ def test_after_a_death_it_is_heard_again(with_dead_actors: tuple[Run, list[str]]
     run, _ = with_dead_actors
     (_, last) = run.events("yard", "recovered")
     assert any(event["time_s"] > last["time_s"] for event in run.events("yard", "heard"))
-    assert run.windows("yard")[-1]["on_time"]
+    assert run.windows("yard")[-1]["missing"] == []
 
 
 def test_whoever_holds_the_cameras_ends_the_run_with_its_name(fresh: Place) -> None:
