@@ -84,8 +84,8 @@ class Actor:
         """Replicas that this actor sends to have died: on which edge, and which one."""
         self._do(lambda: self._bury(ends))
 
-    def reconnect(self, ends: Mapping[str, tuple[int, str]]) -> None:
-        """Others have taken their place: per edge which one, and its endpoint."""
+    def reconnect(self, ends: Sequence[tuple[str, int, str]]) -> None:
+        """Others have taken their place: on which edge, which one, and its endpoint."""
         self._do(lambda: self._reconnect(ends))
 
     def load(self) -> None:
@@ -201,8 +201,8 @@ class Actor:
         for edge, replica in ends:
             self._bus.bury(self._senders[edge][replica])
 
-    def _reconnect(self, ends: Mapping[str, tuple[int, str]]) -> None:
-        for edge, (replica, endpoint) in ends.items():
+    def _reconnect(self, ends: Sequence[tuple[str, int, str]]) -> None:
+        for edge, replica, endpoint in ends:
             self._bus.reconnect(self._senders[edge][replica], endpoint, self._observer(edge))
 
     def _load(self) -> None:

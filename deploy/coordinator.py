@@ -180,7 +180,8 @@ class Coordinator:
         """
         try:
             for session in sessions:
-                replicas = {name: self._next_replica(name) for name in self._spec.stages}
+                passed = stages_of(session, self._spec)
+                replicas = {name: self._next_replica(name) if name in passed else 0 for name in self._spec.stages}
                 self._sessions[session.id] = _Placement(session, replicas)
             order = opening_order(self._spec)
             for stage in order:
@@ -207,7 +208,7 @@ class Coordinator:
         if placement is None:
             return
         for stage in reversed(placement.opened):
-            with suppress(ActorDied):  # then it holds nothing any more
+            with suppress(CoordinatorError):  # then it holds nothing any more
                 self._call(self._replica(stage, placement.replicas[stage]), "close_session", stage, session)
 
     def end_session(self, session: SessionId) -> None:
@@ -220,7 +221,8 @@ class Coordinator:
     def forget_camera(self, camera: str) -> None:
         """End its series in all actors' metrics."""
         asked = [(placed, placed.handle.forget_camera.remote(camera)) for placed in self._actors.values()]
-        self._get_all(asked)
+        with suppress(CoordinatorError):  # the next poll() takes care of it
+            self._get_all(asked)
 
     def poll(self) -> dict[str, dict[str, StageSnapshot]]:
         """What every actor is doing: by actor name and stage. Sessions that came to their end leave the table.
@@ -308,7 +310,7 @@ class Coordinator:
         loads = self.load_of(stage)
         for replica in sorted(others, key=lambda replica: loads[replica]):
             placement.replicas[stage] = replica
-            with suppress(StageError, ActorDied):
+            with suppress(StageError, CoordinatorError):
                 reopen(_Remote(self), self._spec, [stage], _going(placement))
                 return True
         placement.replicas[stage] = before
@@ -338,17 +340,25 @@ class Coordinator:
         """Start an actor again, and let the sessions that wait for it go on. Yields what it waits for."""
 
         def answer(reference: Any) -> Any:
-            return self._get(process.name, reference, CALL_TIMEOUT_S)
+            try:
+                return self._get(process.name, reference, CALL_TIMEOUT_S)
+            except CoordinatorError:
+                raise
+            except Exception as error:  # what a stage says that can't be built is a death like any other
+                raise CallError(f"{process.name}: {error}") from error
 
         yield (address := handle.address.remote())
         self._addresses[process.name] = answer(address)
         yield (bound := handle.bind.remote(self._over_tcp(process)))
         for edge, endpoint in answer(bound).items():
             self._endpoints[edge][process.replica] = endpoint
-        yield (connected := handle.connect.remote(self._outgoing(process)))
+        before = self._outgoing(process)
+        yield (connected := handle.connect.remote(before))
         answer(connected)
         yield (loaded := handle.load.remote())
         answer(loaded)
+        if moved := self._moved(process, before):
+            answer(handle.reconnect.remote(moved))
         answer(handle.bury.remote(self._outgoing_down(process)))
         placed = _Placed(process, handle, plan.peer, self._addresses[process.name])
         self._actors[process.name] = placed
@@ -369,12 +379,12 @@ class Coordinator:
                 self.close_session(placement.session.id)
         inputs = inputs_of(self._spec, process.stages)
         for other in list(self._actors.values()):
-            ends = {
-                edge.id: (process.replica, self._endpoints[edge.id][process.replica])
+            ends = [
+                (edge.id, process.replica, self._endpoints[edge.id][process.replica])
                 for edge in inputs
                 if edge.source.stage in other.process.stages
-            }
-            with suppress(ActorDied):
+            ]
+            with suppress(CoordinatorError):  # the next poll() takes care of it
                 self._call(other, "reconnect", ends)
         for placement in waiting:
             self._rejoin(placement, process)
@@ -447,6 +457,15 @@ class Coordinator:
         """The edges that leave it, with the endpoints of all replicas at the other end."""
         outgoing = [edge.id for edge in self._spec.edges if edge.source.stage in process.stages]
         return {edge: [endpoint for _, endpoint in sorted(self._endpoints[edge].items())] for edge in outgoing}
+
+    def _moved(self, process: Process, before: Mapping[str, list[str]]) -> list[tuple[str, int, str]]:
+        """The ends of its edges that have been replaced since, with their replicas and endpoints."""
+        return [
+            (edge, replica, endpoint)
+            for edge, endpoints in self._outgoing(process).items()
+            for replica, endpoint in enumerate(endpoints)
+            if endpoint != before[edge][replica]
+        ]
 
     def _outgoing_down(self, process: Process) -> list[tuple[str, int]]:
         """The edges that leave it for somebody who is down, and for which replica."""
@@ -578,18 +597,18 @@ class _Remote:
         return listener
 
     def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> bool:
-        with suppress(ActorDied):
+        with suppress(CoordinatorError):
             return bool(self._call(stage, replica, "reroute", session, edge, target))
         return True  # whoever takes its place will send
 
     def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
-        with suppress(ActorDied):
+        with suppress(CoordinatorError):
             self._call(stage, replica, "end_input", session, edge)
 
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
     ) -> None:
-        with suppress(ActorDied):
+        with suppress(CoordinatorError):
             self._call(stage, replica, "tell", session, kind, attrs, cuts)
 
     def _call(self, stage: str, replica: int, method: str, *args: object) -> Any:

@@ -286,7 +286,9 @@ class StageRunner:
 
     def end_input(self, session: SessionId, edge: str) -> None:
         """Nothing more comes on this edge, and nobody is left to say so."""
-        state = self._open[session]
+        state = self._open.get(session)
+        if state is None:  # it has heard of the end meanwhile
+            return
         join, port = _of(state.join), edge.partition("->")[0].partition(".")[2]
         (stream,) = [stream for stream in state.plan.streams if port_of(stream) == port]
         self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))

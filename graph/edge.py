@@ -186,10 +186,12 @@ class Sender:
         """Send now, or queue for credit. Never blocks."""
         lane = self._lanes[chunk.session]
         if chunk.kind in (Kind.PLAYBACK, Kind.BARGE_IN):
-            was_sent = not self._is_down and self._link.send(chunk)
+            if self._is_down:  # whoever comes is told of the listener when it is opened
+                return
+            was_sent = self._link.send(chunk)
             if not was_sent and chunk.kind is Kind.BARGE_IN:  # of a lost playback the next one tells
                 lane.waiting.appendleft((chunk, self._now_ns()))
-                self.is_blocked = not self._is_down
+                self.is_blocked = True
             return
         if not chunk.is_control:
             self._ledger.accept()

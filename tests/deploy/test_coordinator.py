@@ -353,3 +353,25 @@ def test_the_ledger_knows_the_dead(coordinator: Coordinator, cluster: FakeCluste
     cluster.actors["llm.0"].is_dead = True
     account = coordinator.ledger()[edge]
     assert (account.accepted, account.delivered, account.dropped["crash"], account.in_flight) == (5, 2, 2, 1)
+
+
+def test_who_loads_while_another_comes_back_sends_to_the_new_one(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.starts_at_once = False
+    cluster.actors["llm.0"].is_dead = cluster.actors["tts.0"].is_dead = True
+    coordinator.poll()
+    coordinator._endpoints["llm.text->tts.text"][0] = "ipc://now"
+    cluster.calls.clear()
+    coordinator._down["llm.0"].awaited = None
+    coordinator.poll()
+    ends = [ends for _, stage, (ends,) in of(cluster.calls, "reconnect") if stage == "llm"]
+    assert ends[0] == [("llm.text->tts.text", 0, "ipc://now")]
+
+
+def test_a_neighbour_whose_loop_has_failed_costs_the_run_nothing(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.actors["llm.0"].is_dead = cluster.actors["llm.1"].is_dead = True
+    coordinator.poll()
+    coordinator.poll()
+    assert coordinator.sessions == ["a", "b"]
+    assert coordinator.problem == ""
