@@ -23,7 +23,7 @@ from deploy.clock import clock_ahead_ns
 from deploy.cluster import Cluster
 from deploy.placement import LOCAL_STAGES, Process, processes_of
 from deploy.plan import ActorPlan, Address
-from deploy.recovery import Going, inputs_of, reconnect, reopen
+from deploy.recovery import Going, announce, inputs_of, redirect, reopen
 from deploy.routing import SOURCES, opening_order, phase_ns, session_plan, stages_of
 from deploy.runner import Listener, SessionPlan, StageSnapshot
 from graph.chunk import NS_PER_MS, Scalar, SessionId
@@ -282,7 +282,7 @@ class Coordinator:
 
     def _bury(self, process: Process) -> list[str]:
         """Let all who send to an actor know that it has died; returns who does."""
-        inputs = inputs_of(self._spec, process.stages)
+        inputs = inputs_of(self._spec, _stage_of(process))
         buried_by = []
         for other in list(self._actors.values()):
             ends = [(edge.id, process.replica) for edge in inputs if edge.source.stage in other.process.stages]
@@ -299,10 +299,11 @@ class Coordinator:
 
     def _move_away(self, process: Process) -> None:
         """Let its sessions go on at other replicas, as far as those have room."""
+        stage = _stage_of(process)
         for placement in self._sessions_at(process):
-            for stage in process.stages if len(process.stages) == 1 else ():
-                if self._move(placement, stage):
-                    self._rejoin(placement, process)
+            if self._move(placement, stage):
+                ended = redirect(_Remote(self), self._spec, stage, _going(placement))
+                announce(_Remote(self), self._spec, stage, _going(placement), process.name, ended)
 
     def _move(self, placement: _Placement, stage: str) -> bool:
         before = placement.replicas[stage]
@@ -311,7 +312,7 @@ class Coordinator:
         for replica in sorted(others, key=lambda replica: loads[replica]):
             placement.replicas[stage] = replica
             with suppress(StageError, CoordinatorError):
-                reopen(_Remote(self), self._spec, [stage], _going(placement))
+                reopen(_Remote(self), self._spec, stage, _going(placement))
                 return True
         placement.replicas[stage] = before
         return False
@@ -368,16 +369,25 @@ class Coordinator:
         self._tell(f"  {process.name} ready again")
 
     def _go_on_at(self, placed: _Placed) -> None:
-        process = placed.process
-        waiting = self._sessions_at(process)
-        for placement in list(waiting):
+        """Let the sessions that waited for it go on there. Nothing is sent to it before they are open, nor before who
+        sends knows that it has begun anew."""
+        process, stage, remote = placed.process, _stage_of(placed.process), _Remote(self)
+        going: list[Going] = []
+        for placement in self._sessions_at(process):
             try:
-                reopen(_Remote(self), self._spec, list(process.stages), _going(placement))
+                reopen(remote, self._spec, stage, _going(placement))
+                going.append(_going(placement))
             except StageError as error:  # those which have come meanwhile have taken its room
-                waiting.remove(placement)
                 self._tell(f"camera {placement.session.camera}: its session is over: {error}")
                 self.close_session(placement.session.id)
-        inputs = inputs_of(self._spec, process.stages)
+        ended = [redirect(remote, self._spec, stage, each) for each in going]
+        self._reconnect(process)
+        for each, edges in zip(going, ended, strict=True):
+            announce(remote, self._spec, stage, each, process.name, edges)
+
+    def _reconnect(self, process: Process) -> None:
+        """Let all who send to an actor reach the one that has taken its place."""
+        inputs = inputs_of(self._spec, _stage_of(process))
         for other in list(self._actors.values()):
             ends = [
                 (edge.id, process.replica, self._endpoints[edge.id][process.replica])
@@ -386,21 +396,12 @@ class Coordinator:
             ]
             with suppress(CoordinatorError):  # the next poll() takes care of it
                 self._call(other, "reconnect", ends)
-        for placement in waiting:
-            self._rejoin(placement, process)
-
-    def _rejoin(self, placement: _Placement, process: Process) -> None:
-        reconnect(_Remote(self), self._spec, list(process.stages), _going(placement), process.name)
 
     def _sessions_at(self, process: Process) -> list[_Placement]:
         """The sessions that live there."""
-        return [
-            placement
-            for placement in self._sessions.values()
-            if any(
-                placement.replicas[stage] == process.replica and stage in placement.opened for stage in process.stages
-            )
-        ]
+        stage = _stage_of(process)
+        placements = [placement for placement in self._sessions.values() if stage in placement.opened]
+        return [placement for placement in placements if placement.replicas[stage] == process.replica]
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -571,6 +572,12 @@ class Coordinator:
             raise ActorDied(f"{name} has died: {reason}; see {self._directory / 'logs' / name}.log") from error
         except RayError as error:
             raise CoordinatorError(f"{name} does not answer: {error}") from error
+
+
+def _stage_of(process: Process) -> str:
+    """Of one that may be replaced: stages with a model have a process of their own (graph/spec_check.py)."""
+    (stage,) = process.stages
+    return stage
 
 
 def _going(placement: _Placement) -> Going:

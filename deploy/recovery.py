@@ -7,11 +7,11 @@ back, as if the listener had interrupted: so all who speak begin anew together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from deploy.routing import opening_order, session_plan, stages_of
+from deploy.routing import session_plan, stages_of
 from deploy.runner import Listener, SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.spec import EdgeSpec, PipelineSpec
@@ -43,39 +43,44 @@ class Going:
     replicas: dict[str, int]
 
 
-def reopen(replicas: Replicas, spec: PipelineSpec, stages: Collection[str], going: Going) -> None:
-    """Open a session at these stages again, which died together. Raises StageError when one has no room for it."""
-    session = going.session
+def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Going) -> None:
+    """Open a session again at a stage. Raises StageError when that has no room for it."""
     listener = Listener(Ack(0), 0)
-    if "speaker" in stages_of(session, spec):
-        listener = replicas.listener("speaker", going.replicas["speaker"], session.id) or listener
-    for stage in _passed(spec, stages, session):
-        plan = replace(session_plan(spec, stage, session, going.replicas), goes_on=listener)
-        replicas.open(stage, going.replicas[stage], plan)
-    for stage in _passed(spec, stages, session):
-        replicas.begin(stage, going.replicas[stage], session.id)
+    if "speaker" in stages_of(going.session, spec):
+        listener = replicas.listener("speaker", going.replicas["speaker"], going.session.id) or listener
+    plan = replace(session_plan(spec, stage, going.session, going.replicas), goes_on=listener)
+    replicas.open(stage, going.replicas[stage], plan)
+    replicas.begin(stage, going.replicas[stage], going.session.id)
 
 
-def reconnect(replicas: Replicas, spec: PipelineSpec, stages: Collection[str], going: Going, actor: str) -> None:
-    """Let what is sent to these stages go there again. actor: the name of the one that has died, to be told."""
-    session, passed = going.session, stages_of(going.session, spec)
-    for edge in inputs_of(spec, stages):
-        source, target = edge.source.stage, edge.target.stage
-        if {source, target} <= passed:
-            replica = going.replicas[target]
-            is_open = replicas.reroute(source, going.replicas[source], session.id, edge.id, replica)
-            if not is_open and edge.kind != "playback":
-                replicas.end_input(target, replica, session.id, edge.id)
-    teller = next(stage for stage in TELLING if stage in passed)
-    cuts = teller == "speaker" and bool(SPEAKING & set(stages))
+def redirect(replicas: Replicas, spec: PipelineSpec, stage: str, going: Going) -> list[str]:
+    """Let what is sent to a stage go where the session is now; it may still have to wait for the link.
+
+    Returns the edges on which nothing will come, since the session has ended at their other end.
+    """
+    passed = stages_of(going.session, spec)
+    ended: list[str] = []
+    for edge in inputs_of(spec, stage):
+        source = edge.source.stage
+        if source in passed:
+            where = (source, going.replicas[source])
+            is_open = replicas.reroute(*where, going.session.id, edge.id, going.replicas[stage])
+            ended += [edge.id] if not is_open and edge.kind != "playback" else []
+    return ended
+
+
+def announce(
+    replicas: Replicas, spec: PipelineSpec, stage: str, going: Going, actor: str, ended: Sequence[str]
+) -> None:
+    """Once it is reached: end what has ended, and tell that `actor` had died. Who speaks begins anew with it."""
+    for edge in ended:
+        replicas.end_input(stage, going.replicas[stage], going.session.id, edge)
+    teller = next(each for each in TELLING if each in stages_of(going.session, spec))
+    cuts = teller == "speaker" and stage in SPEAKING
     attrs: dict[str, Scalar] = {"actor": actor}
-    replicas.tell(teller, going.replicas[teller], session.id, "recovered", attrs, cuts=cuts)
+    replicas.tell(teller, going.replicas[teller], going.session.id, "recovered", attrs, cuts=cuts)
 
 
-def inputs_of(spec: PipelineSpec, stages: Collection[str]) -> Sequence[EdgeSpec]:
-    """The edges that come to these stages from others."""
-    return [edge for edge in spec.edges if edge.target.stage in stages and edge.source.stage not in stages]
-
-
-def _passed(spec: PipelineSpec, stages: Collection[str], session: Session) -> list[str]:
-    return [stage for stage in opening_order(spec) if stage in stages and stage in stages_of(session, spec)]
+def inputs_of(spec: PipelineSpec, stage: str) -> list[EdgeSpec]:
+    """The edges that come to a stage."""
+    return [edge for edge in spec.edges if edge.target.stage == stage]

@@ -9,7 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from deploy.placement import LOCAL_STAGES, Process
-from deploy.recovery import Going, inputs_of, reconnect, reopen
+from deploy.recovery import Going, announce, inputs_of, redirect, reopen
 from deploy.runner import Listener, SessionPlan, StageRunner
 from deploy.virtual import Actor
 from deploy.virtual_stages import Costly, own_of
@@ -59,7 +59,8 @@ class Deaths:
         """It is seen that an actor has died."""
         simulation = self._simulation
         del simulation.actors[process.name]
-        inputs = [edge.id for edge in inputs_of(self._spec, process.stages)]
+        (stage,) = process.stages
+        inputs = [edge.id for edge in inputs_of(self._spec, stage)]
         for other in simulation.actors.values():
             for link, sender in other.senders:
                 if sender.rule.id in inputs and link.target.actor is actor:
@@ -71,19 +72,18 @@ class Deaths:
         self._world.at(self._world.now_ns + starts_ns, lambda: self._come_back(process))
 
     def _move_away(self, process: Process, session: Session) -> None:
-        if len(process.stages) > 1:
-            return
         (stage,) = process.stages
         replicas_of = self._simulation.replicas
         others = [p.replica for p in self._simulation.processes if stage in p.stages and self._actor(stage, p.replica)]
         loads = {replica: sum(each[stage] == replica for each in replicas_of.values()) for replica in others}
         if loads:
             replicas_of[session.id][stage] = min(loads, key=lambda replica: loads[replica])
-            reopen(self, self._spec, [stage], self._going(session))
-            reconnect(self, self._spec, [stage], self._going(session), process.name)
+            reopen(self, self._spec, stage, self._going(session))
+            ended = redirect(self, self._spec, stage, self._going(session))
+            announce(self, self._spec, stage, self._going(session), process.name, ended)
 
     def _come_back(self, process: Process) -> None:
-        simulation, stages = self._simulation, list(process.stages)
+        simulation, (stage,) = self._simulation, process.stages
         simulation.note(f"{process.name} is back")
         simulation.revive(process, f"{process.name}-{self.num_deaths}")
         actor = simulation.actors[process.name]
@@ -92,25 +92,23 @@ class Deaths:
                 sender.bury()
         waiting = self._sessions_at(process)
         for session in waiting:
-            reopen(self, self._spec, stages, self._going(session))
-        inputs = {edge.id: edge for edge in inputs_of(self._spec, stages)}
+            reopen(self, self._spec, stage, self._going(session))
+        ended = [redirect(self, self._spec, stage, self._going(session)) for session in waiting]
+        inputs = {edge.id: edge for edge in inputs_of(self._spec, stage)}
         for other in simulation.actors.values():
             for number, (link, sender) in enumerate(other.senders):
                 if sender.rule.id in inputs and link.target.replica == process.replica and not other.is_dead:
                     new = simulation.link(other, inputs[sender.rule.id], process.replica)
                     other.senders[number] = (new, sender)
                     sender.meet(new)
-        for session in waiting:
-            reconnect(self, self._spec, stages, self._going(session), process.name)
+        for session, edges in zip(waiting, ended, strict=True):
+            announce(self, self._spec, stage, self._going(session), process.name, edges)
 
     def _sessions_at(self, process: Process) -> list[Session]:
         """Those that are open and live there."""
-        simulation = self._simulation
-        return [
-            session
-            for session in simulation.open_sessions()
-            if any(simulation.replicas[session.id][stage] == process.replica for stage in process.stages)
-        ]
+        (stage,) = process.stages
+        replicas = self._simulation.replicas
+        return [each for each in self._simulation.open_sessions() if replicas[each.id][stage] == process.replica]
 
     def _going(self, session: Session) -> Going:
         return Going(session, self._simulation.replicas[session.id])

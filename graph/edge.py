@@ -134,7 +134,10 @@ class Sender:
                 self._drop("shed")
 
     def bury(self) -> None:
-        """The replica at the other end has died. What it had told that it was done with counts as delivered."""
+        """The replica at the other end has died.
+
+        What it had told that it was done with counts as delivered, and what it held of sessions that are closed here.
+        """
         if self._is_down:
             return
         self._take_grants()

@@ -271,8 +271,9 @@ def test_one_that_takes_the_place_of_a_dead_one_is_sent_to_once_its_sessions_are
     coordinator.poll()
     methods = [method for method, _, _ in cluster.calls if method != "bury"]
     first_sent = methods.index("reconnect")
-    assert methods[:first_sent] == ["open_sessions", "begin_sessions"] * 2
-    assert set(methods[first_sent:]) == {"reconnect", "reroute", "tell"}
+    assert methods[:4] == ["open_sessions", "begin_sessions"] * 2
+    assert set(methods[4:first_sent]) == {"reroute"}, "before anything flows, who sends knows that it begins anew"
+    assert set(methods[first_sent:]) == {"reconnect", "tell"}
     assert (coordinator.problem, coordinator.num_deaths) == ("", {"tts.0": 1})
 
 
@@ -281,9 +282,22 @@ def test_sessions_that_find_no_room_elsewhere_wait_for_the_next_one(coordinator:
     cluster.starts_at_once = False
     cluster.actors["llm.1"].full_at = "llm"
     cluster.actors["llm.0"].is_dead = True
+    cluster.calls.clear()
     coordinator.poll()
+    assert [plan.session.id for _, stage, (plans,) in of(cluster.calls, "open_sessions") for plan in plans] == ["a"]
     assert at_replica(coordinator, "llm") == {"a": 0, "b": 1}
     assert coordinator.sessions == ["a", "b"]
+
+
+def test_a_session_for_which_the_next_one_has_no_room_is_over(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.starts_at_once = False
+    cluster.actors["tts.0"].is_dead = True
+    coordinator.poll()
+    cluster.actors["tts.0"].full_at = "tts"
+    coordinator._down["tts.0"].awaited = None
+    coordinator.poll()
+    assert (coordinator.sessions, coordinator.problem) == ([], "")
 
 
 def test_new_sessions_go_where_a_replica_lives_or_are_refused(coordinator: Coordinator, cluster: FakeCluster):

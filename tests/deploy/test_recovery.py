@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deploy.recovery import Going, reconnect, reopen
+from deploy.recovery import Going, announce, redirect, reopen
 from deploy.runner import Listener, SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.spec import PipelineSpec, default_spec_path, load_spec
@@ -59,10 +59,15 @@ def going(spec: PipelineSpec, **fields: object) -> Going:
     return Going(session, {**dict.fromkeys(spec.stages, 0), "llm": 1})
 
 
-def recovered(spec: PipelineSpec, *stages: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
+def recover(written: Written, spec: PipelineSpec, stage: str, going: Going) -> None:
+    reopen(written, spec, stage, going)
+    ended = redirect(written, spec, stage, going)
+    announce(written, spec, stage, going, "llm.0", ended)
+
+
+def recovered(spec: PipelineSpec, stage: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
     written = Written(gone)
-    reopen(written, spec, stages, going(spec, **fields))
-    reconnect(written, spec, stages, going(spec, **fields), "llm.0")
+    recover(written, spec, stage, going(spec, **fields))
     return written
 
 
@@ -101,18 +106,10 @@ def test_a_session_without_ears_asks_no_ears(spec: PipelineSpec) -> None:
     assert not any("audio_encoder" in call for call in calls)
 
 
-def test_stages_that_died_together_come_back_together(spec: PipelineSpec) -> None:
-    calls = recovered(spec, "llm", "tts").calls
-    assert [call[:2] for call in calls[:4]] == [("open", "llm"), ("open", "tts"), ("begin", "llm"), ("begin", "tts")]
-    assert ("reroute", "llm", 1, "text->tts.text", 0) not in calls, "both ends are new"
-    assert ("reroute", "speaker", 0, "playback->tts.playback", 0) in calls
-
-
 def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
     spec = load_spec(default_spec_path(), ["stages.tts.replicas=0"])
     written = Written()
     silent = Going(Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0))
-    reopen(written, spec, ["llm"], silent)
-    reconnect(written, spec, ["llm"], silent, "llm.0")
+    recover(written, spec, "llm", silent)
     assert written.plans["llm"].goes_on == Listener(Ack(0), 0)
     assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)
