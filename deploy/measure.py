@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics, serve_metrics
 from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, is_raw
 from graph.tail import Ack
+from stages.media_health import Totals
 from stages.stage import Session, Stage
 
 RESTART_REASONS = ("crash",)
@@ -66,6 +67,13 @@ class LlmReadings(Protocol):
     def text_budget(self, session: SessionId) -> int: ...
 
 
+@runtime_checkable
+class CameraReadings(Protocol):
+    """What can be read off the camera stage."""
+
+    def totals(self, session: SessionId) -> Totals: ...
+
+
 @dataclass(slots=True)
 class _Camera:
     """The bound metrics of one session at this stage; those which the stage does not feed are None."""
@@ -76,6 +84,7 @@ class _Camera:
     windows: WindowMetrics | None
     heard_ns: int = 0
     num_spoken: int = 0
+    totals: Totals = field(default_factory=Totals)
 
 
 class StageMeter:
@@ -89,6 +98,7 @@ class StageMeter:
         self._stages = stages
         self._tokens = metrics.tokens() if name in ("llm", "tts") else None
         self._readings = stage if isinstance(stage, LlmReadings) else None
+        self._camera = stage if isinstance(stage, CameraReadings) else None
         self._llm = metrics.llm() if self._readings is not None else None
         self._sessions: dict[SessionId, _Camera] = {}
 
@@ -135,6 +145,15 @@ class StageMeter:
             self._tokens.add("codes", len(chunk.arrays["codes"]))
         elif chunk.stream == EVENTS:
             _count_event(bound, chunk)
+        if bound.camera is not None and self._camera is not None:
+            self._count_damage(bound, bound.camera, self._camera.totals(session.id))
+
+    def _count_damage(self, bound: _Camera, camera: CameraMetrics, totals: Totals) -> None:
+        """With whatever the camera makes: its last event comes when all is counted."""
+        camera.gaps(totals.num_gaps - bound.totals.num_gaps)
+        camera.bad("video", totals.num_bad_video - bound.totals.num_bad_video)
+        camera.bad("audio", totals.num_bad_audio - bound.totals.num_bad_audio)
+        bound.totals = totals
 
     def unit_done(self, session: Session, end_ns: int) -> None:
         """The stage is through with one unit."""

@@ -33,6 +33,8 @@ OTHER: Final = "other"  # the label value of whatever exceeds a bound
 Kind = Literal["counter", "gauge", "histogram"]
 Decision = Literal["listen", "speak"]
 TokenKind = Literal["text", "codes"]
+MediaTrack = Literal["video", "audio"]
+MEDIA_TRACKS: Final[tuple[MediaTrack, ...]] = get_args(MediaTrack)
 TOKEN_KINDS: Final[tuple[TokenKind, ...]] = get_args(TokenKind)
 
 
@@ -96,6 +98,8 @@ TABLE: Final[tuple[Declaration, ...]] = (
     _counter(
         "omni_camera_reconnects_total", "Times the camera was lost, or not found again, by reason.", "camera", "reason"
     ),
+    _counter("omni_camera_gaps_total", "Holes, overlaps and clock jumps within the camera's media.", "camera"),
+    _counter("omni_camera_bad_total", "Packets and pictures that could not be decoded.", "camera", "track"),
     #
     _gauge("omni_kv_cache_usage_ratio", "Share of the KV cache's pages in use, 0 to 1."),
     _counter("omni_tokens_total", "Tokens of text made by the LLM, and codes made by the TTS.", "kind"),
@@ -205,6 +209,8 @@ class CameraMetrics:
         self._last_frame = metrics.gauge("omni_camera_last_frame_timestamp_seconds", camera)
         self._frames = metrics.counter("omni_camera_frames_total", camera)
         self._reconnects = _ByReason(metrics, "omni_camera_reconnects_total", (camera,), reasons)
+        self._gaps = metrics.counter("omni_camera_gaps_total", camera)
+        self._bad = {track: metrics.counter("omni_camera_bad_total", camera, track) for track in MEDIA_TRACKS}
 
     def up(self, delivers: bool) -> None:
         self._up.set(delivers)
@@ -216,6 +222,14 @@ class CameraMetrics:
 
     def reconnected(self, reason: str) -> None:
         self._reconnects.inc(reason)
+
+    def gaps(self, num_gaps: int) -> None:
+        """So many holes, overlaps and clock jumps more."""
+        self._gaps.inc(num_gaps)
+
+    def bad(self, track: MediaTrack, num_items: int) -> None:
+        """So many packets or pictures more could not be decoded."""
+        self._bad[track].inc(num_items)
 
 
 class WindowMetrics:

@@ -8,6 +8,7 @@ from graph.chunk import Chunk, SessionId, end_of_stream, watermark
 from graph.streams import EVENTS, camera_stream
 from graph.window import FOREVER_NS
 from stages.feed import Feeds, FeedStage, Notice, Reading
+from stages.media_health import Totals
 from stages.stage import Session
 
 
@@ -26,6 +27,10 @@ class Camera(FeedStage[_Open]):
 
     def __init__(self, feeds: Feeds) -> None:
         super().__init__(feeds, _Open)
+
+    def totals(self, session: SessionId) -> Totals:
+        """What was damaged and missing within the source so far."""
+        return self._open[session].feed.totals
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._open[session]
@@ -68,4 +73,6 @@ def _settled_ns(session: Session, read_ns: int, waiting_ns: int | None, now_ns: 
 
 def _event(session: SessionId, notice: Notice) -> Chunk:
     attrs = {"type": notice.type, "reason": notice.reason, "message": notice.message}
+    if notice.track:
+        attrs["track"] = notice.track
     return Chunk(session, EVENTS, notice.at_ns, attrs=attrs)

@@ -18,7 +18,19 @@ import numpy as np
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.streams import SOUND_RATE_HZ
 from graph.window import FOREVER_NS
-from stages.media import Ended, Failed, Frame, MediaError, MediaReader, MediaRequest, Progress, Sound
+from stages.media import (
+    Ended,
+    Failed,
+    Frame,
+    MediaError,
+    MediaItem,
+    MediaReader,
+    MediaRequest,
+    Progress,
+    Sound,
+    Warned,
+)
+from stages.media_health import Health, Totals
 from stages.stage import Session, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
@@ -30,12 +42,13 @@ Open = Callable[[MediaRequest], MediaReader]
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something that happened to a camera: it delivers, it was lost, it ended."""
+    """Something that happened to a camera: it delivers, it was lost, it ended, or not all of it can be used."""
 
     type: str
     at_ns: int
     reason: str = ""
     message: str = ""
+    track: str = ""
 
 
 @dataclass(slots=True)
@@ -60,12 +73,18 @@ class Feed:
         self._retry_ns = FIRST_RETRY_NS
         self._retry_at_ns = -FOREVER_NS  # at once, before event time 0
         self._sides = _Sides()
+        self._health = Health()
         self._up = False
         self._shown_ns = 0  # end of what was really seen, and heard
         self._heard_ns = 0
         self.video_ns = 0  # nothing before this will come
         self.audio_ns = 0
         self.end_ns: int | None = None  # set when the source has ended for good
+
+    @property
+    def totals(self) -> Totals:
+        """What was damaged and missing within the source so far."""
+        return self._health.totals
 
     @property
     def over(self) -> bool:
@@ -181,6 +200,7 @@ class Feed:
     def _connect(self, now_ns: int) -> None:
         session = self._session
         self._told = False
+        self._health.connect()
         try:
             request = MediaRequest(
                 source=session.source,
@@ -199,7 +219,7 @@ class Feed:
         else:
             self._reader = reader
 
-    def _take(self, item: Frame | Sound | Progress | Ended | Failed, now_ns: int) -> None:
+    def _take(self, item: MediaItem, now_ns: int) -> None:
         if isinstance(item, Frame):
             self._take_frame(item)
         elif isinstance(item, Sound):
@@ -208,10 +228,18 @@ class Feed:
             self.video_ns = max(self.video_ns, self._reached_ns(item.video_ns))
             self.audio_ns = max(self.audio_ns, self._reached_ns(item.audio_ns))
             self._told = True
+            self._health.count(item)
+        elif isinstance(item, Warned):
+            self._warn(item, now_ns)
         elif isinstance(item, Ended):
             self._finish(Notice("camera_ended", self._end_ns(), reason=item.reason))
         else:
             self._lose(item, now_ns)
+
+    def _warn(self, item: Warned, now_ns: int) -> None:
+        if self._health.news.is_new(item):
+            at_ns = now_ns if self._session.paced else self._seen_ns
+            self._sides.notices.append(Notice("camera_warning", at_ns, item.code, item.message, item.track))
 
     def _reached_ns(self, progress_ns: int) -> int:
         if progress_ns < FOREVER_NS:

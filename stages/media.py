@@ -47,6 +47,7 @@ from stages.media_wire import (
     Progress,
     Sound,
     SourceKind,
+    Warned,
     WireError,
     mask_source,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "MediaRequest",
     "Progress",
     "Sound",
+    "Warned",
     "check_source",
     "mask_source",
 ]

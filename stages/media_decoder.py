@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -262,7 +263,10 @@ class Teller:
         if pieces != self._told or now_ns - self._told_at_ns >= SIGN_OF_LIFE_NS:
             self._told, self._told_at_ns = pieces, now_ns
             num_gaps = sum(t.num_gaps for t in self._tracks)
-            self._put(Progress(video_ns, audio_ns, num_gaps, sum(t.num_bad for t in self._tracks)))
+            num_bad = Counter({VideoTrack: 0, SoundTrack: 0})
+            for track in self._tracks:
+                num_bad[type(track)] += track.num_bad
+            self._put(Progress(video_ns, audio_ns, num_gaps, num_bad[VideoTrack], num_bad[SoundTrack]))
 
 
 def run_streams(order: Order, outlet: Outlet) -> MediaItem:

@@ -28,12 +28,25 @@ FPS_RANGE: Final = (0.01, 60.0)
 PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message
 PIECE_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
 MAX_TEXT_BYTES: Final = 4096
+MAX_WARNING_BYTES: Final = 512
+MAX_WARNINGS: Final = 64  # of one connection: two tracks have so few things to say, and a log is no place to fill
 
 SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test", "synthetic"]
 LIVE_KINDS: Final[tuple[SourceKind, ...]] = ("rtsp", "webcam")  # these set the pace themselves
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 FailKind: TypeAlias = Literal["missing", "unreadable", "refused", "blocked", "timeout", "closed", "crashed", "limit"]
 # missing: not there · unreadable: no media in it · refused: by its owner · blocked: by us · closed: live, and cut off
+TrackName: TypeAlias = Literal["video", "audio", ""]  # "": of the source as a whole
+WarnCode: TypeAlias = Literal[
+    "damaged",  # packets which can't be decoded; the track goes on
+    "bad_picture",  # a picture file which can't be read; the others are
+    "left_out",  # something which is there and is not read
+    "track_given_up",  # nothing of it can be decoded: the other one goes on alone
+    "track_frozen",  # a live track has stopped, and the other one goes on
+    "track_back",  # and has come again
+    "late_start",  # a track which begins so much later than the other that it is heard beside it
+    "over_udp",  # the camera refuses RTP over TCP
+]
 
 
 class MediaError(Exception):
@@ -114,7 +127,24 @@ class Progress:
     video_ns: int
     audio_ns: int
     num_gaps: int = 0  # running total of holes filled with zeros, overlaps cut and clocks set anew
-    num_bad: int = 0  # running total of packets and pictures which could not be decoded
+    num_bad_video: int = 0  # running totals of packets and pictures which could not be decoded
+    num_bad_audio: int = 0
+
+    @property
+    def num_bad(self) -> int:
+        return self.num_bad_video + self.num_bad_audio
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something worth telling which ends nothing; message is one sentence for the source's owner, without passwords.
+
+    A decoder sends each code at most once per track, unless its state has changed meanwhile.
+    """
+
+    track: TrackName
+    code: WarnCode
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +162,7 @@ class Failed:
     message: str
 
 
-MediaItem: TypeAlias = Frame | Sound | Progress | Ended | Failed
+MediaItem: TypeAlias = Frame | Sound | Progress | Warned | Ended | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +196,8 @@ def mask_source(source: str) -> str:
 
 MAGIC: Final = b"omw1"
 HEADER: Final = struct.Struct("<4sIIqII")  # magic, kind, payload bytes, start_ns or first_sample, height, width
-_PROGRESS: Final = struct.Struct("<qqqq")
-_FRAME, _SOUND, _PROGRESS_KIND, _ENDED, _FAILED = range(1, 6)
+_PROGRESS: Final = struct.Struct("<qqqqq")
+_FRAME, _SOUND, _PROGRESS_KIND, _ENDED, _FAILED, _WARNED = range(1, 7)
 
 
 def to_bytes(item: MediaItem) -> list[bytes | memoryview]:
@@ -178,8 +208,10 @@ def to_bytes(item: MediaItem) -> list[bytes | memoryview]:
             return _message(_FRAME, image.data.cast("B"), start_ns, height, width)
         case Sound(first_sample, samples):
             return _message(_SOUND, samples.data.cast("B"), first_sample)
-        case Progress(video_ns, audio_ns, num_gaps, num_bad):
-            return _message(_PROGRESS_KIND, _PROGRESS.pack(video_ns, audio_ns, num_gaps, num_bad))
+        case Progress(video_ns, audio_ns, num_gaps, num_bad_video, num_bad_audio):
+            return _message(_PROGRESS_KIND, _PROGRESS.pack(video_ns, audio_ns, num_gaps, num_bad_video, num_bad_audio))
+        case Warned(track, code, message):
+            return _message(_WARNED, f"{track}\n{code}\n{message}".encode()[:MAX_WARNING_BYTES])
         case Ended(reason):
             return _message(_ENDED, reason.encode()[:MAX_TEXT_BYTES])
         case Failed(kind, message):
@@ -207,6 +239,7 @@ class ItemParser:
         self._next_samples = range(first, last + 1)  # the next sound begins with one of these
         self._last_frame_ns = 0
         self._last_progress = Progress(0, 0)
+        self._num_warnings = 0
         self._header: tuple[int, int, int, int, int] | None = None  # kind, length, time, height, width
         self._expect(HEADER.size)
 
@@ -243,6 +276,7 @@ class ItemParser:
             _PROGRESS_KIND: length == _PROGRESS.size,
             _ENDED: length <= MAX_TEXT_BYTES,
             _FAILED: length <= MAX_TEXT_BYTES,
+            _WARNED: length <= MAX_WARNING_BYTES,
         }
         if not allowed.get(kind, False):
             raise WireError(f"a message of kind {kind} with {length} bytes, {height}x{width}")
@@ -260,6 +294,8 @@ class ItemParser:
                 return self._read_progress(Progress(*_PROGRESS.unpack(payload.tobytes())))
             case 4:
                 return Ended(_printable(payload))
+            case 6:
+                return self._read_warned(payload)
             case _:
                 return _read_failed(payload)
 
@@ -279,10 +315,19 @@ class ItemParser:
 
     def _read_progress(self, now: Progress) -> Progress:
         last = self._last_progress
-        if now.video_ns < last.video_ns or now.audio_ns < last.audio_ns or now.num_gaps < 0 or now.num_bad < 0:
+        if any(getattr(now, field) < getattr(last, field) for field in Progress.__slots__):
             raise WireError(f"progress went back: {now} after {last}")
         self._last_progress = now
         return now
+
+    def _read_warned(self, payload: npt.NDArray[np.uint8]) -> Warned:
+        self._num_warnings += 1
+        track, code, message = [*payload.tobytes().decode(errors="replace").split("\n", 2), "", ""][:3]
+        if self._num_warnings > MAX_WARNINGS:
+            raise WireError(f"more than {MAX_WARNINGS} warnings")
+        if track not in get_args(TrackName) or code not in get_args(WarnCode):
+            raise WireError("a warning of a track or code which does not exist")
+        return Warned(cast(TrackName, track), cast(WarnCode, code), _printable(message))
 
 
 def _read_failed(payload: npt.NDArray[np.uint8]) -> Failed:

@@ -41,6 +41,8 @@ def run_vision(connection: Connection) -> None:
     camera.up(True)
     while not connection.poll(0.1):
         camera.frame(time.time())
+        camera.gaps(1)
+        camera.bad("audio", 2)
         stage.processed(num_units=2, queue_s=0.004, compute_s=0.06)
         edge.accepted(2)
         edge.sent(65_536)

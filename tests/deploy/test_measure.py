@@ -8,6 +8,7 @@ from deploy.measure import StageMeter
 from graph.chunk import NS_PER_S, Chunk
 from graph.metrics import Metrics
 from graph.streams import CODES, EVENTS, TEXT, camera_stream
+from stages.media_health import Totals
 from stages.stage import Session, Stage
 from tests.support.units import DOOR, ack, session
 
@@ -85,6 +86,26 @@ def test_pictures_are_counted_as_they_come():
         meter.made(camera_stream("door"), image=np.zeros((4, 4, 3), np.uint8))
     assert meter.of_door("omni_camera_frames_total") == 3
     assert (meter.of_door("omni_camera_last_frame_timestamp_seconds") or 0) > 0
+
+
+class FakeCamera(Stage):
+    """A stage that says what was damaged so far, one total after the other."""
+
+    def __init__(self, *totals: Totals) -> None:
+        self._totals = list(totals)
+
+    def totals(self, session: object) -> Totals:
+        return self._totals.pop(0)
+
+
+def test_what_is_damaged_within_a_camera_is_counted_by_track():
+    meter = Meter("camera", FakeCamera(Totals(1, 0, 7), Totals(1, 2, 7), Totals(3, 2, 9)))
+    for _ in range(3):
+        meter.told("camera_warning", reason="damaged")
+    assert meter.of_door("omni_camera_gaps_total") == 3
+    assert meter.of_door("omni_camera_bad_total", track="video") == 2
+    assert meter.of_door("omni_camera_bad_total", track="audio") == 9
+    assert meter.of_door("omni_camera_up") == 0, "a warning is neither up nor lost"
 
 
 def test_a_session_that_closed_has_no_camera():

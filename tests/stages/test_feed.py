@@ -6,7 +6,8 @@ import pytest
 from graph.chunk import NS_PER_S
 from graph.streams import SOUND_RATE_HZ
 from stages.feed import Feed, Feeds
-from stages.media import Ended, Failed, MediaError
+from stages.media import Ended, Failed, MediaError, Progress, Warned
+from stages.media_health import Totals
 from stages.stage import Session
 from tests.support.media_script import DOOR, GONE, FakeMedia, FakeReader, frame, progress, seconds, sound, source
 
@@ -203,6 +204,31 @@ def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
     subject.take_frames(NS_PER_S * 9), subject.take_sound(NS_PER_S * 9)
     subject.pump(10 * NS_PER_S)
     assert (len(media.requests), subject.end_ns) == (1, 20 * NS_PER_S)
+
+
+def test_a_warning_is_an_event_once_per_track_and_code_over_all_connections():
+    noisy = [Warned("audio", "damaged", "some of the sound"), Warned("video", "damaged", "some pictures")]
+    again = FakeReader(progress(2, 2), *noisy, Warned("audio", "track_given_up", "no sound"), live=True)
+    subject = feed(FakeReader(progress(0, 0), *noisy, *noisy, GONE, live=True), again)
+    for now_s in (0, 2):
+        subject.pump(now_s * NS_PER_S)
+    warnings = [(n.at_ns, n.track, n.reason) for n in subject.take_notices() if n.type == "camera_warning"]
+    assert warnings == [(0, "audio", "damaged"), (0, "video", "damaged"), (2 * NS_PER_S, "audio", "track_given_up")]
+
+
+def test_a_track_that_freezes_again_is_told_again():
+    changes = [Warned("audio", code, "") for code in ("track_frozen", "track_back", "track_frozen", "track_frozen")]
+    subject = feed(FakeReader(*changes, live=True))
+    subject.pump(0)
+    assert [notice.reason for notice in subject.take_notices()] == ["track_frozen", "track_back", "track_frozen"]
+
+
+def test_what_is_damaged_is_counted_over_all_connections():
+    again = FakeReader(Progress(0, 0, 1, 0, 5), live=True)
+    subject = feed(FakeReader(Progress(0, 0, 1, 2, 3), Progress(0, 0, 2, 2, 4), GONE, live=True), again)
+    for now_s in (0, 2):
+        subject.pump(now_s * NS_PER_S)
+    assert subject.totals == Totals(3, 2, 9)
 
 
 @pytest.mark.parametrize("now_s", [2.01, 2.4, 3.0])

@@ -30,6 +30,7 @@ from stages.media import (
     MediaRequest,
     Progress,
     Sound,
+    Warned,
     check_source,
     mask_source,
 )
@@ -411,10 +412,11 @@ def wire(*items: MediaItem) -> bytes:
 def test_items_survive_the_pipe():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     samples = np.linspace(-1, 1, 16_000, dtype=np.float32)
-    progress = Progress(1, 2, 3, 4)
-    sent = [progress, Frame(5, image), Sound(0, samples), Failed("refused", "ä\x1b[31m"), Ended("")]
-    frame_progress, frame, sound, failed, ended = parse(wire(*sent))
+    progress, warned = Progress(1, 2, 3, 4, 5), Warned("audio", "damaged", "a\nb")
+    sent = [progress, warned, Frame(5, image), Sound(0, samples), Failed("refused", "ä\x1b[31m"), Ended("")]
+    frame_progress, given, frame, sound, failed, ended = parse(wire(*sent))
     assert frame_progress == progress
+    assert given == Warned("audio", "damaged", "a b")
     assert frame.start_ns == 5 and (frame.image == image).all() and not frame.image.flags.writeable
     assert sound.first_sample == 0 and (sound.samples == samples).all() and not sound.samples.flags.writeable
     assert failed == Failed("refused", "ä [31m"), "a decoder may not steer a terminal"
@@ -428,7 +430,7 @@ def test_bytes_which_are_no_message_are_refused(data):
 
 
 @given(
-    st.integers(0, 7),
+    st.integers(0, 9),
     st.integers(0, (1 << 32) - 1),
     st.integers(-(1 << 63), (1 << 63) - 1),
     st.integers(0, (1 << 32) - 1),
@@ -453,6 +455,10 @@ def test_no_header_makes_the_parent_take_much_memory(kind, length, start, height
         [Frame(0, np.zeros((600, 600, 3), np.uint8))],
         [Progress(9, 9), Progress(8, 9)],
         [Progress(0, 0, -1, 0)],
+        [Progress(0, 0, 0, 5), Progress(0, 0, 0, 4)],
+        [Warned("smell", "damaged", "")],
+        [Warned("", "fire", "")],
+        [Warned("", "damaged", "")] * 65,
     ],
 )
 def test_messages_which_contradict_the_request_or_themselves_are_refused(lie):
