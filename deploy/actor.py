@@ -69,8 +69,8 @@ class Actor:
         return Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
 
     def clock(self) -> int:
-        """The wall clock of this node, ns."""
-        return time.time_ns()
+        """The monotonic clock of this node, ns."""
+        return time.monotonic_ns()
 
     def bind(self, over_tcp: Mapping[str, bool]) -> dict[str, str]:
         """Open the receiving ends of this actor's edges; returns the endpoints. over_tcp: by edge."""
@@ -101,12 +101,12 @@ class Actor:
 
         self._do(work)
 
-    def begin_sessions(self, stage: str, origins_unix_ns: Mapping[SessionId, int]) -> None:
-        """Let their clocks run, each from event time 0 at its origin, of this node's wall clock."""
+    def begin_sessions(self, stage: str, origins_ns: Mapping[SessionId, int]) -> None:
+        """Let their clocks run, each from event time 0 at its origin, of this node's monotonic clock."""
 
         def work() -> None:
-            for session, origin_unix_ns in origins_unix_ns.items():
-                self._runners[stage].begin_session(session, origin_unix_ns)
+            for session, origin_ns in origins_ns.items():
+                self._runners[stage].begin_session(session, origin_ns)
 
         self._do(work)
 

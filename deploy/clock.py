@@ -1,4 +1,8 @@
-"""Wall clocks of other machines, which differ from ours: event time is one for all stages of a session."""
+"""Clocks of other machines, which differ from ours: event time is one for all stages of a session.
+
+Rule: origins and durations are of monotonic clocks. Each machine's begins where it likes, so that another one's is
+ahead of ours by anything; but nobody sets it, so that a session's origin stays where it is.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import time
 from collections.abc import Callable
 
 
-def clock_ahead_ns(ask: Callable[[], int], now_ns: Callable[[], int] = time.time_ns, *, num_questions: int) -> int:
-    """How far another wall clock is ahead of ours, ns; wrong by at most half of the quickest answer's way.
+def clock_ahead_ns(ask: Callable[[], int], now_ns: Callable[[], int] = time.monotonic_ns, *, num_questions: int) -> int:
+    """How far another machine's clock is ahead of ours, ns; wrong by at most half of the quickest answer's way.
 
     ask: returns the other one's time, after whatever the network takes.
     """

@@ -56,7 +56,7 @@ class ActorDied(CoordinatorError):
 
 @dataclass(slots=True)
 class _Placed:
-    """An actor that runs. peer: its name on the bus. clock_ahead_ns: its node's wall clock minus ours."""
+    """An actor that runs. peer: its name on the bus. clock_ahead_ns: its node's monotonic clock minus ours."""
 
     process: Process
     handle: Any
@@ -67,7 +67,8 @@ class _Placed:
 
 @dataclass(slots=True)
 class _Placement:
-    """Where a session lives: per stage the replica. origin_ns: its event time 0 on our wall clock, once it has one."""
+    """Where a session lives: per stage that it passes the replica. origin_ns: its event time 0 on our monotonic clock,
+    once it has one."""
 
     session: Session
     replicas: dict[str, int]
@@ -181,7 +182,7 @@ class Coordinator:
         try:
             for session in sessions:
                 passed = stages_of(session, self._spec)
-                replicas = {name: self._next_replica(name) if name in passed else 0 for name in self._spec.stages}
+                replicas = {name: self._next_replica(name) for name in self._spec.stages if name in passed}
                 self._sessions[session.id] = _Placement(session, replicas)
             order = opening_order(self._spec)
             for stage in order:
@@ -251,7 +252,8 @@ class Coordinator:
         """Sessions per replica of a stage."""
         counts = [0] * max(self._spec.stages[stage].replicas, 1)
         for placement in self._sessions.values():
-            counts[placement.replicas[stage]] += 1
+            if stage in placement.replicas:
+                counts[placement.replicas[stage]] += 1
         return counts
 
     def _next_replica(self, stage: str) -> int:
@@ -504,7 +506,7 @@ class Coordinator:
     def _ask_to_begin(
         self, stages: Iterable[str], sessions: Sequence[Session], origins_ns: Mapping[SessionId, int]
     ) -> list[tuple[_Placed, Any]]:
-        """Let the sessions' clocks run at these stages; returns whom it asked. origins_ns: on our wall clock."""
+        """Let the sessions' clocks run at these stages; returns whom it asked. origins_ns: on our monotonic clock."""
         asked = []
         for stage in stages:
             for placed, here in self._by_replica(stage, sessions):
@@ -525,7 +527,7 @@ class Coordinator:
         """When each session's event time begins: soon, and in step with the windows of its phase, so that the units of
         sessions of one phase are ready together and share their forwards. The phases take turns within a window."""
         window = self._spec.window
-        soon_ns = time.time_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // (os.cpu_count() or 1)
+        soon_ns = time.monotonic_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // (os.cpu_count() or 1)
         if self._first_origin_ns is None:
             self._first_origin_ns = soon_ns
         next_ns = soon_ns + (self._first_origin_ns - soon_ns) % window.length_ns
@@ -538,7 +540,7 @@ class Coordinator:
         return origins_ns
 
     def _read_clocks(self) -> None:
-        """Of the other nodes. Each time anew: between two openings clocks drift, and are set."""
+        """Of the other nodes. Each time anew: between two openings clocks drift, and machines sleep."""
         for placed in self._actors.values():
             if placed.address.node_id != self._node_id:
                 placed.clock_ahead_ns = self._clock_ahead_ns(placed)

@@ -227,10 +227,10 @@ class StageRunner:
         usual = taken[len(taken) // 2] if taken else ()
         return sum(step in usual for step in session.ladder)
 
-    def begin_session(self, session: SessionId, origin_unix_ns: int) -> None:
-        """Let a session's clock run. origin_unix_ns: when event time 0 is, on this host's wall clock."""
+    def begin_session(self, session: SessionId, origin_ns: int) -> None:
+        """Let a session's clock run. origin_ns: when event time 0 is, on this host's monotonic clock."""
         state = self._open[session]
-        state.offset_ns = self._clock.unix_ns() - self._clock.monotonic_ns() - origin_unix_ns
+        state.offset_ns = -origin_ns
         state.begun = True
         if state.plan.goes_on is not None:
             self._go_on(state, state.plan.goes_on)

@@ -51,6 +51,7 @@ from stages.speaker import Speaker
 from stages.stage import ListenerAction, Session, Stage
 
 ORIGIN_NS: Final = NS_PER_S  # of the sessions, in the world's time
+UPTIME_NS: Final = 1000 * 86_400 * NS_PER_S  # of a host, at most: its monotonic clock counts from its start
 PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has not come to its end is said to starve
 MAX_VIOLATIONS: Final = 20
 FEW: Final = 8
@@ -253,7 +254,7 @@ class Simulation:
 
     def _clock(self) -> HostClock:
         drift_ppm = self._rng.randint(-self._scenario.drift_ppm, self._scenario.drift_ppm)
-        return HostClock(self.world, drift_ppm=drift_ppm, ahead_ns=self._rng.randint(0, NS_PER_S))
+        return HostClock(self.world, drift_ppm=drift_ppm, begun_ns=self._rng.randint(0, UPTIME_NS))
 
     def _runner(self, actor: Actor, process: Process, name: str, spec: StageSpec) -> StageRunner:
         incoming = {
@@ -317,7 +318,8 @@ class Simulation:
     def _open(self) -> None:
         counts = {name: [0] * max(stage.replicas, 1) for name, stage in self.spec.stages.items()}
         for session in self._sessions:
-            replicas = {name: least_loaded(counts[name]) for name in self.spec.stages}
+            passed = stages_of(session, self.spec)
+            replicas = {name: least_loaded(counts[name]) for name in self.spec.stages if name in passed}
             for name, replica in replicas.items():
                 counts[name][replica] += 1
             self.replicas[session.id] = replicas
@@ -352,7 +354,7 @@ class Simulation:
     def begin(self, stage: str, session: SessionId) -> None:
         """Let a session's clock run at a stage, by the clock of its host."""
         name = self.process_of(stage, self.replicas[session][stage]).name
-        origin_ns = self._origins_ns[session] + self._clocks[name].ahead_ns
+        origin_ns = self._origins_ns[session] + self._clocks[name].ahead_ns()
         self.actors[name].runners[stage].begin_session(session, origin_ns)
 
     def _plan_faults(self) -> None:

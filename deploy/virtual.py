@@ -48,19 +48,21 @@ class World:
 
 
 class HostClock:
-    """A host's clock: it drifts, and the time of day may jump."""
+    """A host's monotonic clock: it drifts, and begins where it likes."""
 
-    def __init__(self, world: World, *, drift_ppm: int = 0, ahead_ns: int = 0) -> None:
+    def __init__(self, world: World, *, drift_ppm: int = 0, begun_ns: int = 0) -> None:
+        """begun_ns: what it says at the world's 0."""
         self._world = world
         self._drift_ppm = drift_ppm
-        self.ahead_ns = ahead_ns
+        self._begun_ns = begun_ns
 
     def monotonic_ns(self) -> int:
         now_ns = self._world.now_ns
-        return now_ns + now_ns * self._drift_ppm // PPM
+        return now_ns + now_ns * self._drift_ppm // PPM + self._begun_ns
 
-    def unix_ns(self) -> int:
-        return self.monotonic_ns() + self.ahead_ns
+    def ahead_ns(self) -> int:
+        """How far it is ahead of the world's, now."""
+        return self.monotonic_ns() - self._world.now_ns
 
 
 class Device:

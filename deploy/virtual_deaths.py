@@ -75,7 +75,7 @@ class Deaths:
         (stage,) = process.stages
         replicas_of = self._simulation.replicas
         others = [p.replica for p in self._simulation.processes if stage in p.stages and self._actor(stage, p.replica)]
-        loads = {replica: sum(each[stage] == replica for each in replicas_of.values()) for replica in others}
+        loads = {replica: sum(each.get(stage) == replica for each in replicas_of.values()) for replica in others}
         if loads:
             replicas_of[session.id][stage] = min(loads, key=lambda replica: loads[replica])
             reopen(self, self._spec, stage, self._going(session))
@@ -108,7 +108,7 @@ class Deaths:
         """Those that are open and live there."""
         (stage,) = process.stages
         replicas = self._simulation.replicas
-        return [each for each in self._simulation.open_sessions() if replicas[each.id][stage] == process.replica]
+        return [each for each in self._simulation.open_sessions() if replicas[each.id].get(stage) == process.replica]
 
     def _going(self, session: Session) -> Going:
         return Going(session, self._simulation.replicas[session.id])

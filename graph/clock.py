@@ -7,10 +7,9 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """monotonic_ns never goes back, unix_ns is the time of day; both in ns."""
+    """monotonic_ns never goes back, and knows nothing of the time of day, which may be set at any moment; in ns."""
 
     def monotonic_ns(self) -> int: ...
-    def unix_ns(self) -> int: ...
 
 
 class SystemClock:
@@ -18,6 +17,3 @@ class SystemClock:
 
     def monotonic_ns(self) -> int:
         return time.monotonic_ns()
-
-    def unix_ns(self) -> int:
-        return time.time_ns()

@@ -59,7 +59,7 @@ class FakeActor:
             case "address":
                 return Address(self.node, "127.0.0.1", 1, 9)
             case "clock":
-                return time.time_ns() + self.ahead_ns
+                return time.monotonic_ns() + self.ahead_ns
             case "bind":
                 return dict.fromkeys(arguments[0], "ipc://edge")
             case "open_sessions" | "begin_sessions" | "close_session":
@@ -162,6 +162,33 @@ def test_replicas_share_the_sessions(coordinator: Coordinator, cluster: FakeClus
     assert [[plan.session.id for plan in at_one] for at_one in plans] == [["a", "c"], ["b"]]
 
 
+def test_sessions_are_counted_only_where_they_pass(cluster: FakeCluster, tmp_path: Path):
+    coordinator = started(cluster, tmp_path, "stages.audio_encoder.replicas=2")
+    for name in "abcd":
+        coordinator.open_sessions(sessions(name, microphone=False))
+    for name in "efgh":
+        coordinator.open_sessions(sessions(name))
+    assert coordinator.load_of("audio_encoder") == [2, 2]
+
+
+def test_what_was_counted_in_is_counted_out(cluster: FakeCluster, tmp_path: Path):
+    """After moves, failed openings, deaths and closings, of sessions with and without a microphone."""
+    coordinator = started(cluster, tmp_path, "stages.llm.replicas=2", "stages.audio_encoder.replicas=2")
+    coordinator.open_sessions([*sessions("a", "b", "c"), *sessions("d", microphone=False)])
+    cluster.actors["llm.1"].full_at = "llm"
+    with pytest.raises(StageError, match="no room"):
+        coordinator.open_sessions(sessions("e", "f"))
+    cluster.actors["llm.1"].full_at = ""
+    cluster.actors["llm.0"].is_dead = True
+    coordinator.poll()
+    coordinator.poll()
+    assert sorted(coordinator.load_of("llm")) == [0, 4]
+    assert coordinator.load_of("audio_encoder") == [2, 1]
+    for name in "abcd":
+        coordinator.close_session(SessionId(name))
+    assert [coordinator.load_of(stage) for stage in ("llm", "audio_encoder", "tts")] == [[0, 0], [0, 0], [0]]
+
+
 def test_a_session_without_ears_passes_no_microphone(coordinator: Coordinator, cluster: FakeCluster):
     coordinator.open_sessions([*sessions("deaf", microphone=False), *sessions("all")])
     begun = [(stage, one) for _, stage, (origins,) in of(cluster.calls, "begin_sessions") for one in origins]
@@ -171,12 +198,12 @@ def test_a_session_without_ears_passes_no_microphone(coordinator: Coordinator, c
 
 
 def test_time_begins_after_all_are_open_and_is_the_same_on_every_node(coordinator: Coordinator, cluster: FakeCluster):
-    before_ns = time.time_ns()
+    before_ns = time.monotonic_ns()
     coordinator.open_sessions(sessions("a", "b"))
     origins = {stage: set(at.values()) for _, stage, (at,) in of(cluster.calls, "begin_sessions")}
     here = set().union(*(at for stage, at in origins.items() if stage != "llm"))
     assert len(here) == 1
-    assert before_ns + HEAD_START_NS < min(here) < time.time_ns() + HEAD_START_NS + 2 * DECODER_START_NS
+    assert before_ns + HEAD_START_NS < min(here) < time.monotonic_ns() + HEAD_START_NS + 2 * DECODER_START_NS
     assert abs(min(origins["llm"]) - min(here) - AHEAD_NS) < 50 * NS_PER_MS
 
 
@@ -197,6 +224,21 @@ def test_a_clock_that_was_set_between_two_openings_is_read_anew(coordinator: Coo
     coordinator.open_sessions(sessions("b"))
     origins = {stage: at[SessionId("b")] for _, stage, (at,) in of(cluster.calls, "begin_sessions")}
     assert abs(origins["llm"] - origins["camera"] + AHEAD_NS) < 50 * NS_PER_MS
+
+
+def test_a_recovered_replica_is_on_its_sessions_axis_after_a_step_of_the_wall_clock(
+    coordinator: Coordinator, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+):
+    coordinator.open_sessions(sessions("a"))
+    (before_ns,) = [at[SessionId("a")] for _, stage, (at,) in of(cluster.calls, "begin_sessions") if stage == "tts"]
+    now_s = time.time()
+    monkeypatch.setattr("time.time", lambda: now_s + 3600.0)
+    monkeypatch.setattr("time.time_ns", lambda: round((now_s + 3600.0) * NS_PER_S))
+    cluster.calls.clear()
+    cluster.actors["tts.0"].is_dead = True
+    coordinator.poll()
+    coordinator.poll()
+    assert [at[SessionId("a")] for _, _, (at,) in of(cluster.calls, "begin_sessions")] == [before_ns]
 
 
 def test_phases_take_turns_within_a_window(cluster: FakeCluster, tmp_path: Path):

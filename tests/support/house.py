@@ -60,9 +60,6 @@ class ManualClock:
     def monotonic_ns(self) -> int:
         return self.now_ns
 
-    def unix_ns(self) -> int:
-        return self.now_ns
-
 
 class Ticker(Stage):
     """A source: one window of sound per call, and then its end."""
