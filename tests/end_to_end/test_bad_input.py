@@ -14,7 +14,8 @@ from torch import Tensor
 from typer import Exit
 from typer.testing import CliRunner
 
-from deploy.cli import _clear_errors, app
+from deploy.cli import app
+from deploy.cli_common import clear_errors
 from deploy.sources import probe
 from deploy.state import StateFolder
 from graph.costs import Profile, StageCost
@@ -163,7 +164,7 @@ def test_a_second_pipeline_of_a_folder_is_refused_while_the_first_one_starts(pro
 
 
 def test_a_source_that_vanishes_while_the_pipeline_starts_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Exit) as end, _clear_errors():
+    with pytest.raises(Exit) as end, clear_errors():
         check_source("gone.mp4")
     assert end.value.exit_code == 1
     assert capsys.readouterr().err == "pipeline: gone.mp4: No such file or directory\n"

@@ -1,0 +1,176 @@
+"""Commands for the pipeline that runs in this folder: down, ps, logs, camera add and remove."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.cli_common import EXIT_RUNTIME, EXIT_USAGE, Json, clear_errors, fail, table, tell, usage
+
+camera = typer.Typer(no_args_is_help=True, help="Add cameras to the running pipeline, and remove them.")
+
+
+def down(timeout: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 20.0) -> None:
+    """Stop the pipeline that runs in the background of this folder."""
+    import os
+    import signal
+    import time
+
+    state, running = _running()
+    os.kill(running.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + timeout
+    while state.read() is not None:
+        if time.monotonic() > deadline_s:
+            fail(f"pid {running.pid} has not ended within {timeout:g} s; `pipeline logs` may say why", EXIT_RUNTIME)
+        time.sleep(0.1)
+    tell("stopped")
+
+
+def ps(as_json: Json = False) -> None:
+    """Show stages and sessions of the running pipeline. --json: {model, ready, uptime_s, stages, sessions, edges}."""
+    import json
+
+    _, running = _running()
+    try:
+        with _directly(f"{running.url}/api/v1/ps", timeout_s=5) as answer:
+            status = json.load(answer)
+    except OSError as error:
+        fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
+    if as_json:
+        print(json.dumps(status, indent=2))
+        return
+    trained = "" if status["trained"] else "  (UNTRAINED)"
+    print(f"model {status['model']}{trained}  up {status['uptime_s']:.0f} s  {status['problem'] or 'ready'}")
+    table(status["stages"], ("stage", "replica", "state", "process", "pid", "node", "sessions", "units", "waiting"))
+    table(status["sessions"], ("session", "state", "windows", "late", "source"))
+    table(
+        [{"edge": edge, **row, "dropped": sum(row["dropped"].values())} for edge, row in status["edges"].items()],
+        ("edge", "accepted", "delivered", "dropped", "in_flight"),
+    )
+
+
+@camera.command("add")
+def camera_add(
+    what: Annotated[str, typer.Argument(metavar="NAME=SOURCE", help="Like yard=rtsp://10.0.0.7/live.")],
+    fps: Annotated[float | None, typer.Option("--fps", help="Pictures per second (default: 1).")] = None,
+    microphone: Annotated[
+        str | None, typer.Option("--microphone", metavar="embedded|none", help="The sound in the source, or none.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch another camera; the others are not disturbed. Refused at once where there is no room for it.
+
+    --json: {name, source, warnings}.
+    """
+    import json
+    import os
+
+    from deploy.sources import parse_cameras
+    from graph.secret import Secret, resolve
+
+    with clear_errors():
+        with usage():
+            ((name, written),) = parse_cameras([what], option="").items()
+            resolved = resolve(written, os.environ)
+        source = resolved.reveal() if isinstance(resolved, Secret) else resolved
+        wanted = {"name": name, "source": source, "fps": fps, "microphone": microphone}
+        asked = {key: value for key, value in wanted.items() if value is not None}
+        added = _ask_gateway("POST", "/api/v1/cameras", asked)
+    if as_json:
+        print(json.dumps(added, indent=2))
+        return
+    for warning in added["warnings"]:
+        tell(warning)
+    tell(f"camera {name}: added")
+
+
+@camera.command("remove")
+def camera_remove(name: Annotated[str, typer.Argument(help="As `pipeline ps` shows it.")]) -> None:
+    """End a camera's session: what it saw and heard is gone through to the end, and said."""
+    from urllib.parse import quote
+
+    with clear_errors():
+        _ask_gateway("DELETE", f"/api/v1/cameras/{quote(name, safe='')}")
+    tell(f"camera {name}: removed")
+
+
+def _ask_gateway(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Ask the pipeline of this folder to change something; what it refuses is the end."""
+    import json
+    import urllib.error
+    import urllib.request
+
+    _, running = _running()
+    request = urllib.request.Request(
+        running.url + path,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {running.token}", "Content-Type": "application/json"},
+        method=method,
+    )
+    try:
+        with _directly(request, timeout_s=180) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        message = _told_in(error.read()) or f"{running.url} answers {error.code} to {method} {path}"
+        if (retry_after_s := error.headers.get("Retry-After")) is not None:
+            message += f"; try again in {retry_after_s} s"
+        return fail(message, EXIT_USAGE if error.code in (400, 404, 409, 422) else EXIT_RUNTIME)
+    except OSError as error:
+        return fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
+
+
+def _told_in(answer: bytes) -> str:
+    """What an answer says of its error; "" when it is none of ours."""
+    import json
+
+    try:
+        return str(json.loads(answer)["error"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _directly(request: Any, timeout_s: float) -> Any:
+    """Ask our own gateway, through no proxy: it may not know the address, and shall know no token."""
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=timeout_s)
+
+
+def logs(
+    process: Annotated[str | None, typer.Argument(help="Only this process, like llm.0 or up.")] = None,
+    tail: Annotated[int, typer.Option("--tail", help="Lines per process.")] = 50,
+) -> None:
+    """Print the logs of this folder's pipeline, running or not."""
+    from deploy.state import StateFolder
+
+    found = sorted(StateFolder(Path.cwd()).logs.glob(f"{process or '*'}.log"))
+    if not found:
+        fail("no logs here; `pipeline up` makes them" + (f" (none of {process!r})" if process else ""), EXIT_RUNTIME)
+    for path in found:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-tail:]:
+            print(f"{path.stem:<18} {line}")
+
+
+def is_ready(url: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with _directly(f"{url}/readyz", timeout_s=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def _running() -> Any:
+    """(state folder, what runs there), or the end."""
+    from deploy.state import StateFolder
+
+    state = StateFolder(Path.cwd())
+    running = state.read()
+    if running is None:
+        fail("no pipeline of this folder is running; `pipeline up -d` starts one", EXIT_RUNTIME)
+    return state, running
