@@ -3,13 +3,13 @@
 An order comes in as one line on stdin, messages of stages/media_wire.py go out on stdout. Starts in about 0.2 s, for
 it imports PyAV and numpy only. stdin stays open as a lifeline: when it closes, the parent is gone or has had enough.
 
-What it sends, and with which times, is decided in stages/media_tracks.py; this file opens sources and runs.
+This file opens sources; stages/media_play.py reads them, and stages/media_tracks.py decides what is sent, and with
+which times.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import math
 import os
 import re
@@ -20,36 +20,23 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from operator import itemgetter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import parse_qs, urlsplit
 
 import av
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
 from graph.streams import SOUND_RATE_HZ
-from stages.media_tracks import (
-    MAX_PICTURE_PIXELS,
-    FileAxis,
-    FrameGrid,
-    LiveAxis,
-    Put,
-    Scaler,
-    SoundTrack,
-    Track,
-    VideoTrack,
-    check_size,
-    to_ns,
-)
+from stages.media_play import Feed, Teller, play, session_ns
+from stages.media_tracks import FileAxis, FrameGrid, LiveAxis, SoundTrack, VideoTrack, to_ns
+from stages.media_view import MAX_PICTURE_PIXELS, Scaler, check_size
 from stages.media_wire import (
     FOREVER_NS,
     IMAGE_SUFFIXES,
@@ -78,9 +65,7 @@ MAX_MEMORY_BYTES: Final = 3 << 29  # address space. H.264 with 4 reference pictu
 MAX_FILES: Final = 32
 MAX_STREAMS: Final = 32
 MAX_IMAGES: Final = 100_000
-MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
 ROOM_SIDE: Final = 224
-SIGN_OF_LIFE_NS: Final = NS_PER_S  # 0.1 fps without sound has nothing else to send; the parent's patience is 6 s
 
 _IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
 # Containers only: no playlist (hls, dash, concat, sdp), no device, no script (lavfi), no pattern (image2).
@@ -117,8 +102,6 @@ class Outlet:
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
-
-Feed: TypeAlias = tuple[InputContainer, dict[int, Track]]  # one connection, its tracks by stream index
 
 
 def open_container(order: Order, source: str, format_name: str | None, options: dict[str, str]) -> InputContainer:
@@ -229,44 +212,7 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet) -
     return [feed for feed in feeds if feed[1]]
 
 
-def packets(feed: Feed) -> Iterator[tuple[int, Track, Packet[Any]]]:
-    """The packets of one connection with their decoding time; the last one per track is empty and flushes it."""
-    container, tracks = feed
-    time_ns = 0
-    for packet in container.demux([container.streams[index] for index in tracks]):
-        dts_ns = to_ns(packet.dts, packet.time_base)
-        time_ns = time_ns if dts_ns is None else dts_ns
-        yield time_ns, tracks[packet.stream.index], packet
-
-
 # --- running ------------------------------------------------------------------------------------------------------
-
-
-class Teller:
-    """Sends Progress whenever a stream enters a new piece, and as a sign of life after a second without."""
-
-    def __init__(
-        self, request: MediaRequest, tracks: list[Track], put: Put, clock: Callable[[], int] = time.monotonic_ns
-    ) -> None:
-        self._piece_ns = request.piece_ns
-        self._tracks = tracks
-        self._put = put
-        self._clock = clock
-        self._told: tuple[int, int] | None = None
-        self._told_at_ns = 0
-
-    def tell(self) -> None:
-        video_ns = min((t.position_ns for t in self._tracks if isinstance(t, VideoTrack)), default=FOREVER_NS)
-        audio_ns = min((t.position_ns for t in self._tracks if isinstance(t, SoundTrack)), default=FOREVER_NS)
-        pieces = (video_ns // self._piece_ns, audio_ns // self._piece_ns)
-        now_ns = self._clock()
-        if pieces != self._told or now_ns - self._told_at_ns >= SIGN_OF_LIFE_NS:
-            self._told, self._told_at_ns = pieces, now_ns
-            num_gaps = sum(t.num_gaps for t in self._tracks)
-            num_bad = Counter({VideoTrack: 0, SoundTrack: 0})
-            for track in self._tracks:
-                num_bad[type(track)] += track.num_bad
-            self._put(Progress(video_ns, audio_ns, num_gaps, num_bad[VideoTrack], num_bad[SoundTrack]))
 
 
 def run_streams(order: Order, outlet: Outlet) -> MediaItem:
@@ -302,65 +248,6 @@ def check_duration(request: MediaRequest) -> None:
             f"is to run for {request.duration_ns / NS_PER_S:g} s, but its first picture is taken at "
             f"{first_ns / NS_PER_S:g} s (fps {request.fps:g}): let it run longer, or raise its fps",
         )
-
-
-def session_ns(order: Order) -> int:
-    """The event time that is now."""
-    return time.monotonic_ns() - order.origin_ns
-
-
-class LiveWatch:
-    """When a live source is given up: files have all the time in the world, and their parent's watchdog."""
-
-    def __init__(self, order: Order, now_ns: int) -> None:
-        is_live = order.kind in LIVE_KINDS
-        self._silence_ns = int(order.silence_timeout_s * NS_PER_S) if is_live else FOREVER_NS
-        duration_ns = order.request.duration_ns
-        self._until_ns = FOREVER_NS if duration_ns is None or not is_live else duration_ns + NS_PER_S
-        self._listening_since_ns = now_ns
-
-    def is_over(self, arrival_ns: int) -> bool:
-        """Whether the duration has passed, though a stream which died never reaches it.
-
-        TimeoutError after a silence: libav answers its own time-out with the last packet, and waits once more.
-        """
-        if arrival_ns - self._listening_since_ns >= self._silence_ns:
-            raise TimeoutError
-        return arrival_ns > self._until_ns
-
-    def listen(self, now_ns: int) -> None:
-        """Silence counts from now on; before, a packet was decoded and its items waited for the parent."""
-        self._listening_since_ns = now_ns
-
-
-def play(order: Order, feeds: list[Feed], tracks: list[Track], teller: Teller) -> bool:
-    """Decode packets of all feeds in the order of their time; True when the duration was reached, False at the end."""
-    watch = LiveWatch(order, session_ns(order))
-    for _, track, packet in heapq.merge(*map(packets, feeds), key=itemgetter(0)):
-        arrival_ns = session_ns(order)
-        over = watch.is_over(arrival_ns)
-        decode(packet, track, arrival_ns)
-        teller.tell()
-        if over or all(track.done for track in tracks):
-            return not all(track.ended for track in tracks)
-        watch.listen(session_ns(order))
-    return False
-
-
-def decode(packet: Packet[Any], track: Track, arrival_ns: int) -> None:
-    """Decode one packet into its track; an empty one flushes and finishes it. Damaged packets are counted."""
-    if track.done:
-        return
-    try:
-        frames: list[Any] = packet.decode()  # of the track's own kind
-        for frame in frames:
-            track.add(frame, arrival_ns)
-    except av.error.InvalidDataError:
-        track.num_bad += 1
-        if track.num_bad >= MAX_BAD_AT_START and not track.num_decoded:
-            raise
-    if packet.size == 0:
-        track.finish()
 
 
 def run_images(order: Order, outlet: Outlet) -> MediaItem:

@@ -33,8 +33,9 @@ from stages.media import (
     Sound,
     check_source,
 )
-from stages.media_decoder import Teller
-from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, SoundTrack, VideoTrack, scaled_size
+from stages.media_play import Teller
+from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, SoundTrack, VideoTrack
+from stages.media_view import scaled_size
 from tests.support.media import Clip, picture, recorded_clip, times
 
 RATE_HZ = 16_000
