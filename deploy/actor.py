@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.accounts import EdgeEnds
 from deploy.build import build_stage
+from deploy.masked_output import MaskingFormatter
 from deploy.measure import StageMeter
 from deploy.packages import check_packages
 from deploy.plan import ActorPlan, Address
@@ -289,6 +290,6 @@ def _node_ip() -> str:
 
 def _log_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    handler = logging.FileHandler(path)
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

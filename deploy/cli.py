@@ -51,8 +51,10 @@ app.add_typer(nano, name="nano")
 
 def main() -> None:
     """Entry point of the `pipeline` command."""
+    from deploy.masked_output import mask_stderr
     from deploy.packages import PackageCollision, check_packages
 
+    mask_stderr()
     try:
         check_packages()
     except PackageCollision as error:

@@ -68,14 +68,16 @@ def camera_add(
     import os
 
     from deploy.sources import parse_cameras
-    from graph.secret import Secret, resolve
+    from graph.reference import resolve
+    from graph.secret import Secret
 
     with clear_errors():
         with usage():
             ((name, written),) = parse_cameras([what], option="").items()
             resolved = resolve(written, os.environ)
-        source = resolved.reveal() if isinstance(resolved, Secret) else resolved
-        wanted = {"name": name, "source": source, "fps": fps, "microphone": microphone}
+        source = resolved if isinstance(resolved, Secret) else Secret(resolved)
+        given = {"source": source.reveal(), "masked_source": source.masked, "fps": fps, "microphone": microphone}
+        wanted = {"name": name, **given}
         asked = {key: value for key, value in wanted.items() if value is not None}
         added = _ask_gateway("POST", "/api/v1/cameras", asked)
     if as_json:

@@ -21,7 +21,7 @@ from deploy.capacity import CapacityError, admit
 from deploy.sources import Probed, SourceError, check_sources, probe, probe_all
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError, SpecError
-from graph.secret import mask_urls
+from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
 from graph.spec_check import MAX_CAMERAS
@@ -81,7 +81,8 @@ class LiveCameras:
     def add(self, name: str, wanted: Mapping[str, object]) -> Added:
         """Add a camera, described as in `cameras:`; returns once its session is open.
 
-        Its source is taken as it is: who asks has resolved `${…}`, in an environment of his own.
+        Its source is taken as it is: who asks has resolved `${…}`, in an environment of his own, and may give with it
+        a `masked_source`: how it was written, to be shown in its place.
         Raises Refused: 422 a wrong description or a source that can't be used, 409 a name that is taken, 503 no room.
         """
         camera = self._described(name, wanted)
@@ -104,7 +105,9 @@ class LiveCameras:
         self._ask(_Asked(name, None))
 
     def _described(self, name: str, wanted: Mapping[str, object]) -> CameraSpec:
-        text = json.dumps({"version": 1, "cameras": {name: wanted}}, ensure_ascii=False)
+        template = wanted.get("masked_source")
+        described = {key: value for key, value in wanted.items() if key != "masked_source"}
+        text = json.dumps({"version": 1, "cameras": {name: described}}, ensure_ascii=False)
         if "${" in text:
             raise Refused(422, f"camera {mask_urls(name)}: ${{…}} is resolved by who asks, not here")
         try:
@@ -116,7 +119,9 @@ class LiveCameras:
         except SourceError as error:
             raise Refused(422, str(error)) from None
         self._check_fps(name, cameras[name].fps)
-        return cameras[name]
+        if not isinstance(template, str) or not template.isprintable():
+            return cameras[name]
+        return cameras[name].model_copy(update={"source": Secret(template, cameras[name].source.reveal())})
 
     def _check_fps(self, name: str, fps: float) -> None:
         """An edge's credit is for all sessions, and was made for the cameras of the beginning."""

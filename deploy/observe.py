@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deploy.live_cameras import LiveCameras, Refused
 from graph.errors import GraphError
 from graph.metrics import Exposition, Metrics
+from graph.secret import hide
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # 16 cameras and 10 edges in one process export 70 kB; whoever sends this much is none of our exporters.
@@ -148,7 +149,7 @@ class _Gateway:
         return JSONResponse([_discovered(target) for target in targets])
 
     async def ps(self, _: Request) -> Response:
-        return JSONResponse(self._status.snapshot())
+        return JSONResponse(_without_secrets(self._status.snapshot()))
 
 
 class _CameraDesk:
@@ -213,7 +214,16 @@ async def _answered(status: int, do: Callable[[], dict[str, object]]) -> Respons
 
 
 def _error(status: int, message: str) -> Response:
-    return _json({"error": message}, status)
+    return _json({"error": hide(message)}, status)
+
+
+def _without_secrets(value: object) -> object:
+    """JSON values, the texts among them without the secrets that this process knows."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(part) for part in value]
+    return hide(value) if isinstance(value, str) else value
 
 
 def _json(value: object, status: int) -> Response:

@@ -77,6 +77,7 @@ def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], boo
             want_audio=camera.microphone == "embedded",
             piece_ns=NS_PER_S,
             duration_ns=duration_ns,
+            masked=camera.source.masked,
         )
         with MediaReader(request) as reader:
             while not is_over():

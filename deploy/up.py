@@ -296,6 +296,7 @@ class _Run:
             listener=options.listener,
             ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not pictures),
             out=None if options.out is None else options.out.absolute(),
+            masked_source=camera.source.masked,
         )
 
     def _write_ledger(self, ledger: Mapping[str, Account]) -> None:

@@ -34,7 +34,7 @@ from graph.ports import (
     lacks_senses,
     off_with,
 )
-from graph.secret import mask_urls
+from graph.secret import KNOWN, mask_urls
 from graph.sections import (
     BUILT_IN,
     VERSION,
@@ -162,6 +162,15 @@ def parse_spec(
     text: str, name: str, overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ
 ) -> PipelineSpec:
     """Check a pipeline description. Raises SpecError with all problems, each as `name:line:column: message`."""
+    try:
+        return _parsed(text, name, overrides, environment)
+    except SpecError:
+        for unread in (text, *overrides):  # what is told of it may quote a part of a password
+            KNOWN.add_text(unread)
+        raise
+
+
+def _parsed(text: str, name: str, overrides: Sequence[str], environment: Mapping[str, str]) -> PipelineSpec:
     document = read_yaml(text, name, environment)
     if not isinstance(document.tree, dict):
         document.problems.append((document.place(()), _NOT_A_MAPPING if document.tree is not None else _EMPTY))

@@ -30,7 +30,8 @@ from ruamel.yaml.events import (
 from ruamel.yaml.reader import ReaderError
 
 from graph.errors import Problem, SpecError
-from graph.secret import mask_urls, resolve
+from graph.reference import resolve
+from graph.secret import mask_urls
 from graph.wording import clipped
 
 MAX_BYTES: Final = 1 << 20

@@ -210,6 +210,7 @@ class Feed:
                 want_audio=session.microphone,
                 piece_ns=min(PIECE_NS, session.window_ns),
                 duration_ns=session.duration_ns,
+                masked=session.masked_source,
             )
             reader = self._open(request)
             self._live = reader.is_live

@@ -31,6 +31,7 @@ from typing import Final, Self
 from urllib.parse import parse_qs, urlsplit
 
 from graph.chunk import NS_PER_S
+from graph.secret import mask_source, split_login
 from stages.media_wire import (
     FOREVER_NS,
     IMAGE_SUFFIXES,
@@ -49,7 +50,6 @@ from stages.media_wire import (
     SourceKind,
     Warned,
     WireError,
-    mask_source,
 )
 
 __all__ = [
@@ -70,6 +70,11 @@ __all__ = [
 
 # The decoder gives up by itself after the time-outs it is told; so much later it is taken to hang.
 WATCHDOG_GRACE_S: Final = 2.0
+MAX_LOGIN_BYTES: Final = 127  # libav's RTSP client cuts off the rest without a word
+_ENCODE_IT: Final = (
+    "percent-encode what a user name or password holds of / ? # @ [ ] % (%2F %3F %23 %40 %5B %5D %25), or give it as "
+    "${env:NAME}, which is encoded for you"
+)
 GOODBYE_S: Final = 0.3  # for telling a camera that we go
 PIPE_BYTES: Final = 1 << 18  # a kernel buffer which holds 4 s of sound, or 40 % of a 448x448 frame
 
@@ -122,13 +127,20 @@ def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
 
 
 def _check_url(source: str) -> None:
+    shown, (_, login, _) = mask_source(source), split_login(source)
+    # What a URL parser takes for the login's end; before a "/" there may be a host, which has no name before a ":".
+    cut = re.search(r"[/?#]", login) if ":" in login else re.search(r"[\[\]\\]", login)
+    if cut:
+        raise MediaError("blocked", f"{shown}: there is a {cut[0]!r} before its last '@'; {_ENCODE_IT}")
+    if len(login.encode()) > MAX_LOGIN_BYTES:
+        raise MediaError("blocked", f"{shown}: its login takes more than {MAX_LOGIN_BYTES} bytes, percent-encoded")
     try:
         url = urlsplit(source)
         host, _ = url.hostname, url.port
-    except ValueError as error:
-        raise MediaError("blocked", f"{mask_source(source)}: not a URL ({error}); escape @ : / in passwords") from error
+    except ValueError:  # whose text holds what may be a password
+        raise MediaError("blocked", f"{shown}: not a URL: the host or its port can't be read; {_ENCODE_IT}") from None
     if not host or not url.netloc:
-        raise MediaError("blocked", f"{mask_source(source)}: has no host; write {url.scheme}://host/path")
+        raise MediaError("blocked", f"{shown}: has no host; write {url.scheme}://host/path")
 
 
 def _check_made(source: str, name: str, allowed: Mapping[str, re.Pattern[str]], example: str) -> None:
@@ -142,7 +154,7 @@ def _check_made(source: str, name: str, allowed: Mapping[str, re.Pattern[str]], 
         and all(allowed[key].fullmatch(value) for key, values in query.items() for value in values)
     )
     if not is_known:
-        raise MediaError("missing", f"{source}: no such {url.scheme} source; write {example}")
+        raise MediaError("missing", f"{mask_source(source)}: no such {url.scheme} source; write {example}")
 
 
 def _check_path(source: str) -> SourceKind:
@@ -270,7 +282,7 @@ class MediaReader:
 
     @property
     def _name(self) -> str:
-        return mask_source(self._order.request.source)
+        return self._order.request.masked
 
     def _pump(self) -> MediaItem | None:
         """Take bytes out of the pipe until an item is complete or the pipe is empty."""
@@ -347,7 +359,9 @@ class MediaReader:
 def _with_absolute_path(request: MediaRequest, kind: SourceKind) -> MediaRequest:
     if kind not in ("file", "images", "webcam"):
         return request
-    return dataclasses.replace(request, source=str(Path(request.source).absolute()))
+    source = str(Path(request.source).absolute())
+    as_written = request.masked == mask_source(request.source)
+    return dataclasses.replace(request, source=source, masked="" if as_written else request.masked)
 
 
 def _spawn() -> subprocess.Popen[bytes]:

@@ -52,7 +52,6 @@ from stages.media_wire import (
     Progress,
     Sound,
     SourceKind,
-    mask_source,
     to_bytes,
 )
 
@@ -235,7 +234,7 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
     if finished:
         return Ended("the duration asked for is over")
     if order.kind in LIVE_KINDS:
-        return Failed("closed", f"{mask_source(order.request.source)} closed the connection; it may be opened again")
+        return Failed("closed", f"{order.request.masked} closed the connection; it may be opened again")
     return Ended("the source is at its end")
 
 
@@ -359,7 +358,7 @@ def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     if kind == "closed" and order.kind not in LIVE_KINDS:
         kind = "unreadable"
     detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
-    return Failed(kind, f"{mask_source(order.request.source)} {what}{detail}")
+    return Failed(kind, f"{order.request.masked} {what}{detail}")
 
 
 _RUNS: Final[Mapping[SourceKind, Callable[[Order, Outlet], MediaItem]]] = {"images": run_images, "synthetic": run_room}
@@ -370,7 +369,7 @@ def decode_order(order: Order, outlet: Outlet) -> MediaItem:
     try:
         return _RUNS.get(order.kind, run_streams)(order, outlet)
     except MediaError as error:
-        return Failed(error.kind, f"{mask_source(order.request.source)} {error.message}")
+        return Failed(error.kind, f"{order.request.masked} {error.message}")
     except (FFmpegError, OSError, MemoryError) as error:
         return explain(error, order)
     except ParentGone:
@@ -378,9 +377,7 @@ def decode_order(order: Order, outlet: Outlet) -> MediaItem:
     except Exception as error:  # the process's last words: the parent sees no traceback
         frames = traceback.extract_tb(error.__traceback__)
         where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
-        return Failed(
-            "crashed", f"{mask_source(order.request.source)} met a bug of ours: {type(error).__name__} in {where}"
-        )
+        return Failed("crashed", f"{order.request.masked} met a bug of ours: {type(error).__name__} in {where}")
 
 
 # --- the process --------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from graph.secret import mask_urls
+from graph.secret import KNOWN, mask_source
 from graph.streams import SOUND_RATE_HZ
 
 FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended, holds nobody up
@@ -69,15 +69,20 @@ class WireError(Exception):
 class MediaRequest:
     """What is wanted of one source. MediaError "limit" when a number is outside what a decoder may be asked for."""
 
-    source: str  # URL, file, image, folder of images, /dev/video0, test://pattern[?…] or synthetic://room[?…]
+    source: str = field(
+        repr=False
+    )  # URL, file, image, folder of images, /dev/video0, test://pattern[?…] or synthetic://room[?…]
     fps: float  # frames per second of event time, not of the source
     max_pixels: int  # per frame; larger pictures are scaled down, smaller ones never up
     want_video: bool
     want_audio: bool
     piece_ns: int  # sound comes in pieces so long
     duration_ns: int | None  # None: to the source's end
+    masked: str = ""  # the source as it may be shown; "": as is found out here
 
     def __post_init__(self) -> None:
+        KNOWN.add_source(self.source)
+        object.__setattr__(self, "masked", self.masked or mask_source(self.source))
         _check_range("fps", self.fps, FPS_RANGE)
         _check_range("max_pixels", self.max_pixels, PIXELS_RANGE)
         _check_range("piece_ns", self.piece_ns, PIECE_RANGE_NS)
@@ -185,13 +190,6 @@ class Order:
     def from_line(line: bytes) -> Order:
         fields = json.loads(line)
         return Order(**{**fields, "request": MediaRequest(**fields["request"])})
-
-
-def mask_source(source: str) -> str:
-    """The source as it may be shown: a URL without its credentials, and without its query, which may hold any."""
-    masked = mask_urls(source)
-    url, query, _ = masked.partition("?")
-    return f"{url}?***" if query and "://" in url else masked
 
 
 MAGIC: Final = b"omw1"

@@ -46,12 +46,13 @@ class Session:
     playback:    the listener as the sink's Acks describe it; kept up to date by the actor, read by the stage.
     ladder, level: what the session may shed, and how far down it is; kept up to date likewise.
     duration_ns: how long the sources run; None: as long as they can.
+    masked_source: the source as it may be shown; "": as `mask_source` shows it.
     paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
     """
 
     id: SessionId
     camera: str
-    source: str
+    source: str = field(repr=False)
     fps: float = 1.0
     max_pixels: int = 4 * 448 * 448
     pictures: bool = True
@@ -65,6 +66,7 @@ class Session:
     paced: bool = True
     listener: tuple[ListenerAction, ...] = ()
     out: Path | None = None
+    masked_source: str = ""
     playback: Playback = field(default_factory=Playback)
     ladder: tuple[Step, ...] = ()
     level: Level = field(default_factory=Level)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph.secret import Secret, mask_urls
+from graph.secret import KnownSecrets, Secret, hide, mask_source, mask_urls
 
 PASSWORD = "hunter2"
 
@@ -63,3 +65,100 @@ def test_secrets_are_equal_by_what_they_hide() -> None:
     assert Secret("${env:A}", "x") == Secret("x")
     assert hash(Secret("${env:A}", "x")) == hash(Secret("x"))
     assert Secret("x") != "x"
+
+
+# ---- Whole sources --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", ["/", "#", "?", "@", " ", "[", "]", "%", "\\", "'", '"', ",", ";", "&", ":"])
+@pytest.mark.parametrize("form", ["rtsp://admin:{}@10.0.0.7/live", "rtsp://{}@10.0.0.7", "admin:{}@10.0.0.7/live"])
+def test_nothing_of_a_password_is_shown_wherever_a_parser_would_cut_it(form: str, separator: str) -> None:
+    source = form.format(f"Hunter2{separator}xyzzy")
+    for shown in (mask_source(source), str(Secret(source)), repr(Secret(source)), hide(mask_urls(f"not {source}"))):
+        assert "Hunter2" not in shown
+        assert "xyzzy" not in shown
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("rtsp://admin:Hunter2", "rtsp://***"),  # the rest was a comment: "#b@10.0.0.7"
+        ("rtsp://admin:Hunter2/xy", "rtsp://***"),
+        ("rtsp:/admin:Hunter2@10.0.0.7/live", "***@10.0.0.7/live"),
+        ("rtsp://10.0.0.7/live?t=Hunter2", "rtsp://10.0.0.7/live?***"),
+        ("rtsp://10.0.0.7/live?Hunter2", "rtsp://10.0.0.7/live?***"),
+        ("rtsp://10.0.0.7/live#token=Hunter2", "rtsp://10.0.0.7/live#***"),
+        (
+            "rtsp://10.0.0.7/user=admin_password=a&Hunter2_channel=1",
+            "rtsp://10.0.0.7/user=admin_password=***_channel=1",
+        ),
+    ],
+)
+def test_what_may_be_a_secret_in_a_source_is_masked(source: str, shown: str) -> None:
+    assert mask_source(source) == shown
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "rtsp://cam.local:554/live",
+        "rtsp://10.0.0.7/cam?channel=1&subtype=0",
+        "rtsp://[fe80::1]:554/live@1",
+        "rtsp://cam:${env:PORT}/live?key=${env:KEY}",
+        "rtsp://admin:${file:/run/secrets/a@b}@10.0.0.7/live",
+        "test://pattern?seed=12345&size=640x480",
+        "synthetic://room?seed=7&events=busy",
+        "/home/a:b/c@d.mp4",
+        "./12:30@noon.mp4",
+        "clip?x.mp4",
+    ],
+)
+def test_what_is_no_secret_is_shown(source: str) -> None:
+    assert mask_source(source) == source
+
+
+# ---- What this process knows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secret", ["12#34", "a%41b", "p w/d", "äöü€", 'quo"te', "back\\slash"])
+def test_a_known_secret_is_hidden_in_each_way_of_writing_it(secret: str) -> None:
+    known = KnownSecrets()
+    known.add(secret)
+    for written in (secret, quote(secret), quote(secret, safe=""), json.dumps(secret), repr(secret)):
+        assert secret not in known.hide(f"before {written} after")
+        assert known.hide(f"before {written} after").count("***") == 1
+
+
+def test_pieces_that_a_parser_tells_of_a_password_are_hidden() -> None:
+    known = KnownSecrets()
+    known.add_source("rtsp://admin:Hunter2/xyzzy@10.0.0.7/live?t=topsecret")
+    assert known.hide(
+        "no port: 'Hunter2', no path: 'xyzzy', no key: topsecret"
+    ) == "no port: '***', no path: '***', " + ("no key: ***")
+    assert known.hide("camera door at 10.0.0.7/live, admin") == "camera door at 10.0.0.7/live, admin"
+
+
+def test_what_is_too_short_is_no_secret() -> None:
+    known = KnownSecrets()
+    known.add("abc")
+    assert known.hide("abc") == "abc"
+
+
+def test_the_oldest_secrets_go_first() -> None:
+    known = KnownSecrets()
+    for number in range(known.MAX_KNOWN + 1):
+        known.add(f"secret{number:06}")
+    assert known.hide("secret000000") == "secret000000"
+    assert known.hide("secret000001") == "***"
+
+
+def test_a_reference_is_shown_although_its_source_is_known() -> None:
+    known = KnownSecrets()
+    known.add_source("rtsp://admin:${env:PASSWORD}@10.0.0.7/live")
+    assert known.hide("'rtsp://admin:${env:PASSWORD}@10.0.0.7/live'") == "'rtsp://admin:${env:PASSWORD}@10.0.0.7/live'"
+
+
+def test_sources_in_a_text_that_is_not_understood_are_known() -> None:
+    known = KnownSecrets()
+    known.add_text("cameras: {door: {source: rtsp://admin:Hunter2,xyzzy@10.0.0.7/live}}")
+    assert known.hide("unknown key 'xyzzy@10.0.0.7/live'") == "unknown key '***@10.0.0.7/live'"
