@@ -30,9 +30,10 @@ from graph.bus import Bus
 from graph.chunk import NS_PER_S, Scalar, SessionId
 from graph.clock import SystemClock
 from graph.edge import EdgeRule, Receiver, Sender
+from graph.exporter import serve_metrics
 from graph.gather import Gathering
 from graph.ledger import Account, merge
-from graph.metrics import EdgeMetrics, Metrics, serve_metrics
+from graph.metrics import EdgeMetrics, Metrics
 from graph.sections import StageSpec
 from stages.feed import Feeds
 

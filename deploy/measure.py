@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from deploy.placement import Process, replicas_of
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics, serve_metrics
+from graph.exporter import serve_metrics
+from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
 from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, is_raw
 from graph.tail import Ack
 from stages.media_health import Totals

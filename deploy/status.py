@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deploy.observe import Target
+from deploy.exposition import Target
 from deploy.placement import Process
 from deploy.plan import Address
 from deploy.runner import SessionSnapshot, StageSnapshot

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 from deploy import ray_environment
 from deploy.capacity import admit
 from deploy.checkpoints import Checkpoint, open_checkpoint
+from deploy.gateway_server import GatewayServer
 from deploy.live_cameras import LiveCameras
 from deploy.measure import PipelineMeter
-from deploy.observe import GatewayServer, build_gateway
+from deploy.observe import build_gateway
 from deploy.runner import MAX_QUIET
 from deploy.sources import anchored, check_cameras
 from deploy.state import Running, StateFolder

@@ -1,4 +1,4 @@
-"""Every metric of the pipeline: declared once in `TABLE`, counted through small bound objects, served over HTTP.
+"""Every metric of the pipeline: declared once in `TABLE`, counted through small bound objects (served by exporter.py).
 
 Rules: a name carries its unit; every label value comes from the configuration or from a closed set, never from a
 session, a URL or a text. `Metrics.edge(…)`, `.stage(…)` and their like *bind* a set of labels: bind at start and keep
@@ -6,15 +6,12 @@ the object. Binding exports every series of it at 0 (so that rate() sees the fir
 A process exports only what it has bound, and dashboards sum over processes: both ends of an edge bind it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from threading import Lock
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.metrics_core import Metric as ExportedFamily
-from prometheus_client.process_collector import ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from graph.ledger import REASONS, Reason
 
@@ -426,40 +423,3 @@ def _family(declared: Declaration, registry: CollectorRegistry) -> Counter | Gau
     if declared.kind == "gauge":
         return Gauge(name, text, labels, registry=registry)
     return Histogram(name, text, labels, registry=registry, buckets=declared.buckets)
-
-
-class Exposition(CollectorRegistry):
-    """`registry` and what is registered here, without the `_created` series: more lines, which no dashboard reads."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        super().__init__()
-        self._inner = registry
-
-    def collect(self) -> Iterator[ExportedFamily]:
-        for family in chain(super().collect(), self._inner.collect()):
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            yield family
-
-
-class MetricsServer(NamedTuple):
-    """A running exporter: the port it got, and `stop`, which frees the port and returns when no thread is left."""
-
-    port: int
-    stop: Callable[[], None]
-
-
-def serve_metrics(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
-    """Serve `registry` at http://host:port/metrics from a daemon thread. Port 0 takes a free one.
-
-    Adds what the process itself uses, as `omni_process_…`. Raises OSError when the port is taken.
-    """
-    exposition = Exposition(registry)
-    ProcessCollector(namespace="omni", registry=exposition)
-    server, thread = start_http_server(port, host, exposition)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return MetricsServer(server.server_port, stop)

@@ -14,8 +14,11 @@ from multiprocessing.connection import Connection
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.observe import GatewayServer, Target, build_gateway
-from graph.metrics import TABLE, Metrics, serve_metrics
+from deploy.exposition import Target
+from deploy.gateway_server import GatewayServer
+from deploy.observe import build_gateway
+from graph.exporter import serve_metrics
+from graph.metrics import TABLE, Metrics
 from tests.support.prometheus import (
     CONFIG,
     OVERVIEW,

@@ -296,7 +296,7 @@ def test_what_is_not_there_is_not_removed(start):
 @pytest.fixture
 def gateway(start) -> tuple[TestClient, Pipeline]:
     pipeline = start(profile=None)
-    return TestClient(build_gateway(FakePipeline(), pipeline.live, TOKEN)), pipeline
+    return TestClient(build_gateway(FakePipeline(), pipeline.live, TOKEN), base_url="http://127.0.0.1"), pipeline
 
 
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}
@@ -339,7 +339,9 @@ def test_a_name_that_is_no_text_is_refused(gateway: tuple[TestClient, Pipeline])
 
 
 def test_without_a_token_nobody_is_known():
-    client = TestClient(build_gateway(FakePipeline(), LiveCameras(SPEC, paced=True, keeps_files=False)))
+    client = TestClient(
+        build_gateway(FakePipeline(), LiveCameras(SPEC, paced=True, keeps_files=False)), base_url="http://127.0.0.1"
+    )
     assert client.delete("/api/v1/cameras/door", headers={"Authorization": "Bearer "}).status_code == 401
 
 
@@ -350,7 +352,7 @@ def test_a_body_that_is_too_large_is_refused(gateway: tuple[TestClient, Pipeline
 
 
 def test_a_refusal_says_when_to_ask_again(start, profile: Path):
-    client = TestClient(build_gateway(FakePipeline(), start(profile=profile).live, TOKEN))
+    client = TestClient(build_gateway(FakePipeline(), start(profile=profile).live, TOKEN), base_url="http://127.0.0.1")
     assert client.post("/api/v1/cameras", json={"name": "yard", **PATTERN}, headers=KNOWN).status_code == 201
     answer = client.post("/api/v1/cameras", json={"name": "hall", **PATTERN}, headers=KNOWN)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "30")
@@ -358,5 +360,5 @@ def test_a_refusal_says_when_to_ask_again(start, profile: Path):
 
 
 def test_a_gateway_without_cameras_takes_none():
-    client = TestClient(build_gateway(FakePipeline()))
+    client = TestClient(build_gateway(FakePipeline()), base_url="http://127.0.0.1")
     assert client.post("/api/v1/cameras", json={"name": "yard", **PATTERN}, headers=KNOWN).status_code == 404

@@ -2,6 +2,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import httpx
@@ -10,8 +11,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from deploy.observe import GatewayError, GatewayServer, MergedExposition, Target, build_gateway
-from graph.metrics import Metrics, serve_metrics
+from deploy.exposition import MergedExposition, Target
+from deploy.gateway_server import MAX_CONNECTIONS, GatewayError, GatewayServer
+from deploy.observe import build_gateway
+from graph.exporter import serve_metrics
+from graph.metrics import Metrics
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 SCRAPE_TIMEOUT_S = 0.3
@@ -46,7 +50,7 @@ def pipeline() -> FakePipeline:
 
 @pytest.fixture
 def gateway(pipeline: FakePipeline) -> TestClient:
-    return TestClient(build_gateway(pipeline, scrape_timeout_s=SCRAPE_TIMEOUT_S))
+    return TestClient(build_gateway(pipeline, scrape_timeout_s=SCRAPE_TIMEOUT_S), base_url="http://127.0.0.1")
 
 
 @pytest.fixture
@@ -275,14 +279,74 @@ def test_an_address_of_another_machine_says_which_setting_to_change(pipeline: Fa
         GatewayServer(build_gateway(pipeline), host="203.0.113.1").start()
 
 
-def test_a_crowd_of_connections_is_turned_away_and_the_gateway_goes_on(pipeline: FakePipeline) -> None:
+# ---- The edge of the house ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(pipeline: FakePipeline) -> Iterator[GatewayServer]:
     server = GatewayServer(build_gateway(pipeline), port=0)
     server.start()
-    with ExitStack() as crowd:
-        crowd.callback(server.stop)
-        idle = [crowd.enter_context(socket.create_connection((server.host, server.port))) for _ in range(80)]
-        refused = httpx.get(f"{server.url}/healthz")
-        for connection in idle:
-            connection.close()
-        served = until_served(f"{server.url}/healthz")
-    assert (refused.status_code, served.status_code) == (503, 200)
+    yield server
+    server.stop()
+
+
+def crowd(stack: ExitStack, server: GatewayServer, size: int, said: bytes) -> None:
+    for _ in range(size):
+        connection = stack.enter_context(socket.create_connection((server.host, server.port)))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",  # idle
+        b"GET /healthz HTTP/1.1\r\nHost: ",  # slow
+        b"GET /api/v1/ps HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 20,  # never reads
+        b"POST /api/v1/cameras HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n",  # has no end
+        b"\x16\x03\x01\x00\xff",  # speaks TLS
+    ],
+)
+def test_no_crowd_keeps_a_probe_out(server: GatewayServer, stack: ExitStack, said: bytes) -> None:
+    crowd(stack, server, 64, said)
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    crowd(stack, server, 2 * MAX_CONNECTIONS, said)
+    assert [httpx.get(f"{server.url}{path}").status_code for path in ("/healthz", "/readyz", "/metrics")] == [200] * 3
+
+
+def test_many_that_scrape_at_once_get_one_page(server: GatewayServer) -> None:
+    with ThreadPoolExecutor(100) as pool, httpx.Client(limits=httpx.Limits(max_connections=100), timeout=60) as client:
+        answers = list(pool.map(lambda _: client.get(f"{server.url}/metrics").status_code, range(100)))
+    assert answers == [200] * 100
+
+
+PATHS = ["/healthz", "/readyz", "/metrics", "/sd/prometheus", "/api/v1/ps", "/api/v1/cameras", "/nowhere"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "10.9.8.7", "localhost.evil.example", "", "127.0.0.1@e"]
+)
+def test_a_request_for_a_foreign_host_is_refused(gateway: TestClient, path: str, host: str) -> None:
+    answer = gateway.get(path, headers={"Host": host})
+    assert answer.status_code == 421
+    assert "localhost" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8600", "LOCALHOST.", "[::1]:8600", "127.0.0.1:9000"])
+def test_this_machine_is_asked_by_its_names(gateway: TestClient, host: str) -> None:
+    assert gateway.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+def test_http_1_0_needs_no_host(server: GatewayServer) -> None:
+    with socket.create_connection((server.host, server.port)) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert connection.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:3000", "https://127.0.0.1.evil.example"]
+)
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+def test_a_page_of_another_origin_changes_nothing(gateway: TestClient, method: str, origin: str) -> None:
+    assert gateway.request(method, "/api/v1/cameras/door", headers={"Origin": origin}).status_code == 403

@@ -6,18 +6,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from graph.exporter import Exposition, MetricsServer, serve_metrics
 from graph.ledger import REASONS
-from graph.metrics import (
-    LATENCY_BUCKETS_S,
-    MAX_CAMERAS,
-    STAGE_BUCKETS_S,
-    TABLE,
-    Declaration,
-    Exposition,
-    Metrics,
-    MetricsServer,
-    serve_metrics,
-)
+from graph.metrics import LATENCY_BUCKETS_S, MAX_CAMERAS, STAGE_BUCKETS_S, TABLE, Declaration, Metrics
 
 WINDOW_BUDGET_S = 1.0
 
