@@ -29,13 +29,15 @@ import av
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.stream import Discard, Disposition
+from av.stream import Discard, Disposition, Stream
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
 from graph.streams import SOUND_RATE_HZ
-from stages.media_play import Feed, Teller, play, session_ns
-from stages.media_tracks import FileAxis, FrameGrid, LiveAxis, SoundTrack, VideoTrack, to_ns
+from stages.media_health import Warner
+from stages.media_play import Decoding, Feed, Teller, Track, play, session_ns
+from stages.media_sound import SoundTrack
+from stages.media_tracks import FileAxis, FrameGrid, LiveAxis, VideoTrack, to_ns
 from stages.media_view import MAX_PICTURE_PIXELS, Scaler, check_size
 from stages.media_wire import (
     FOREVER_NS,
@@ -52,6 +54,7 @@ from stages.media_wire import (
     Progress,
     Sound,
     SourceKind,
+    TrackName,
     to_bytes,
 )
 
@@ -116,15 +119,16 @@ def open_container(order: Order, source: str, format_name: str | None, options: 
 
 
 def open_all(order: Order) -> list[InputContainer]:
-    """One connection for live sources. Files are opened once per stream, so that a badly interleaved one, all video
-    first, costs a second index and not the memory of its whole video."""
+    """One connection for live sources. Files are opened once per stream: so each is read as far as the other one,
+    however badly they are interleaved, at the cost of a second index and not of the memory of a whole video."""
     source = order.request.source
     num_wanted = order.request.want_video + order.request.want_audio
     match order.kind:
         case "file":
             return [open_container(order, source, None, _file_options("file")) for _ in range(num_wanted)]
         case "http":
-            return [open_container(order, source, None, _file_options(_PROTOCOLS[urlsplit(source).scheme.lower()]))]
+            protocols = _PROTOCOLS[urlsplit(source).scheme.lower()]
+            return [open_container(order, source, None, _file_options(protocols)) for _ in range(num_wanted)]
         case "rtsp":
             return [open_camera(order)]
         case "webcam":
@@ -184,14 +188,15 @@ def pattern_graphs(source: str, fps: float) -> list[str]:
     ]
 
 
-def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet) -> list[Feed]:
+def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, warner: Warner) -> list[Feed]:
     """The first video and audio stream which can be decoded, if wanted; sound from the second connection of two."""
     request = order.request
     video = [s for c in containers for s in c.streams.video if not s.disposition & Disposition.attached_pic]
     audio = [s for c in containers[::-1] for s in c.streams.audio]
-    video = [s for s in video if s.codec_context is not None]  # PyAV's stubs don't know of None
-    audio = [s for s in audio if s.codec_context is not None]
-    streams: list[VideoStream | AudioStream] = [*video[: request.want_video], *audio[: request.want_audio]]
+    streams: list[VideoStream | AudioStream] = [
+        *list(filter(_is_known, video))[: request.want_video],
+        *list(filter(_is_known, audio))[: request.want_audio],
+    ]
     starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
     feeds: list[Feed] = [(container, {}) for container in containers]
     is_live = order.kind in LIVE_KINDS
@@ -202,13 +207,31 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet) -
         stream.codec_context.thread_count = 1  # 30 cameras share a core; more threads buy delay and memory only
         if isinstance(stream, VideoStream):
             stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
-            tracks[stream.index] = VideoTrack(stream, request, axis, outlet.put, start_ns)
+            track: Track = VideoTrack(stream, request, axis, outlet.put, start_ns)
         else:
-            tracks[stream.index] = SoundTrack(request, axis, outlet.put, start_ns)
+            track = SoundTrack(request, axis, outlet.put, start_ns)
+        tracks[stream.index] = Decoding(track, request.masked, warner)
     for container, tracks in feeds:
         for other in container.streams:
             other.discard = Discard.default if other.index in tracks else Discard.all
     return [feed for feed in feeds if feed[1]]
+
+
+def _is_known(stream: Stream) -> bool:
+    """Whether there is a decoder for it. PyAV's stubs don't know of None."""
+    return stream.codec_context is not None
+
+
+def warn_of_unknown(order: Order, containers: list[InputContainer], feeds: list[Feed], warner: Warner) -> None:
+    """Tell of a track which is there and can't be decoded, while the other one can."""
+    request = order.request
+    read = {decoding.name for _, tracks in feeds for decoding in tracks.values()}
+    streams = [stream for c in containers for stream in (*c.streams.video, *c.streams.audio)]
+    unknown = {cast(TrackName, stream.type) for stream in streams if not _is_known(stream)}
+    for name in sorted(unknown - read):
+        if request.want_video if name == "video" else request.want_audio:
+            what = f"has {name} of a type which can't be decoded here; the rest is read"
+            warner.warn(name, "track_given_up", f"{request.masked} {what}")
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -218,17 +241,23 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
     """Decode to the end; the last item to send."""
     with contextlib.ExitStack() as stack:
         containers = [stack.enter_context(container) for container in open_all(order)]
-        feeds = make_feeds(order, containers, outlet)
-        tracks = [track for _, by_index in feeds for track in by_index.values()]
+        warner = Warner(outlet.put)
+        feeds = make_feeds(order, containers, outlet, warner)
+        decodings = [decoding for _, by_index in feeds for decoding in by_index.values()]
+        tracks = [decoding.track for decoding in decodings]
         if not tracks:
             raise MediaError("unreadable", f"has no {_wanted(order.request)} stream")
         if not any(isinstance(track, SoundTrack) for track in tracks):
             check_duration(order.request)
         teller = Teller(order.request, tracks, outlet.put)
         teller.tell()
+        warn_of_unknown(order, containers, feeds, warner)
         if all(track.done for track in tracks):  # a camera that was found again when its time is over
             return Ended("the duration asked for is over")
-        finished = play(order, feeds, tracks, teller)
+        finished = play(order, feeds, teller)
+    reasons = [decoding.given_up for decoding in decodings if decoding.given_up is not None]
+    if len(reasons) == len(decodings):
+        raise reasons[0]
     if not any(track.num_decoded for track in tracks):
         raise MediaError("unreadable", "holds nothing which could be decoded")
     if finished:

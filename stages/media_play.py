@@ -1,39 +1,151 @@
-"""Packets to items: one source's connections read to their end, their packets decoded in the order of time.
+"""Packets of open connections become items: which one is next, what a damaged one costs, and which track has stopped.
 
-What a packet becomes, and with which times, is decided in stages/media_tracks.py.
+Rule: tracks live and die apart. An error of a decoder is never one of the file or the network: it costs its packet, and
+a track of which nothing can be decoded costs itself. Errors of reading are the source's, and are not caught here.
 """
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from operator import itemgetter
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-import av
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.packet import Packet
 
 from graph.chunk import NS_PER_S
-from stages.media_tracks import Put, SoundTrack, Track, VideoTrack, to_ns
-from stages.media_wire import FOREVER_NS, LIVE_KINDS, MediaRequest, Order, Progress
+from stages.media_health import Warner
+from stages.media_sound import SoundTrack
+from stages.media_tracks import Put, VideoTrack, to_ns
+from stages.media_wire import (
+    FOREVER_NS,
+    LIVE_KINDS,
+    FailKind,
+    MediaError,
+    MediaRequest,
+    Order,
+    Progress,
+    TrackName,
+    WarnCode,
+)
+
+Track: TypeAlias = VideoTrack | SoundTrack
 
 MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
+TELL_NO_KEYFRAME: Final = 150  # pictures which could not be decoded for want of a keyframe, before that is told
+MAX_NO_KEYFRAME: Final = 3600  # 2 minutes at 30 fps: no camera has so few; then what can't be decoded is damaged
 SIGN_OF_LIFE_NS: Final = NS_PER_S  # 0.1 fps without sound has nothing else to send; the parent's patience is 6 s
+FIRST_PATIENCE_NS: Final = 8 * NS_PER_S  # for a track whose pace is not known yet
+NUM_GAPS_KNOWN: Final = 8  # its last so many distances say what a track's pace is
+NAMES: Final[Mapping[type[Track], TrackName]] = {VideoTrack: "video", SoundTrack: "audio"}
+_WORDS: Final[Mapping[TrackName, str]] = {"video": "pictures", "audio": "sound"}
+_DECODER_ERRORS: Final = (FFmpegError, ValueError, OverflowError, NotImplementedError, MemoryError)
 
-Feed: TypeAlias = tuple[InputContainer, dict[int, Track]]  # one connection, its tracks by stream index
+
+class Decoding:
+    """One track: its packets are decoded, damaged ones are counted, and it is given up when all are.
+
+    source: as it may be shown.
+    """
+
+    def __init__(self, track: Track, source: str, warner: Warner) -> None:
+        self.track = track
+        self.name = NAMES[type(track)]
+        self.given_up: MediaError | None = None
+        self.num_alive = 0  # signs of life: what was decoded, and packets while a keyframe is awaited
+        self._source = source
+        self._warner = warner
+        self._num_before_key: int | None = 0 if isinstance(track, VideoTrack) else None  # None: a keyframe has come
+
+    def decode(self, packet: Packet[Any], arrival_ns: int) -> None:
+        """Decode one packet into the track; the last, empty one flushes and finishes it."""
+        is_last = packet.size == 0 and packet.pts is None and packet.dts is None
+        if self.track.done or (packet.size == 0 and not is_last):  # AVI writes empty packets for dropped pictures
+            return
+        if packet.is_keyframe:
+            self._num_before_key = None
+        num_jumps = self.track.axis.num_jumps
+        try:
+            frames: list[Any] = packet.decode()  # of the track's own kind
+            for frame in frames:
+                self.track.add(frame, arrival_ns)
+        except MediaError as error:
+            self._give_up(error)
+        except _DECODER_ERRORS as error:
+            if not is_last:
+                self._lose(packet, error)
+        else:
+            self.num_alive += bool(frames)
+        if self.track.axis.num_jumps > num_jumps:
+            self.warn("clock_jump", f"has {self._what} whose clock jumps; what follows goes on beside the rest")
+        if is_last:
+            self.track.finish()
+
+    @property
+    def _what(self) -> str:
+        return _WORDS[self.name]
+
+    def warn(self, code: WarnCode, what: str) -> None:
+        """what: the rest of a sentence which begins with the source."""
+        self._warner.warn(self.name, code, f"{self._source} {what}")
+
+    def _lose(self, packet: Packet[Any], error: BaseException) -> None:
+        if self._awaits_keyframe():
+            return
+        track = self.track
+        track.num_bad += 1
+        if isinstance(track, SoundTrack):
+            track.lose(to_ns(packet.duration or 0, packet.time_base) or 0)
+        self.warn("damaged", f"has damaged {self._what}: some can't be decoded ({_text(error)}); the rest goes on")
+        if track.num_bad >= MAX_BAD_AT_START and not track.num_decoded:
+            kind: FailKind = "limit" if isinstance(error, MemoryError) else "unreadable"
+            self._give_up(MediaError(kind, f"holds {self._what} of which nothing can be decoded ({_text(error)})"))
+
+    def _awaits_keyframe(self) -> bool:
+        """Whether this picture builds on one from before the connection: no damage, the next keyframe ends it."""
+        if self._num_before_key is None or self._num_before_key >= MAX_NO_KEYFRAME:
+            return False
+        self.num_alive += 1
+        self._num_before_key += 1
+        if self._num_before_key == TELL_NO_KEYFRAME:
+            self.warn("no_keyframe", "has sent no keyframe yet: let it send one every 2 s, until then nothing is seen")
+        return True
+
+    def _give_up(self, error: MediaError) -> None:
+        self.given_up = error
+        self.warn("track_given_up", f"{error.message}; it goes on without its {self._what}")
+        self.track.finish()
 
 
-def packets(feed: Feed) -> Iterator[tuple[int, Track, Packet[Any]]]:
-    """The packets of one connection with their decoding time; the last one per track is empty and flushes it."""
+def _text(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or type(error).__name__)
+
+
+Feed: TypeAlias = tuple[InputContainer, dict[int, Decoding]]  # one connection, its tracks by stream index
+
+
+def packets(feed: Feed) -> Iterator[tuple[Decoding, Packet[Any]]]:
+    """The packets of one connection as they come; the last one per track is empty and flushes it."""
     container, tracks = feed
-    time_ns = 0
     for packet in container.demux([container.streams[index] for index in tracks]):
-        dts_ns = to_ns(packet.dts, packet.time_base)
-        time_ns = time_ns if dts_ns is None else dts_ns
-        yield time_ns, tracks[packet.stream.index], packet
+        yield tracks[packet.stream.index], packet
+
+
+def in_order(feeds: Sequence[Feed]) -> Iterator[tuple[Decoding, Packet[Any]]]:
+    """The packets of all connections, always of the one which is furthest behind.
+
+    So a track which has nothing for long says soon where it goes on, and nobody waits for it.
+    """
+    open_feeds = [(packets(feed), [decoding.track for decoding in feed[1].values()]) for feed in feeds]
+    while open_feeds:
+        behind = min(open_feeds, key=lambda feed: min(FOREVER_NS if t.done else t.position_ns for t in feed[1]))
+        following = next(behind[0], None)
+        if following is None:
+            open_feeds.remove(behind)
+        else:
+            yield following
 
 
 class Teller:
@@ -63,13 +175,11 @@ class Teller:
             self._put(Progress(video_ns, audio_ns, num_gaps, num_bad[VideoTrack], num_bad[SoundTrack]))
 
 
-def session_ns(order: Order) -> int:
-    """The event time that is now."""
-    return time.monotonic_ns() - order.origin_ns
-
-
 class LiveWatch:
-    """When a live source is given up: files have all the time in the world, and their parent's watchdog."""
+    """When a live source is given up: files have all the time in the world, and their parent's watchdog.
+
+    Time counts while packets are waited for only: before, one was decoded, and its items waited for the parent.
+    """
 
     def __init__(self, order: Order, now_ns: int) -> None:
         is_live = order.kind in LIVE_KINDS
@@ -77,46 +187,87 @@ class LiveWatch:
         duration_ns = order.request.duration_ns
         self._until_ns = FOREVER_NS if duration_ns is None or not is_live else duration_ns + NS_PER_S
         self._listening_since_ns = now_ns
+        self.listened_ns = 0  # time spent waiting for packets
 
     def is_over(self, arrival_ns: int) -> bool:
         """Whether the duration has passed, though a stream which died never reaches it.
 
         TimeoutError after a silence: libav answers its own time-out with the last packet, and waits once more.
         """
-        if arrival_ns - self._listening_since_ns >= self._silence_ns:
+        waited_ns = arrival_ns - self._listening_since_ns
+        self.listened_ns += waited_ns
+        if waited_ns >= self._silence_ns:
             raise TimeoutError
         return arrival_ns > self._until_ns
 
     def listen(self, now_ns: int) -> None:
-        """Silence counts from now on; before, a packet was decoded and its items waited for the parent."""
+        """Waiting for the next packet begins."""
         self._listening_since_ns = now_ns
 
 
-def play(order: Order, feeds: list[Feed], tracks: list[Track], teller: Teller) -> bool:
-    """Decode packets of all feeds in the order of their time; True when the duration was reached, False at the end."""
+class Pulse:
+    """Whether one track has stopped while others go on, judged against its own pace.
+
+    patience_ns: how long a track of any pace may pause.
+    """
+
+    def __init__(self, patience_ns: int) -> None:
+        self._patience_ns = patience_ns
+        self._gaps: deque[int] = deque(maxlen=NUM_GAPS_KNOWN)
+        self._alive_ns = 0
+
+    def beat(self, now_ns: int) -> None:
+        """A sign of life."""
+        self._gaps.append(now_ns - self._alive_ns)
+        self._alive_ns = now_ns
+
+    def is_still(self, now_ns: int) -> bool:
+        is_known = len(self._gaps) == NUM_GAPS_KNOWN
+        patience_ns = max(self._patience_ns, 3 * max(self._gaps, default=0), 0 if is_known else FIRST_PATIENCE_NS)
+        return now_ns - self._alive_ns > patience_ns
+
+
+class PulseWatch:
+    """Tells of a live source's tracks which stop, and which come back."""
+
+    def __init__(self, order: Order, decodings: Sequence[Decoding]) -> None:
+        patience_ns = int(order.silence_timeout_s * NS_PER_S)
+        self._pulses = [(decoding, Pulse(patience_ns)) for decoding in decodings]
+        self._num_alive = dict.fromkeys(decodings, 0)
+        self._still: set[Decoding] = set()
+
+    def look(self, now_ns: int) -> None:
+        """now_ns: of a clock which stands still while nobody listens."""
+        for decoding, pulse in self._pulses:
+            what = _WORDS[decoding.name]
+            if decoding.num_alive > self._num_alive[decoding]:
+                self._num_alive[decoding] = decoding.num_alive
+                pulse.beat(now_ns)
+                if decoding in self._still:
+                    self._still.discard(decoding)
+                    decoding.warn("track_back", f"gives {what} again")
+            elif decoding not in self._still and not decoding.track.done and pulse.is_still(now_ns):
+                self._still.add(decoding)
+                decoding.warn("track_frozen", f"gives no {what} any more, while the rest goes on")
+
+
+def play(order: Order, feeds: Sequence[Feed], teller: Teller) -> bool:
+    """Decode packets of all connections; True when the duration was reached, False at the end."""
+    decodings = [decoding for _, tracks in feeds for decoding in tracks.values()]
     watch = LiveWatch(order, session_ns(order))
-    for _, track, packet in heapq.merge(*map(packets, feeds), key=itemgetter(0)):
+    pulses = PulseWatch(order, decodings if order.kind in LIVE_KINDS else [])
+    for decoding, packet in in_order(feeds):
         arrival_ns = session_ns(order)
         over = watch.is_over(arrival_ns)
-        decode(packet, track, arrival_ns)
+        decoding.decode(packet, arrival_ns)
+        pulses.look(watch.listened_ns)
         teller.tell()
-        if over or all(track.done for track in tracks):
-            return not all(track.ended for track in tracks)
+        if over or all(d.track.done for d in decodings):
+            return not all(d.track.ended for d in decodings)
         watch.listen(session_ns(order))
     return False
 
 
-def decode(packet: Packet[Any], track: Track, arrival_ns: int) -> None:
-    """Decode one packet into its track; an empty one flushes and finishes it. Damaged packets are counted."""
-    if track.done:
-        return
-    try:
-        frames: list[Any] = packet.decode()  # of the track's own kind
-        for frame in frames:
-            track.add(frame, arrival_ns)
-    except av.error.InvalidDataError:
-        track.num_bad += 1
-        if track.num_bad >= MAX_BAD_AT_START and not track.num_decoded:
-            raise
-    if packet.size == 0:
-        track.finish()
+def session_ns(order: Order) -> int:
+    """The event time that is now."""
+    return time.monotonic_ns() - order.origin_ns

@@ -1,4 +1,4 @@
-"""Packets in, items out: the tracks of a decoder, and the time which they give to pictures and samples.
+"""Decoded pictures in, items out; and the time which a decoder gives to pictures and samples (stages/media_sound.py).
 
 Rule: event time is made in this file. A file's time is its PTS, and zero its first media. A live source's time is PTS
 too, moved onto the clock of arrival, which is the session's, whenever the two drift apart.
@@ -10,23 +10,16 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Final, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-from av.audio.frame import AudioFrame
-from av.audio.resampler import AudioResampler
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from graph.streams import SOUND_RATE_HZ
 from stages.media_view import Scaler, check_size
-from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest, Sound
+from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest
 
 MAX_SOURCE_FPS: Final = 1000
-MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000  # at 1 Hz one packet would become gigabytes
 DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea
 
-GAP_NS: Final = 50 * NS_PER_MS  # smaller differences between PTS and sample count are jitter
 LIVE_DRIFT_NS: Final = 300 * NS_PER_MS  # more than Wi-Fi jitters, less than a third of a window
 LIVE_CHECK_NS: Final = 5 * NS_PER_S  # a delay is drift, and no jitter, when it has not been less for so long
 LIVE_LOST_NS: Final = 10 * NS_PER_S  # no network holds packets for so long: the camera's clock was set
@@ -199,124 +192,3 @@ class VideoTrack:
 
     def finish(self) -> None:
         self.ended = True
-
-
-class SoundTrack:
-    """One audio stream as gapless 16 kHz mono, one piece per item.
-
-    The running sample count is the time. Holes in PTS are filled with zeros, sound which comes twice is left out,
-    so that count and PTS never differ by more than GAP_NS.
-
-    start_ns: event time at which the source was opened; nothing is earlier.
-    """
-
-    def __init__(self, request: MediaRequest, axis: Axis, put: Put, start_ns: int = 0) -> None:
-        self.axis = axis
-        self.num_bad = 0
-        self.num_decoded = 0
-        self.ended = False
-        self._put = put
-        self._piece_ns = request.piece_ns
-        self._limit = FOREVER_NS if request.duration_ns is None else _samples(request.duration_ns)
-        self._parts: list[npt.NDArray[np.float32]] = []
-        self._num_sent = _samples(start_ns)  # since event time 0, whoever sent them
-        self._num_samples = self._num_sent  # sent, and waiting in _parts
-        self._num_holes = 0
-        self._overlaps = False  # the sound which comes now has been before
-        self._resampler: AudioResampler | None = None
-        self._source_format: tuple[int, str, str] | None = None
-        self._anchor_ns = start_ns  # start of the present stretch without holes, and the source's samples since
-        self._num_source_samples = 0
-
-    @property
-    def position_ns(self) -> int:
-        """Nothing earlier will be sent."""
-        return FOREVER_NS if self.ended else self._num_sent * NS_PER_S // SOUND_RATE_HZ
-
-    @property
-    def done(self) -> bool:
-        return self.ended or self._num_sent >= self._limit
-
-    @property
-    def num_gaps(self) -> int:
-        return self.axis.num_jumps + self._num_holes
-
-    def add(self, frame: AudioFrame, arrival_ns: int) -> None:
-        if not MIN_RATE_HZ <= frame.sample_rate <= MAX_RATE_HZ:
-            self.num_bad += 1
-            return
-        rate_hz = self._source_format[0] if self._source_format is not None else frame.sample_rate
-        expected_ns = self._anchor_ns + self._num_source_samples * NS_PER_S // rate_hz
-        time_ns = self.axis.place(to_ns(frame.pts, frame.time_base), expected_ns, arrival_ns)
-        self.num_decoded += 1
-        if time_ns < expected_ns - GAP_NS:
-            self._num_holes += not self._overlaps
-            self._overlaps = True
-            return
-        self._overlaps = False
-        source_format = (frame.sample_rate, frame.layout.name, frame.format.name)
-        if time_ns > expected_ns + GAP_NS or self._source_format != source_format:
-            self._num_holes += self._source_format is not None
-            self._start_stretch(max(time_ns, 0))
-            self._source_format = source_format
-        self._num_source_samples += frame.samples
-        self._resample(frame)
-
-    def _start_stretch(self, time_ns: int) -> None:
-        """Zeros up to time_ns, and a fresh resampler: the old one's tail belongs before them."""
-        self._drain()
-        self._silence(_samples(time_ns) - self._num_samples)
-        self._anchor_ns = max(time_ns, self._num_samples * NS_PER_S // SOUND_RATE_HZ)
-        self._num_source_samples = 0
-        self._resampler = AudioResampler(format="flt", layout="mono", rate=SOUND_RATE_HZ)
-
-    def _resample(self, frame: AudioFrame | None) -> None:
-        if frame is not None:
-            frame.pts = None  # the count is the time; a resampler which sees PTS may act on it
-        for out in self._resampler.resample(frame) if self._resampler is not None else ():
-            if out is not None:  # flushing a resampler which had nothing to do gives [None]
-                self._append(np.asarray(out.to_ndarray(), np.float32).reshape(-1))
-
-    def _drain(self) -> None:
-        if self._resampler is not None:
-            self._resample(None)
-            self._resampler = None
-
-    def _silence(self, num_samples: int) -> None:
-        while num_samples > 0 and not self.done:
-            self._append(np.zeros(min(num_samples, SOUND_RATE_HZ), np.float32))
-            num_samples -= SOUND_RATE_HZ
-
-    def _append(self, samples: npt.NDArray[np.float32]) -> None:
-        while samples.size and self._num_samples < self._limit:
-            piece = self._num_sent * NS_PER_S // SOUND_RATE_HZ // self._piece_ns
-            end = min(self._piece_end(piece), self._limit)
-            if end <= self._num_sent:  # the piece's length is no whole number of samples
-                end = min(self._piece_end(piece + 1), self._limit)
-            part = samples[: end - self._num_samples]
-            samples = samples[part.size :]
-            self._parts.append(part)
-            self._num_samples += part.size
-            if self._num_samples == end:
-                self._send()
-
-    def _piece_end(self, piece: int) -> int:
-        return _samples((piece + 1) * self._piece_ns)
-
-    def _send(self) -> None:
-        if self._parts:
-            whole = np.nan_to_num(np.concatenate(self._parts), copy=False, posinf=1.0, neginf=-1.0)
-            self._put(Sound(self._num_sent, np.clip(whole, -1.0, 1.0, out=whole)))
-            self._num_sent, self._parts = self._num_samples, []
-
-    def finish(self) -> None:
-        self._drain()
-        self._send()
-        self.ended = True
-
-
-Track: TypeAlias = VideoTrack | SoundTrack
-
-
-def _samples(time_ns: int) -> int:
-    return time_ns * SOUND_RATE_HZ // NS_PER_S

@@ -27,6 +27,8 @@ FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended
 FPS_RANGE: Final = (0.01, 60.0)
 PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message
 PIECE_RANGE_NS: Final = (10 * NS_PER_MS, 60 * NS_PER_S)
+MIN_HOLE_SAMPLES: Final = SOUND_RATE_HZ  # sound of which nothing came for so long may be left out
+MAX_SAMPLE: Final = 1 << 45  # 69 years
 MAX_TEXT_BYTES: Final = 4096
 MAX_WARNING_BYTES: Final = 512
 MAX_WARNINGS: Final = 64  # of one connection: two tracks have so few things to say, and a log is no place to fill
@@ -44,7 +46,8 @@ WarnCode: TypeAlias = Literal[
     "track_given_up",  # nothing of it can be decoded: the other one goes on alone
     "track_frozen",  # a live track has stopped, and the other one goes on
     "track_back",  # and has come again
-    "late_start",  # a track which begins so much later than the other that it is heard beside it
+    "clock_jump",  # a track's stamps leap by more than any recording does; it goes on beside the other one
+    "no_keyframe",  # pictures wait for one
     "over_udp",  # the camera refuses RTP over TCP
 ]
 
@@ -110,7 +113,8 @@ class Frame:
 class Sound:
     """16 kHz mono, float32 [n] in about [-1, 1], read-only: one piece, fewer only where the stream ends.
 
-    first_sample is the running count of samples before: items follow each other without gap.
+    first_sample is the running count of samples before: items follow each other without gap, or with one of
+    MIN_HOLE_SAMPLES at least, in which there was nothing.
     """
 
     first_sample: int
@@ -305,7 +309,9 @@ class ItemParser:
         return Frame(start_ns, image)
 
     def _read_sound(self, first_sample: int, samples: npt.NDArray[np.float32]) -> Sound:
-        if first_sample not in self._next_samples or not np.isfinite(samples).all():
+        is_due = first_sample in self._next_samples
+        is_after_hole = self._next_samples.start + MIN_HOLE_SAMPLES <= first_sample <= MAX_SAMPLE
+        if not (is_due or is_after_hole) or not np.isfinite(samples).all():
             raise WireError(f"sound which begins at sample {first_sample}, not {self._next_samples}, or isn't finite")
         self._next_samples = range(first_sample + samples.size, first_sample + samples.size + 1)
         samples.flags.writeable = False

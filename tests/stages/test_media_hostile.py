@@ -423,6 +423,13 @@ def test_items_survive_the_pipe():
     assert ended == Ended("")
 
 
+@pytest.mark.parametrize(("first", "is_right"), [(8, True), (9, False), (16_007, False), (16_008, True), (10**9, True)])
+def test_sound_goes_on_where_it_ended_or_after_a_second_without(first, is_right):
+    sent = wire(Sound(0, np.zeros(8, np.float32)), Sound(first, np.zeros(8, np.float32)))
+    with contextlib.nullcontext() if is_right else pytest.raises(WireError):
+        assert len(parse(sent)) == 2
+
+
 @given(st.binary(max_size=200))
 def test_bytes_which_are_no_message_are_refused(data):
     with contextlib.suppress(WireError):
@@ -472,7 +479,7 @@ def test_a_cameras_sound_begins_while_it_is_opened(first):
     assert [sound.first_sample for sound in parse(wire(*sent), (NS_PER_S, 2 * NS_PER_S))] == [first, first + 9]
 
 
-@pytest.mark.parametrize("first", [0, 15_999, 32_001, 1 << 60])
+@pytest.mark.parametrize("first", [0, 15_999, 1 << 60])
 def test_a_cameras_sound_of_another_time_is_refused(first):
     with pytest.raises(WireError):
         parse(wire(Sound(first, np.zeros(9, np.float32))), (NS_PER_S, 2 * NS_PER_S))

@@ -1,6 +1,9 @@
 """Media files for tests, made with PyAV: H.264 and AAC, or what is asked for; and the recorded ones."""
 
 import os
+import random
+from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,26 @@ class Clip:
             for _, packet in self._packets:
                 (self._container.mux if interleaved else self._container.mux_one)(packet)
         return self.path
+
+
+def damaged(source: Path, target: Path, hit: Callable[[str, int], bool], seed: int = 0) -> Path:
+    """A copy in which the packets that `hit(kind, number)` names are noise; packets are numbered per kind, from 1."""
+    noise, numbers = random.Random(seed), Counter[str]()
+    with av.open(str(source)) as original, av.open(str(target), "w") as copy:
+        streams = {stream.index: copy.add_stream_from_template(stream) for stream in original.streams}
+        for packet in original.demux():
+            if packet.dts is None:
+                continue
+            kind = packet.stream.type
+            numbers[kind] += 1
+            sent = packet
+            if hit(kind, numbers[kind]):
+                sent = av.Packet(noise.randbytes(packet.size))
+                sent.pts, sent.dts, sent.time_base = packet.pts, packet.dts, packet.time_base
+                sent.duration = packet.duration
+            sent.stream = streams[packet.stream.index]
+            copy.mux(sent)
+    return target
 
 
 def times(seconds: float, fps: float = 30) -> list[float]:
