@@ -131,10 +131,6 @@ class Actor:
         """See `StageRunner.tell`."""
         self._do(lambda: self._runners[stage].tell(session, kind, attrs, cuts=cuts))
 
-    def forget_camera(self, camera: str) -> None:
-        """It was removed: no alert shall wait for it."""
-        self._do(lambda: self._metrics.forget_camera(camera))
-
     # ---- asking ------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, StageSnapshot]:

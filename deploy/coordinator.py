@@ -219,12 +219,6 @@ class Coordinator:
             if stage in placement.opened:
                 self._call(self._replica(stage, placement.replicas[stage]), "end_session", stage, session)
 
-    def forget_camera(self, camera: str) -> None:
-        """End its series in all actors' metrics."""
-        asked = [(placed, placed.handle.forget_camera.remote(camera)) for placed in self._actors.values()]
-        with suppress(CoordinatorError):  # the next poll() takes care of it
-            self._get_all(asked)
-
     def poll(self) -> dict[str, dict[str, StageSnapshot]]:
         """What every actor is doing: by actor name and stage. Sessions that came to their end leave the table.
 

@@ -106,6 +106,7 @@ class StageMeter:
     def opened(self, session: Session) -> None:
         metrics, camera, name = self._metrics, session.camera, self._name
         last = "speaker" if session.speech else "llm"  # where windows end
+        metrics.hold_camera(camera)
         self._sessions[session.id] = _Camera(
             camera=metrics.camera(camera, RECONNECT_REASONS) if name == "camera" else None,
             turns=metrics.turns(camera) if name == "llm" else None,
@@ -114,15 +115,17 @@ class StageMeter:
         )
 
     def closed(self, session: Session) -> None:
-        bound = self._sessions.pop(session.id, None)
-        if bound is not None and bound.camera is not None:
-            bound.camera.up(False)
-        if bound is not None and bound.windows is not None:
-            bound.windows.shedding(0)
+        """What was counted for the session goes with it, so that no alert waits for a camera that has ended."""
+        if self._sessions.pop(session.id, None) is not None:
+            self._metrics.release_camera(session.camera)
+        self._read_llm()
 
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
         """A batch left the stage."""
         self._stage.processed(num_units, queue_s, compute_s)
+        self._read_llm()
+
+    def _read_llm(self) -> None:
         if self._llm is not None and self._readings is not None:
             self._llm.kv_cache_usage(self._readings.kv_usage())
 

@@ -166,7 +166,6 @@ class _Run:
         self._url = url
         self._interrupts = interrupts
         self._live = live
-        self._removed: set[SessionId] = set()  # and not yet at their end
         self._begun_s = 0.0  # when the first sessions were open, on the monotonic clock
         self._tell = tell
 
@@ -232,7 +231,7 @@ class _Run:
             before = coordinator.sessions
             self._status.saw(coordinator.poll())
             for session in set(before) - set(coordinator.sessions):
-                self._ended(coordinator, session)
+                self._live.ended(session)
             self._status.ledger = coordinator.ledger()
             self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
             meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
@@ -262,16 +261,9 @@ class _Run:
         self._status.sources = {**kept, name: camera.source.masked}
         self._tell(f"camera {name}: added")
 
-    def _ended(self, coordinator: Coordinator, session: SessionId) -> None:
-        self._live.ended(session)
-        if session in self._removed:
-            self._removed.discard(session)
-            coordinator.forget_camera(session)
-
     def _remove(self, coordinator: Coordinator, name: str) -> None:
         if (session := SessionId(name)) in coordinator.sessions:
             coordinator.end_session(session)
-            self._removed.add(session)
             self._tell(f"camera {name}: removed; what it saw and heard is gone through to the end")
 
     def _session(self, name: str, camera: CameraSpec) -> Session:

@@ -6,6 +6,7 @@ the object. Binding exports every series of it at 0 (so that rate() sees the fir
 A process exports only what it has bound, and dashboards sum over processes: both ends of an edge bind it.
 """
 
+from collections import Counter as Counts
 from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
@@ -341,7 +342,8 @@ class Metrics:
         self._registry = registry
         self._lock = Lock()
         self._families: dict[str, Counter | Gauge | Histogram] = {}
-        self._cameras: set[str] = set()
+        self._labels: dict[str, str] = {}  # by camera
+        self._holders: Counts[str] = Counts()  # by camera: how many stages have its session open
 
     def stage(self, stage: str) -> StageMetrics:
         return StageMetrics(self, stage)
@@ -377,13 +379,26 @@ class Metrics:
         """Say what runs here. trained: False for random weights."""
         self.gauge("omni_build_info", version, model, str(trained).lower()).set(1)
 
-    def forget_camera(self, camera: str) -> None:
-        """End every series of a camera that left the configuration, so that no alert waits for it."""
+    def hold_camera(self, camera: str) -> None:
+        """A stage of this process has opened the camera's session: its series stay until as many have let it go."""
         with self._lock:
-            self._cameras.discard(camera)
-            for declared in TABLE:
-                if "camera" in declared.labels and declared.name in self._families:
-                    self._families[declared.name].remove_by_labels({"camera": camera})
+            self._holders[camera] += 1
+
+    def release_camera(self, camera: str) -> None:
+        """A stage has closed it; with the last one its series end, and its name is free for another."""
+        with self._lock:
+            self._holders[camera] -= 1
+            if self._holders[camera] <= 0:
+                del self._holders[camera]
+                self._forget(camera)
+
+    def _forget(self, camera: str) -> None:
+        label = self._labels.pop(camera, None)
+        if label is None or label in self._labels.values():  # not bound; or others share it, who are `other`
+            return
+        for declared in TABLE:
+            if "camera" in declared.labels and declared.name in self._families:
+                self._families[declared.name].remove_by_labels({"camera": label})
 
     def counter(self, name: str, *labels: str) -> Counter:
         """The series of a declared counter. KeyError for a name that `TABLE` doesn't have."""
@@ -410,10 +425,10 @@ class Metrics:
 
     def _camera_label(self, camera: str) -> str:
         with self._lock:
-            if camera not in self._cameras and len(self._cameras) >= MAX_CAMERAS:
-                return OTHER
-            self._cameras.add(camera)
-            return camera
+            if camera not in self._labels:
+                is_full = len(set(self._labels.values()) - {OTHER}) >= MAX_CAMERAS
+                self._labels[camera] = OTHER if is_full else camera
+            return self._labels[camera]
 
 
 def _family(declared: Declaration, registry: CollectorRegistry) -> Counter | Gauge | Histogram:

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.measure import StageMeter
 from graph.chunk import NS_PER_S, Chunk
-from graph.metrics import Metrics
+from graph.metrics import MAX_CAMERAS, Metrics
 from graph.streams import CODES, EVENTS, TEXT, camera_stream
 from stages.media_health import Totals
 from stages.stage import Session, Stage
@@ -108,12 +108,52 @@ def test_what_is_damaged_within_a_camera_is_counted_by_track():
     assert meter.of_door("omni_camera_up") == 0, "a warning is neither up nor lost"
 
 
-def test_a_session_that_closed_has_no_camera():
+def test_a_session_that_closed_leaves_no_series():
     meter = Meter("camera")
     meter.told("camera_up")
     meter.meter.closed(meter.session)
     meter.meter.closed(meter.session)
-    assert meter.of_door("omni_camera_up") == 0
+    assert meter.of_door("omni_camera_up") is None
+
+
+def test_of_cameras_that_come_and_go_nothing_is_left():
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    stages = [StageMeter(metrics, name, Stage(), STAGES) for name in ("camera", "microphone", "speaker", "events")]
+    before = {(sample.name, *sample.labels.values()) for family in registry.collect() for sample in family.samples}
+    seen = set()
+    for number in range(2 * MAX_CAMERAS):
+        camera = session(f"camera-{number}")
+        for stage in stages:
+            stage.opened(camera)
+        seen |= {sample.labels.get("camera") for family in registry.collect() for sample in family.samples}
+        for stage in reversed(stages):
+            stage.closed(camera)
+    after = {(sample.name, *sample.labels.values()) for family in registry.collect() for sample in family.samples}
+    assert after == before
+    assert seen == {f"camera-{number}" for number in range(2 * MAX_CAMERAS)} | {None}
+
+
+def test_a_camera_with_the_name_of_one_that_ended_counts_from_zero():
+    meter = Meter("speaker")
+    meter.told("barge_in")
+    meter.meter.closed(meter.session)
+    meter.meter.opened(meter.session)
+    assert meter.of_door("omni_speech_interrupted_total") == 0
+
+
+def test_a_closed_session_gives_its_share_of_the_cache_back():
+    class Emptying(FakeLlm):
+        usage = 0.25
+
+        def kv_usage(self) -> float:
+            return self.usage
+
+    meter = Meter("llm", Emptying())
+    meter.meter.processed(1, 0.0, 0.0)
+    Emptying.usage = 0.0
+    meter.meter.closed(meter.session)
+    assert meter.value("omni_kv_cache_usage_ratio") == 0.0
 
 
 def test_tokens_are_counted_by_kind():

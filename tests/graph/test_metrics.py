@@ -143,11 +143,33 @@ def test_cameras_beyond_the_limit_share_one_name(registry: CollectorRegistry, me
 
 def test_a_camera_that_left_leaves_no_series_and_frees_its_place(registry: CollectorRegistry, metrics: Metrics) -> None:
     for number in range(MAX_CAMERAS):
+        metrics.hold_camera(f"camera-{number}")
         metrics.camera(f"camera-{number}")
-    metrics.forget_camera("camera-7")
+    metrics.release_camera("camera-7")
     metrics.camera("door").up(True)
     assert not [labels for _, labels in exported(registry) if "camera-7" in labels]
     assert value(registry, "omni_camera_up", "door") == 1
+
+
+def test_a_cameras_series_stay_until_its_last_stage_lets_it_go(registry: CollectorRegistry, metrics: Metrics) -> None:
+    for _ in range(2):
+        metrics.hold_camera("door")
+    metrics.playback("door").heard(1.5)
+    metrics.release_camera("door")
+    assert value(registry, "omni_speech_seconds_total", "door") == 1.5
+    metrics.release_camera("door")
+    assert not [labels for _, labels in exported(registry) if "door" in labels]
+
+
+def test_the_shared_name_goes_with_the_last_who_had_it(registry: CollectorRegistry, metrics: Metrics) -> None:
+    names = [f"camera-{number}" for number in range(MAX_CAMERAS + 2)]
+    for name in names:
+        metrics.hold_camera(name)
+        metrics.turns(name)
+    metrics.release_camera(names[-1])
+    assert [labels for _, labels in exported(registry) if "other" in labels]
+    metrics.release_camera(names[-2])
+    assert not [labels for _, labels in exported(registry) if "other" in labels]
 
 
 def test_an_unknown_metric_is_a_mistake_of_ours(metrics: Metrics) -> None:
