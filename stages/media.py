@@ -51,6 +51,7 @@ from stages.media_wire import (
     Warned,
     WireError,
 )
+from stages.reaper import REAPER
 
 __all__ = [
     "FOREVER_NS",
@@ -75,7 +76,9 @@ _ENCODE_IT: Final = (
     "percent-encode what a user name or password holds of / ? # @ [ ] % (%2F %3F %23 %40 %5B %5D %25), or give it as "
     "${env:NAME}, which is encoded for you"
 )
+DEATH_LOOK_S: Final = 0.005
 GOODBYE_S: Final = 0.3  # for telling a camera that we go
+MAX_LOOK_S: Final = 1.0  # between two looks at the pipe; more was not the source's silence, but we who were stopped
 PIPE_BYTES: Final = 1 << 18  # a kernel buffer which holds 4 s of sound, or 40 % of a 448x448 frame
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -191,7 +194,7 @@ class MediaReader:
     """One source, read. `start()` it, `read()` until Ended or Failed, `close()` it; or use `with`. One task owns it.
 
     allow: see check_source. open_timeout_s: until the source must be open. silence_timeout_s: how long it may give
-    nothing (measured while somebody waits in `read()`, or looks in later and finds nothing).
+    nothing (measured while somebody waits in `read()`, or looks in again within MAX_LOOK_S and finds nothing).
     """
 
     def __init__(
@@ -208,7 +211,9 @@ class MediaReader:
         self._parser = ItemParser(request)
         self._process: subprocess.Popen[bytes] | None = None
         self._poll = select.poll()
-        self._quiet_since: float | None = None  # the pipe was first found empty; None: bytes have come since
+        self._quiet_s = 0.0  # for so long the pipe has been looked at in vain
+        self._looked_s = 0.0
+        self._closed_s: float | None = None  # when the pipe was found closed, while its decoder had not ended
         self._opened = False
         self._last: Ended | Failed | None = None
 
@@ -227,16 +232,18 @@ class MediaReader:
         assert self._process is not None and self._process.stdout is not None
         return self._process.stdout.fileno()
 
-    def start(self, now_ns: int = 0) -> None:
+    def start(self, now_ns: int = 0, at_ns: int | None = None) -> None:
         """Start the decoder, at this event time: what a live source gives next happens from then on.
 
+        at_ns: when it was now_ns, on the monotonic clock; None: now.
         MediaError "limit" when the system gives no process or pipe.
         """
         assert self._process is None, "a MediaReader is started once"
-        self._order = dataclasses.replace(self._order, origin_ns=time.monotonic_ns() - now_ns)
+        origin_ns = (time.monotonic_ns() if at_ns is None else at_ns) - now_ns
+        self._order = dataclasses.replace(self._order, origin_ns=origin_ns)
         if self.is_live:
             start_ns = max(now_ns, 0)
-            last_ns = start_ns + round(self._patience_s * NS_PER_S)
+            last_ns = max(time.monotonic_ns() - origin_ns, 0) + round(self._patience_s * NS_PER_S)
             self._parser = ItemParser(self._order.request, (start_ns, last_ns))
         try:
             self._process = _spawn()
@@ -246,7 +253,7 @@ class MediaReader:
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         self._poll.register(self._process.stdout.fileno(), select.POLLIN)
-        self._quiet_since = time.monotonic()
+        self._looked_s = time.monotonic()
         try:
             self._process.stdin.write(self._order.to_line())
         except BrokenPipeError:
@@ -265,14 +272,17 @@ class MediaReader:
     def _wait(self, deadline: float) -> bool:
         """Wait for bytes until the deadline; False when it has passed. Fails a source which has been quiet too long."""
         now = time.monotonic()
-        self._quiet_since = now if self._quiet_since is None else self._quiet_since
-        patience_s = self._quiet_since + self._patience_s - now
+        self._quiet_s += min(now - self._looked_s, MAX_LOOK_S)
+        self._looked_s = now
+        patience_s = self._patience_s - self._quiet_s
         if patience_s <= 0:
             self._fail("timeout", "gave nothing for too long; its decoder was stopped")
         elif now >= deadline:
             return False
+        elif self._closed_s is not None:
+            time.sleep(DEATH_LOOK_S)
         else:
-            self._poll.poll(1000 * max(0.001, min(deadline - now, patience_s)))
+            self._poll.poll(1000 * max(0.001, min(deadline - now, patience_s, MAX_LOOK_S)))
         return True
 
     @property
@@ -291,7 +301,7 @@ class MediaReader:
         fd = self._process.stdout.fileno()
         try:
             while num_bytes := os.readv(fd, [self._parser.space()]):
-                self._quiet_since = None
+                self._quiet_s, self._looked_s = 0.0, time.monotonic()
                 if (item := self._parser.filled(num_bytes)) is not None:
                     return item
         except BlockingIOError:
@@ -299,7 +309,7 @@ class MediaReader:
         except WireError as error:
             self._fail("crashed", f"made its decoder talk nonsense, which was stopped: {error}")
             return None
-        self._fail("crashed", f"made its decoder end {self._death()}; it may be opened again")
+        self._look_at_death()
         return None
 
     def _settle(self, item: MediaItem) -> MediaItem:
@@ -313,37 +323,31 @@ class MediaReader:
         self._last = Failed(kind, f"{self._name} {what}")
         self._stop(goodbye_s=0.0)
 
-    def _death(self) -> str:
-        """How the decoder ended, whose pipe has closed already."""
+    def _look_at_death(self) -> None:
+        """The pipe has closed: fail as soon as it is known how the decoder ended, which is a moment later."""
         assert self._process is not None
-        try:
-            status = self._process.wait(timeout=GOODBYE_S)
-        except subprocess.TimeoutExpired:
-            return "its output"
-        return f"with {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        now = time.monotonic()
+        self._closed_s = now if self._closed_s is None else self._closed_s
+        status = self._process.poll()
+        if status is None and now < self._closed_s + GOODBYE_S:
+            return
+        how = "its output" if status is None else f"with exit status {status}"
+        if status is not None and status < 0:
+            how = f"with {signal.Signals(-status).name}"
+        self._fail("crashed", f"made its decoder end {how}; it may be opened again")
 
     def close(self) -> None:
-        """Stop the decoder and free everything; harmless when repeated."""
+        """Have the decoder stopped, without waiting for it, and free everything; harmless when repeated."""
         self._stop(goodbye_s=GOODBYE_S)
 
     def _stop(self, goodbye_s: float) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        assert process.stdin is not None
         assert process.stdout is not None
         self._poll.unregister(process.stdout.fileno())
         process.stdout.close()
-        process.stdin.close()
-        if goodbye_s:
-            process.terminate()
-            try:
-                process.wait(timeout=goodbye_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        else:
-            process.kill()
-        process.wait()
+        REAPER.end(process, goodbye_s)
         self._last = self._last or Ended("it was closed")
 
     def __enter__(self) -> Self:

@@ -37,6 +37,7 @@ from stages.media_play import Teller
 from stages.media_sound import SoundTrack
 from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, VideoTrack
 from stages.media_view import scaled_size
+from stages.reaper import REAPER
 from tests.support.media import Clip, picture, recorded_clip, times
 
 RATE_HZ = 16_000
@@ -365,6 +366,7 @@ def test_read_returns_nothing_when_nothing_has_come_and_the_end_for_ever_after()
 
 def test_close_frees_the_process_and_all_files_and_may_be_repeated():
     gc.collect()
+    assert REAPER.settle(5.0)
     num_fds = psutil.Process().num_fds()
     for _ in range(3):
         reader = MediaReader(request("test://pattern"))
@@ -374,6 +376,7 @@ def test_close_frees_the_process_and_all_files_and_may_be_repeated():
         reader.close()
         reader.close()
         assert isinstance(reader.read(0.0), Ended)
+    assert REAPER.settle(5.0)
     assert psutil.Process().num_fds() == num_fds
     assert not [child for child in psutil.Process().children() if "media_decoder" in " ".join(child.cmdline())]
 

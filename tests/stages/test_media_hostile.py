@@ -35,6 +35,7 @@ from stages.media import (
     mask_source,
 )
 from stages.media_wire import HEADER, MAGIC, ItemParser, WireError, to_bytes
+from stages.reaper import REAPER
 
 MIB = 1 << 20
 
@@ -348,6 +349,7 @@ def test_a_decoder_which_hangs_is_stopped_by_the_watchdog():
             pass
         assert time.monotonic() - start < 4.0
     assert item.kind == "timeout"
+    assert REAPER.settle(5.0)
     assert not decoder.is_running()
 
 
