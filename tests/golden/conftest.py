@@ -1,8 +1,8 @@
-"""The golden suite: skipped as a whole without its folder; prints passed / total per file."""
+"""The golden suite: leaves out what the folder has no case of; prints passed / total, and what is held, per file."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -12,13 +12,11 @@ _OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name == "test_complete.py")  # it tells what the others left out
-    if golden.PRESENT:
-        return
     for item in items:
-        if "golden" in item.path.parts:
-            # First, as a test without cases already has a marker that says no more than that.
-            item.add_marker(pytest.mark.skip(reason=golden.REASON), append=False)
+        if marker := item.get_closest_marker("left_out"):
+            golden.LEFT_OUT.append((item.path.name, marker.args[0]))
+    items[:] = [item for item in items if item.get_closest_marker("left_out") is None]
+    items.sort(key=lambda item: item.path.name == "test_complete.py")  # it says what the others left out
 
 
 @pytest.hookimpl(wrapper=True)
@@ -34,9 +32,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _OUTCOMES:
         return
     terminalreporter.section("golden cases, passed / total")
+    terminalreporter.write_line(f"from {golden.SOURCE}")
+    held = golden.held()
     for file, outcomes in sorted(_OUTCOMES.items()):
         passed = sum(outcome == "passed" for outcome in outcomes.values())
-        terminalreporter.write_line(f"{file:<28} {passed:>4} / {len(outcomes)}")
+        line = f"{file:<28} {passed:>4} / {len(outcomes):<5}{held.get(file, '')}"
+        terminalreporter.write_line(line.rstrip())
     total = sum(len(outcomes) for outcomes in _OUTCOMES.values())
     passed = sum(outcome == "passed" for outcomes in _OUTCOMES.values() for outcome in outcomes.values())
     terminalreporter.write_line(f"{'all files':<28} {passed:>4} / {total}")
+    if held:
+        terminalreporter.write_line("A compact part of the recordings; OMNI_GOLDEN=FOLDER takes the whole.")
+    for file, count in sorted(Counter(file for _, file in golden.LEFT_OUT).items()):
+        terminalreporter.write_line(f"left out: {count} tests of {file}, of which this folder has no case")

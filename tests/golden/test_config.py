@@ -54,7 +54,7 @@ def leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def stored() -> dict[str, Any]:
-    return dict(leaves(read_json(JSON))) if golden.PRESENT else {}
+    return dict(leaves(read_json(JSON)))
 
 
 def ours(config: ModelConfig, leaf: str) -> Any:
@@ -106,7 +106,7 @@ def weights_of(component: str) -> dict[str, Tensor]:
 
 
 def components() -> list[str]:
-    return sorted({component_of(name) for name in read_tensors(WEIGHTS)}) if golden.PRESENT else []
+    return sorted({component_of(name) for name in read_tensors(WEIGHTS)})
 
 
 @cases(WEIGHTS, components())

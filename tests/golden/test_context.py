@@ -16,15 +16,9 @@ from model_shards.tokenizer import Tokenizer
 from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
 
-RUNS: dict[str, Any] = (
-    {name: run for name, run in read_json("llm.json").items() if "window" in run} if golden.PRESENT else {}
-)
+RUNS: dict[str, Any] = {name: run for name, run in read_json("llm.json").items() if "window" in run}
 UNITS = {f"{name}.unit{row['unit']}": (name, row) for name, run in RUNS.items() for row in run["rows"]}
-FINALS = [
-    key
-    for key in (read_tensors("llm.safetensors") if golden.PRESENT else ())
-    if key.partition(".final_")[0] in RUNS and ".final_" in key
-]
+FINALS = [key for key in read_tensors("llm.safetensors") if key.partition(".final_")[0] in RUNS and ".final_" in key]
 OUR_NAMES = {
     "sliding_window_mode": "mode",
     "basic_window_high_tokens": "high_tokens",

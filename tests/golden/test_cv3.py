@@ -12,13 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_shards.hift_causal import F0_HISTORY, F0_LOOKAHEAD, CausalHiftCache, CausalHiftGenerator
-from tests.support import golden
+from model_shards.config import HiftConfig
+from model_shards.hift_causal import (
+    F0_HISTORY,
+    F0_LOOKAHEAD,
+    CausalF0Predictor,
+    CausalHiftCache,
+    CausalHiftGenerator,
+)
 from tests.support.golden import cases, close, read_json, read_tensors
-from tests.support.vocoder import HIFT_SIZES, frozen, hift_config, leaves, with_weights
+from tests.support.vocoder import HIFT_SIZES, below, frozen, hift_config, leaves, with_weights
 
 JSON, TENSORS = "cv3.json", "cv3.safetensors"
 WEIGHTS = "cv3.weight."
+GENERATOR, PITCH = "the generator", "f0_predictor"
 
 
 class TableNoise(CausalHiftGenerator):
@@ -74,13 +81,31 @@ def _inference() -> Iterator[None]:
         yield
 
 
+def config() -> HiftConfig:
+    told = read_json(JSON)
+    return hift_config(told["config"], told["f0_cond_channels"], causal=True)
+
+
+def parts() -> list[str]:
+    """Of what there are weights: a compact folder has those of the pitch only."""
+    generator = any(name.startswith(f"{WEIGHTS}conv_pre.") for name in read_tensors(TENSORS))
+    return [GENERATOR, PITCH] if generator else [PITCH]
+
+
+@functools.cache
+def pitch() -> CausalF0Predictor:
+    return with_weights(CausalF0Predictor, config(), below(f"{WEIGHTS}{PITCH}.", read_tensors(TENSORS)))
+
+
+@functools.cache
+def sizes_only() -> CausalHiftGenerator:
+    return CausalHiftGenerator(config())
+
+
 @functools.cache
 def hift() -> TableNoise:
-    told, stored = read_json(JSON), read_tensors(TENSORS)
-    config = hift_config(told["config"], told["f0_cond_channels"], causal=True)
-    weights = {name.removeprefix(WEIGHTS): stored[name] for name in stored if name.startswith(WEIGHTS)}
-    module = with_weights(TableNoise, config, weights)
-    (module.table,) = stored["cv3.noise_table"]
+    module = with_weights(TableNoise, config(), below(WEIGHTS, read_tensors(TENSORS)))
+    (module.table,) = read_tensors(TENSORS)["cv3.noise_table"]
     return module
 
 
@@ -89,7 +114,7 @@ def rows_of(run: str) -> list[dict[str, Any]]:
 
 
 def runs() -> list[str]:
-    return list(dict.fromkeys(row["run"] for row in read_json(JSON)["rows"])) if golden.PRESENT else []
+    return list(dict.fromkeys(row["run"] for row in read_json(JSON)["rows"]))
 
 
 def calls() -> list[str]:
@@ -131,27 +156,31 @@ def alone(run: str) -> Session:
     return session
 
 
+def stored(*names: str) -> list[str]:
+    return [name for name in names if name in read_tensors(TENSORS)]
+
+
 def sizes() -> dict[str, Any]:
-    return leaves(read_json(JSON)["config"]) if golden.PRESENT else {}
+    return leaves(read_json(JSON)["config"])
 
 
 @cases(JSON, (f"config.{name}" for name in sizes()))
 def test_a_size_is_the_official_one(case: str) -> None:
     name = case.removeprefix("config.")
-    assert getattr(hift().config, HIFT_SIZES[name]) == frozen(sizes()[name])
+    assert getattr(config(), HIFT_SIZES[name]) == frozen(sizes()[name])
 
 
-@cases(JSON, (f"limits.{name}" for name in read_json(JSON)["limits"]) if golden.PRESENT else ())
+@cases(JSON, (f"limits.{name}" for name in read_json(JSON)["limits"]))
 def test_a_limit_of_the_bounded_stream_is_the_official_one(case: str) -> None:
     """How far a sample looks back and ahead is the model's; how much is synthesised at once is the official choice."""
-    told = read_json(JSON)["limits"]
-    block, ahead = told["internal_chunk_frames"], hift().lookahead + 1
-    mel, source = hift().num_history + hift().delay_frames, hift().num_history + ahead
+    told, hift = read_json(JSON)["limits"], sizes_only()
+    block, ahead = told["internal_chunk_frames"], hift.lookahead + 1
+    mel, source = hift.num_history + hift.delay_frames, hift.num_history + ahead
     expected = {
         "f0_left_frames": F0_HISTORY,
         "f0_right_frames": F0_LOOKAHEAD,
-        "decoder_history_frames": hift().num_history,
-        "delay_frames": hift().delay_frames,
+        "decoder_history_frames": hift.num_history,
+        "delay_frames": hift.delay_frames,
         "mel_cache_frames": mel,
         "source_cache_frames": source,
         "mel_buffer_frames": mel + block,
@@ -160,27 +189,26 @@ def test_a_limit_of_the_bounded_stream_is_the_official_one(case: str) -> None:
         "decoder_input_frames": source + block,
         "cumsum_frames": block,
         "internal_chunk_frames": block,
-        "phase_values": hift().config.nb_harmonics + 1,
+        "phase_values": hift.config.nb_harmonics + 1,
     }
     name = case.removeprefix("limits.")
     assert told[name] == expected[name]
 
 
-@cases(TENSORS, ["the weights"])
+@cases(TENSORS, parts())
 def test_the_weights_are_the_official_ones(case: str) -> None:
-    stored, state = read_tensors(TENSORS), hift().state_dict()
-    official = {name.removeprefix(WEIGHTS) for name in stored if name.startswith(WEIGHTS)}
-    assert state.keys() == official
-    assert all(torch.equal(state[name], stored[WEIGHTS + name]) for name in official)
+    official = below(f"{WEIGHTS}{PITCH}." if case == PITCH else WEIGHTS, read_tensors(TENSORS))
+    state = (pitch() if case == PITCH else hift()).state_dict()
+    assert state.keys() == official.keys()
+    assert all(torch.equal(state[name], official[name]) for name in official)
 
 
 @cases(TENSORS, ["cv3.f0_full"])
 def test_f0_is_the_official_one(case: str) -> None:
-    f0 = hift().f0_predictor(read_tensors(TENSORS)["cv3.mel"], last=True)
-    close(f0, read_tensors(TENSORS)[case])
+    close(pitch()(read_tensors(TENSORS)["cv3.mel"], last=True), read_tensors(TENSORS)[case])
 
 
-@cases(TENSORS, ["cv3.decode_zero_source", "cv3.decode_zero_source_nofinal"])
+@cases(TENSORS, stored("cv3.decode_zero_source", "cv3.decode_zero_source_nofinal"))
 def test_the_wave_of_a_silent_source_is_the_official_one(case: str) -> None:
     whole = read_tensors(TENSORS)["cv3.decode_zero_source"]
     mel = read_tensors(TENSORS)["cv3.mel"][..., : whole.shape[1] // hift().hop]
@@ -188,7 +216,7 @@ def test_the_wave_of_a_silent_source_is_the_official_one(case: str) -> None:
     close(hift().decode(mel, torch.zeros_like(whole), last), read_tensors(TENSORS)[case], rtol=0)
 
 
-@cases(TENSORS, ["cv3.noise_table", "cv3.rand_ini"])
+@cases(TENSORS, stored("cv3.noise_table", "cv3.rand_ini"))
 def test_the_oscillators_tables_are_such_as_ours(case: str) -> None:
     """Uniform, one column per harmonic. The initial phases reach no speech: the runs agree, and ours begin at zero."""
     table = read_tensors(TENSORS)[case]

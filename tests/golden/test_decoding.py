@@ -15,7 +15,7 @@ from model_shards.tokenizer import Tokenizer
 from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
 
-RECORDED: dict[str, Any] = read_json("llm.json")["decode_rule"] if golden.PRESENT else {"cases": []}
+RECORDED: dict[str, Any] = read_json("llm.json")["decode_rule"]
 CASES = {f"decode_rule.{case['case']}": case for case in RECORDED["cases"]}
 OUR_NAMES = {"text_repetition_penalty": "repetition_penalty", "text_repetition_window_size": "repetition_window"}
 

@@ -40,8 +40,8 @@ from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
 
 FILE = "duplex.safetensors"
-TRACES: dict[str, Any] = read_json("duplex.json") if golden.PRESENT else {}
-KEYS = frozenset(read_tensors(FILE)) if golden.PRESENT else frozenset()
+TRACES: dict[str, Any] = read_json("duplex.json")
+KEYS = frozenset(read_tensors(FILE))
 UNITS = {f"{name}.u{unit['unit']}": (name, unit) for name, trace in TRACES.items() for unit in trace["units"]}
 DECIDED = [key for key, (_, unit) in UNITS.items() if unit["prefill"]["success"]]
 SPOKEN = [key for key, (_, unit) in UNITS.items() if unit["tts"] is not None]

@@ -22,8 +22,8 @@ from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
 
 FILE = "tts.safetensors"
-CASES: dict[str, Any] = read_json("tts.json") if golden.PRESENT else {}
-KEYS = list(read_tensors(FILE)) if golden.PRESENT else []
+CASES: dict[str, Any] = read_json("tts.json")
+KEYS = list(read_tensors(FILE))
 TURNS = {name: case for name, case in CASES.items() if isinstance(case, dict) and "kw" in case}
 CALLS = {f"{name}.{index}": (name, index) for name, case in TURNS.items() for index in range(len(case["rows"]))}
 FAILURES = [name for name, case in CASES.items() if isinstance(case, dict) and "error" in case]

@@ -20,7 +20,7 @@ from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
 
 FILE = "tts.safetensors"
-CASES: dict[str, Any] = read_json("tts.json") if golden.PRESENT else {}
+CASES: dict[str, Any] = read_json("tts.json")
 TURNS = {name: case for name, case in CASES.items() if isinstance(case, dict) and "attention_type" in case}
 PIECES = {f"{name}.{index}": (name, index) for name, case in TURNS.items() for index in range(len(case["rows"]))}
 WHOLE = [name for name, case in CASES.items() if name.startswith("interleaved.") and "tokens" in case]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from model_shards.config import FlowConfig, HiftConfig, VocoderConfig
@@ -83,9 +82,13 @@ def frozen(value: Any) -> Any:
     return tuple(frozen(item) for item in value) if isinstance(value, list) else value
 
 
-def with_weights(kind: type[Module], config: Any, weights: Mapping[str, Tensor]) -> Module:
-    """A module of the weights' own tensors, built on `meta`; each name must fit."""
-    with torch.device("meta"):
-        module = kind(config)
+def with_weights(kind: Callable[[Any], Module], config: Any, weights: Mapping[str, Tensor]) -> Module:
+    """A module of the weights' own tensors; each name must fit."""
+    module = kind(config)
     module.load_state_dict(weights, strict=True, assign=True)
     return module.eval()
+
+
+def below(prefix: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
