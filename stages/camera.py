@@ -1,10 +1,10 @@
-"""Camera: pictures of one camera, each stamped with the moment it was taken."""
+"""Camera: pictures of one camera, each stamped with the moment it was taken, or shown again."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graph.chunk import Chunk, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.streams import EVENTS, camera_stream
 from graph.window import FOREVER_NS
 from stages.feed import Feeds, FeedStage, Notice, Reading
@@ -18,10 +18,10 @@ class _Open(Reading):
 
 
 class Camera(FeedStage[_Open]):
-    """Source of `camera/<name>`.
+    """Source of `camera/<name>`: its attribute `age_s` is how long a picture was on the screen when it was sampled.
 
-    The watermark runs ahead of the clock: after a picture it stands where the decoder will sample the next one, so that
-    a window does not wait for its end when its picture has come. Without pictures it follows the clock, `lateness`
+    The watermark runs ahead of the clock: after a picture it stands where the next one may begin, so that a window does
+    not wait for its end when its picture has come. Without pictures it follows the clock, `lateness`
     behind.
     """
 
@@ -40,7 +40,8 @@ class Camera(FeedStage[_Open]):
         reached_ns = now_ns if state.session.paced else FOREVER_NS
         for frame in state.feed.take_frames(reached_ns):
             chunks += _advance(state, stream, frame.start_ns)  # first, so that no window waits for more than its own
-            chunks.append(Chunk(session, stream, frame.start_ns, arrays={"image": frame.image}))
+            attrs = {"age_s": frame.age_ns / NS_PER_S}
+            chunks.append(Chunk(session, stream, frame.start_ns, arrays={"image": frame.image}, attrs=attrs))
         return chunks + self._settle(state, stream, now_ns)
 
     def _settle(self, state: _Open, stream: str, now_ns: int) -> list[Chunk]:

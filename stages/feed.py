@@ -211,6 +211,7 @@ class Feed:
                 piece_ns=min(PIECE_NS, session.window_ns),
                 duration_ns=session.duration_ns,
                 masked=session.masked_source,
+                window_ns=session.window_ns,
             )
             reader = self._open(request)
             self._live = reader.is_live

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -35,9 +36,10 @@ from av.video.stream import VideoStream
 from graph.chunk import NS_PER_S
 from graph.streams import SOUND_RATE_HZ
 from stages.media_health import Warner
-from stages.media_play import Decoding, Feed, Teller, Track, play, session_ns
+from stages.media_play import Decoding, Feed, Lane, Teller, play, session_ns
+from stages.media_screen import FrameGrid
 from stages.media_sound import SoundTrack
-from stages.media_tracks import FileAxis, FrameGrid, LiveAxis, VideoTrack, to_ns
+from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, to_ns
 from stages.media_view import MAX_PICTURE_PIXELS, Scaler, check_size
 from stages.media_wire import (
     FOREVER_NS,
@@ -198,23 +200,41 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, w
         *list(filter(_is_known, audio))[: request.want_audio],
     ]
     starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
+    origin_ns = min(starts, default=None)
     feeds: list[Feed] = [(container, {}) for container in containers]
-    is_live = order.kind in LIVE_KINDS
-    start_ns = max(session_ns(order), 0) if is_live else 0
+    put = None if len({id(stream.container) for stream in streams}) > 1 else outlet.put
     for stream in streams:
-        axis = LiveAxis() if is_live else FileAxis(min(starts, default=None))
         tracks = next(tracks for container, tracks in feeds if container is stream.container)
         stream.codec_context.thread_count = 1  # 30 cameras share a core; more threads buy delay and memory only
-        if isinstance(stream, VideoStream):
-            stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
-            track: Track = VideoTrack(stream, request, axis, outlet.put, start_ns)
-        else:
-            track = SoundTrack(request, axis, outlet.put, start_ns)
-        tracks[stream.index] = Decoding(track, request.masked, warner)
+        tracks[stream.index] = Decoding(make_lane(order, stream, origin_ns, put), request.masked, warner)
     for container, tracks in feeds:
         for other in container.streams:
             other.discard = Discard.default if other.index in tracks else Discard.all
     return [feed for feed in feeds if feed[1]]
+
+
+def make_lane(order: Order, stream: VideoStream | AudioStream, origin_ns: int | None, put: Put | None) -> Lane:
+    """origin_ns: PTS of the file's beginning. put: where items go; None: they wait in the lane."""
+    items: deque[MediaItem] = deque()
+    put = items.append if put is None else put
+    is_live = order.kind in LIVE_KINDS
+    start_ns = max(session_ns(order), 0) if is_live else 0
+    axis = LiveAxis() if is_live else FileAxis(origin_ns)
+    if isinstance(stream, AudioStream):
+        return Lane(SoundTrack(order.request, axis, put, start_ns), items)
+    stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
+    end_ns = None if is_live else media_end_ns(stream, origin_ns)
+    return Lane(VideoTrack(stream, order.request, axis, put, start_ns, live=is_live, media_end_ns=end_ns), items)
+
+
+def media_end_ns(stream: VideoStream, origin_ns: int | None) -> int | None:
+    """When the file ends by its own account, in event time."""
+    container = stream.container
+    assert isinstance(container, InputContainer)
+    if container.duration is None:
+        return None
+    start_ns = 0 if container.start_time is None or origin_ns is None else 1000 * container.start_time - origin_ns
+    return start_ns + 1000 * container.duration  # both in microseconds
 
 
 def _is_known(stream: Stream) -> bool:
@@ -249,12 +269,12 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
             raise MediaError("unreadable", f"has no {_wanted(order.request)} stream")
         if not any(isinstance(track, SoundTrack) for track in tracks):
             check_duration(order.request)
-        teller = Teller(order.request, tracks, outlet.put)
+        teller = Teller(order.request, [decoding.lane for decoding in decodings], outlet.put)
         teller.tell()
         warn_of_unknown(order, containers, feeds, warner)
         if all(track.done for track in tracks):  # a camera that was found again when its time is over
             return Ended("the duration asked for is over")
-        finished = play(order, feeds, teller)
+        finished = play(order, feeds, outlet.put, teller)
     reasons = [decoding.given_up for decoding in decodings if decoding.given_up is not None]
     if len(reasons) == len(decodings):
         raise reasons[0]
@@ -269,7 +289,7 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
 
 def check_duration(request: MediaRequest) -> None:
     """MediaError "limit" when the duration which is asked for ends before the first picture."""
-    first_ns = FrameGrid(request.fps).next_ns
+    first_ns = FrameGrid(request.fps).instant_ns(0)
     if request.duration_ns is not None and request.duration_ns <= first_ns:
         raise MediaError(
             "limit",
@@ -308,17 +328,17 @@ def run_room(order: Order, outlet: Outlet) -> MediaItem:
     room = open_room(request)
     grid, until_ns = FrameGrid(request.fps), FOREVER_NS if request.duration_ns is None else request.duration_ns
     outlet.put(Progress(0 if request.want_video else FOREVER_NS, 0 if request.want_audio else FOREVER_NS))
-    num_sent, start_ns = 0, 0
+    num_pictures, num_sent, start_ns = 0, 0, 0
     while start_ns < until_ns:
         start_ns = min(start_ns + request.piece_ns, until_ns)
-        while request.want_video and grid.next_ns < start_ns:
-            outlet.put(Frame(grid.next_ns, room.picture(grid.next_ns)))
-            grid.take(grid.next_ns)
+        while request.want_video and (instant_ns := grid.instant_ns(num_pictures)) < start_ns:
+            outlet.put(Frame(instant_ns, room.picture(instant_ns)))
+            num_pictures += 1
         if request.want_audio:
             num_samples = start_ns * SOUND_RATE_HZ // NS_PER_S
             outlet.put(Sound(num_sent, room.samples(sample_ns(num_sent), sample_ns(num_samples))))
             num_sent = num_samples
-        video_ns = max(start_ns, grid.next_ns) if request.want_video else FOREVER_NS
+        video_ns = max(start_ns, grid.instant_ns(num_pictures)) if request.want_video else FOREVER_NS
         outlet.put(Progress(video_ns, sample_ns(num_sent) if request.want_audio else FOREVER_NS))
     return Ended("the duration asked for is over")
 

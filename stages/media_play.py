@@ -6,9 +6,12 @@ a track of which nothing can be decoded costs itself. Errors of reading are the 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from av.container import InputContainer
@@ -23,10 +26,13 @@ from stages.media_wire import (
     FOREVER_NS,
     LIVE_KINDS,
     FailKind,
+    Frame,
     MediaError,
+    MediaItem,
     MediaRequest,
     Order,
     Progress,
+    Sound,
     TrackName,
     WarnCode,
 )
@@ -36,6 +42,7 @@ Track: TypeAlias = VideoTrack | SoundTrack
 MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
 TELL_NO_KEYFRAME: Final = 150  # pictures which could not be decoded for want of a keyframe, before that is told
 MAX_NO_KEYFRAME: Final = 3600  # 2 minutes at 30 fps: no camera has so few; then what can't be decoded is damaged
+MIN_LOOK_S: Final = 0.02  # a picture is due, and libav is being read: look again so much later
 SIGN_OF_LIFE_NS: Final = NS_PER_S  # 0.1 fps without sound has nothing else to send; the parent's patience is 6 s
 FIRST_PATIENCE_NS: Final = 8 * NS_PER_S  # for a track whose pace is not known yet
 NUM_GAPS_KNOWN: Final = 8  # its last so many distances say what a track's pace is
@@ -44,14 +51,36 @@ _WORDS: Final[Mapping[TrackName, str]] = {"video": "pictures", "audio": "sound"}
 _DECODER_ERRORS: Final = (FFmpegError, ValueError, OverflowError, NotImplementedError, MemoryError)
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One track, and what it has made and not sent: of files that are read side by side, each waits for the other.
+
+    So a burst of one track, held pictures or the silence before late sound, goes out beside what the other one has.
+    """
+
+    track: Track
+    items: deque[MediaItem] = field(default_factory=deque)
+
+    @property
+    def position_ns(self) -> int:
+        """Nothing earlier will be sent."""
+        first = self.items[0] if self.items else None
+        return first.start_ns if isinstance(first, (Frame, Sound)) else self.track.position_ns
+
+    @property
+    def done(self) -> bool:
+        return self.track.done and not self.items
+
+
 class Decoding:
     """One track: its packets are decoded, damaged ones are counted, and it is given up when all are.
 
     source: as it may be shown.
     """
 
-    def __init__(self, track: Track, source: str, warner: Warner) -> None:
-        self.track = track
+    def __init__(self, lane: Lane, source: str, warner: Warner) -> None:
+        self.lane = lane
+        self.track = track = lane.track
         self.name = NAMES[type(track)]
         self.given_up: MediaError | None = None
         self.num_alive = 0  # signs of life: what was decoded, and packets while a keyframe is awaited
@@ -98,6 +127,8 @@ class Decoding:
         track.num_bad += 1
         if isinstance(track, SoundTrack):
             track.lose(to_ns(packet.duration or 0, packet.time_base) or 0)
+        else:
+            track.doubt()
         self.warn("damaged", f"has damaged {self._what}: some can't be decoded ({_text(error)}); the rest goes on")
         if track.num_bad >= MAX_BAD_AT_START and not track.num_decoded:
             kind: FailKind = "limit" if isinstance(error, MemoryError) else "unreadable"
@@ -133,46 +164,33 @@ def packets(feed: Feed) -> Iterator[tuple[Decoding, Packet[Any]]]:
         yield tracks[packet.stream.index], packet
 
 
-def in_order(feeds: Sequence[Feed]) -> Iterator[tuple[Decoding, Packet[Any]]]:
-    """The packets of all connections, always of the one which is furthest behind.
-
-    So a track which has nothing for long says soon where it goes on, and nobody waits for it.
-    """
-    open_feeds = [(packets(feed), [decoding.track for decoding in feed[1].values()]) for feed in feeds]
-    while open_feeds:
-        behind = min(open_feeds, key=lambda feed: min(FOREVER_NS if t.done else t.position_ns for t in feed[1]))
-        following = next(behind[0], None)
-        if following is None:
-            open_feeds.remove(behind)
-        else:
-            yield following
-
-
 class Teller:
     """Sends Progress whenever a stream enters a new piece, and as a sign of life after a second without."""
 
     def __init__(
-        self, request: MediaRequest, tracks: list[Track], put: Put, clock: Callable[[], int] = time.monotonic_ns
+        self, request: MediaRequest, lanes: Sequence[Lane], put: Put, clock: Callable[[], int] = time.monotonic_ns
     ) -> None:
         self._piece_ns = request.piece_ns
-        self._tracks = tracks
+        self._lanes = lanes
         self._put = put
         self._clock = clock
         self._told: tuple[int, int] | None = None
         self._told_at_ns = 0
 
     def tell(self) -> None:
-        video_ns = min((t.position_ns for t in self._tracks if isinstance(t, VideoTrack)), default=FOREVER_NS)
-        audio_ns = min((t.position_ns for t in self._tracks if isinstance(t, SoundTrack)), default=FOREVER_NS)
+        video_ns, audio_ns = self._position_ns(VideoTrack), self._position_ns(SoundTrack)
         pieces = (video_ns // self._piece_ns, audio_ns // self._piece_ns)
         now_ns = self._clock()
         if pieces != self._told or now_ns - self._told_at_ns >= SIGN_OF_LIFE_NS:
             self._told, self._told_at_ns = pieces, now_ns
-            num_gaps = sum(t.num_gaps for t in self._tracks)
-            num_bad = Counter({VideoTrack: 0, SoundTrack: 0})
-            for track in self._tracks:
-                num_bad[type(track)] += track.num_bad
-            self._put(Progress(video_ns, audio_ns, num_gaps, num_bad[VideoTrack], num_bad[SoundTrack]))
+            num_gaps = sum(lane.track.num_gaps for lane in self._lanes)
+            self._put(Progress(video_ns, audio_ns, num_gaps, self._num_bad(VideoTrack), self._num_bad(SoundTrack)))
+
+    def _position_ns(self, of_type: type[Track]) -> int:
+        return min((lane.position_ns for lane in self._lanes if isinstance(lane.track, of_type)), default=FOREVER_NS)
+
+    def _num_bad(self, of_type: type[Track]) -> int:
+        return sum(lane.track.num_bad for lane in self._lanes if isinstance(lane.track, of_type))
 
 
 class LiveWatch:
@@ -251,21 +269,74 @@ class PulseWatch:
                 decoding.warn("track_frozen", f"gives no {what} any more, while the rest goes on")
 
 
-def play(order: Order, feeds: Sequence[Feed], teller: Teller) -> bool:
-    """Decode packets of all connections; True when the duration was reached, False at the end."""
-    decodings = [decoding for _, tracks in feeds for decoding in tracks.values()]
+def play(order: Order, feeds: Sequence[Feed], put: Put, teller: Teller) -> bool:
+    """Decode all feeds, items in the order of their time; True when the duration was reached, False at the end."""
+    if len(feeds) == 1:
+        return play_connection(order, feeds[0], teller)
+    return play_side_by_side(feeds, put, teller)
+
+
+def play_side_by_side(feeds: Sequence[Feed], put: Put, teller: Teller) -> bool:
+    """A file with a connection per track. What is behind is read next; what is ready and first goes out.
+
+    So a track which has nothing for long says soon where it goes on, and none is ahead of the other by more than one of
+    its packets makes.
+    """
+    readers = {decoding: packets(feed) for feed in feeds for decoding in feed[1].values()}
+    while open_decodings := [decoding for decoding in readers if not decoding.lane.done]:
+        behind = min(open_decodings, key=lambda decoding: decoding.lane.position_ns)
+        if behind.lane.items:
+            put(behind.lane.items.popleft())
+        elif (following := next(readers[behind], None)) is None:
+            behind.track.finish()
+        else:
+            behind.decode(following[1], arrival_ns=0)
+        teller.tell()
+    return not all(decoding.track.ended for decoding in readers)
+
+
+def play_connection(order: Order, feed: Feed, teller: Teller) -> bool:
+    """Everything in the order in which it comes; of a live source also what is on the screen when nothing comes."""
+    decodings = list(feed[1].values())
     watch = LiveWatch(order, session_ns(order))
     pulses = PulseWatch(order, decodings if order.kind in LIVE_KINDS else [])
-    for decoding, packet in in_order(feeds):
-        arrival_ns = session_ns(order)
-        over = watch.is_over(arrival_ns)
-        decoding.decode(packet, arrival_ns)
-        pulses.look(watch.listened_ns)
-        teller.tell()
-        if over or all(d.track.done for d in decodings):
-            return not all(d.track.ended for d in decodings)
-        watch.listen(session_ns(order))
+    with keep_showing(order, decodings, teller) as lock:
+        for decoding, packet in packets(feed):
+            arrival_ns = session_ns(order)
+            over = watch.is_over(arrival_ns)
+            with lock:
+                decoding.decode(packet, arrival_ns)
+                pulses.look(watch.listened_ns)
+                teller.tell()
+            if over or all(d.track.done for d in decodings):
+                return not all(d.track.ended for d in decodings)
+            watch.listen(session_ns(order))
     return False
+
+
+@contextlib.contextmanager
+def keep_showing(order: Order, decodings: Sequence[Decoding], teller: Teller) -> Iterator[threading.Lock]:
+    """Meanwhile a live camera's picture is sent when its sampling instant has passed, also when no newer one comes.
+
+    Gives the lock under which tracks are fed: libav waits for packets outside of it. A picture that is held too long is
+    no longer sent, so that a source that hangs falls silent, which the parent notices.
+    """
+    lock, over = threading.Lock(), threading.Event()
+    pictures = [d.track for d in decodings if isinstance(d.track, VideoTrack)]
+
+    def watch_clock(track: VideoTrack) -> None:
+        while not over.wait(max((track.due_ns - session_ns(order)) / NS_PER_S, MIN_LOOK_S)):
+            with lock:
+                if track.hold(session_ns(order)):
+                    teller.tell()
+
+    threads = [threading.Thread(target=watch_clock, args=(track,), daemon=True) for track in pictures]
+    for thread in threads if order.kind in LIVE_KINDS else ():
+        thread.start()
+    try:
+        yield lock
+    finally:
+        over.set()
 
 
 def session_ns(order: Order) -> int:

@@ -10,15 +10,19 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Final, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_MS, NS_PER_S
+from stages.media_screen import FrameGrid, Screen, Shot
 from stages.media_view import Scaler, check_size
 from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest
 
 MAX_SOURCE_FPS: Final = 1000
 DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea
+MAX_RATED_NS: Final = 10 * NS_PER_S  # no camera's own account of its rate is believed beyond
 
 LIVE_DRIFT_NS: Final = 300 * NS_PER_MS  # more than Wi-Fi jitters, less than a third of a window
 LIVE_CHECK_NS: Final = 5 * NS_PER_S  # a delay is drift, and no jitter, when it has not been less for so long
@@ -29,38 +33,6 @@ FILE_AHEAD_NS: Final = 3600 * NS_PER_S  # a screen recording may stand still for
 Put: TypeAlias = Callable[[MediaItem], None]  # where items go; may block
 
 # --- time ---------------------------------------------------------------------------------------------------------
-
-
-class FrameGrid:
-    """Which pictures become frames: frame i is the first one at or after (i + 0.8) / fps.
-
-    Frame 0.2 periods before the window's end, so that it is encoded when the window closes. After a hole the grid
-    goes on behind the picture which ended it: no frames are made up, none come in a burst.
-    """
-
-    def __init__(self, fps: float) -> None:
-        self._rate = Fraction(fps).limit_denominator(1000)
-        self._index = 0
-
-    def instant_ns(self, index: int) -> int:
-        return (10 * index + 8) * NS_PER_S * self._rate.denominator // (10 * self._rate.numerator)
-
-    @property
-    def next_ns(self) -> int:
-        return self.instant_ns(self._index)
-
-    def skip_to(self, time_ns: int) -> None:
-        """Leave out the periods before the one which this time lies in."""
-        self._index = max(self._index, int(self._rate * time_ns / NS_PER_S))
-
-    def take(self, time_ns: int) -> bool:
-        """Whether the picture of this time becomes a frame; times must not go back."""
-        if time_ns < self.next_ns:
-            return False
-        self._index = max(self._index, int(self._rate * time_ns / NS_PER_S - 1))
-        while self.next_ns <= time_ns:
-            self._index += 1
-        return True
 
 
 class Axis(Protocol):
@@ -138,38 +110,63 @@ def to_ns(count: int | None, time_base: Fraction | None) -> int | None:
 
 
 class VideoTrack:
-    """One video stream: decodes every picture, sends those on the grid.
+    """One video stream: decodes every picture, sends what is on the screen at the sampling instants.
 
-    start_ns: event time at which the source was opened; nothing is earlier.
+    start_ns: event time at which the source was opened; nothing is earlier. media_end_ns: where the file says it ends.
     """
 
-    def __init__(self, stream: VideoStream, request: MediaRequest, axis: Axis, put: Put, start_ns: int = 0) -> None:
+    def __init__(
+        self,
+        stream: VideoStream,
+        request: MediaRequest,
+        axis: Axis,
+        put: Put,
+        start_ns: int = 0,
+        *,
+        live: bool = False,
+        media_end_ns: int | None = None,
+    ) -> None:
         self.axis = axis
         self.num_bad = 0
         self.num_decoded = 0
         self.ended = False
         self._put = put
-        self._grid = FrameGrid(request.fps)
-        self._grid.skip_to(start_ns)
-        self._scaler = Scaler(request.max_pixels)
-        self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
         self._period_ns = NS_PER_S / (stream.average_rate or DEFAULT_FPS)  # for pictures without PTS
+        self._grid = FrameGrid(request.fps, request.window_ns)
+        rated_ns = NS_PER_S // stream.average_rate if stream.average_rate else 0
+        self._screen: Screen[VideoFrame] = Screen(
+            self._grid, start_ns, live=live, usual_ns=min(rated_ns, MAX_RATED_NS) if live else 0
+        )
+        self._scaler = Scaler(request.max_pixels, stream.sample_aspect_ratio)
+        self._converted: tuple[VideoFrame, npt.NDArray[np.uint8]] | None = None  # the last picture sent, and as RGB
+        self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
+        self._media_end_ns = media_end_ns
         self._start_ns = self._time_ns = start_ns
+        self._duration_ns = 0  # of the last picture
         self._anchor_ns = start_ns  # time of the last picture which had a PTS, and the pictures since
         self._num_since = 0
 
     @property
     def position_ns(self) -> int:
         """Nothing earlier will be sent."""
-        return FOREVER_NS if self.ended else max(self._time_ns, self._grid.next_ns)
+        return FOREVER_NS if self.ended else self._screen.next_ns if self._has_all else self._screen.position_ns
+
+    @property
+    def _has_all(self) -> bool:
+        return self._screen.next_ns >= self._until_ns
 
     @property
     def done(self) -> bool:
-        return self.position_ns >= self._until_ns
+        return self.ended or self._has_all
 
     @property
     def num_gaps(self) -> int:
         return self.axis.num_jumps
+
+    @property
+    def due_ns(self) -> int:
+        """When the picture on the screen is to be sent though no newer one has come; of live sources."""
+        return self._screen.next_ns + self._grid.grace_ns
 
     def add(self, frame: VideoFrame, arrival_ns: int) -> None:
         pts_ns = to_ns(frame.dts if frame.pts is None else frame.pts, frame.time_base)
@@ -180,15 +177,35 @@ class VideoTrack:
         self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
         if pts_ns is not None:
             self._anchor_ns, self._num_since = self._time_ns, 0
-        if self.num_decoded == 0:  # else the first picture would be a frame of the period before, and the next its own
-            self._grid.skip_to(self._time_ns)
         self._num_since += 1
         self.num_decoded += 1
+        self._duration_ns = to_ns(frame.duration, frame.time_base) or int(self._period_ns)
         check_size(frame.width, frame.height)
         if self.num_decoded > MAX_SOURCE_FPS * ((self._time_ns - self._start_ns) // NS_PER_S + 1):
             raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
-        if self._time_ns < self._until_ns and self._grid.take(self._time_ns):
-            self._put(Frame(self._time_ns, self._scaler.to_rgb(frame)))
+        self._send(self._screen.show(self._time_ns, frame))
+
+    def hold(self, now_ns: int) -> bool:
+        """Send what is still on the screen though nothing came until now, as far as that is trusted; whether it did."""
+        return self._send(self._screen.stand(now_ns - self._grid.grace_ns))
+
+    def doubt(self) -> None:
+        """A picture is lost: the one before is no longer what would be on the screen."""
+        self._screen.doubt()
 
     def finish(self) -> None:
+        if not self.ended:
+            self._send(self._screen.end(self._duration_ns, self._media_end_ns))
         self.ended = True
+
+    def _send(self, shots: list[Shot[VideoFrame]]) -> bool:
+        due = [shot for shot in shots if shot.instant_ns < self._until_ns]
+        for shot in due:
+            self._put(Frame(shot.start_ns, self._to_rgb(shot.picture), shot.age_ns))
+        return bool(due)
+
+    def _to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
+        """Converted once, however often it is sent."""
+        if self._converted is None or self._converted[0] is not picture:
+            self._converted = (picture, self._scaler.to_rgb(picture))
+        return self._converted[1]

@@ -1,37 +1,105 @@
-"""Pictures of a film as a player shows them."""
+"""Pictures of a film as a player shows them: in their true aspect and colours, over black, turned upright, as RGB."""
 
 from __future__ import annotations
 
-from typing import Final
+import struct
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
+from av.buffer import Buffer
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from stages.media_wire import MediaError
 
 MAX_SIDE: Final = 16_384
 MAX_PICTURE_PIXELS: Final = 1 << 26  # 64 Mpixel, twice 8K
+MAX_PIXEL_ASPECT: Final = 8  # films are squeezed by 2 at most; beyond this a header is wrong
+
+# By the numbers of H.273, which libav's frames carry; the others (and "unspecified") are guessed by size.
+_MATRICES: Final = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
 
 
 class Scaler:
-    """Pictures to RGB of at most max_pixels: aspect kept, even sizes, turned upright as the camera was held."""
+    """Pictures to RGB of at most max_pixels: as a player shows them, with even sizes.
+
+    pixel_aspect: width of a pixel by its height, where the container or codec says so.
+    """
 
     # Bit-exact: frames of one file are the same bytes on every CPU.
     HOW = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
-    def __init__(self, max_pixels: int) -> None:
+    def __init__(self, max_pixels: int, pixel_aspect: Fraction | None = None) -> None:
         self._max_pixels = max_pixels
+        self._pixel_aspect = _sane_aspect(pixel_aspect)
         self._reformatter = VideoReformatter()
 
     def to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
-        """MediaError "limit" for a picture which nobody filmed."""
+        """uint8 [H, W, 3]; MediaError "limit" for a picture which nobody filmed."""
         check_size(picture.width, picture.height)
-        width, height = scaled_size(picture.width, picture.height, self._max_pixels)
-        rgb = self._reformatter.reformat(picture, width, height, "rgb24", interpolation=int(self.HOW), threads=1)
+        shown = shown_size(picture.width, picture.height, self._pixel_aspect)
+        has_alpha = any(component.is_alpha for component in picture.format.components)
+        rgb = self._reformatter.reformat(
+            picture,
+            *scaled_size(*shown, self._max_pixels),
+            "rgba" if has_alpha else "rgb24",
+            src_colorspace=_matrix_of(picture),
+            dst_color_range=ColorRange.JPEG,
+            interpolation=int(self.HOW),
+            threads=1,
+        )
         image = np.asarray(rgb.to_ndarray(), np.uint8)
-        return np.ascontiguousarray(np.rot90(image, picture.rotation // 90))
+        return np.ascontiguousarray(turned(over_black(image) if has_alpha else image, _display_matrix(picture)))
+
+
+def _sane_aspect(aspect: Fraction | None) -> Fraction:
+    if aspect is None or not Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT:
+        return Fraction(1)
+    return aspect
+
+
+def _matrix_of(picture: VideoFrame) -> Colorspace | None:
+    """Of YUV pictures; those which don't say theirs are taken as players take them: BT.709 from 720 lines on."""
+    if picture.format.is_rgb:
+        return None
+    is_hd = picture.width >= 1280 or picture.height > 576
+    return _MATRICES.get(picture.colorspace, Colorspace.ITU709 if is_hd else Colorspace.ITU601)
+
+
+def over_black(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """RGBA [H, W, 4] with straight alpha, laid over black: RGB [H, W, 3]."""
+    return (image[..., :3].astype(np.uint16) * image[..., 3:] // 255).astype(np.uint8)
+
+
+def _display_matrix(picture: VideoFrame) -> tuple[int, int, int, int]:
+    """a, b, c, d of x' = ax + cy, y' = bx + dy: how the container wants the picture shown."""
+    side_data = cast(Mapping[str, Buffer], picture.side_data)  # PyAV's stubs know of one kind only
+    try:
+        a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data["DISPLAYMATRIX"]))
+    except KeyError:
+        return 1, 0, 0, 1
+    return a, b, c, d
+
+
+def turned(image: npt.NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
+    """The picture turned and mirrored by a display matrix; angles between are taken for the nearest right one."""
+    a, b, c, d = matrix
+    is_upright = abs(a) >= abs(b)
+    across, down = (a, d) if is_upright else (c, b)
+    image = image if is_upright else image.transpose(1, 0, 2)
+    image = image[:, ::-1] if across < 0 else image
+    return image[::-1] if down < 0 else image
 
 
 def check_size(width: int, height: int) -> None:
@@ -40,6 +108,13 @@ def check_size(width: int, height: int) -> None:
         raise MediaError(
             "limit", f"has pictures of {width}x{height}; at most {MAX_PICTURE_PIXELS >> 20} Mpixel are read"
         )
+
+
+def shown_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
+    """Width and height in square pixels; players stretch, and never squeeze."""
+    if pixel_aspect >= 1:
+        return round(width * pixel_aspect), height
+    return width, round(height / pixel_aspect)
 
 
 def scaled_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 Rule: the parent believes nothing that comes out of the pipe. A decoder has read hostile bytes; every field of its
 messages is held against what was asked for before memory is taken for it, and the first odd one ends the decoder.
 
-A message is a header (magic, kind, length, time, height, width) and `length` bytes.
+A message is a header (magic, kind, length, time, age, height, width) and `length` bytes.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class MediaRequest:
     piece_ns: int  # sound comes in pieces so long
     duration_ns: int | None  # None: to the source's end
     masked: str = ""  # the source as it may be shown; "": as is found out here
+    window_ns: int = NS_PER_S  # of the session: a frame lies in the window of its sampling instant
 
     def __post_init__(self) -> None:
         KNOWN.add_source(self.source)
@@ -89,6 +90,7 @@ class MediaRequest:
         _check_range("fps", self.fps, FPS_RANGE)
         _check_range("max_pixels", self.max_pixels, PIXELS_RANGE)
         _check_range("piece_ns", self.piece_ns, PIECE_RANGE_NS)
+        _check_range("window_ns", self.window_ns, PIECE_RANGE_NS)
         if self.duration_ns is not None and self.duration_ns <= 0:
             raise MediaError("limit", f"duration_ns is {self.duration_ns}; it must be above 0, or None for no end")
         if not (self.want_video or self.want_audio):
@@ -103,10 +105,15 @@ def _check_range(name: str, value: float, allowed: tuple[float, float]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """One sampled picture: start_ns is its event time, image uint8 [H, W, 3] RGB, read-only."""
+    """One sampled picture: image uint8 [H, W, 3] RGB, read-only.
+
+    start_ns: its event time, or the sampling instant when it is held over from an earlier period or window.
+    age_ns: how long it had been on the screen at the sampling instant.
+    """
 
     start_ns: int
     image: npt.NDArray[np.uint8]
+    age_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,7 +204,8 @@ class Order:
 
 
 MAGIC: Final = b"omw1"
-HEADER: Final = struct.Struct("<4sIIqII")  # magic, kind, payload bytes, start_ns or first_sample, height, width
+# magic, kind, payload bytes, start_ns or first_sample, age_ns, height, width
+HEADER: Final = struct.Struct("<4sIIqqII")
 _PROGRESS: Final = struct.Struct("<qqqqq")
 _FRAME, _SOUND, _PROGRESS_KIND, _ENDED, _FAILED, _WARNED = range(1, 7)
 
@@ -205,9 +213,9 @@ _FRAME, _SOUND, _PROGRESS_KIND, _ENDED, _FAILED, _WARNED = range(1, 7)
 def to_bytes(item: MediaItem) -> list[bytes | memoryview]:
     """The buffers of one message, in order; pictures and samples are not copied."""
     match item:
-        case Frame(start_ns, image):
+        case Frame(start_ns, image, age_ns):
             height, width, _ = image.shape
-            return _message(_FRAME, image.data.cast("B"), start_ns, height, width)
+            return _message(_FRAME, image.data.cast("B"), start_ns, age_ns, height, width)
         case Sound(first_sample, samples):
             return _message(_SOUND, samples.data.cast("B"), first_sample)
         case Progress(video_ns, audio_ns, num_gaps, num_bad_video, num_bad_audio):
@@ -221,9 +229,12 @@ def to_bytes(item: MediaItem) -> list[bytes | memoryview]:
 
 
 def _message(
-    kind: int, payload: bytes | memoryview, time: int = 0, height: int = 0, width: int = 0
+    kind: int, payload: bytes | memoryview, time: int = 0, age: int = 0, height: int = 0, width: int = 0
 ) -> list[bytes | memoryview]:
-    return [HEADER.pack(MAGIC, kind, len(payload), time, height, width), payload]
+    return [HEADER.pack(MAGIC, kind, len(payload), time, age, height, width), payload]
+
+
+_Header: TypeAlias = tuple[int, int, int, int, int, int]  # kind, length, time, age, height, width
 
 
 class ItemParser:
@@ -242,7 +253,7 @@ class ItemParser:
         self._last_frame_ns = 0
         self._last_progress = Progress(0, 0)
         self._num_warnings = 0
-        self._header: tuple[int, int, int, int, int] | None = None  # kind, length, time, height, width
+        self._header: _Header | None = None
         self._expect(HEADER.size)
 
     def _expect(self, num_bytes: int) -> None:
@@ -268,12 +279,12 @@ class ItemParser:
         self._expect(HEADER.size)
         return item
 
-    def _read_header(self, header: bytes) -> tuple[int, int, int, int, int]:
-        magic, kind, length, time, height, width = HEADER.unpack(header)
+    def _read_header(self, header: bytes) -> _Header:
+        magic, kind, length, time, age, height, width = HEADER.unpack(header)
         if magic != MAGIC:
             raise WireError(f"a message begins with {magic!r}, not {MAGIC!r}")
         allowed: Mapping[int, bool] = {
-            _FRAME: 0 < height * width <= self._max_pixels and length == 3 * height * width,
+            _FRAME: 0 < height * width <= self._max_pixels and length == 3 * height * width and age >= 0,
             _SOUND: 0 < length <= 4 * self._max_samples and length % 4 == 0,
             _PROGRESS_KIND: length == _PROGRESS.size,
             _ENDED: length <= MAX_TEXT_BYTES,
@@ -282,14 +293,14 @@ class ItemParser:
         }
         if not allowed.get(kind, False):
             raise WireError(f"a message of kind {kind} with {length} bytes, {height}x{width}")
-        return kind, length, time, height, width
+        return kind, length, time, age, height, width
 
     def _read_item(
-        self, kind: int, length: int, time: int, height: int, width: int, payload: npt.NDArray[np.uint8]
+        self, kind: int, length: int, time: int, age: int, height: int, width: int, payload: npt.NDArray[np.uint8]
     ) -> MediaItem:
         match kind:
             case 1:
-                return self._read_frame(time, payload.reshape(height, width, 3))
+                return self._read_frame(time, age, payload.reshape(height, width, 3))
             case 2:
                 return self._read_sound(time, payload.view(np.float32))
             case 3:
@@ -301,12 +312,12 @@ class ItemParser:
             case _:
                 return _read_failed(payload)
 
-    def _read_frame(self, start_ns: int, image: npt.NDArray[np.uint8]) -> Frame:
+    def _read_frame(self, start_ns: int, age_ns: int, image: npt.NDArray[np.uint8]) -> Frame:
         if start_ns < self._last_frame_ns:
             raise WireError(f"a frame of {start_ns} ns after one of {self._last_frame_ns} ns")
         self._last_frame_ns = start_ns
         image.flags.writeable = False
-        return Frame(start_ns, image)
+        return Frame(start_ns, image, age_ns)
 
     def _read_sound(self, first_sample: int, samples: npt.NDArray[np.float32]) -> Sound:
         is_due = first_sample in self._next_samples

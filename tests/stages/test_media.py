@@ -7,6 +7,8 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import deque
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +35,9 @@ from stages.media import (
     Sound,
     check_source,
 )
-from stages.media_play import Teller
+from stages.media_play import Lane, Teller
 from stages.media_sound import SoundTrack
-from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, FrameGrid, LiveAxis, VideoTrack
+from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, LiveAxis, VideoTrack
 from stages.media_view import scaled_size
 from stages.reaper import REAPER
 from tests.support.media import Clip, picture, recorded_clip, times
@@ -60,6 +62,10 @@ def read_all(source: object, **changes: Any) -> list[MediaItem]:
 
 def frames_of(items: list[MediaItem]) -> list[Frame]:
     return [item for item in items if isinstance(item, Frame)]
+
+
+def centiseconds(times_ns: Iterable[int]) -> list[int]:
+    return [round(time_ns / (10 * NS_PER_MS)) for time_ns in times_ns]
 
 
 def samples_of(items: list[MediaItem]) -> np.ndarray:
@@ -132,7 +138,7 @@ def test_two_runs_give_the_same_bytes_at_any_pace(tmp_path):
 
 def test_video_without_sound_says_that_no_sound_will_come(tmp_path):
     items = read_all(Clip(tmp_path / "clip.mp4").video(times(2)).write())
-    assert items[0] == Progress(video_ns=800 * NS_PER_MS, audio_ns=FOREVER_NS)
+    assert items[0] == Progress(video_ns=0, audio_ns=FOREVER_NS)
     assert len(frames_of(items)) == 2
     assert not [item for item in items if isinstance(item, Sound)]
 
@@ -145,14 +151,15 @@ def test_sound_without_video_says_that_no_picture_will_come(tmp_path):
 
 def test_a_stream_which_is_not_wanted_is_not_there(tmp_path):
     path = Clip(tmp_path / "clip.mp4").video(times(2)).sound(2).write()
-    assert read_all(path, want_audio=False)[0] == Progress(800 * NS_PER_MS, FOREVER_NS)
+    assert read_all(path, want_audio=False)[0] == Progress(0, FOREVER_NS)
     assert read_all(path, want_video=False)[0] == Progress(FOREVER_NS, 0)
 
 
-def test_pictures_at_uneven_times_give_at_most_one_frame_per_window(tmp_path):
+def test_pictures_at_uneven_times_give_every_window_the_one_which_is_on_the_screen(tmp_path):
     uneven = [0.0, 0.1, 0.85, 0.9, 1.2, 1.95, 2.0, 2.7, 7.1, 7.9, 8.5]  # nothing from 2.7 s to 7.1 s
-    items = read_all(Clip(tmp_path / "clip.mp4").video(uneven).write())
-    assert [frame.start_ns // (10 * NS_PER_MS) for frame in frames_of(items)] == [85, 195, 710, 790]
+    frames = frames_of(read_all(Clip(tmp_path / "clip.mp4").video(uneven).write()))
+    assert centiseconds(frame.start_ns for frame in frames) == [10, 120, 270, 380, 480, 580, 680, 710, 850]
+    assert centiseconds(frame.age_ns for frame in frames) == [70, 60, 10, 110, 210, 310, 410, 70, 30]
 
 
 def test_sound_which_starts_later_is_led_in_by_zeros(tmp_path):
@@ -298,7 +305,8 @@ def test_a_decoder_which_has_nothing_to_send_gives_a_sign_of_life_every_second()
     told = []
     quarters = iter(range(0, 4 * NS_PER_S, NS_PER_S // 4))
     wanted = request("test://pattern", want_video=False)
-    teller = Teller(wanted, [SoundTrack(wanted, FileAxis(None), told.append)], told.append, lambda: next(quarters))
+    lane = Lane(SoundTrack(wanted, FileAxis(None), told.append), deque())
+    teller = Teller(wanted, [lane], told.append, lambda: next(quarters))
     for _ in range(13):
         teller.tell()
     assert told == [Progress(FOREVER_NS, 0)] * 4
@@ -443,34 +451,12 @@ def test_check_source_tells_the_kinds_apart(tmp_path):
 # --- time ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.floats(0.01, 60), st.lists(st.integers(0, 10**9), min_size=1, max_size=200))
-def test_the_grid_takes_a_picture_once_it_is_due_and_never_in_a_burst(fps, steps):
-    grid, now_ns, taken = FrameGrid(fps), 0, []
-    for step in steps:
-        now_ns += step
-        due_ns = grid.next_ns
-        assert grid.take(now_ns) == (now_ns >= due_ns)
-        assert grid.next_ns > now_ns or now_ns < due_ns
-        if now_ns >= due_ns:
-            taken.append((due_ns, now_ns))
-    dues = [due for due, _ in taken]
-    assert dues == sorted(set(dues))
-
-
-@given(st.floats(0.01, 60), st.integers(0, 10**6))
-def test_the_grid_skips_exactly_the_instants_which_have_passed(fps, index):
-    grid = FrameGrid(fps)
-    now_ns = grid.instant_ns(index)
-    assert grid.take(now_ns)
-    assert grid.next_ns == grid.instant_ns(index + 1)
-
-
 @given(st.integers(0, 10**10), st.integers(1, 33))
 def test_a_camera_has_one_frame_in_every_window_whenever_it_is_opened(start_ns, delay_ms):
     # Given: 30 pictures per second, the first so long after the camera was opened, until a window begins.
-    fake: Any = SimpleNamespace(average_rate=Fraction(30))
+    fake: Any = SimpleNamespace(average_rate=Fraction(30), sample_aspect_ratio=None)
     wanted, frames = request("rtsp://door", duration_ns=20 * NS_PER_S, want_audio=False), []
-    track = VideoTrack(fake, wanted, LiveAxis(), frames.append, start_ns)
+    track = VideoTrack(fake, wanted, LiveAxis(), frames.append, start_ns, live=True)
     first_ns = start_ns + delay_ms * NS_PER_MS
     num_pictures = (-first_ns % NS_PER_S + 3 * NS_PER_S) * 30 // NS_PER_S
     for index in range(num_pictures):

@@ -12,7 +12,7 @@ import pytest
 from graph.chunk import NS_PER_MS, NS_PER_S
 from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound, Warned
 from stages.media_health import Warner
-from stages.media_play import FIRST_PATIENCE_NS, MAX_NO_KEYFRAME, Decoding, Pulse
+from stages.media_play import FIRST_PATIENCE_NS, MAX_NO_KEYFRAME, Decoding, Lane, Pulse
 from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, VideoTrack
 from tests.support.media import Clip, damaged, times
@@ -158,13 +158,13 @@ class FakePacket:
 
 
 def video(sent: list[MediaItem]) -> Decoding:
-    stream: Any = SimpleNamespace(average_rate=Fraction(25))
+    stream: Any = SimpleNamespace(average_rate=Fraction(25), sample_aspect_ratio=None)
     asked = request("rtsp://user:canary@door/live")
-    return Decoding(VideoTrack(stream, asked, FileAxis(0), sent.append), asked.masked, Warner(sent.append))
+    return Decoding(Lane(VideoTrack(stream, asked, FileAxis(0), sent.append)), asked.masked, Warner(sent.append))
 
 
 def audio(sent: list[MediaItem]) -> Decoding:
-    return Decoding(SoundTrack(request("clip.mp4"), FileAxis(0), sent.append), "clip.mp4", Warner(sent.append))
+    return Decoding(Lane(SoundTrack(request("clip.mp4"), FileAxis(0), sent.append)), "clip.mp4", Warner(sent.append))
 
 
 ERRORS = [

@@ -415,11 +415,11 @@ def test_items_survive_the_pipe():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     samples = np.linspace(-1, 1, 16_000, dtype=np.float32)
     progress, warned = Progress(1, 2, 3, 4, 5), Warned("audio", "damaged", "a\nb")
-    sent = [progress, warned, Frame(5, image), Sound(0, samples), Failed("refused", "ä\x1b[31m"), Ended("")]
+    sent = [progress, warned, Frame(5, image, 7), Sound(0, samples), Failed("refused", "ä\x1b[31m"), Ended("")]
     frame_progress, given, frame, sound, failed, ended = parse(wire(*sent))
     assert frame_progress == progress
     assert given == Warned("audio", "damaged", "a b")
-    assert frame.start_ns == 5 and (frame.image == image).all() and not frame.image.flags.writeable
+    assert (frame.start_ns, frame.age_ns) == (5, 7) and (frame.image == image).all() and not frame.image.flags.writeable
     assert sound.first_sample == 0 and (sound.samples == samples).all() and not sound.samples.flags.writeable
     assert failed == Failed("refused", "ä [31m"), "a decoder may not steer a terminal"
     assert ended == Ended("")
@@ -442,12 +442,13 @@ def test_bytes_which_are_no_message_are_refused(data):
     st.integers(0, 9),
     st.integers(0, (1 << 32) - 1),
     st.integers(-(1 << 63), (1 << 63) - 1),
+    st.integers(-(1 << 63), (1 << 63) - 1),
     st.integers(0, (1 << 32) - 1),
     st.integers(0, (1 << 32) - 1),
 )
-def test_no_header_makes_the_parent_take_much_memory(kind, length, start, height, width):
+def test_no_header_makes_the_parent_take_much_memory(kind, length, start, age, height, width):
     parser = ItemParser(request("test://pattern"))
-    parser.space()[:] = HEADER.pack(MAGIC, kind, length, start, height, width)
+    parser.space()[:] = HEADER.pack(MAGIC, kind, length, start, age, height, width)
     with contextlib.suppress(WireError):
         parser.filled(HEADER.size)
     assert len(parser.space()) <= 3 * 448 * 448
@@ -458,6 +459,7 @@ def test_no_header_makes_the_parent_take_much_memory(kind, length, start, height
     [
         [Frame(9, np.zeros((2, 2, 3), np.uint8)), Frame(8, np.zeros((2, 2, 3), np.uint8))],
         [Frame(-1, np.zeros((2, 2, 3), np.uint8))],
+        [Frame(0, np.zeros((2, 2, 3), np.uint8), -1)],
         [Sound(1, np.zeros(9, np.float32))],
         [Sound(0, np.full(9, np.nan, np.float32))],
         [Sound(0, np.zeros(17_000, np.float32))],
