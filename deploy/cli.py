@@ -8,16 +8,14 @@ Rule: nothing heavy is imported at the top; `--help` answers at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from deploy.children import leave_out_current_folder
 from deploy.cli_common import (
     EXIT_DEPENDENCY,
-    EXIT_INTERRUPTED,
-    EXIT_RUNTIME,
     EXIT_VIOLATED,
     File,
     Json,
@@ -25,15 +23,11 @@ from deploy.cli_common import (
     clear_errors,
     fail,
     load,
-    tell,
     usage,
 )
-from deploy.cli_running import camera, down, is_ready, logs, ps
+from deploy.cli_running import camera, down, logs, ps
 from deploy.cli_shards import nano, shards
-
-if TYPE_CHECKING:
-    from graph.spec import PipelineSpec
-    from stages.stage import ListenerAction
+from deploy.terminal import prepare_standard_files
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,10 +45,12 @@ app.add_typer(nano, name="nano")
 
 def main() -> None:
     """Entry point of the `pipeline` command."""
+    prepare_standard_files()
+    leave_out_current_folder()
     from deploy.masked_output import mask_stderr
     from deploy.packages import PackageCollision, check_packages
 
-    mask_stderr()
+    mask_stderr(sys.argv[1:])
     try:
         check_packages()
     except PackageCollision as error:
@@ -98,29 +94,25 @@ def up(
     ] = False,
 ) -> None:
     """Start the pipeline, run it until its sources end or Ctrl-C, and stop it cleanly."""
-    from deploy.sources import check_sources, parse_cameras
-    from deploy.up import UpError, UpOptions, run_up
+    from deploy.background import run_in_background
+    from deploy.cli_up import UpArguments, run_in_foreground
 
+    arguments = UpArguments(
+        file=None if file is None else str(file),
+        overrides=tuple(overrides or ()),
+        cameras=tuple(camera or ()),
+        duration=duration,
+        out=None if out is None else str(out),
+        speed=speed,
+        listener=tuple(listener or ()),
+        barge_in=tuple(barge_in or ()),
+        speaker=speaker,
+        address=address,
+    )
     if detach:
-        _detach()
-        return
-    with clear_errors():
-        with usage():
-            sets = [*(overrides or []), *([f"stages.speaker.sink={speaker}"] if speaker else [])]
-            if speed not in ("real", "max"):
-                raise UpError(f"--speed {speed}: expected real or max")
-            actions = parse_listener(listener or [], barge_in or [])
-            duration_ns = _duration("--for", duration) if duration is not None else None
-            spec = _with_cameras(load(file, sets), parse_cameras(camera or []))
-            check_sources(spec, paced=speed == "real")
-        options = UpOptions(duration_ns, out, speed == "real", actions, address)
-        outcome = run_up(spec, options, tell)
-    for line in _summary(outcome.ledger):
-        tell(line)
-    if outcome.out is not None:
-        tell(f"left in {outcome.out}: transcript.txt, events.jsonl, windows.jsonl, ledger.json, one WAV per session")
-    if outcome.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        run_in_background(arguments)
+    else:
+        run_in_foreground(arguments)
 
 
 for command in (down, ps, logs):
@@ -211,99 +203,3 @@ def bench(
 
     with clear_errors():
         run_bench(name, as_json)
-
-
-def parse_listener(pauses: list[str], barge_ins: list[str]) -> tuple[ListenerAction, ...]:
-    """`paused@5s:10s` and `7s` as what the listener does. Raises UpError."""
-    from deploy.up import UpError
-    from stages.stage import ListenerAction
-
-    actions = [ListenerAction(_duration("--barge-in", text), "barge_in") for text in barge_ins]
-    for text in pauses:
-        kind, _, times = text.partition("@")
-        start, _, end = times.partition(":")
-        if kind != "paused" or not start:
-            raise UpError(f"--listener {text}: expected paused@START:END, like paused@5s:10s")
-        start_ns = _duration("--listener", start)
-        actions.append(ListenerAction(start_ns, "pause"))
-        if end:
-            end_ns = _duration("--listener", end)
-            if end_ns <= start_ns:
-                raise UpError(f"--listener {text}: the end must come after the start")
-            actions.append(ListenerAction(end_ns, "resume"))
-    return tuple(sorted(actions, key=lambda action: action.at_ns))
-
-
-def _duration(option: str, text: str) -> int:
-    """ns. Raises UpError, which names the option."""
-    from deploy.up import UpError
-    from graph.units import parse_duration
-
-    try:
-        duration_ns = parse_duration(text)
-    except ValueError as error:
-        raise UpError(f"{option}: {error}") from None
-    if duration_ns == 0:
-        raise UpError(f"{option}: must be longer than {text}")
-    return duration_ns
-
-
-def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
-    """`--camera` replaces the file's cameras; checked like the file's."""
-    import dataclasses
-    import json
-
-    from graph.errors import Problem, SpecError
-    from graph.spec import parse_spec
-
-    if not sources:
-        return spec
-    text = "version: 1\ncameras: " + json.dumps(
-        {name: {"source": source} for name, source in sources.items()}, ensure_ascii=False
-    )
-    try:
-        cameras = parse_spec(text, "--camera").cameras
-    except SpecError as error:
-        raise SpecError(Problem("--camera", problem.message) for problem in error.problems) from None
-    return dataclasses.replace(spec, cameras=cameras)
-
-
-def _detach() -> None:
-    """Start the same command in the background, and wait until it runs or fails."""
-    import subprocess
-    import time
-
-    from deploy.state import StateFolder
-
-    state = StateFolder(Path.cwd())
-    if (other := state.read()) is not None:
-        fail(f"a pipeline of this folder is running already (pid {other.pid}); `pipeline down` stops it", EXIT_RUNTIME)
-    with clear_errors(), state.hold():
-        state.create()
-    log = state.logs / "up.log"
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("-d", "--detach")]
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deploy", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-        )
-    while process.poll() is None:
-        if (running := state.read()) is not None and is_ready(running.url):
-            tell(f"running in the background (pid {running.pid}), {running.url}; pipeline ps | logs | down")
-            return
-        time.sleep(0.2)
-    sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
-    raise typer.Exit(process.returncode)
-
-
-def _summary(ledger: Any) -> Iterator[str]:
-    for edge, account in ledger.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items() if count)
-        dropped = f"{sum(account.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
-        yield (
-            f"  {edge:<34} {account.accepted:>6} accepted = {account.delivered} delivered + "
-            f"{dropped} + {account.in_flight} in flight"
-        )

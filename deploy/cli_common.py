@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.interrupts import Interrupted
+from deploy.terminal import tell
+
 if TYPE_CHECKING:
     from graph.spec import PipelineSpec
 
-EXIT_RUNTIME, EXIT_USAGE, EXIT_VIOLATED, EXIT_DEPENDENCY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_OK, EXIT_RUNTIME, EXIT_USAGE, EXIT_VIOLATED, EXIT_DEPENDENCY, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 File = Annotated[Path | None, typer.Option("-f", "--file", help="The pipeline's description (default: pipeline.yaml).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the description.")]
@@ -61,16 +64,14 @@ def clear_errors() -> Iterator[None]:
 
     try:
         yield
+    except Interrupted as error:
+        fail("interrupted", EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_OK)
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     except (DependencyError, MissingDependency) as error:
         fail(str(error), EXIT_DEPENDENCY)
     except (GraphError, ModelError, StageError, MediaError, OSError) as error:
         fail(str(error), EXIT_RUNTIME)
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def fail(message: str, code: int) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import EXIT_RUNTIME, EXIT_USAGE, Json, clear_errors, fail, table, tell, usage
+from deploy.cli_common import EXIT_RUNTIME, EXIT_USAGE, Json, clear_errors, fail, table, usage
+from deploy.terminal import tell
 
 camera = typer.Typer(no_args_is_help=True, help="Add cameras to the running pipeline, and remove them.")
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import Json, Set, clear_errors, table, tell, usage
+from deploy.cli_common import Json, Set, clear_errors, table, usage
+from deploy.terminal import tell
 
 shards = typer.Typer(no_args_is_help=True, help="Look at checkpoints, and make them.")
 nano = typer.Typer(no_args_is_help=True, help="Measure nano, the small model which is shipped.")

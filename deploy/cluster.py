@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from deploy.actor import Actor
+from deploy.children import descendants, no_descendants_left
+from deploy.interrupts import ENDING_SIGNALS
 from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
 from deploy.plan import ActorPlan
 
@@ -30,6 +35,7 @@ class Cluster:
 
     folder: Path | None
     groups: list[PlacementGroup]
+    others: frozenset[psutil.Process] = frozenset()  # children of ours that are none of Ray's
     strategies: dict[str, Any] = field(default_factory=dict)  # by the actor's name, where it is to run
 
     @property
@@ -62,11 +68,15 @@ class Cluster:
 
     def close(self) -> None:
         """Give the placement back; shut Ray down if it is ours."""
-        for group in self.groups:
-            remove_placement_group(group)
-        ray.shutdown()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)  # Ray leaves a socket and 60 files per run
+        if self.folder is None:
+            for group in self.groups:
+                remove_placement_group(group)
+            ray.shutdown()
+            return
+        with no_descendants_left(self.others):
+            _kill_without_asking()
+            ray.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)  # Ray leaves a socket and 60 files per run
 
     def _reserve(self, processes: list[Process]) -> PlacementGroup:
         group = placement_group([dict(process.resources) or {"CPU": 0.001} for process in processes], strategy="PACK")
@@ -91,25 +101,28 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     _mute()
+    _keep_signals()
     if address:
         try:
             _knock(address)
-            ray.init(address=address, **quiet)
+            with _as_children_shall_be(folder.parent):
+                ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise PlacementError(f"no Ray cluster can be joined at {address}: {reason}") from error
         return Cluster(folder=None, groups=[])
-    cluster = Cluster(folder=folder, groups=[])
+    cluster = Cluster(folder, groups=[], others=descendants())
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus_for(processes, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
-            **quiet,
-        )
+        with _as_children_shall_be(folder.parent):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus_for(processes, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+                **quiet,
+            )
     except BaseException as error:
         cluster.close()
         if isinstance(error, OSError | RuntimeError | ValueError):
@@ -118,9 +131,36 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
     return cluster
 
 
+@contextlib.contextmanager
+def _as_children_shall_be(folder: Path) -> Iterator[None]:
+    """Ray's processes and workers inherit the working folder and import from it: not the user's, then.
+
+    They inherit which signals are blocked, too. What ends `up` comes to the whole group from a terminal, to every
+    process from systemd, and Ray dies of it within a second, before anything could be brought to its end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _mute() -> None:
     """Ray prints to stdout when an actor dies, whatever `log_to_driver` says; that, the coordinator tells."""
     ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None  # where it no longer is, nothing happens
+
+
+def _keep_signals() -> None:
+    """Ray takes SIGTERM when it starts, and exits with 15: it is taken care of (deploy/interrupts.py)."""
+    ray._private.utils.set_sigterm_handler = lambda handler: None  # where it no longer is, nothing happens
+
+
+def _kill_without_asking() -> None:
+    """Ray's own processes take no SIGTERM (see above), for which `ray.shutdown()` would wait a second each."""
+    if (node := getattr(ray._private.worker, "_global_node", None)) is not None:
+        kill = node.kill_all_processes
+        node.kill_all_processes = lambda **how: kill(**{**how, "allow_graceful": False})
 
 
 def _knock(address: str) -> None:

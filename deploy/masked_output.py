@@ -34,9 +34,9 @@ class MaskedStream:
         return getattr(self._stream, name)
 
 
-def mask_stderr() -> None:
+def mask_stderr(arguments: Iterable[str]) -> None:
     """From now on whatever speaks on stderr (we, a library, a traceback) shows no secret of the command line either."""
-    for argument in sys.argv[1:]:
+    for argument in arguments:
         KNOWN.add_text(argument)
     if not isinstance(sys.stderr, MaskedStream):
         sys.stderr = MaskedStream(sys.stderr)

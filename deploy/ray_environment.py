@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import secrets
 
+from deploy.children import environment_for_children
+
 
 def prepare(address: str | None) -> None:
     """Set up the environment for a Ray of our own (address None), or for joining one, whose token the user gives.
 
     A Ray of our own listens on the loopback, whatever `_node_ip_address` says, only where it is told that this machine
     is in no cluster (a switch made for Windows and macOS). Other users of the machine are kept out by token
-    authentication, set explicitly and with a token of this run's own.
+    authentication, set explicitly and with a token of this run's own. Ray's processes and our actors inherit what is
+    here; nothing of it lets them run what is not ours.
     """
+    for_children = environment_for_children(os.environ)
+    for name in os.environ.keys() - for_children.keys():
+        del os.environ[name]
+    os.environ.update(for_children)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if address is None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from deploy import ray_environment
 from deploy.capacity import admit
 from deploy.checkpoints import Checkpoint, open_checkpoint
 from deploy.gateway_server import GatewayServer
+from deploy.interrupts import Interrupted, Interrupts
 from deploy.live_cameras import LiveCameras
 from deploy.measure import PipelineMeter
 from deploy.observe import build_gateway
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from deploy.coordinator import Coordinator
 
 POLL_S = 0.25
-AGAIN_S = 0.02
 MAX_ENDED = 64  # sessions which `ps` goes on showing
 CLOSING_S = 1.0  # after the last word
 
@@ -61,50 +58,11 @@ class UpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended."""
+    """How a run ended. interrupted: by Ctrl-C."""
 
     interrupted: bool
     ledger: Mapping[str, Account]
     out: Path | None
-
-
-class Interrupts:
-    """SIGINT and SIGTERM. While sessions run the first asks for a graceful end (`count`); while the pipeline
-    starts, and for the second, it raises KeyboardInterrupt. From then on they are ignored: nothing may cut off the
-    clean-up.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.graceful = False
-
-    def __enter__(self) -> Interrupts:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.listen()
-        return self
-
-    def listen(self) -> None:
-        """Take the signals, also from who has taken them since: Ray does, and dies of SIGTERM."""
-        for number in self._before:
-            signal.signal(number, self._on_signal)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def ignore(self) -> None:
-        for number in self._before:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-            # Its callbacks swallow what is raised in them: once more, a moment later.
-            threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
-            return
-        self.count += 1  # no Event: its lock may be held by the thread which the signal interrupts
-        if self.count > 1 or not self.graceful:
-            self.ignore()
-            raise KeyboardInterrupt
 
 
 def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) -> Outcome:
@@ -119,6 +77,7 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
             f"a pipeline of this folder is running already (pid {other.pid}, {other.url}); `pipeline down` it"
         )
     with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
         stack.enter_context(state.hold())
         stack.callback(state.forget)  # the last thing, so that who sees it gone may start another
         _check_output(options.out)
@@ -131,7 +90,6 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         if not (options.address or os.environ.get("RAY_ADDRESS")):
             checkpoint.check_memory(spec)
         status = Status(model=spec.model, trained=checkpoint.trained)
-        interrupts = stack.enter_context(Interrupts())
         state.create()
         live = LiveCameras(spec, paced=options.paced, keeps_files=options.out is not None)
         token = secrets.token_urlsafe(32)
@@ -195,14 +153,16 @@ class _Run:
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
             stack.callback(self._interrupts.ignore)
             try:
-                interrupted = self._wait(coordinator, meter)
+                self._wait(coordinator, meter)
+            except Interrupted:  # the second time: nobody is waited for
+                self._close_sessions(coordinator)
             finally:
                 self._live.close()
                 self._status.problem = "stopping"
             ledger = coordinator.ledger()
+            self._write_ledger(ledger)
             self._tell("stopping")
-        self._write_ledger(ledger)
-        return Outcome(interrupted, ledger, self._options.out)
+        return Outcome(self._interrupts.is_ctrl_c, ledger, self._options.out)
 
     def _drain_s(self) -> float:
         """How long sessions may take to their end, after the first Ctrl-C: TTS and then the vocoder may wait for their
@@ -210,23 +170,26 @@ class _Run:
         window_ns = self._spec.window.length_ns
         return ((2 * MAX_QUIET + 1) * window_ns + self._spec.tail.lead_ns) / NS_PER_S + CLOSING_S
 
-    def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> bool:
-        """Until every session has ended; True when that was asked for."""
+    def _close_sessions(self, coordinator: Coordinator) -> None:
+        for session in coordinator.sessions:
+            coordinator.close_session(session)
+
+    def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
+        """Until every session has ended, by itself or because a signal has asked for it. The second signal raises."""
         deadline_s = float("inf")
-        asked = False
+        is_ending = False
         self._interrupts.graceful = True
         self._live.begin(self._until_s())
         while coordinator.sessions:
-            if self._interrupts.count and not asked:
-                asked = True
+            if self._interrupts.count and not is_ending:
+                is_ending = True
                 self._live.close()
                 self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
                 deadline_s = time.monotonic() + self._drain_s()
                 for session in coordinator.sessions:
                     coordinator.end_session(session)
             if time.monotonic() > deadline_s:
-                for session in coordinator.sessions:
-                    coordinator.close_session(session)
+                self._close_sessions(coordinator)
             self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
             before = coordinator.sessions
             self._status.saw(coordinator.poll())
@@ -237,7 +200,6 @@ class _Run:
             meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
             if coordinator.sessions:
                 self._live.wait(POLL_S)
-        return asked
 
     def _until_s(self) -> float | None:
         """When the sources end, on the monotonic clock, where `--for` says so."""
@@ -303,7 +265,7 @@ def _check_output(out: Path | None) -> None:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "ledger.json").touch()  # it is written last, but that it can be is seen first
+        (out / "ledger.json").touch()  # it is written at the end, but that it can be is seen first
         (out / "ledger.json").unlink()
     except OSError as error:
         raise UpError(f"--out {out}: can't be written to: {error.strerror}") from error

@@ -43,6 +43,7 @@ from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, to_ns
 from stages.media_view import MAX_PICTURE_PIXELS, Scaler, check_size
 from stages.media_wire import (
     FOREVER_NS,
+    GOODBYE_SIGNAL,
     IMAGE_SUFFIXES,
     LIVE_KINDS,
     Ended,
@@ -467,6 +468,8 @@ def read_order(fd: int) -> Order:
 
 
 def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # these end the pipeline, which ends us
+        signal.signal(number, signal.SIG_IGN)
     outlet = Outlet(os.dup(1))
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # a library which prints would break the messages
@@ -475,7 +478,7 @@ def main() -> int:
         order = read_order(0)
         threading.Thread(target=watch_lifeline, args=(0,), daemon=True).start()
         limit_resources()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that a camera is told goodbye
+        signal.signal(GOODBYE_SIGNAL, lambda *_: sys.exit(0))  # so that a camera is told goodbye
         outlet.put(decode_order(order, outlet))
     except ParentGone:
         return 1

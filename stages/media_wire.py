@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,7 @@ MAX_WARNINGS: Final = 64  # of one connection: two tracks have so few things to 
 
 SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test", "synthetic"]
 LIVE_KINDS: Final[tuple[SourceKind, ...]] = ("rtsp", "webcam")  # these set the pace themselves
+GOODBYE_SIGNAL: Final = signal.SIGUSR1  # ours: SIGTERM comes from the user, and from systemd to every process
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 FailKind: TypeAlias = Literal["missing", "unreadable", "refused", "blocked", "timeout", "closed", "crashed", "limit"]
 # missing: not there · unreadable: no media in it · refused: by its owner · blocked: by us · closed: live, and cut off

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from stages.media_wire import GOODBYE_SIGNAL
+
 LOOK_S: Final = 0.02
 RARE_LOOK_S: Final = 1.0  # at one that not even SIGKILL ends: it hangs in the kernel, on a device or a dead disk
 STUBBORN_S: Final = 5.0
@@ -45,7 +47,7 @@ class Reaper:
     def end(self, process: subprocess.Popen[bytes], goodbye_s: float) -> None:
         """Ask a process to end, and kill it when it has not after goodbye_s; 0: at once. Waits for nothing."""
         if goodbye_s > 0:
-            process.terminate()
+            process.send_signal(GOODBYE_SIGNAL)
         ending = _Ending(process, self._clock(), goodbye_s)
         if ending.is_over(self._clock()):
             return

@@ -1,11 +1,11 @@
-"""deploy/up.py: Ctrl-C, whatever it cuts into."""
+"""deploy/interrupts.py: Ctrl-C, whatever it cuts into."""
 
 import signal
 import time
 
 import pytest
 
-from deploy.up import Interrupts
+from deploy.interrupts import Interrupts
 
 PRESS_CTRL_C = compile("signal.raise_signal(signal.SIGINT)", "<frozen importlib._bootstrap>", "exec")
 

@@ -5,8 +5,8 @@ import sys
 
 from stages.reaper import Reaper
 
-STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-POLITE = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
+STUBBORN = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)"
+POLITE = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))"
 
 
 def process(code: str) -> subprocess.Popen[bytes]:

@@ -1,0 +1,127 @@
+"""`pipeline up`: what the command line says, checked, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from deploy.cli_common import EXIT_INTERRUPTED, clear_errors, load, usage
+from deploy.terminal import Teller
+
+if TYPE_CHECKING:
+    from deploy.up import Outcome
+    from graph.spec import PipelineSpec
+    from stages.stage import ListenerAction
+
+
+@dataclass(frozen=True, slots=True)
+class UpArguments:
+    """The command line, taken apart once: what it says, as it says it. Plain values, so that they may travel."""
+
+    file: str | None = None
+    overrides: tuple[str, ...] = ()
+    cameras: tuple[str, ...] = ()
+    duration: str | None = None
+    out: str | None = None
+    speed: str = "real"
+    listener: tuple[str, ...] = ()
+    barge_in: tuple[str, ...] = ()
+    speaker: str | None = None
+    address: str | None = None
+
+
+def run_in_foreground(arguments: UpArguments) -> None:
+    """Check, run, and say how it ended. Raises typer.Exit."""
+    from deploy.sources import check_sources, parse_cameras
+    from deploy.up import UpError, UpOptions, run_up
+
+    with clear_errors():
+        with usage():
+            speaker, speed, duration = arguments.speaker, arguments.speed, arguments.duration
+            sets = [*arguments.overrides, *([f"stages.speaker.sink={speaker}"] if speaker else [])]
+            if speed not in ("real", "max"):
+                raise UpError(f"--speed {speed}: expected real or max")
+            actions = parse_listener(arguments.listener, arguments.barge_in)
+            duration_ns = _duration("--for", duration) if duration is not None else None
+            file = None if arguments.file is None else Path(arguments.file)
+            spec = _with_cameras(load(file, sets), parse_cameras(list(arguments.cameras)))
+            check_sources(spec, paced=speed == "real")
+        out = None if arguments.out is None else Path(arguments.out)
+        options = UpOptions(duration_ns, out, speed == "real", actions, arguments.address)
+        with Teller() as teller:
+            outcome = run_up(spec, options, teller.tell)
+            for line in _summary(outcome):
+                teller.tell(line)
+    if outcome.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def parse_listener(pauses: Sequence[str], barge_ins: Sequence[str]) -> tuple[ListenerAction, ...]:
+    """`paused@5s:10s` and `7s` as what the listener does. Raises UpError."""
+    from deploy.up import UpError
+    from stages.stage import ListenerAction
+
+    actions = [ListenerAction(_duration("--barge-in", text), "barge_in") for text in barge_ins]
+    for text in pauses:
+        kind, _, times = text.partition("@")
+        start, _, end = times.partition(":")
+        if kind != "paused" or not start:
+            raise UpError(f"--listener {text}: expected paused@START:END, like paused@5s:10s")
+        start_ns = _duration("--listener", start)
+        actions.append(ListenerAction(start_ns, "pause"))
+        if end:
+            end_ns = _duration("--listener", end)
+            if end_ns <= start_ns:
+                raise UpError(f"--listener {text}: the end must come after the start")
+            actions.append(ListenerAction(end_ns, "resume"))
+    return tuple(sorted(actions, key=lambda action: action.at_ns))
+
+
+def _duration(option: str, text: str) -> int:
+    """ns. Raises UpError, which names the option."""
+    from deploy.up import UpError
+    from graph.units import parse_duration
+
+    try:
+        duration_ns = parse_duration(text)
+    except ValueError as error:
+        raise UpError(f"{option}: {error}") from None
+    if duration_ns == 0:
+        raise UpError(f"{option}: must be longer than {text}")
+    return duration_ns
+
+
+def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
+    """`--camera` replaces the file's cameras; checked like the file's."""
+    import dataclasses
+    import json
+
+    from graph.errors import Problem, SpecError
+    from graph.spec import parse_spec
+
+    if not sources:
+        return spec
+    text = "version: 1\ncameras: " + json.dumps(
+        {name: {"source": source} for name, source in sources.items()}, ensure_ascii=False
+    )
+    try:
+        cameras = parse_spec(text, "--camera").cameras
+    except SpecError as error:
+        raise SpecError(Problem("--camera", problem.message) for problem in error.problems) from None
+    return dataclasses.replace(spec, cameras=cameras)
+
+
+def _summary(outcome: Outcome) -> Iterator[str]:
+    for edge, account in outcome.ledger.items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items() if count)
+        dropped = f"{sum(account.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+        yield (
+            f"  {edge:<34} {account.accepted:>6} accepted = {account.delivered} delivered + "
+            f"{dropped} + {account.in_flight} in flight"
+        )
+    if outcome.out is not None:
+        yield f"left in {outcome.out}: transcript.txt, events.jsonl, windows.jsonl, ledger.json, one WAV per session"
