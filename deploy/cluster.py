@@ -8,21 +8,23 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from deploy.actor import Actor
+from deploy.calls import ActorDied, CallError, CoordinatorError
 from deploy.children import descendants, no_descendants_left
 from deploy.interrupts import ENDING_SIGNALS
 from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
-from deploy.plan import ActorPlan
+from deploy.plan import ActorPlan, Answer, Call
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
 PLACEMENT_TIMEOUT_S = 60.0
@@ -65,6 +67,49 @@ class Cluster:
     def replace(self, process: Process, plan: ActorPlan) -> Any:
         """Create an actor where one of its name was placed that has died; returns its handle, before it is up."""
         return _create(process, plan, self.strategies[process.name])
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def perform(self, handle: Any, calls: Sequence[Call]) -> Any:
+        """See `deploy.calls.Transport`."""
+        return handle.perform.remote(calls)
+
+    def finished(self, references: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        """All that are there, once one is; none when the time is over."""
+        there, _ = ray.wait(list(references), num_returns=1, timeout=timeout_s)
+        if there:
+            there, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
+        return there
+
+    def answers(self, name: str, reference: Any) -> Sequence[Answer]:
+        """Raises ActorDied where the actor is gone, CallError where its loop has failed."""
+        try:
+            answers: Sequence[Answer] = ray.get(reference)
+        except RayTaskError as error:
+            raise CallError(f"{name}: {error.cause or error}") from error
+        except RayActorError as error:
+            reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
+            raise ActorDied(f"{name} has died: {reason}") from error
+        except RayError as error:
+            raise CoordinatorError(f"{name} does not answer: {error}") from error
+        return answers
+
+    def clock_ns(self, handle: Any, timeout_s: float) -> int:
+        """The monotonic clock of the actor's machine. Raises TimeoutError when there is no answer."""
+        try:
+            return int(ray.get(handle.clock.remote(), timeout=timeout_s))
+        except RayError as error:
+            raise TimeoutError(str(error)) from error
+
+    def stop(self, handles: Iterable[Any], timeout_s: float) -> None:
+        """Let actors close what they hold, all at once; who takes longer is left to `kill`."""
+        calls = [handle.stop.remote() for handle in handles]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+
+    def kill(self, handle: Any) -> None:
+        """Whether it lives or not."""
+        ray.kill(handle)
 
     def close(self) -> None:
         """Give the placement back; shut Ray down if it is ours."""

@@ -17,6 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from deploy.calls import Reply
 from deploy.capacity import CapacityError, admit
 from deploy.sources import Probed, SourceError, check_sources, probe, probe_all
 from graph.chunk import NS_PER_S
@@ -26,7 +27,6 @@ from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
 from graph.spec_check import MAX_CAMERAS
 from stages.media import MediaError
-from stages.stage import StageError
 
 ANSWER_S: Final = 60.0  # until the pipeline's thread must have begun; it looks four times a second
 RETRY_S: Final = 30.0  # where nobody knows when there will be room
@@ -72,6 +72,7 @@ class LiveCameras:
         self._open = set(spec.cameras)
         self._used = set(spec.cameras)
         self._asked: deque[_Asked] = deque()
+        self._opening: list[tuple[_Asked, Reply[None]]] = []  # by the pipeline's thread, which alone touches it
         self._until_s: float | None = None  # when the sources end, on the monotonic clock
         self._is_over = threading.Event()
         self._closed = "the pipeline is starting"  # why nothing is answered; "" when it is
@@ -197,30 +198,30 @@ class LiveCameras:
         if self._wake.wait(timeout_s):
             self._wake.clear()
 
-    def answer(self, open_camera: Callable[[str, CameraSpec], None], end_camera: Callable[[str], None]) -> None:
-        """Do what was asked for since."""
-        while True:
-            with self._lock:
-                if not self._asked:
-                    return
-                asked = self._asked.popleft()
-            if not asked.done.set_running_or_notify_cancel():
-                continue
-            try:
-                if asked.camera is None:
-                    end_camera(asked.name)
+    def answer(self, open_camera: Callable[[str, CameraSpec], Reply[None]], end_camera: Callable[[str], None]) -> None:
+        """Begin what was asked for since, and answer what is done by now."""
+        with self._lock:
+            asked, self._asked = list(self._asked), deque()
+        for each in asked:
+            if each.done.set_running_or_notify_cancel():
+                if each.camera is None:
+                    end_camera(each.name)
+                    each.done.set_result(None)
                 else:
-                    open_camera(asked.name, asked.camera)
-                    self._opened(asked.name)
-            except StageError as error:
-                asked.done.set_exception(Refused(503, str(error), self._retry_after_s()))
-            except MediaError as error:  # it has gone since it was looked at
-                asked.done.set_exception(Refused(422, f"camera {asked.name}: {error}"))
-            except BaseException as error:
-                asked.done.set_exception(Refused(503, f"camera {asked.name}: {error}"))
-                raise
-            else:
-                asked.done.set_result(None)
+                    self._opening.append((each, open_camera(each.name, each.camera)))
+        done = [(each, reply) for each, reply in self._opening if reply.is_done]
+        self._opening = [(each, reply) for each, reply in self._opening if not reply.is_done]
+        for each, reply in done:
+            self._answer(each, reply)
+
+    def _answer(self, asked: _Asked, reply: Reply[None]) -> None:
+        if reply.error is None:
+            self._opened(asked.name)
+            asked.done.set_result(None)
+        elif isinstance(reply.error, MediaError):  # it has gone since it was looked at
+            asked.done.set_exception(Refused(422, f"camera {asked.name}: {reply.error}"))
+        else:
+            asked.done.set_exception(Refused(503, str(reply.error), self._retry_after_s()))
 
     def _opened(self, name: str) -> None:
         with self._lock:
@@ -239,6 +240,9 @@ class LiveCameras:
             self._closed = ENDING
             self._is_over.set()
             left, self._asked = list(self._asked), deque()
+        opening, self._opening = self._opening, []
+        for asked, _ in opening:
+            asked.done.set_exception(Refused(503, ENDING))
         for asked in left:
             if asked.done.set_running_or_notify_cancel():
                 asked.done.set_exception(Refused(503, ENDING))

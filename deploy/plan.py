@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.accounts import EdgeEnds
+from deploy.runner import StageSnapshot
 from graph.sections import StageSpec
 from graph.spec import EdgeSpec
 
@@ -36,3 +38,27 @@ class Address:
     node_ip: str
     pid: int
     metrics_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Something that an actor is to do, in its loop's thread."""
+
+    method: str
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call has returned, or raised."""
+
+    value: object = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an actor is doing, and its ends of its edges: by stage, by edge."""
+
+    stages: Mapping[str, StageSnapshot]
+    ends: Mapping[str, EdgeEnds]

@@ -3,6 +3,8 @@
 A session goes on with the window that it is in. What the dead replica held is lost and counted, what it knew is
 forgotten: an LLM begins with its system prompt. Where speech came through it, what was said and not heard is taken
 back, as if the listener had interrupted: so all who speak begin anew together.
+
+Whoever runs these steps (deploy/restarts.py over Ray, deploy/virtual_deaths.py in virtual time) answers the calls.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from deploy.calls import Reply, Steps, answered
 from deploy.routing import session_plan, stages_of
 from deploy.runner import Listener, SessionPlan
 from graph.chunk import Scalar, SessionId
@@ -23,12 +26,14 @@ TELLING: Final = ("speaker", "llm", "camera")  # who can tell events
 
 
 class Replicas(Protocol):
-    """The stages' replicas, each named by its stage and number."""
+    """The stages' replicas, each named by its stage and number. Calls to one of them are done in the order in which
+    they are made; where one is not there, its reply has failed."""
 
-    def open(self, stage: str, replica: int, plan: SessionPlan) -> None: ...
-    def begin(self, stage: str, replica: int, session: SessionId) -> None: ...
-    def listener(self, stage: str, replica: int, session: SessionId) -> Listener | None: ...
-    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> bool: ...
+    def resume(self, stage: str, replica: int, plan: SessionPlan) -> Reply[None]:
+        """Open a session and let its clock run. Fails with StageError where there is no room."""
+
+    def listener(self, stage: str, replica: int, session: SessionId) -> Reply[Listener | None]: ...
+    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> Reply[bool]: ...
     def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None: ...
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
@@ -43,38 +48,44 @@ class Going:
     replicas: dict[str, int]
 
 
-def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Going) -> None:
-    """Open a session again at a stage. Raises StageError when that has no room for it."""
-    listener = Listener(Ack(0), 0)
-    if "speaker" in stages_of(going.session, spec):
-        listener = replicas.listener("speaker", going.replicas["speaker"], going.session.id) or listener
-    plan = replace(session_plan(spec, stage, going.session, going.replicas), goes_on=listener)
-    replicas.open(stage, going.replicas[stage], plan)
-    replicas.begin(stage, going.replicas[stage], going.session.id)
+def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Sequence[Going]) -> Steps[list[Reply[None]]]:
+    """Open sessions again at a stage; returns what became of each."""
+    heard = [_listener(replicas, spec, each) for each in going]
+    yield heard
+    opened: list[Reply[None]] = []
+    for each, reply in zip(going, heard, strict=True):
+        listener = (None if reply.error else reply.result()) or Listener(Ack(0), 0)
+        plan = replace(session_plan(spec, stage, each.session, each.replicas), goes_on=listener)
+        opened.append(replicas.resume(stage, each.replicas[stage], plan))
+    yield opened
+    return opened
 
 
-def redirect(replicas: Replicas, spec: PipelineSpec, stage: str, going: Going) -> list[str]:
+def redirect(replicas: Replicas, spec: PipelineSpec, stage: str, going: Going) -> dict[str, Reply[bool]]:
     """Let what is sent to a stage go where the session is now; it may still have to wait for the link.
 
-    Returns the edges on which nothing will come, since the session has ended at their other end.
+    Returns by edge whether the session is still open at the other end; if not, nothing will come on it.
     """
     passed = stages_of(going.session, spec)
-    ended: list[str] = []
-    for edge in inputs_of(spec, stage):
-        source = edge.source.stage
-        if source in passed:
-            where = (source, going.replicas[source])
-            is_open = replicas.reroute(*where, going.session.id, edge.id, going.replicas[stage])
-            ended += [edge.id] if not is_open and edge.kind != "playback" else []
-    return ended
+    return {
+        edge.id: replicas.reroute(
+            edge.source.stage, going.replicas[edge.source.stage], going.session.id, edge.id, going.replicas[stage]
+        )
+        for edge in inputs_of(spec, stage)
+        if edge.source.stage in passed
+    }
 
 
 def announce(
-    replicas: Replicas, spec: PipelineSpec, stage: str, going: Going, actor: str, ended: Sequence[str]
-) -> None:
+    replicas: Replicas, spec: PipelineSpec, stage: str, going: Going, actor: str, redirected: dict[str, Reply[bool]]
+) -> Steps[None]:
     """Once it is reached: end what has ended, and tell that `actor` had died. Who speaks begins anew with it."""
-    for edge in ended:
-        replicas.end_input(stage, going.replicas[stage], going.session.id, edge)
+    yield list(redirected.values())
+    for edge in inputs_of(spec, stage):
+        reply = redirected.get(edge.id)
+        # Where nobody has answered, whoever takes that one's place will send.
+        if reply is not None and edge.kind != "playback" and reply.error is None and not reply.result():
+            replicas.end_input(stage, going.replicas[stage], going.session.id, edge.id)
     teller = next(each for each in TELLING if each in stages_of(going.session, spec))
     cuts = teller == "speaker" and stage in SPEAKING
     attrs: dict[str, Scalar] = {"actor": actor}
@@ -84,3 +95,9 @@ def announce(
 def inputs_of(spec: PipelineSpec, stage: str) -> list[EdgeSpec]:
     """The edges that come to a stage."""
     return [edge for edge in spec.edges if edge.target.stage == stage]
+
+
+def _listener(replicas: Replicas, spec: PipelineSpec, going: Going) -> Reply[Listener | None]:
+    if "speaker" not in stages_of(going.session, spec):
+        return answered("", None)
+    return replicas.listener("speaker", going.replicas["speaker"], going.session.id)

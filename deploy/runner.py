@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Protocol
@@ -39,6 +40,7 @@ from graph.window import Joined, Late, Unit, WindowJoin
 from stages.events import WINDOW_EVENT
 from stages.stage import Session, Stage
 
+WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
 MAX_QUIET = 5
 """Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
@@ -64,6 +66,7 @@ class SessionPlan:
     num_inputs:     input edges; a stage without windows ends with the last of them.
     peers:          per output edge the replica that this session goes to.
     goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
+    alone_for:      so many of its units go without others, since an actor died of one of several (deploy/suspects.py).
     """
 
     session: Session
@@ -71,6 +74,7 @@ class SessionPlan:
     num_inputs: int = 0
     peers: Mapping[str, int] = field(default_factory=dict)
     goes_on: Listener | None = None
+    alone_for: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ class _Open:
     ended: set[str] = field(default_factory=set)  # the edges that have, of a stage without windows
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
+    num_processed: int = 0  # of them here
     num_late: int = 0
     told_level: int = 0  # to the camera, and when
     told_ns: int = 0
@@ -129,6 +134,10 @@ class _Open:
     @property
     def session(self) -> Session:
         return self.plan.session
+
+    @property
+    def goes_alone(self) -> bool:
+        return self.num_processed < self.plan.alone_for
 
     def now_ns(self) -> int:
         return self.session_ns(self.clock.monotonic_ns())
@@ -166,6 +175,7 @@ class StageRunner:
     """One replica of one stage.
 
     receivers: by edge. senders: by edge, one per replica of the other end.
+    working_on: entered for the sessions of each batch, so that it is known whose data a process has died of.
     """
 
     def __init__(
@@ -177,6 +187,7 @@ class StageRunner:
         meter: Meter,
         gathering: Gathering,
         clock: Clock,
+        working_on: WorkingOn = nullcontext,
     ) -> None:
         self.name = name
         self.stage = stage
@@ -185,6 +196,7 @@ class StageRunner:
         self._meter = meter
         self._gathering = gathering
         self._clock = clock
+        self._working_on = working_on
         self.num_units = 0
         self._open: dict[SessionId, _Open] = {}
         self._ready: dict[SessionId, _Open] = {}  # those which have a unit that is complete
@@ -510,7 +522,11 @@ class StageRunner:
             if not state.ready and state.join is not None and state.begun and not state.ending
         )
         sessions = self._gathering.batch(going, next_ends_ns, self._clock.monotonic_ns())
-        return [(self._open[session], self._open[session].ready[0]) for session in sessions]
+        batch = [self._open[session] for session in sessions]
+        if len(batch) > 1 and any(state.goes_alone for state in batch):
+            together = [state for state in batch if not state.goes_alone]
+            batch = batch[:1] if batch[0].goes_alone else together
+        return [(state, state.ready[0]) for state in batch]
 
     def _may_go(self, state: _Open) -> bool:
         if not self._has_room(state):
@@ -536,7 +552,8 @@ class StageRunner:
             self._advance(state)
             ready.unit = self._without_stale(state, self._marked(state, ready.unit))
         started_ns = self._clock.monotonic_ns()
-        chunks = self.stage.process([ready.unit for _, ready in batch])
+        with self._working_on([state.session.id for state, _ in batch]):
+            chunks = self.stage.process([ready.unit for _, ready in batch])
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
         if idle:
@@ -583,6 +600,7 @@ class StageRunner:
             for chunk in chunks:
                 self._settle(state, chunk, None)
         state.num_units += 1
+        state.num_processed += 1
         self.num_units += 1
         self._meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.since_ns)

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy import ray_environment
+from deploy.calls import Reply
 from deploy.capacity import admit
 from deploy.checkpoints import Checkpoint, open_checkpoint
+from deploy.deadline import Deadline
 from deploy.gateway_server import GatewayServer
 from deploy.interrupts import Interrupted, Interrupts
 from deploy.live_cameras import LiveCameras
 from deploy.measure import PipelineMeter
 from deploy.observe import build_gateway
-from deploy.runner import MAX_QUIET
 from deploy.sources import anchored, check_cameras
 from deploy.state import Running, StateFolder
 from deploy.status import Status
@@ -30,14 +31,18 @@ from graph.errors import GraphError
 from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction, Session, StageError
+from stages.stage import ListenerAction, Session
 
 if TYPE_CHECKING:
     from deploy.coordinator import Coordinator
 
 POLL_S = 0.25
 MAX_ENDED = 64  # sessions which `ps` goes on showing
+BUSY_S = 0.02  # between two looks while a camera opens
 CLOSING_S = 1.0  # after the last word
+# From the first signal to the end of the process, whatever hangs; most of it is for a listener who still hears. What is
+# left is for the last word of all actors, for stopping them, and for Ray.
+END_S, DRAIN_S = 10.0, 5.0
 
 
 class UpError(GraphError):
@@ -124,6 +129,7 @@ class _Run:
         self._url = url
         self._interrupts = interrupts
         self._live = live
+        self._ending: Deadline | None = None  # once an end was asked for
         self._begun_s = 0.0  # when the first sessions were open, on the monotonic clock
         self._tell = tell
 
@@ -139,9 +145,10 @@ class _Run:
             cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
             stack.callback(cluster.close)
             self._interrupts.listen()
-            coordinator = Coordinator(self._spec, self._checkpoint.path.absolute(), self._state.path)
-            stack.callback(coordinator.stop)
-            coordinator.start(cluster, self._tell)
+            path = self._checkpoint.path.absolute()
+            coordinator = Coordinator(self._spec, path, self._state.path, cluster, self._tell)
+            stack.callback(lambda: coordinator.stop(self._ending))
+            coordinator.start()
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
             coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
             self._begun_s = time.monotonic()
@@ -151,77 +158,77 @@ class _Run:
             self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
             self._status.problem = ""
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
-            stack.callback(self._interrupts.ignore)
             try:
                 self._wait(coordinator, meter)
             except Interrupted:  # the second time: nobody is waited for
-                self._close_sessions(coordinator)
+                pass
             finally:
+                self._interrupts.ignore()  # what is left has an end of its own
                 self._live.close()
                 self._status.problem = "stopping"
-            ledger = coordinator.ledger()
-            self._write_ledger(ledger)
+                ledger = coordinator.end(self._ending)  # also of a run that breaks
+                self._write_ledger(ledger)
             self._tell("stopping")
         return Outcome(self._interrupts.is_ctrl_c, ledger, self._options.out)
 
     def _drain_s(self) -> float:
-        """How long sessions may take to their end, after the first Ctrl-C: TTS and then the vocoder may wait for their
-        listener, who then has a lead and a window to hear."""
-        window_ns = self._spec.window.length_ns
-        return ((2 * MAX_QUIET + 1) * window_ns + self._spec.tail.lead_ns) / NS_PER_S + CLOSING_S
-
-    def _close_sessions(self, coordinator: Coordinator) -> None:
-        for session in coordinator.sessions:
-            coordinator.close_session(session)
+        """How long sessions may take to their end, after the first Ctrl-C: a listener has a lead and a window to hear,
+        after the last word is made. One who hears nothing is not waited for any longer."""
+        rest_ns = 2 * self._spec.window.length_ns + self._spec.tail.lead_ns
+        return max(DRAIN_S, rest_ns / NS_PER_S + CLOSING_S)
 
     def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
-        """Until every session has ended, by itself or because a signal has asked for it. The second signal raises."""
-        deadline_s = float("inf")
-        is_ending = False
+        """Until every session has ended, by itself or because a signal has asked for it, or no time is left for that.
+
+        The second signal raises.
+        """
+        drain: Deadline | None = None
         self._interrupts.graceful = True
         self._live.begin(self._until_s())
         while coordinator.sessions:
-            if self._interrupts.count and not is_ending:
-                is_ending = True
+            if self._interrupts.count and drain is None:
+                drain = Deadline(self._drain_s())
+                self._ending = Deadline(self._drain_s() + END_S - DRAIN_S)
                 self._live.close()
                 self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
-                deadline_s = time.monotonic() + self._drain_s()
                 for session in coordinator.sessions:
                     coordinator.end_session(session)
-            if time.monotonic() > deadline_s:
-                self._close_sessions(coordinator)
+            if drain is not None and drain.is_over:
+                break
             self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
-            before = coordinator.sessions
-            self._status.saw(coordinator.poll())
-            for session in set(before) - set(coordinator.sessions):
-                self._live.ended(session)
-            self._status.ledger = coordinator.ledger()
-            self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
-            meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
+            self._poll(coordinator, meter)
             if coordinator.sessions:
-                self._live.wait(POLL_S)
+                self._live.wait(BUSY_S if coordinator.is_busy else POLL_S)
+
+    def _poll(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
+        """Look at the actors once, and let the gateway and the metrics know."""
+        before = coordinator.sessions
+        self._status.saw(coordinator.poll())
+        for session in set(before) - set(coordinator.sessions):
+            self._live.ended(session)
+        self._status.ledger = coordinator.ledger()
+        self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
+        meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
 
     def _until_s(self) -> float | None:
         """When the sources end, on the monotonic clock, where `--for` says so."""
         duration_ns = self._options.duration_ns
         return None if duration_ns is None else self._begun_s + duration_ns / NS_PER_S
 
-    def _add(self, coordinator: Coordinator, name: str, camera: CameraSpec) -> None:
-        from deploy.coordinator import CallError
-
+    def _add(self, coordinator: Coordinator, name: str, camera: CameraSpec) -> Reply[None]:
         session, until_s = self._session(name, camera), self._until_s()
         if until_s is not None:  # it ends with the others
             left_ns = round((until_s - time.monotonic()) * NS_PER_S)
             session = replace(session, duration_ns=max(left_ns, session.window_ns))
-        try:
-            coordinator.open_sessions([session])
-        except CallError as error:  # all others go on
-            raise StageError(str(error)) from error
-        running = set(coordinator.sessions)
-        ended = [other for other in self._status.sources if other not in running]
-        kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
-        self._status.sources = {**kept, name: camera.source.masked}
-        self._tell(f"camera {name}: added")
+
+        def opened() -> None:
+            running = set(coordinator.sessions)
+            ended = [other for other in self._status.sources if other not in running]
+            kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
+            self._status.sources = {**kept, name: camera.source.masked}
+            self._tell(f"camera {name}: added")
+
+        return coordinator.begin_to_open(session, opened)
 
     def _remove(self, coordinator: Coordinator, name: str) -> None:
         if (session := SessionId(name)) in coordinator.sessions:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from deploy.calls import Reply, answered, at_once
 from deploy.placement import LOCAL_STAGES, Process
 from deploy.recovery import Going, announce, inputs_of, redirect, reopen
 from deploy.runner import Listener, SessionPlan, StageRunner
@@ -78,9 +79,9 @@ class Deaths:
         loads = {replica: sum(each.get(stage) == replica for each in replicas_of.values()) for replica in others}
         if loads:
             replicas_of[session.id][stage] = min(loads, key=lambda replica: loads[replica])
-            reopen(self, self._spec, stage, self._going(session))
-            ended = redirect(self, self._spec, stage, self._going(session))
-            announce(self, self._spec, stage, self._going(session), process.name, ended)
+            at_once(reopen(self, self._spec, stage, [self._going(session)]))
+            redirected = redirect(self, self._spec, stage, self._going(session))
+            at_once(announce(self, self._spec, stage, self._going(session), process.name, redirected))
 
     def _come_back(self, process: Process) -> None:
         simulation, (stage,) = self._simulation, process.stages
@@ -91,9 +92,8 @@ class Deaths:
             if link.target.actor.is_dead:
                 sender.bury()
         waiting = self._sessions_at(process)
-        for session in waiting:
-            reopen(self, self._spec, stage, self._going(session))
-        ended = [redirect(self, self._spec, stage, self._going(session)) for session in waiting]
+        at_once(reopen(self, self._spec, stage, [self._going(session) for session in waiting]))
+        redirected = [redirect(self, self._spec, stage, self._going(session)) for session in waiting]
         inputs = {edge.id: edge for edge in inputs_of(self._spec, stage)}
         for other in simulation.actors.values():
             for number, (link, sender) in enumerate(other.senders):
@@ -101,8 +101,8 @@ class Deaths:
                     new = simulation.link(other, inputs[sender.rule.id], process.replica)
                     other.senders[number] = (new, sender)
                     sender.meet(new)
-        for session, edges in zip(waiting, ended, strict=True):
-            announce(self, self._spec, stage, self._going(session), process.name, edges)
+        for session, replies in zip(waiting, redirected, strict=True):
+            at_once(announce(self, self._spec, stage, self._going(session), process.name, replies))
 
     def _sessions_at(self, process: Process) -> list[Session]:
         """Those that are open and live there."""
@@ -115,26 +115,25 @@ class Deaths:
 
     # ---- Replicas ----------------------------------------------------------------------------------------------------
 
-    def open(self, stage: str, replica: int, plan: SessionPlan) -> None:
+    def resume(self, stage: str, replica: int, plan: SessionPlan) -> Reply[None]:
         runner = self._runner(stage, replica)
         assert runner is not None
         runner.open_session(replace(plan, session=own_of(plan.session)))
         if isinstance(runner.stage, Costly):
             runner.stage.begin_anywhere(plan.session.id)
-
-    def begin(self, stage: str, replica: int, session: SessionId) -> None:
-        self._simulation.begin(stage, session)
+        self._simulation.begin(stage, plan.session.id)
         self._wake(stage, replica)
+        return answered(stage, None)
 
-    def listener(self, stage: str, replica: int, session: SessionId) -> Listener | None:
+    def listener(self, stage: str, replica: int, session: SessionId) -> Reply[Listener | None]:
         runner = self._runner(stage, replica)
-        return None if runner is None else runner.listener(session)
+        return answered(stage, None if runner is None else runner.listener(session))
 
-    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> bool:
+    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> Reply[bool]:
         runner = self._runner(stage, replica)
         is_open = runner is None or runner.reroute(session, edge, target)
         self._wake(stage, replica)
-        return is_open
+        return answered(stage, is_open)
 
     def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
         runner = self._runner(stage, replica)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from deploy.calls import Reply, answered, failed
 from deploy.live_cameras import LiveCameras, Refused
 from deploy.observe import MAX_BODY_BYTES, build_gateway
 from deploy.sources import PROBE_S
@@ -47,10 +48,11 @@ class Pipeline:
                 return
             self.live.wait(0.02)
 
-    def _open(self, name: str, camera: CameraSpec) -> None:
+    def _open(self, name: str, camera: CameraSpec) -> Reply[None]:
         if self.fails_with is not None:
-            raise self.fails_with
+            return failed(self.fails_with)
         self.opened[name] = camera
+        return answered(name, None)
 
 
 @pytest.fixture
@@ -234,11 +236,39 @@ def test_a_stage_without_room_refuses_and_the_pipeline_goes_on(start):
     assert pipeline.raised is None
 
 
-def test_an_actor_that_dies_meanwhile_is_told_to_who_asked_and_to_the_pipeline(start):
+def test_an_actor_that_dies_meanwhile_is_told_to_who_asked_and_costs_nobody_else(start):
     pipeline = start()
     pipeline.fails_with = GraphError("llm.0 has died")
     assert "llm.0 has died" in str(refusal(lambda: pipeline.live.add("yard", PATTERN)))
-    assert pipeline.raised is pipeline.fails_with
+    pipeline.fails_with = None
+    pipeline.live.add("yard", PATTERN)
+    assert pipeline.raised is None
+
+
+def test_while_one_camera_waits_for_a_stage_another_one_is_added():
+    """The pipeline's thread waits for neither."""
+    live = LiveCameras(SPEC, paced=True, keeps_files=False)
+    live.begin(None)
+    replies: dict[str, Reply[None]] = {"yard": Reply("llm.0"), "hall": answered("llm.1", None)}
+    added: list[str] = []
+    asking = [threading.Thread(target=lambda name=name: added.append(live.add(name, PATTERN).name)) for name in replies]
+    for thread in asking:
+        thread.start()
+    begun: list[str] = []
+
+    def open_camera(name: str, camera: CameraSpec) -> Reply[None]:
+        begun.append(name)
+        return replies[name]
+
+    while sorted(begun) != ["hall", "yard"]:
+        live.answer(open_camera, begun.append)
+        live.wait(0.01)
+    asking[1].join()
+    assert added == ["hall"]
+    replies["yard"].answer(None)
+    live.answer(open_camera, begun.append)
+    asking[0].join()
+    assert added == ["hall", "yard"]
 
 
 def test_before_the_pipeline_runs_and_when_it_ends_nothing_is_added(start):
@@ -263,7 +293,7 @@ def test_a_pipeline_that_does_not_answer_is_left(start, monkeypatch: pytest.Monk
     live.begin(None)
     assert refusal(lambda: live.add("yard", PATTERN)).status == 504
     opened: list[str] = []
-    live.answer(lambda name, camera: opened.append(name), opened.append)
+    live.answer(lambda name, camera: failed(StageError(name)), opened.append)
     assert opened == [], "nobody waits for it any more"
 
 
@@ -280,7 +310,7 @@ def test_a_camera_that_is_about_to_come_is_not_removed_yet(start):
         time.sleep(0.01)
     assert refusal(lambda: live.remove("yard")).status == 404
     assert refusal(lambda: live.add("yard", PATTERN)).status == 409
-    live.answer(lambda name, camera: None, lambda name: None)
+    live.answer(lambda name, camera: answered(name, None), lambda name: None)
     coming.join()
     assert refusal(lambda: live.add("yard", PATTERN)).status == 409
 

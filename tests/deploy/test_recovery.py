@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deploy.calls import ActorDied, Reply, answered, at_once, failed
 from deploy.recovery import Going, announce, redirect, reopen
 from deploy.runner import Listener, SessionPlan
 from graph.chunk import Scalar, SessionId
@@ -20,25 +21,26 @@ HEARD = Listener(Ack(7, heard_ns=5, received_ns=6, epoch=2), level=1)
 
 @dataclass
 class Written:
-    """Writes down what it is asked. gone: stages where the session has ended."""
+    """Writes down what it is asked. gone: stages where the session has ended. dead: those that don't answer."""
 
     gone: tuple[str, ...] = ()
+    dead: tuple[str, ...] = ()
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     plans: dict[str, SessionPlan] = field(default_factory=dict)
 
-    def open(self, stage: str, replica: int, plan: SessionPlan) -> None:
+    def resume(self, stage: str, replica: int, plan: SessionPlan) -> Reply[None]:
         self.plans[stage] = plan
-        self.calls.append(("open", stage, replica))
+        self.calls.append(("resume", stage, replica))
+        return answered(stage, None)
 
-    def begin(self, stage: str, replica: int, session: SessionId) -> None:
-        self.calls.append(("begin", stage, replica))
+    def listener(self, stage: str, replica: int, session: SessionId) -> Reply[Listener | None]:
+        return answered(stage, None if stage in self.gone else HEARD)
 
-    def listener(self, stage: str, replica: int, session: SessionId) -> Listener | None:
-        return None if stage in self.gone else HEARD
-
-    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> bool:
+    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> Reply[bool]:
         self.calls.append(("reroute", stage, replica, edge.partition(".")[2], target))
-        return stage not in self.gone
+        if stage in self.dead:
+            return failed(ActorDied(stage))
+        return answered(stage, stage not in self.gone)
 
     def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
         self.calls.append(("end_input", stage, replica, edge.partition(".")[2]))
@@ -60,9 +62,9 @@ def going(spec: PipelineSpec, **fields: object) -> Going:
 
 
 def recover(written: Written, spec: PipelineSpec, stage: str, going: Going) -> None:
-    reopen(written, spec, stage, going)
-    ended = redirect(written, spec, stage, going)
-    announce(written, spec, stage, going, "llm.0", ended)
+    at_once(reopen(written, spec, stage, [going]))
+    redirected = redirect(written, spec, stage, going)
+    at_once(announce(written, spec, stage, going, "llm.0", redirected))
 
 
 def recovered(spec: PipelineSpec, stage: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
@@ -73,8 +75,7 @@ def recovered(spec: PipelineSpec, stage: str, gone: tuple[str, ...] = (), **fiel
 
 def test_a_session_is_open_and_its_clock_runs_before_anything_is_sent_there(spec: PipelineSpec) -> None:
     assert recovered(spec, "llm").calls == [
-        ("open", "llm", 1),
-        ("begin", "llm", 1),
+        ("resume", "llm", 1),
         ("reroute", "vision_encoder", 0, "image->llm.image", 1),
         ("reroute", "audio_encoder", 0, "audio->llm.audio", 1),
         ("reroute", "speaker", 0, "playback->llm.playback", 1),
@@ -97,6 +98,14 @@ def test_what_has_ended_before_it_is_ended_for_it(spec: PipelineSpec) -> None:
     calls = recovered(spec, "llm", gone=("vision_encoder", "audio_encoder")).calls
     assert [call for call in calls if call[0] == "end_input"] == [
         ("end_input", "llm", 1, "image->llm.image"),
+        ("end_input", "llm", 1, "audio->llm.audio"),
+    ]
+
+
+def test_nothing_is_ended_for_a_neighbour_that_is_dead_as_well(spec: PipelineSpec) -> None:
+    written = Written(gone=("audio_encoder",), dead=("vision_encoder",))
+    recover(written, spec, "llm", going(spec))
+    assert [call for call in written.calls if call[0] == "end_input"] == [
         ("end_input", "llm", 1, "audio->llm.audio"),
     ]
 
