@@ -9,19 +9,24 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
 from graph.errors import GraphError
+from graph.secret import KNOWN, hide, mask_urls
 from graph.sections import HUB_ID
 from model_shards.config import load_config
+from model_shards.errors import ModelError
 
 _TIMEOUT_S = 5.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SETTINGS = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "HF_ENDPOINT")
 _VOCODER = "assets/token2wav"
 _INDEX = "model.safetensors.index.json"
 
@@ -83,14 +88,14 @@ def fetch(hub_id: HubId, tell: Callable[[str], None]) -> Path:
     tell: what the user should know, line by line. Raises HubError, or ModelError when its config.json is damaged.
     """
     name = f"{hub_id.repo}@{hub_id.revision}"
-    cached = _cached_folder(hub_id)
-    if hub_id.is_pinned and not _lacking(hub_id, cached):
-        return cached
-    try:
-        folder, why = _download(hub_id), ""
-    except _unreachable() as error:
-        folder, why = cached, _reason(error)
-    if missing := _lacking(hub_id, folder):
+    with _one_line(name):
+        _keep_secret()
+        cached = _cached_folder(hub_id)
+        if hub_id.is_pinned and not _lacking(hub_id, cached):
+            return cached
+        folder, why = _downloaded_or(cached, hub_id)
+        missing = _lacking(hub_id, folder)
+    if missing:
         cause = f"no such folder, and the hub does not give it ({why})" if why else "no whole MiniCPM-o 4.5 checkpoint"
         raise HubError("\n".join([f"model {name}: {cause}; put these files into {folder}:", *missing]))
     if why:
@@ -98,6 +103,45 @@ def fetch(hub_id: HubId, tell: Callable[[str], None]) -> Path:
     elif not hub_id.is_pinned:
         tell(f"model {name} is commit {folder.name}; pin it with {hub_id.repo}@{folder.name}")
     return folder
+
+
+def _downloaded_or(cached: Path, hub_id: HubId) -> tuple[Path, str]:
+    """The folder to take, and why the hub did not give it, or ""."""
+    try:
+        return _download(hub_id), ""
+    except _unreachable() as error:
+        return cached, _reason(error)
+    except Exception as error:  # what else the library and those below it raise is an open set
+        if _lacking(hub_id, cached):
+            raise
+        return cached, _reason(error)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """What goes wrong within the library, told in one line: a proxy it can't use, a variable it can't read …"""
+    try:
+        yield
+    except (GraphError, ModelError):
+        raise
+    except Exception as error:
+        proxies = [variable for variable in os.environ if variable.upper() in _SETTINGS or variable.startswith("HF_")]
+        check = f"check {', '.join(sorted(proxies))}" if proxies else "check its installation"
+        message = f"model {name}: the hub can't be asked ({_reason(error)}); {check}, or write a checkpoint's folder"
+        raise HubError(message) from error
+
+
+def _keep_secret() -> None:
+    """Errors of the library quote its settings."""
+    for variable, value in os.environ.items():
+        if variable.upper() in _SETTINGS:
+            KNOWN.add_source(value)
+        if variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            KNOWN.add(value.strip())
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        KNOWN.add(token)
 
 
 def _lacking(hub_id: HubId, folder: Path) -> list[str]:
@@ -164,4 +208,4 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return hide(mask_urls(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))

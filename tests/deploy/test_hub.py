@@ -228,3 +228,39 @@ def test_what_the_hub_does_not_have_is_told(hub: ThreadingHTTPServer, tmp_path: 
     assert any(
         "HubError: model owner/other@main: no such folder, and the hub does not give it (" in line for line in lines
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:1080"),
+        ("HTTPS_PROXY", "http://me:Hunter2/xyzzy@127.0.0.1:99999"),
+        ("HF_TOKEN", "hf_Hunter2ä"),
+    ],
+)
+def test_a_setting_that_the_library_can_not_use_is_one_line_that_names_it(
+    tmp_path: Path, variable: str, value: str
+) -> None:
+    code, told = python(
+        tmp_path,
+        {variable: value},
+        "-m",
+        "deploy",
+        "up",
+        "--set",
+        "model=owner/name@main",
+        "--camera",
+        "a=test://pattern",
+    )
+    assert code == 1
+    (line,) = told
+    assert line.startswith("pipeline: model owner/name@main: the hub can't be asked (")
+    assert variable in line
+    assert "Hunter2" not in line
+
+
+def test_with_such_a_setting_a_whole_cache_is_taken(home: Path) -> None:
+    code, told = python(home, {"ALL_PROXY": "socks://127.0.0.1:1080"}, "-c", FETCH, "owner/name@main")
+    assert code == 0
+    assert told[-1].endswith(COMMIT)
+    assert "taking" in told[0]
