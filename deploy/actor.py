@@ -36,6 +36,7 @@ from graph.gather import Gathering
 from graph.metrics import Metrics
 from model_shards.errors import ModelError
 from stages.feed import Feeds
+from stages.feed_opening import in_thread
 from stages.stage import StageError
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ class Actor:
 
     def _run(self) -> None:
         try:
-            self._feeds = Feeds()
+            self._feeds = Feeds(opener=in_thread)
             self._ends = Ends(self._plan, self._metrics, _node_ip())
             self._commands = Commands(self._address, self._ends, self._metrics, self._build)
         except OSError as error:

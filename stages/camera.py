@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
 from graph.streams import EVENTS, camera_stream
 from graph.window import FOREVER_NS
-from stages.feed import Feeds, FeedStage, Notice, Reading
+from stages.feed import Feeds, FeedStage, Reading
+from stages.feed_buffer import Notice
 from stages.media_health import Totals
 from stages.stage import Session
 

@@ -4,13 +4,18 @@ Camera and microphone of a session share a feed, so that one connection serves b
 `MAX_AHEAD_NS` of media, or two windows. What it does not read of a file waits in the decoder's pipe, and the decoder
 waits with it. A live camera waits for nobody: where one of the two takes nothing, or much comes too late at once, the
 oldest windows are forgotten, which are missing then, and the other one goes on.
+
+Rules. Which tracks there are is a matter of the connection: one that a live camera lacks now may come with the next.
+And time goes on with the present: where all of us were stopped for long (a laptop's lid, a paused container), a file
+goes on where it was, and what has piled up of a live camera is forgotten.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,6 +23,9 @@ import numpy as np
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.streams import SOUND_RATE_HZ
 from graph.window import FOREVER_NS
+from stages.feed_buffer import Notice, Sides
+from stages.feed_opening import Opener, Opening, at_once
+from stages.feed_retries import Retries
 from stages.media import (
     Ended,
     Failed,
@@ -29,52 +37,36 @@ from stages.media import (
     Progress,
     Sound,
     Warned,
+    mask_source,
 )
 from stages.media_health import Health, Totals
+from stages.media_wire import TrackName
 from stages.stage import Session, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
-FIRST_RETRY_NS, LAST_RETRY_NS = NS_PER_S, 30 * NS_PER_S  # a camera that is gone is looked for again, ever less often
+STOPPED_NS = 3 * NS_PER_S  # or two windows: who was not called for longer was stopped, and the world went on
 
 Open = Callable[[MediaRequest], MediaReader]
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something that happened to a camera: it delivers, it was lost, it ended, or not all of it can be used."""
-
-    type: str
-    at_ns: int
-    reason: str = ""
-    message: str = ""
-    track: str = ""
-
-
-@dataclass(slots=True)
-class _Sides:
-    """What the two readers of a feed have not taken yet."""
-
-    frames: deque[Frame] = field(default_factory=deque)
-    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    first_sample: int = 0
-    notices: deque[Notice] = field(default_factory=deque)
 
 
 class Feed:
     """The media of one session, from one decoder process at a time."""
 
-    def __init__(self, session: Session, open_reader: Open) -> None:
+    def __init__(self, session: Session, open_reader: Open, opener: Opener = at_once) -> None:
         self._session = session
         self._open = open_reader
+        self._opener = opener
+        self._opening: Opening | None = None
         self._reader: MediaReader | None = None
         self._live = False  # the last reader that could be made reads a source that sets the pace itself
-        self._told = False  # the current reader has said which streams there are
-        self._retry_ns = FIRST_RETRY_NS
-        self._retry_at_ns = -FOREVER_NS  # at once, before event time 0
-        self._sides = _Sides()
+        self._absent: set[TrackName] = set()  # of this connection of a live source: nothing of these will come
+        self._retries = Retries()
+        self._sides = Sides()
         self._health = Health()
-        self._up = False
+        self._delivers: set[TrackName] = set()
+        self._pumped_ns: int | None = None
+        self._pause_ns = 0  # a file's media are so much later than it says
         self._shown_ns = 0  # end of what was really seen, and heard
         self._heard_ns = 0
         self.video_ns = 0  # nothing before this will come
@@ -85,6 +77,11 @@ class Feed:
     def totals(self) -> Totals:
         """What was damaged and missing within the source so far."""
         return self._health.totals
+
+    @property
+    def delivers(self) -> frozenset[TrackName]:
+        """The tracks of which something has come, and still comes."""
+        return frozenset(self._delivers)
 
     @property
     def over(self) -> bool:
@@ -101,9 +98,13 @@ class Feed:
         return self._end_of(self.audio_ns, self._heard_ns)
 
     def close(self) -> None:
+        if self._opening is not None:
+            self._opening.abandon()
+            self._opening = None
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+        self._delivers.clear()
 
     def stop(self, now_ns: int) -> None:
         """End the source with the window that `now_ns` lies in; what comes after it is forgotten.
@@ -118,9 +119,7 @@ class Feed:
             self.close()
         if self.end_ns is not None and self.end_ns <= end_ns:
             return
-        sides = self._sides
-        sides.frames = deque(frame for frame in sides.frames if frame.start_ns < end_ns)
-        sides.samples = sides.samples[: max(end_ns * SOUND_RATE_HZ // NS_PER_S - sides.first_sample, 0)]
+        self._sides.cut(end_ns)
         self.end_ns = end_ns
 
     def wakes(self) -> list[int]:
@@ -132,35 +131,28 @@ class Feed:
 
         Raises nothing: a source that can't be opened is a lost camera.
         """
+        self._catch_up(now_ns)
         duration_ns = self._session.duration_ns
         if self._live and duration_ns is not None and now_ns >= duration_ns + self._session.lateness_ns:
             self.stop(duration_ns)
-        if self._reader is None and not self.over and now_ns >= self._retry_at_ns:
+        if self._reader is None and not self.over:
             self._connect(now_ns)
         if self._live:
             self._make_room()
         while self._reader is not None and self._has_room():
             item = self._reader.read(0)
             if item is None:
-                return
+                break
             self._take(item, now_ns)
+        self._pass_absent(now_ns)
 
     def take_frames(self, until_ns: int) -> list[Frame]:
         """The pictures whose time has come."""
-        taken = []
-        frames = self._sides.frames
-        while frames and frames[0].start_ns <= until_ns:
-            taken.append(frames.popleft())
-        return taken
+        return self._sides.take_frames(until_ns)
 
     def take_sound(self, end_ns: int) -> tuple[int, np.ndarray]:
         """The sound up to `end_ns`: (number of its first sample, samples float32 [n]); n = 0 when there is none."""
-        sides = self._sides
-        count = max(min(end_ns * SOUND_RATE_HZ // NS_PER_S - sides.first_sample, len(sides.samples)), 0)
-        first, taken = sides.first_sample, sides.samples[:count]
-        sides.samples = sides.samples[count:]
-        sides.first_sample += count
-        return first, taken
+        return self._sides.sound.take(end_ns * SOUND_RATE_HZ // NS_PER_S)
 
     def take_notices(self) -> list[Notice]:
         notices = list(self._sides.notices)
@@ -169,7 +161,7 @@ class Feed:
 
     @property
     def next_frame_ns(self) -> int | None:
-        return self._sides.frames[0].start_ns if self._sides.frames else None
+        return self._sides.next_frame_ns
 
     def _has_room(self) -> bool:
         return self._has_room_to_see and self._has_room_to_hear
@@ -180,7 +172,7 @@ class Feed:
 
     @property
     def _has_room_to_hear(self) -> bool:
-        return len(self._sides.samples) < self._ahead_ns * SOUND_RATE_HZ // NS_PER_S
+        return self._sides.sound.num_samples < self._ahead_ns * SOUND_RATE_HZ // NS_PER_S
 
     @property
     def _ahead_ns(self) -> int:
@@ -192,44 +184,107 @@ class Feed:
         if not self._has_room_to_see:
             self.take_frames(self._window_end_ns(sides.frames[0].start_ns) - 1)
         if not self._has_room_to_hear:
-            self.take_sound(self._window_end_ns(sides.first_sample * NS_PER_S // SOUND_RATE_HZ))
+            self.take_sound(self._window_end_ns(sides.sound.first_ns))
 
     def _window_end_ns(self, time_ns: int) -> int:
         return (time_ns // self._session.window_ns + 1) * self._session.window_ns
 
+    # ---- the present -------------------------------------------------------------------------------------------------
+
+    def _catch_up(self, now_ns: int) -> None:
+        """Go on with the present where we were stopped: in real time nothing that is hours late is of any use."""
+        before_ns, self._pumped_ns = self._pumped_ns, now_ns
+        window_ns = self._session.window_ns
+        if before_ns is None or not self._session.paced or self.over:
+            return
+        stopped_ns = now_ns - before_ns
+        if stopped_ns <= max(STOPPED_NS, 2 * window_ns):
+            return
+        if self._live:
+            self._forget_before(now_ns - window_ns - self._session.lateness_ns)
+            what = "what a live camera gave meanwhile is forgotten"
+        else:
+            self._shift(stopped_ns // window_ns * window_ns)
+            what = "it goes on where it was"
+        seconds = f"{stopped_ns / NS_PER_S:.1f} s"
+        self._sides.notices.append(
+            Notice("camera_warning", now_ns, "stopped", f"nothing ran here for {seconds}: {what}")
+        )
+
+    def _forget_before(self, time_ns: int) -> None:
+        self._sides.take_frames(time_ns - 1)
+        self.take_sound(max(time_ns, 0))
+
+    def _shift(self, by_ns: int) -> None:
+        """A file's media happen so much later: whole windows, so that its pictures keep their place within them."""
+        sides = self._sides
+        self._pause_ns += by_ns
+        sides.frames = deque(replace(frame, start_ns=frame.start_ns + by_ns) for frame in sides.frames)
+        sides.sound.shift(by_ns * SOUND_RATE_HZ // NS_PER_S)
+        if self.video_ns < FOREVER_NS or sides.frames:
+            self._shown_ns += by_ns
+        if self.audio_ns < FOREVER_NS or sides.sound.num_samples:
+            self._heard_ns += by_ns
+        self.video_ns, self.audio_ns = self._later(self.video_ns, by_ns), self._later(self.audio_ns, by_ns)
+
+    @staticmethod
+    def _later(time_ns: int, by_ns: int) -> int:
+        return time_ns + by_ns if time_ns < FOREVER_NS else time_ns
+
+    def _is_stale(self, end_ns: int, now_ns: int) -> bool:
+        """Of a live camera: too old for any window that is still open."""
+        behind_ns = self._session.lateness_ns + max(STOPPED_NS, 2 * self._session.window_ns)
+        return self._live and self._session.paced and end_ns < now_ns - behind_ns
+
+    # ---- the connection ----------------------------------------------------------------------------------------------
+
     def _connect(self, now_ns: int) -> None:
-        session = self._session
-        self._told = False
+        if self._opening is None:
+            if not self._retries.is_due(now_ns):
+                return
+            at_ns = time.monotonic_ns()
+            self._opening = Opening(self._opener(lambda: self._open_and_start(now_ns, at_ns)), now_ns)
+        if self._opening.becomes_overdue(now_ns):
+            shown = self._session.masked_source or mask_source(self._session.source)
+            why = f"{shown} could not be opened in time: its storage does not answer; it is waited for"
+            self._sides.notices.append(Notice("camera_lost", now_ns, "timeout", why))
+        if not self._opening.done:
+            return
+        opening, self._opening = self._opening, None
+        self._absent.clear()
         self._health.connect()
         try:
-            request = MediaRequest(
-                source=session.source,
-                fps=session.fps,
-                max_pixels=session.max_pixels,
-                want_video=session.pictures,
-                want_audio=session.microphone,
-                piece_ns=min(PIECE_NS, session.window_ns),
-                duration_ns=session.duration_ns,
-                masked=session.masked_source,
-                window_ns=session.window_ns,
-            )
-            reader = self._open(request)
-            self._live = reader.is_live
-            reader.start(now_ns)
+            self._reader = opening.reader()
         except MediaError as error:
             self._lose(Failed(error.kind, error.message), now_ns)
-        else:
-            self._reader = reader
+
+    def _open_and_start(self, now_ns: int, at_ns: int) -> MediaReader:
+        """Perhaps in another thread. MediaError when the source can't be opened."""
+        session = self._session
+        request = MediaRequest(
+            source=session.source,
+            fps=session.fps,
+            max_pixels=session.max_pixels,
+            want_video=session.pictures,
+            want_audio=session.microphone,
+            piece_ns=min(PIECE_NS, session.window_ns),
+            duration_ns=session.duration_ns,
+            masked=session.masked_source,
+            window_ns=session.window_ns,
+        )
+        reader = self._open(request)
+        self._live = reader.is_live
+        reader.start(now_ns, at_ns)
+        return reader
 
     def _take(self, item: MediaItem, now_ns: int) -> None:
         if isinstance(item, Frame):
-            self._take_frame(item)
+            self._take_frame(replace(item, start_ns=item.start_ns + self._pause_ns), now_ns)
         elif isinstance(item, Sound):
-            self._take_sound(item)
+            self._take_sound(item.first_sample + self._pause_ns * SOUND_RATE_HZ // NS_PER_S, item.samples, now_ns)
         elif isinstance(item, Progress):
-            self.video_ns = max(self.video_ns, self._reached_ns(item.video_ns))
-            self.audio_ns = max(self.audio_ns, self._reached_ns(item.audio_ns))
-            self._told = True
+            self.video_ns = max(self.video_ns, self._reached_ns("video", item.video_ns))
+            self.audio_ns = max(self.audio_ns, self._reached_ns("audio", item.audio_ns))
             self._health.count(item)
         elif isinstance(item, Warned):
             self._warn(item, now_ns)
@@ -242,51 +297,59 @@ class Feed:
         if self._health.news.is_new(item):
             at_ns = now_ns if self._session.paced else self._seen_ns
             self._sides.notices.append(Notice("camera_warning", at_ns, item.code, item.message, item.track))
+        if item.code in ("track_frozen", "track_given_up"):
+            self._delivers.discard(item.track)
+        if item.code == "track_frozen" and self._live and self._retries.may_renew(now_ns):
+            self._lose(Failed("timeout", f"{item.message}: it is opened anew"), now_ns)
 
-    def _reached_ns(self, progress_ns: int) -> int:
+    def _reached_ns(self, track: TrackName, progress_ns: int) -> int:
         if progress_ns < FOREVER_NS:
-            return progress_ns
-        # A stream of a live source that "ends" has lost its connection, which comes again.
-        return 0 if self._live and self._told else FOREVER_NS
+            return progress_ns + self._pause_ns
+        if not self._live:
+            return FOREVER_NS
+        self._absent.add(track)  # not there, given up, or the connection's end is near: the next one may have it
+        return 0
 
-    def _take_frame(self, frame: Frame) -> None:
+    def _pass_absent(self, now_ns: int) -> None:
+        """Nobody waits for a track that this connection does not have."""
+        if "video" in self._absent:
+            self.video_ns = max(self.video_ns, now_ns)
+        if "audio" in self._absent:
+            self.audio_ns = max(self.audio_ns, now_ns)
+
+    def _take_frame(self, frame: Frame, now_ns: int) -> None:
         # A camera that was lost and found within one long period gives a second picture of it.
-        if not self.video_ns <= frame.start_ns < self.limit_ns:
+        if not self.video_ns <= frame.start_ns < self.limit_ns or self._is_stale(frame.start_ns, now_ns):
             return
-        self._come_up(frame.start_ns)
+        self._come_up("video", frame.start_ns)
         self._sides.frames.append(frame)
         self._shown_ns = self.video_ns = frame.start_ns + 1
 
-    def _take_sound(self, sound: Sound) -> None:
-        sides, first = self._sides, sound.first_sample
-        end_ns = (first + len(sound.samples)) * NS_PER_S // SOUND_RATE_HZ
+    def _take_sound(self, first: int, samples: np.ndarray, now_ns: int) -> None:
+        end_ns = (first + len(samples)) * NS_PER_S // SOUND_RATE_HZ
         self.audio_ns = max(self.audio_ns, end_ns)
-        samples = sound.samples[: max(self.limit_ns * SOUND_RATE_HZ // NS_PER_S - first, 0)]
-        if len(samples) == 0:
+        samples = samples[: max(self.limit_ns * SOUND_RATE_HZ // NS_PER_S - first, 0)]
+        if len(samples) == 0 or self._is_stale(end_ns, now_ns):
             return
-        if len(sides.samples) == 0:
-            sides.first_sample = max(first, sides.first_sample)
-        gap = np.zeros(max(first - sides.first_sample - len(sides.samples), 0), np.float32)
-        sides.samples = np.concatenate([sides.samples, gap, samples])
-        self._come_up(end_ns)
+        self._sides.sound.add(first, samples)
+        self._come_up("audio", end_ns)
         self._heard_ns = max(self._heard_ns, min(end_ns, self.limit_ns))
 
-    def _come_up(self, at_ns: int) -> None:
+    def _come_up(self, track: TrackName, at_ns: int) -> None:
         """The camera delivers, for the first time or again."""
-        if not self._up:
+        if not self._delivers:
             self._sides.notices.append(Notice("camera_up", at_ns))
-        self._up = True
-        self._retry_ns = FIRST_RETRY_NS
+        self._delivers.add(track)
+        self._retries.delivers()
 
     def _lose(self, failed: Failed, now_ns: int) -> None:
-        self._up = False
         self.close()
+        notice = Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message)
         if not self._live:
-            self._finish(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
+            self._finish(notice)
             return
-        self._sides.notices.append(Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message))
-        self._retry_at_ns = now_ns + self._retry_ns
-        self._retry_ns = min(self._retry_ns * 2, LAST_RETRY_NS)
+        self._sides.notices.append(notice)
+        self._retries.lost(now_ns)
 
     def _finish(self, notice: Notice) -> None:
         self.close()
@@ -295,6 +358,8 @@ class Feed:
         lost_ns = self._session.duration_ns if notice.type == "camera_lost" else None
         end_ns = self._end_ns() if lost_ns is None else lost_ns
         self.end_ns = end_ns if self.end_ns is None else min(self.end_ns, end_ns)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
 
     @property
     def limit_ns(self) -> int:
@@ -319,15 +384,17 @@ class Feed:
 class Feeds:
     """The feeds of one process, by session; owned by the process, read by its camera and microphone stages."""
 
-    def __init__(self, open_reader: Open = MediaReader) -> None:
+    def __init__(self, open_reader: Open = MediaReader, opener: Opener = at_once) -> None:
+        """opener: `in_thread` where a source that can't be opened must not hold up the others."""
         self._open = open_reader
+        self._opener = opener
         self._feeds: dict[SessionId, Feed] = {}
         self._users: dict[SessionId, int] = {}
 
     def open(self, session: Session) -> Feed:
         """The session's feed, made by its first user."""
         if session.id not in self._feeds:
-            self._feeds[session.id] = Feed(session, self._open)
+            self._feeds[session.id] = Feed(session, self._open, self._opener)
         self._users[session.id] = self._users.get(session.id, 0) + 1
         return self._feeds[session.id]
 

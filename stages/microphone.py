@@ -34,7 +34,10 @@ class Microphone(FeedStage[_Open]):
         state.feed.pump(now_ns)
         chunks: list[Chunk] = []
         while _is_due(state, now_ns):
-            chunks += _cut(state)
+            cut = _cut(state)
+            if len(cut) == 1 and chunks and chunks[-1].is_control:
+                chunks.pop()  # a row of windows without sound has one watermark: an hour of them is no flood
+            chunks += cut
             state.index += 1
         end_ns = state.feed.audio_end_ns
         if end_ns is not None and end_ns < state.end_ns and (not state.session.paced or now_ns >= end_ns):

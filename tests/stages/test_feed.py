@@ -1,15 +1,36 @@
 """stages/feed.py: one camera's media on the session's axis, whatever its connection does."""
 
+import itertools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S
 from graph.streams import SOUND_RATE_HZ
 from stages.feed import Feed, Feeds
-from stages.media import Ended, Failed, MediaError, Progress, Warned
+from stages.feed_opening import in_thread
+from stages.feed_retries import Retries
+from stages.media import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.media_health import Totals
 from stages.stage import Session
-from tests.support.media_script import DOOR, GONE, FakeMedia, FakeReader, frame, progress, seconds, sound, source
+from tests.support.media_script import (
+    DOOR,
+    GONE,
+    Door,
+    FakeMedia,
+    FakeReader,
+    data,
+    ends,
+    frame,
+    progress,
+    seconds,
+    sound,
+    source,
+    watermarks,
+)
 
 MISSING = MediaError("missing", "/dev/video0: no such device")
 
@@ -138,7 +159,7 @@ def test_a_camera_that_delivers_again_is_tried_at_once_when_it_is_lost_next():
     subject = Feed(session(), media)
     for now_ns in (0, NS_PER_S, 3 * NS_PER_S):
         subject.pump(now_ns)
-    again.give(*seconds(0, 1), GONE)
+    again.give(*seconds(4, 5), GONE)
     subject.pump(4 * NS_PER_S)
     subject.pump(5 * NS_PER_S)
     assert len(media.requests) == 4
@@ -218,7 +239,7 @@ def test_a_warning_is_an_event_once_per_track_and_code_over_all_connections():
 
 def test_a_track_that_freezes_again_is_told_again():
     changes = [Warned("audio", code, "") for code in ("track_frozen", "track_back", "track_frozen", "track_frozen")]
-    subject = feed(FakeReader(*changes, live=True))
+    subject = feed(FakeReader(*changes))
     subject.pump(0)
     assert [notice.reason for notice in subject.take_notices()] == ["track_frozen", "track_back", "track_frozen"]
 
@@ -229,6 +250,193 @@ def test_what_is_damaged_is_counted_over_all_connections():
     for now_s in (0, 2):
         subject.pump(now_s * NS_PER_S)
     assert subject.totals == Totals(3, 2, 9)
+
+
+# --- tracks of one connection, and of the next --------------------------------------------------------------------
+
+
+class Timed(FakeReader):
+    """A live camera that gives its seconds when their time has come, by the clock of who asks."""
+
+    def __init__(self, clock: list[float], first: int, last: int, *end: Failed, **tracks: bool) -> None:
+        super().__init__(live=True)
+        self._clock = clock
+        opened, *_ = seconds(first, first, **tracks)
+        self._timed = deque([(first, opened)])
+        for second in range(first, last):
+            self._timed += [(second + 1, item) for item in seconds(second, second + 1, **tracks)[1:]]
+        self._timed += [(last, item) for item in end]
+
+    def read(self, timeout_s: float) -> MediaItem | None:
+        return self._timed.popleft()[1] if self._timed and self._timed[0][0] <= self._clock[0] else None
+
+
+def windows_of(door: Door, clock: list[float], end_s: int) -> dict[str, list[int]]:
+    """The seconds of which there were pictures and sound."""
+    said = []
+    for step in range(10 * end_s + 6):
+        clock[0] = step / 10
+        said += door.at(clock[0])
+    assert not ends(said), "a live camera has not ended"
+    return {stream: [chunk.start_ns // NS_PER_S for chunk in data(said, stream)] for stream in ("camera/door", "mic")}
+
+
+@pytest.mark.parametrize("tracks", [{}, {"pictures": False}, {"sounds": False}])
+def test_a_track_that_one_connection_lacks_comes_with_the_next(tracks):
+    clock = [0.0]
+    media = FakeMedia(Timed(clock, 0, 3, GONE), Timed(clock, 4, 6, GONE, **tracks), Timed(clock, 8, 15))
+    seen = windows_of(Door(media), clock, 15)
+    between = [4, 5]
+    assert seen["camera/door"] == [0, 1, 2, *(between if tracks.get("pictures", True) else []), *range(8, 15)]
+    assert seen["mic"] == [0, 1, 2, *(between if tracks.get("sounds", True) else []), *range(8, 15)]
+
+
+def test_a_camera_that_got_its_microphone_later_is_heard_from_then_on():
+    clock = [0.0]
+    media = FakeMedia(Timed(clock, 0, 3, GONE, sounds=False), Timed(clock, 4, 8))
+    seen = windows_of(Door(media), clock, 8)
+    assert (seen["camera/door"], seen["mic"]) == ([0, 1, 2, 4, 5, 6, 7], [4, 5, 6, 7])
+
+
+def test_nobody_waits_for_a_track_that_this_connection_lacks():
+    # Given: a live camera without sound.
+    clock = [0.0]
+    door = Door(FakeMedia(Timed(clock, 0, 5, sounds=False)), lateness_ns=NS_PER_S // 2)
+    clock[0] = 2.0
+    assert max(watermarks(door.at(1.0, 2.0), "mic")) == 2 * NS_PER_S, "and not half a second later"
+
+
+# --- a track that stops while the other one goes on ---------------------------------------------------------------
+
+
+FROZEN = Warned("audio", "track_frozen", "rtsp://door gives no sound any more, while the rest goes on")
+
+
+def test_a_frozen_track_costs_the_connection_and_a_new_one_is_made():
+    media = FakeMedia(FakeReader(*seconds(0, 2), FROZEN, live=True), FakeReader(*seconds(3, 5), live=True))
+    subject = Feed(session(), media)
+    for now_s in (0, 1, 2, 3, 4):
+        subject.pump(now_s * NS_PER_S)
+        subject.take_frames(now_s * NS_PER_S), subject.take_sound((now_s + 1) * NS_PER_S)
+    notices = subject.take_notices()
+    assert [n.type for n in notices] == ["camera_up", "camera_warning", "camera_lost", "camera_up"]
+    assert [(n.reason, n.track) for n in notices[1:3]] == [("track_frozen", "audio"), ("timeout", "")]
+    assert len(media.requests) == 2
+    assert subject.delivers == {"video", "audio"}
+
+
+def test_a_camera_that_came_back_without_its_track_goes_on_with_what_there_is():
+    # Given: every connection has pictures, and its sound stops.
+    script = [FakeReader(*seconds(10 * n, 10 * n + 1, sounds=False), FROZEN, live=True) for n in range(9)]
+    media = FakeMedia(*script)
+    subject = Feed(session(), media)
+    for now_s in range(50):
+        subject.pump(now_s * NS_PER_S)
+        subject.take_frames(now_s * NS_PER_S)
+    assert len(media.requests) == 2
+    assert subject.delivers == {"video"}
+
+
+def test_connections_are_given_up_for_a_track_ever_less_often():
+    retries, renewed_s = Retries(), []
+    for now_s in range(0, 8 * 3600, 10):  # it stops again and again
+        renewed_s += [now_s] * retries.may_renew(now_s * NS_PER_S)
+    waits = [later - sooner for sooner, later in itertools.pairwise(renewed_s)]
+    assert waits[:4] == [60, 120, 240, 480]
+    assert waits[-1] == 3600
+
+
+def test_a_track_that_is_frozen_no_longer_delivers():
+    subject = feed(FakeReader(*seconds(0, 1), FROZEN))
+    subject.pump(0)
+    assert subject.delivers == {"video"}
+
+
+# --- we were stopped ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_goes_on_where_it_was_when_all_of_us_were_stopped_for_an_hour():
+    door = Door(FakeMedia(FakeReader(*seconds(0, 30))))
+    before, after = door.until(4.9), []
+    for step in range(100):
+        after += door.at(3600 + 4.9 + step / 10)
+    assert [chunk.start_ns // NS_PER_S for chunk in data(before, "camera/door")] == [0, 1, 2, 3, 4]
+    late = [chunk for chunk in after if chunk.end_ns < 3600 * NS_PER_S and not chunk.is_control]
+    assert len(late) <= 1, "the window that was open"
+    # Then: second 5 of the file is second 3605 of the session.
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "camera/door")] == list(range(3605, 3615))
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "mic")][-9:] == list(range(3605, 3614))
+    assert len(after) < 100
+    assert [str(chunk.attrs["reason"]) for chunk in data(after, "events")] == ["stopped"]
+
+
+def test_a_live_camera_forgets_what_has_piled_up_when_all_of_us_were_stopped():
+    reader = FakeReader(*seconds(0, 2), live=True)
+    door = Door(FakeMedia(reader))
+    door.until(1.5)
+    reader.give(*seconds(2, 5), *seconds(3600, 3601))
+    after = door.until(3601, start_s=3600)
+    reader.give(*seconds(3601, 3602))
+    after += door.until(3603, start_s=3601.1)
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "camera/door")] == [3600, 3601]
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "mic")] == [3600, 3601]
+    assert len([chunk for chunk in after if chunk.is_control]) < 20
+
+
+def test_in_virtual_time_nobody_is_ever_stopped():
+    door = Door(FakeMedia(FakeReader(*seconds(0, 6), Ended("over"))), paced=False)
+    said = door.at(0.0, 3600.0, 7200.0, 7200.1)
+    assert [chunk.start_ns // NS_PER_S for chunk in data(said, "camera/door")] == list(range(6))
+
+
+# --- a source that takes long to open -----------------------------------------------------------------------------
+
+
+class Openings:
+    """Opens when a test lets it."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[object], Callable[[], object]]] = []
+
+    def __call__(self, job: Callable[[], object]) -> Future[object]:
+        future: Future[object] = Future()
+        self.jobs.append((future, job))
+        return future
+
+    def let(self) -> None:
+        future, job = self.jobs.pop()
+        future.set_result(job())
+
+
+def test_a_source_on_a_dead_disk_costs_nobody_else_anything_and_is_told():
+    openings, reader = Openings(), FakeReader(*seconds(0, 3))
+    subject = Feed(session(duration_ns=60 * NS_PER_S), FakeMedia(reader), openings)
+    for now_s in range(20):
+        subject.pump(now_s * NS_PER_S)
+    assert (len(openings.jobs), subject.wakes()) == (1, [])
+    assert [(n.type, n.reason) for n in subject.take_notices()] == [("camera_lost", "timeout")]
+    openings.let()
+    subject.pump(20 * NS_PER_S)
+    assert told(subject) == ["camera_up"]
+
+
+def test_a_source_that_is_closed_while_it_opens_leaves_no_reader_behind():
+    openings, reader = Openings(), FakeReader(*seconds(0, 3))
+    subject = Feed(session(), FakeMedia(reader), openings)
+    subject.pump(0)
+    subject.close()
+    openings.let()
+    assert reader.closed
+
+
+def refuse() -> MediaReader:
+    raise MISSING
+
+
+def test_opening_in_a_thread_gives_the_reader_or_its_error():
+    assert in_thread(lambda: "reader").result(10) == "reader"  # type: ignore[arg-type, return-value]
+    with pytest.raises(MediaError, match="no such device"):
+        in_thread(refuse).result(10)
 
 
 @pytest.mark.parametrize("now_s", [2.01, 2.4, 3.0])

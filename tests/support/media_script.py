@@ -26,7 +26,7 @@ class FakeReader:
         self.started_at_ns: list[int] = []
         self.closed = False
 
-    def start(self, now_ns: int = 0) -> None:
+    def start(self, now_ns: int = 0, at_ns: int | None = None) -> None:
         self.started_at_ns.append(now_ns)
 
     def read(self, timeout_s: float) -> MediaItem | None:

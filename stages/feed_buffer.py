@@ -1,0 +1,104 @@
+"""What a feed has read and its readers have not taken yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from graph.chunk import NS_PER_S
+from graph.streams import SOUND_RATE_HZ
+from stages.media import Frame
+
+Samples = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that happened to a camera: it delivers, it was lost, it ended, or not all of it can be used."""
+
+    type: str
+    at_ns: int
+    reason: str = ""
+    message: str = ""
+    track: str = ""
+
+
+class SoundBuffer:
+    """Sound by the running number of its samples. Holes cost no memory."""
+
+    def __init__(self) -> None:
+        self._parts: deque[tuple[int, Samples]] = deque()
+        self._end = 0  # of what has come
+        self.num_samples = 0
+
+    @property
+    def first_ns(self) -> int:
+        """When the oldest sample begins; only where there is one."""
+        return self._parts[0][0] * NS_PER_S // SOUND_RATE_HZ
+
+    def add(self, first: int, samples: Samples) -> None:
+        """Sound after all that has come; what has been before is left out."""
+        samples = samples[max(self._end - first, 0) :]
+        first = max(first, self._end)
+        if len(samples):
+            self._parts.append((first, samples))
+            self._end = first + len(samples)
+            self.num_samples += len(samples)
+
+    def take(self, end: int) -> tuple[int, Samples]:
+        """The sound before sample `end`: (number of its first one, float32 [n]). Holes inside of it are zeros."""
+        taken: list[tuple[int, Samples]] = []
+        while self._parts and self._parts[0][0] < end:
+            first, samples = self._parts.popleft()
+            if first + len(samples) > end:
+                self._parts.appendleft((end, samples[end - first :]))
+                samples = samples[: end - first]
+            taken.append((first, samples))
+            self.num_samples -= len(samples)
+        if not taken:
+            return end, np.zeros(0, np.float32)
+        begin, (last, rest) = taken[0][0], taken[-1]
+        whole = np.zeros(last + len(rest) - begin, np.float32)
+        for first, samples in taken:
+            whole[first - begin : first - begin + len(samples)] = samples
+        return begin, whole
+
+    def cut(self, end: int) -> None:
+        """Forget what begins at sample `end` or later."""
+        parts = [(first, samples[: end - first]) for first, samples in self._parts if first < end]
+        self._parts = deque(parts)
+        self.num_samples = sum(len(samples) for _, samples in parts)
+        self._end = min(self._end, end)
+
+    def shift(self, num_samples: int) -> None:
+        """Everything happens so much later."""
+        self._parts = deque((first + num_samples, samples) for first, samples in self._parts)
+        self._end += num_samples
+
+
+@dataclass(slots=True)
+class Sides:
+    """What the two readers of a feed, and who hears of it, have not taken yet."""
+
+    frames: deque[Frame] = field(default_factory=deque)
+    sound: SoundBuffer = field(default_factory=SoundBuffer)
+    notices: deque[Notice] = field(default_factory=deque)
+
+    @property
+    def next_frame_ns(self) -> int | None:
+        return self.frames[0].start_ns if self.frames else None
+
+    def take_frames(self, until_ns: int) -> list[Frame]:
+        """The pictures whose time has come."""
+        taken = []
+        while self.frames and self.frames[0].start_ns <= until_ns:
+            taken.append(self.frames.popleft())
+        return taken
+
+    def cut(self, end_ns: int) -> None:
+        """Forget what comes at `end_ns` or later."""
+        self.frames = deque(frame for frame in self.frames if frame.start_ns < end_ns)
+        self.sound.cut(end_ns * SOUND_RATE_HZ // NS_PER_S)
