@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from deploy.cli_common import EXIT_INTERRUPTED, clear_errors, load, usage
+from deploy.cli_common import EXIT_INTERRUPTED, EXIT_RUNTIME, clear_errors, load, usage
 from deploy.terminal import Teller
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def run_in_foreground(arguments: UpArguments) -> None:
                 teller.tell(line)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+    if outcome.in_vain:
+        raise typer.Exit(EXIT_RUNTIME)
 
 
 def parse_listener(pauses: Sequence[str], barge_ins: Sequence[str]) -> tuple[ListenerAction, ...]:

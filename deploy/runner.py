@@ -38,7 +38,7 @@ from graph.tail import Ack, ack_chunk, ack_of
 from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
 from graph.window import Joined, Late, Unit, WindowJoin
 from stages.events import WINDOW_EVENT
-from stages.stage import Session, Stage
+from stages.stage import Session, SourceReport, Stage
 
 WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
@@ -92,6 +92,7 @@ class StageSnapshot:
     num_units: int
     num_ready: int
     sessions: Mapping[SessionId, SessionSnapshot]
+    sources: Mapping[SessionId, SourceReport] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -319,7 +320,7 @@ class StageRunner:
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
         sessions = {name: SessionSnapshot(state.num_windows, state.num_late) for name, state in self._open.items()}
-        return StageSnapshot(self.num_units, self.num_ready, sessions)
+        return StageSnapshot(self.num_units, self.num_ready, sessions, self.stage.sources())
 
     @property
     def num_ready(self) -> int:

@@ -23,6 +23,7 @@ from deploy.interrupts import Interrupted, Interrupts
 from deploy.live_cameras import LiveCameras
 from deploy.measure import PipelineMeter
 from deploy.observe import build_gateway
+from deploy.source_watch import SourceWatch
 from deploy.sources import anchored, check_cameras
 from deploy.state import Running, StateFolder
 from deploy.status import Status
@@ -63,9 +64,10 @@ class UpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. interrupted: by Ctrl-C."""
+    """How a run ended. interrupted: by Ctrl-C. in_vain: by itself, and no source ever gave anything."""
 
     interrupted: bool
+    in_vain: bool
     ledger: Mapping[str, Account]
     out: Path | None
 
@@ -132,6 +134,7 @@ class _Run:
         self._ending: Deadline | None = None  # once an end was asked for
         self._begun_s = 0.0  # when the first sessions were open, on the monotonic clock
         self._tell = tell
+        self._sources = SourceWatch(tell)
 
     def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
         # Ray is imported here: what can be refused without it has been refused by now, and its environment is set.
@@ -169,7 +172,10 @@ class _Run:
                 ledger = coordinator.end(self._ending)  # also of a run that breaks
                 self._write_ledger(ledger)
             self._tell("stopping")
-        return Outcome(self._interrupts.is_ctrl_c, ledger, self._options.out)
+        for session, problem in self._sources.untold.items():
+            self._tell(f"camera {session}: {problem or 'gave neither picture nor sound'}")
+        in_vain = self._sources.is_all_silent and not self._interrupts.count
+        return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out)
 
     def _drain_s(self) -> float:
         """How long sessions may take to their end, after the first Ctrl-C: a listener has a lead and a window to hear,
@@ -203,7 +209,9 @@ class _Run:
     def _poll(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
         """Look at the actors once, and let the gateway and the metrics know."""
         before = coordinator.sessions
-        self._status.saw(coordinator.poll())
+        snapshots = coordinator.poll()
+        self._status.saw(snapshots)
+        self._sources.saw(snapshots)
         for session in set(before) - set(coordinator.sessions):
             self._live.ended(session)
         self._status.ledger = coordinator.ledger()

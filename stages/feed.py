@@ -41,11 +41,12 @@ from stages.media import (
 )
 from stages.media_health import Health, Totals
 from stages.media_wire import TrackName
-from stages.stage import Session, Stage
+from stages.stage import Session, SourceReport, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
 STOPPED_NS = 3 * NS_PER_S  # or two windows: who was not called for longer was stopped, and the world went on
+MAX_CLOSED = 256  # sources of which is known how they did when they are gone
 
 Open = Callable[[MediaRequest], MediaReader]
 
@@ -65,6 +66,7 @@ class Feed:
         self._sides = Sides()
         self._health = Health()
         self._delivers: set[TrackName] = set()
+        self._report = SourceReport()
         self._pumped_ns: int | None = None
         self._pause_ns = 0  # a file's media are so much later than it says
         self._shown_ns = 0  # end of what was really seen, and heard
@@ -82,6 +84,10 @@ class Feed:
     def delivers(self) -> frozenset[TrackName]:
         """The tracks of which something has come, and still comes."""
         return frozenset(self._delivers)
+
+    @property
+    def report(self) -> SourceReport:
+        return replace(self._report, is_up=bool(self._delivers))
 
     @property
     def over(self) -> bool:
@@ -289,6 +295,8 @@ class Feed:
         elif isinstance(item, Warned):
             self._warn(item, now_ns)
         elif isinstance(item, Ended):
+            if not self._report.has_delivered:
+                self._report = replace(self._report, problem=f"gave neither picture nor sound: {item.reason}")
             self._finish(Notice("camera_ended", self._end_ns(), reason=item.reason))
         else:
             self._lose(item, now_ns)
@@ -339,11 +347,13 @@ class Feed:
         """The camera delivers, for the first time or again."""
         if not self._delivers:
             self._sides.notices.append(Notice("camera_up", at_ns))
+        self._report = replace(self._report, has_delivered=True)
         self._delivers.add(track)
         self._retries.delivers()
 
     def _lose(self, failed: Failed, now_ns: int) -> None:
         self.close()
+        self._report = replace(self._report, num_lost=self._report.num_lost + 1, problem=failed.message)
         notice = Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message)
         if not self._live:
             self._finish(notice)
@@ -389,6 +399,7 @@ class Feeds:
         self._open = open_reader
         self._opener = opener
         self._feeds: dict[SessionId, Feed] = {}
+        self._closed: dict[SessionId, SourceReport] = {}
         self._users: dict[SessionId, int] = {}
 
     def open(self, session: Session) -> Feed:
@@ -405,7 +416,16 @@ class Feeds:
         self._users[session] -= 1
         if self._users[session] == 0:
             del self._users[session]
-            self._feeds.pop(session).close()
+            feed = self._feeds.pop(session)
+            feed.close()
+            self._closed.pop(session, None)  # so that the newest is the last
+            self._closed[session] = feed.report
+            for oldest in [*self._closed][:-MAX_CLOSED]:
+                del self._closed[oldest]
+
+    def reports(self) -> dict[SessionId, SourceReport]:
+        """How the sources do that are open, and those that were until lately."""
+        return self._closed | {session: feed.report for session, feed in self._feeds.items()}
 
     def wakes(self) -> list[int]:
         return [descriptor for feed in self._feeds.values() for descriptor in feed.wakes()]
@@ -443,6 +463,9 @@ class FeedStage(Stage, Generic[R]):
 
     def wakes(self) -> Sequence[int]:
         return self._feeds.wakes()
+
+    def sources(self) -> dict[SessionId, SourceReport]:
+        return self._feeds.reports()
 
     def end(self, session: SessionId, now_ns: int) -> None:
         self._open[session].feed.stop(now_ns)

@@ -7,7 +7,7 @@ it hands in units and times and sends on what comes back.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -77,6 +77,16 @@ class Session:
         return self.ladder[: self.level.num_steps]
 
 
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """How a session's source does. problem: why it was lost the last time, or gave nothing; "" while all is well."""
+
+    has_delivered: bool = False
+    is_up: bool = False
+    num_lost: int = 0
+    problem: str = ""
+
+
 class Stage:
     """Base of all stages; `process` and the hooks a stage needs are overridden.
 
@@ -132,6 +142,10 @@ class Stage:
 
     def end(self, session: SessionId, now_ns: int) -> None:
         """For sources: stop; the stream ends with the window of `now_ns`."""
+
+    def sources(self) -> Mapping[SessionId, SourceReport]:
+        """For sources: how those do that are open, and those that were until lately."""
+        return {}
 
     def drain(self, session: SessionId) -> list[Chunk]:
         """What a session still has to say when it ends."""

@@ -4,18 +4,19 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from graph.chunk import NS_PER_S
+from graph.chunk import NS_PER_S, SessionId
 from graph.streams import SOUND_RATE_HZ
-from stages.feed import Feed, Feeds
+from stages.feed import MAX_CLOSED, Feed, Feeds
 from stages.feed_opening import in_thread
 from stages.feed_retries import Retries
 from stages.media import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.media_health import Totals
-from stages.stage import Session
+from stages.stage import Session, SourceReport
 from tests.support.media_script import (
     DOOR,
     GONE,
@@ -350,6 +351,41 @@ def test_a_track_that_is_frozen_no_longer_delivers():
     subject = feed(FakeReader(*seconds(0, 1), FROZEN))
     subject.pump(0)
     assert subject.delivers == {"video"}
+
+
+# --- what is said of a source ---
+
+
+def test_a_source_that_gave_nothing_is_reported_with_its_reason_also_when_it_is_gone():
+    feeds = Feeds(FakeMedia(FakeReader(progress(0, None), Failed("unreadable", "junk/ has no image, of 2"))))
+    subject = feeds.open(session())
+    subject.pump(0)
+    expected = SourceReport(num_lost=1, problem="junk/ has no image, of 2")
+    assert feeds.reports() == {DOOR: expected}
+    feeds.close(DOOR)
+    assert feeds.reports() == {DOOR: expected}
+
+
+def test_a_source_that_ends_without_anything_is_reported():
+    subject = feed(FakeReader(progress(None, None), Ended("the source is at its end")))
+    subject.pump(0)
+    assert not subject.report.has_delivered
+    assert subject.report.problem == "gave neither picture nor sound: the source is at its end"
+
+
+def test_a_source_that_delivers_is_up_until_it_is_lost():
+    subject = feed(FakeReader(*seconds(0, 1), GONE, live=True))
+    subject.pump(0)
+    assert subject.report == SourceReport(has_delivered=True, num_lost=1, problem=GONE.message)
+
+
+def test_only_the_latest_of_the_sources_that_are_gone_are_remembered():
+    feeds = Feeds(FakeMedia())
+    for number in range(MAX_CLOSED + 5):
+        name = SessionId(f"camera-{number}")
+        feeds.open(replace(session(), id=name))
+        feeds.close(name)
+    assert list(feeds.reports()) == [f"camera-{number}" for number in range(5, MAX_CLOSED + 5)]
 
 
 # --- we were stopped ----------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""deploy/source_watch.py: what the user is told of sources while they run, and of those which never gave anything."""
+
+from collections.abc import Mapping
+
+from deploy.runner import StageSnapshot
+from deploy.source_watch import SourceWatch
+from graph.chunk import SessionId
+from stages.stage import SourceReport
+
+DOOR, YARD = SessionId("door"), SessionId("yard")
+UP = SourceReport(has_delivered=True, is_up=True)
+
+
+class Told:
+    """A watch with what it has told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.watch = SourceWatch(self.lines.append)
+
+    def see(self, **sources: SourceReport) -> None:
+        reports: Mapping[SessionId, SourceReport] = {SessionId(name): report for name, report in sources.items()}
+        both = {"camera": StageSnapshot(0, 0, {}, reports), "microphone": StageSnapshot(0, 0, {}, reports)}
+        self.watch.saw({"io.0": both, "llm.0": {"llm": StageSnapshot(0, 0, {})}})
+
+
+def test_a_loss_is_told_when_it_happens_and_once_until_it_is_over():
+    told = Told()
+    told.see(door=UP)
+    for num_lost in (1, 1, 2, 3):
+        told.see(door=SourceReport(has_delivered=True, num_lost=num_lost, problem="rtsp://door broke off"))
+    told.see(door=SourceReport(has_delivered=True, is_up=True, num_lost=3))
+    told.see(door=SourceReport(has_delivered=True, num_lost=4, problem="rtsp://door is gone"))
+    assert told.lines == [
+        "camera door: lost: rtsp://door broke off",
+        "camera door: delivers again",
+        "camera door: lost: rtsp://door is gone",
+    ]
+
+
+def test_a_run_in_which_nothing_ever_came_is_in_vain():
+    told = Told()
+    told.see(door=SourceReport(problem="gave neither picture nor sound"), yard=SourceReport())
+    assert told.watch.is_all_silent
+    assert told.watch.untold == {DOOR: "gave neither picture nor sound", YARD: ""}
+
+
+def test_one_source_that_gave_something_is_a_run():
+    told = Told()
+    told.see(door=SourceReport(), yard=UP)
+    told.see(door=SourceReport(num_lost=1, problem="junk/ has no image"))
+    assert not told.watch.is_all_silent
+    assert told.lines == ["camera door: lost: junk/ has no image"]
+    assert told.watch.untold == {}, "its loss was told"
+
+
+def test_a_run_without_a_source_is_not_in_vain():
+    assert not SourceWatch(print).is_all_silent
