@@ -151,6 +151,11 @@ class Line:
             else:  # a fault of ours; its log has the traceback
                 posted.reply.fail(CallError(f"{self.name}: {answer.error}; see {self._log}"))
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the batch under way has not been answered; 0 where there is none."""
+        return self._age_s if self.reference is not None else 0.0
+
     def grow_older(self, seconds: float) -> None:
         """So long somebody has looked for an answer in vain."""
         if self.reference is not None:

@@ -89,6 +89,14 @@ def up(
         str | None,
         typer.Option("--address", help="Join this Ray cluster (default: RAY_ADDRESS, else a Ray of our own)."),
     ] = None,
+    wait_for_cameras: Annotated[
+        str | None,
+        typer.Option(
+            "--wait-for-cameras",
+            metavar="30s",
+            help="Wait so long for all live cameras, else end; without it start, and look for them later.",
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Run in the background; see ps, logs and down.")
     ] = False,
@@ -108,6 +116,7 @@ def up(
         barge_in=tuple(barge_in or ()),
         speaker=speaker,
         address=address,
+        wait_for_cameras=wait_for_cameras,
     )
     if detach:
         run_in_background(arguments)

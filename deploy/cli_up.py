@@ -11,6 +11,7 @@ import typer
 
 from deploy.cli_common import EXIT_INTERRUPTED, EXIT_RUNTIME, clear_errors, load, usage
 from deploy.terminal import Teller
+from graph.chunk import NS_PER_S
 
 if TYPE_CHECKING:
     from deploy.up import Outcome
@@ -32,6 +33,7 @@ class UpArguments:
     barge_in: tuple[str, ...] = ()
     speaker: str | None = None
     address: str | None = None
+    wait_for_cameras: str | None = None
 
 
 def run_in_foreground(arguments: UpArguments) -> None:
@@ -47,11 +49,13 @@ def run_in_foreground(arguments: UpArguments) -> None:
                 raise UpError(f"--speed {speed}: expected real or max")
             actions = parse_listener(arguments.listener, arguments.barge_in)
             duration_ns = _duration("--for", duration) if duration is not None else None
+            wait = arguments.wait_for_cameras
+            wait_s = None if wait is None else _duration("--wait-for-cameras", wait, least_ns=0) / NS_PER_S
             file = None if arguments.file is None else Path(arguments.file)
             spec = _with_cameras(load(file, sets), parse_cameras(list(arguments.cameras)))
             check_sources(spec, paced=speed == "real")
         out = None if arguments.out is None else Path(arguments.out)
-        options = UpOptions(duration_ns, out, speed == "real", actions, arguments.address)
+        options = UpOptions(duration_ns, out, speed == "real", actions, arguments.address, wait_for_cameras_s=wait_s)
         with Teller() as teller:
             outcome = run_up(spec, options, teller.tell)
             for line in _summary(outcome):
@@ -83,7 +87,7 @@ def parse_listener(pauses: Sequence[str], barge_ins: Sequence[str]) -> tuple[Lis
     return tuple(sorted(actions, key=lambda action: action.at_ns))
 
 
-def _duration(option: str, text: str) -> int:
+def _duration(option: str, text: str, least_ns: int = 1) -> int:
     """ns. Raises UpError, which names the option."""
     from deploy.up import UpError
     from graph.units import parse_duration
@@ -92,7 +96,7 @@ def _duration(option: str, text: str) -> int:
         duration_ns = parse_duration(text)
     except ValueError as error:
         raise UpError(f"{option}: {error}") from None
-    if duration_ns == 0:
+    if duration_ns < least_ns:
         raise UpError(f"{option}: must be longer than {text}")
     return duration_ns
 

@@ -160,7 +160,7 @@ class LiveCameras:
         if why and not is_live:
             raise Refused(422, f"camera {name}: {why}")
         if why:
-            tell(f"camera {name}: {why}; it will be looked for")
+            tell(f"camera {name}: {why}; it is looked for again")
 
     def _ask(self, asked: _Asked) -> None:
         with self._lock:

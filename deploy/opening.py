@@ -16,6 +16,8 @@ from deploy.sessions import Placement
 from graph.chunk import SessionId
 from stages.stage import Session, StageError
 
+SILENT_S = 2.0  # a batch takes a window at most where a stage keeps up; no new session goes to who is silent for two
+
 
 class Openings:
     """Opens and closes sessions."""
@@ -45,7 +47,7 @@ class Openings:
     def _open(self, sessions: Sequence[Session], done: Reply[None], opened: Callable[[], None]) -> Steps[None]:
         tools = self._tools
         try:
-            tools.table.enter(sessions, lambda stage: [each.process.replica for each in tools.fleet.of(stage)])
+            tools.table.enter(sessions, self._candidates)
             placements = [tools.table.placements[session.id] for session in sessions]
             used = yield from self._open_at_all(sessions)
             yield from self._begin(sessions)
@@ -54,12 +56,18 @@ class Openings:
         except Exception as error:
             for session in sessions:
                 self.close(session.id)
-            done.fail(StageError(f"{error}; try again in a moment") if isinstance(error, CoordinatorError) else error)
+            done.fail(StageError(str(error)) if isinstance(error, CoordinatorError) else error)
         else:
             for placement in placements:
                 placement.is_open, placement.since = True, tools.fleet.num_reports
             opened()
             done.answer(None)
+
+    def _candidates(self, stage: str) -> list[int]:
+        """The replicas of a stage that live; those that answer, if there are such."""
+        living = self._tools.fleet.of(stage)
+        answering = [each for each in living if each.line.silent_s < SILENT_S]
+        return [each.process.replica for each in answering or living]
 
     def _open_at_all(self, sessions: Sequence[Session]) -> Steps[list[Living]]:
         used: list[Living] = []

@@ -18,6 +18,7 @@ from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, c
 from stages.media_wire import LIVE_KINDS
 
 PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
+PROBE_AGAIN_S = 1.0  # between two tries where `up` waits for cameras
 PROBE_LOOK_S = 0.2  # between two looks whether that is enough
 MAX_LIVE_AT_ONCE = 64
 MAX_FILES_AT_ONCE = 8  # a decoder takes a core 0.2 s to start, and a file that waits for one is not broken
@@ -27,19 +28,34 @@ class SourceError(GraphError):
     """A source that can't be used; says which, why, and what instead."""
 
 
-def check_cameras(spec: PipelineSpec, duration_ns: int | None, tell: Callable[[str], None]) -> Mapping[str, CameraSpec]:
-    """Open every source once, before anything is started. A broken file is an error; a live camera that does not
-    answer is told, and looked for again while the pipeline runs, unless it is the only one.
+def check_cameras(
+    spec: PipelineSpec, duration_ns: int | None, tell: Callable[[str], None], wait_s: float | None = None
+) -> Mapping[str, CameraSpec]:
+    """Open every source once, before anything is started. What can never be read is an error. A live camera that does
+    not answer is no more of one than later, while the pipeline runs: it is told, and looked for again then.
 
+    wait_s: wait so long for all live cameras, and take it for an error where one has not answered by then.
     Raises SourceError with all that is wrong.
     """
-    failures = probe_all(spec.cameras, partial(probe, duration_ns))
-    broken = {name: why for name, (why, live) in failures.items() if why and not live}
-    absent = {name: why for name, (why, live) in failures.items() if why and live}
-    if broken or (absent and len(absent) == len(spec.cameras)):
-        raise SourceError("\n".join(f"camera {name}: {why}" for name, why in (broken | absent).items()))
+    cameras, deadline_s = spec.cameras, time.monotonic() + (wait_s or 0.0)
+    absent: dict[str, str] = {}
+    while cameras:
+        probed = probe_all(cameras, partial(probe, duration_ns))
+        broken = {name: why for name, (why, live) in probed.items() if why and not live}
+        absent = {name: why for name, (why, live) in probed.items() if why and live}
+        if broken:
+            raise SourceError("\n".join(f"camera {name}: {why}" for name, why in (broken | absent).items()))
+        if not absent or time.monotonic() >= deadline_s:
+            break
+        for name in absent if cameras is spec.cameras else ():  # the first time
+            tell(f"camera {name}: {absent[name]}; waiting for it")
+        cameras = {name: spec.cameras[name] for name in absent}
+        time.sleep(min(PROBE_AGAIN_S, max(deadline_s - time.monotonic(), 0.0)))
+    if absent and wait_s is not None:
+        waited = f" (waited for {wait_s:g} s)" if wait_s else ""
+        raise SourceError("\n".join(f"camera {name}: {why}{waited}" for name, why in absent.items()))
     for name, why in absent.items():
-        tell(f"camera {name}: {why}; it will be looked for while the others run")
+        tell(f"camera {name}: {why}; it is looked for again while the pipeline runs")
     return spec.cameras
 
 
@@ -90,7 +106,7 @@ def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], boo
                     return "", reader.is_live
             return f"gave nothing within {PROBE_S:g} s", reader.is_live
     except MediaError as error:
-        return str(error), False
+        return str(error), error.kind != "blocked" and _is_live(camera)
 
 
 def probe_all(
@@ -121,13 +137,17 @@ def probe_all(
 def _is_live(camera: CameraSpec) -> bool:
     try:
         return check_source(camera.source.reveal()) in LIVE_KINDS
-    except MediaError:
-        return False
+    except MediaError as error:  # a webcam that is not plugged in is no file that is not there
+        return error.kind == "missing" and camera.source.reveal().startswith("/dev/video")
 
 
 def anchored(source: str) -> str:
     """The source as an actor finds it, which may run in another folder."""
-    return str(Path(source).absolute()) if check_source(source) in ("file", "images", "webcam") else source
+    try:
+        is_path = check_source(source) in ("file", "images", "webcam")
+    except MediaError:  # it is looked for again
+        is_path = False
+    return str(Path(source).absolute()) if is_path else source
 
 
 def parse_cameras(texts: Sequence[str], option: str = "--camera ") -> dict[str, str]:

@@ -52,7 +52,10 @@ class UpError(GraphError):
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """What the command line adds to the description. duration_ns None: as long as the sources can."""
+    """What the command line adds to the description. duration_ns None: as long as the sources can.
+
+    wait_for_cameras_s: see `check_cameras`.
+    """
 
     duration_ns: int | None = None
     out: Path | None = None
@@ -60,6 +63,7 @@ class UpOptions:
     listener: tuple[ListenerAction, ...] = ()
     address: str | None = None
     state: StateFolder | None = None
+    wait_for_cameras_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         if options.paced:
             admit(spec, len(spec.cameras))
         checkpoint.check_tensors(spec)
-        cameras = check_cameras(spec, options.duration_ns, tell)
+        cameras = check_cameras(spec, options.duration_ns, tell, options.wait_for_cameras_s)
         if not (options.address or os.environ.get("RAY_ADDRESS")):
             checkpoint.check_memory(spec)
         status = Status(model=spec.model, trained=checkpoint.trained)

@@ -135,7 +135,7 @@ def test_a_live_camera_that_does_not_answer_is_told_and_looked_for(start):
     pipeline = start()
     added = pipeline.live.add("yard", {"source": "rtsp://127.0.0.1:9/live"})
     (warning,) = added.warnings
-    assert warning.startswith("camera yard: ") and warning.endswith("it will be looked for")
+    assert warning.startswith("camera yard: ") and warning.endswith("it is looked for again")
     assert "yard" in pipeline.opened
 
 

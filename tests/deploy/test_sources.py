@@ -1,16 +1,18 @@
 """deploy/sources.py: what is asked of the cameras before anything starts."""
 
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
-from deploy.sources import MAX_FILES_AT_ONCE, PROBE_S, Probed, probe, probe_all
+from deploy.sources import MAX_FILES_AT_ONCE, PROBE_S, Probed, SourceError, check_cameras, probe, probe_all
 from graph.secret import Secret
 from graph.sections import CameraSpec
+from graph.spec import PipelineSpec, parse_spec
 
 SILENT = ("gave nothing", True)
 
@@ -96,3 +98,72 @@ def test_a_camera_that_keeps_silent_is_left_when_it_is_over():
     start_s = time.monotonic()
     assert probe(None, files(1)["clip0"], lambda: True) == (f"gave nothing within {PROBE_S:g} s", False)
     assert time.monotonic() - start_s < PROBE_S / 2
+
+
+# ---- before `up` starts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Probed]]:
+    """What each camera says, try by try."""
+    answers: dict[str, list[Probed]] = {}
+
+    def probe_all(cameras: Mapping[str, CameraSpec], _: object) -> dict[str, Probed]:
+        return {name: answers[name].pop(0) if len(answers[name]) > 1 else answers[name][0] for name in cameras}
+
+    monkeypatch.setattr("deploy.sources.probe_all", probe_all)
+    monkeypatch.setattr("deploy.sources.PROBE_AGAIN_S", 0.0)
+    return answers
+
+
+OFF: Probed = ("refused the connection", True)
+THERE: Probed = ("", True)
+NO_FILE: Probed = ("there is no such file", False)
+
+
+def spec_of(*names: str) -> PipelineSpec:
+    sources = {name: {"source": f"rtsp://10.0.0.{number}/live"} for number, name in enumerate(names)}
+    return parse_spec(json.dumps({"version": 1, "cameras": sources}), "here")
+
+
+def test_a_camera_that_is_off_is_waited_for_as_it_would_be_beside_others(ask: dict[str, list[Probed]]):
+    said: list[str] = []
+    ask["yard"] = [OFF]
+    assert list(check_cameras(spec_of("yard"), None, said.append)) == ["yard"]
+    assert said == ["camera yard: refused the connection; it is looked for again while the pipeline runs"]
+
+
+def test_where_all_cameras_are_off_it_starts_and_says_so(ask: dict[str, list[Probed]]):
+    said: list[str] = []
+    ask.update(yard=[OFF], door=[OFF], hall=[THERE])
+    check_cameras(spec_of("yard", "door"), None, said.append)
+    assert len(said) == 2
+
+
+def test_what_can_never_be_read_is_an_error_at_once(ask: dict[str, list[Probed]]):
+    ask.update(yard=[OFF], clip=[NO_FILE])
+    with pytest.raises(SourceError, match="camera clip: there is no such file"):
+        check_cameras(spec_of("yard", "clip"), None, print, wait_s=3600.0)
+
+
+def test_cameras_that_must_be_there_are_waited_for(ask: dict[str, list[Probed]]):
+    said: list[str] = []
+    ask.update(yard=[OFF, OFF, THERE], door=[THERE])
+    check_cameras(spec_of("yard", "door"), None, said.append, wait_s=3600.0)
+    assert said == ["camera yard: refused the connection; waiting for it"]
+
+
+def test_cameras_that_must_be_there_and_are_not_end_it(ask: dict[str, list[Probed]]):
+    ask.update(yard=[OFF], door=[THERE])
+    with pytest.raises(SourceError, match=r"^camera yard: refused the connection \(waited for 0\.05 s\)$"):
+        check_cameras(spec_of("yard", "door"), None, print, wait_s=0.05)
+
+
+def test_a_webcam_that_is_not_plugged_in_is_waited_for_like_any_live_camera():
+    why, is_live = probe(None, CameraSpec(source=Secret("/dev/video97")), lambda: False)
+    assert why and is_live
+
+
+def test_a_file_that_is_not_there_is_not_waited_for():
+    why, is_live = probe(None, CameraSpec(source=Secret("/nowhere/clip.mp4")), lambda: False)
+    assert why and not is_live

@@ -134,8 +134,8 @@ def test_all_unreadable_files_are_told_together(project: Path) -> None:
     assert cut.startswith("camera cut:") and "not a media file which can be read" in cut
 
 
-def test_a_camera_that_does_not_answer_is_told_when_it_is_the_only_one() -> None:
-    result = up("--camera", "door=rtsp://127.0.0.1:9/live")
+def test_cameras_that_must_be_there_and_do_not_answer_are_an_error() -> None:
+    result = up("--camera", "door=rtsp://127.0.0.1:9/live", "--wait-for-cameras", "0s")
     assert result.exit_code == 1
     (line,) = told(result)
     assert "refused the connection" in line

@@ -52,6 +52,7 @@ class FakeActor:
         self.full_at = self.faulty_at = ""
         self.ahead_ns = AHEAD_NS if node != "here" else 0
         self.num_batches = 0
+        self.works: Any = None  # what it works on when it dies
 
     def perform(self, calls: Sequence[Posted]) -> list[Answer]:
         self.num_batches += 1

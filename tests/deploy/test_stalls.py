@@ -1,0 +1,372 @@
+"""deploy/coordinator.py: actors that hang, restarts that take long, data that kill: who pays, and that nobody waits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.accounts import EdgeEnds
+from deploy.calls import LONGEST_LOOK_S
+from deploy.coordinator import LOOK_S, OPEN_TIMEOUT_S, Coordinator, CoordinatorError
+from deploy.deadline import Deadline
+from deploy.restarts import MAX_DEATHS, STALL_S, START_TIMEOUT_S
+from deploy.suspects import NUM_ALONE, WorkNote, note_path
+from graph.chunk import SessionId
+from graph.ledger import Account
+from stages.stage import StageError
+from tests.support.actors import FakeActor, FakeCluster, of, replicas_at, sessions, started
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster()
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def coordinator(cluster: FakeCluster, tmp_path: Path, told: list[str]) -> Coordinator:
+    return started(cluster, tmp_path, "stages.llm.replicas=2", told=told)
+
+
+def poll_until(coordinator: Coordinator, cluster: FakeCluster, is_so: Callable[[], object]) -> None:
+    """As `pipeline up` does it, four times a second."""
+    for _ in range(20_000):
+        if is_so():
+            return
+        coordinator.poll()
+        cluster.clock.advance(0.25)
+    raise AssertionError("it never came to be")
+
+
+def settle(coordinator: Coordinator, cluster: FakeCluster) -> None:
+    coordinator.poll()
+    poll_until(coordinator, cluster, lambda: not (coordinator.problem or coordinator.is_busy))
+    coordinator.poll()
+
+
+# ---- actors that hang ------------------------------------------------------------------------------------------------
+
+
+def test_a_poll_waits_a_moment_for_one_that_hangs_and_what_it_reported_last_stands(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a", "b"))
+    before = coordinator.poll()
+    cluster.actors["llm.0"].is_stopped = True
+    began_s = cluster.clock.now_s
+    after = coordinator.poll()
+    assert cluster.clock.now_s - began_s == pytest.approx(LOOK_S)
+    assert after["llm.0"] == before["llm.0"]
+    assert (coordinator.sessions, coordinator.problem) == (["a", "b"], "")
+
+
+def test_it_is_asked_once_however_often_is_polled(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    llm = cluster.actors["llm.0"]
+    coordinator.poll()
+    before = llm.num_batches
+    llm.is_stopped = True
+    for _ in range(10):
+        coordinator.poll()
+    llm.is_stopped = False
+    coordinator.poll()
+    assert llm.num_batches == before + 1
+
+
+def test_one_that_takes_no_call_for_long_is_replaced_like_a_dead_one(
+    coordinator: Coordinator, cluster: FakeCluster, told: list[str]
+):
+    coordinator.open_sessions(sessions("a", "b"))
+    stopped, began_s = cluster.actors["llm.0"], cluster.clock.now_s
+    stopped.is_stopped = True
+    poll_until(coordinator, cluster, lambda: coordinator.problem)
+    assert STALL_S <= cluster.clock.now_s - began_s <= STALL_S + 1
+    assert stopped in cluster.killed
+    assert f"llm.0 has not answered for {STALL_S:g} s" in told
+    settle(coordinator, cluster)
+    assert (cluster.peers, replicas_at(coordinator, "llm")) == (["llm.0-1"], {"a": 1, "b": 1})
+
+
+def test_nobody_is_taken_for_dead_because_we_were_stopped_ourselves(coordinator: Coordinator, cluster: FakeCluster):
+    """All were, as by a lid that is closed; the answers come when everybody goes on."""
+    coordinator.open_sessions(sessions("a"))
+    for actor in cluster.actors.values():
+        actor.is_stopped = True
+    coordinator.poll()
+    cluster.clock.advance(3600.0)
+    coordinator.poll()
+    for actor in cluster.actors.values():
+        actor.is_stopped = False
+    coordinator.poll()
+    assert (cluster.killed, coordinator.sessions) == ([], ["a"])
+
+
+def test_many_short_stops_of_ours_count_a_moment_each(coordinator: Coordinator, cluster: FakeCluster):
+    cluster.actors["llm.0"].is_stopped = True
+    for _ in range(int(STALL_S / LONGEST_LOOK_S) // 2):
+        coordinator.poll()
+        cluster.clock.advance(60.0)
+    assert cluster.killed == []
+
+
+def test_in_virtual_time_a_batch_takes_as_long_as_it_takes(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", paced=False))
+    cluster.actors["llm.0"].is_stopped = True
+    began_s = cluster.clock.now_s
+    poll_until(coordinator, cluster, lambda: cluster.clock.now_s > began_s + 4 * STALL_S)
+    cluster.actors["llm.0"].is_stopped = False
+    coordinator.poll()
+    assert (cluster.killed, coordinator.sessions) == ([], ["a"])
+
+
+# ---- openings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_camera_that_can_not_be_opened_for_one_that_hangs_is_refused_and_nobody_else_waits(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["tts.0"].is_stopped = True
+    began_s = cluster.clock.now_s
+    reply = coordinator.begin_to_open(sessions("b")[0], lambda: None)
+    assert cluster.clock.now_s == began_s
+    poll_until(coordinator, cluster, lambda: reply.is_done)
+    assert OPEN_TIMEOUT_S <= cluster.clock.now_s - began_s <= OPEN_TIMEOUT_S + 1
+    with pytest.raises(StageError, match=r"^tts\.0 has not answered for 10 s$"):
+        reply.result()
+    assert coordinator.sessions == ["a"]
+    coordinator.poll()
+    opened = {stage for _, stage, (plans,) in of(cluster.calls, "open_sessions") if plans[0].session.id == "b"}
+    assert {stage for _, stage, (session,) in of(cluster.calls, "close_session") if session == "b"} == opened
+
+
+def test_one_that_was_asked_to_open_and_goes_on_late_closes_again(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    tts = cluster.actors["tts.0"]
+    tts.is_stopped = True
+    reply = coordinator.begin_to_open(sessions("b")[0], lambda: None)
+    poll_until(coordinator, cluster, lambda: reply.is_done)
+    tts.is_stopped = False
+    coordinator.poll()
+    coordinator.poll()
+    assert tts.sessions == {"a"}
+
+
+def test_while_one_camera_waits_for_a_replica_another_one_opens(coordinator: Coordinator, cluster: FakeCluster):
+    cluster.actors["llm.0"].is_stopped = True
+    first, second = (coordinator.begin_to_open(each, lambda: None) for each in sessions("a", "b"))
+    poll_until(coordinator, cluster, lambda: second.is_done)
+    assert (first.is_done, second.error) == (False, None)
+    assert replicas_at(coordinator, "llm") == {"a": 0, "b": 1}
+
+
+def test_a_camera_that_comes_later_goes_to_a_replica_that_answers(coordinator: Coordinator, cluster: FakeCluster):
+    cluster.actors["llm.0"].is_stopped = True
+    began_s = cluster.clock.now_s
+    poll_until(coordinator, cluster, lambda: cluster.clock.now_s > began_s + 3)
+    replies = [coordinator.begin_to_open(each, lambda: None) for each in sessions("a", "b")]
+    poll_until(coordinator, cluster, lambda: all(reply.is_done for reply in replies))
+    assert replicas_at(coordinator, "llm") == {"a": 1, "b": 1}
+
+
+def test_a_fault_of_a_stage_while_a_session_opens_costs_that_session(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["vocoder.0"].faulty_at = "vocoder"
+    reply = coordinator.begin_to_open(sessions("b")[0], lambda: None)
+    poll_until(coordinator, cluster, lambda: reply.is_done)
+    assert isinstance(reply.error, StageError)
+    assert "vocoder.0: 'a fault'" in str(reply.error)
+    coordinator.poll()
+    assert (coordinator.sessions, cluster.killed) == (["a"], [])
+
+
+def test_a_camera_that_opens_while_its_stage_dies_is_refused_and_the_others_go_on(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["events.0" if "events.0" in cluster.actors else "vocoder.0"].is_stopped = True
+    reply = coordinator.begin_to_open(sessions("b")[0], lambda: None)
+    for _ in range(8):
+        coordinator.poll()
+    cluster.actors["vision_encoder.0"].is_dead = True
+    poll_until(coordinator, cluster, lambda: reply.is_done)
+    assert isinstance(reply.error, StageError)
+    assert coordinator.sessions == ["a"]
+
+
+# ---- restarts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_calls_of_thirty_sessions_that_move_are_a_few_batches_per_actor(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions(*(f"camera{number}" for number in range(30))))
+    before = {name: actor.num_batches for name, actor in cluster.actors.items()}
+    cluster.starts_at_once = False
+    cluster.actors["llm.0"].is_dead = True
+    poll_until(coordinator, cluster, lambda: set(replicas_at(coordinator, "llm").values()) == {1})
+    coordinator.poll()
+    coordinator.poll()
+    assert len(of(cluster.calls, "resume_session")) == 15
+    living = [name for name in before if name != "llm.0"]
+    assert max(cluster.actors[name].num_batches - before[name] for name in living) < 10
+
+
+def test_a_neighbour_that_hangs_holds_up_no_session_that_does_not_need_it(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.actors["llm.0"].is_stopped = True
+    cluster.actors["tts.0"].is_dead = True
+    cluster.calls.clear()
+    for _ in range(20):
+        coordinator.poll()
+    recovered = [session for _, _, (session, kind, *_) in of(cluster.calls, "tell") if kind == "recovered"]
+    assert recovered == ["b"], "whose LLM is llm.1; it hears of it long before llm.0 is given up"
+
+
+def test_a_restart_that_takes_longer_than_a_start_may_is_tried_again_and_the_run_goes_on(
+    coordinator: Coordinator, cluster: FakeCluster, told: list[str]
+):
+    coordinator.open_sessions(sessions("a"))
+    cluster.starts_at_once = False
+    cluster.actors["tts.0"].is_dead = True
+    began_s = cluster.clock.now_s
+    poll_until(coordinator, cluster, lambda: len(cluster.peers) == 4)
+    assert cluster.clock.now_s - began_s > 3 * START_TIMEOUT_S
+    line = f"tts.0 has not answered for {START_TIMEOUT_S:g} s; it is tried again"
+    assert told.count(line) == 3, "once for each try"
+    cluster.actors["tts.0"].is_up = True
+    settle(coordinator, cluster)
+    assert coordinator.sessions == ["a"]
+
+
+def test_between_two_tries_there_is_an_ever_longer_pause(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    tries_s: list[float] = []
+    for number in range(1, 5):
+        cluster.actors["llm.0"].is_dead = True
+        died_s = cluster.clock.now_s
+        poll_until(coordinator, cluster, lambda number=number: len(cluster.peers) == number)
+        tries_s.append(round(cluster.clock.now_s - died_s))
+    assert tries_s == sorted(tries_s)
+    assert tries_s[-1] >= 15
+
+
+def test_a_stage_that_can_not_be_brought_up_ends_the_run_with_one_line(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    replace = cluster.replace
+
+    def broken(process: object, plan: object) -> FakeActor:
+        actor = replace(process, plan)
+        actor.is_dead = True
+        return actor
+
+    cluster.replace = broken  # type: ignore[method-assign, assignment]
+    cluster.actors["tts.0"].is_dead = True
+    with pytest.raises(CoordinatorError, match=rf"^tts\.0 has died.*; that was {MAX_DEATHS} times within 10 minutes"):
+        poll_until(coordinator, cluster, lambda: False)
+
+
+# ---- data that kill --------------------------------------------------------------------------------------------------
+
+
+def dies_of(cluster: FakeCluster, folder: Path, name: str, *working_on: str) -> None:
+    """As a process does whose memory is gone, in the middle of a batch."""
+    peer = next((peer for peer in reversed(cluster.peers) if peer.startswith(name)), name)
+    cluster.actors[name].works = WorkNote(note_path(folder / "bus", peer)).of(map(SessionId, working_on))
+    cluster.actors[name].works.__enter__()
+    cluster.actors[name].is_dead = True
+
+
+def test_a_camera_whose_data_kill_a_stage_twice_in_a_row_is_closed_and_the_others_go_on(
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, told: list[str]
+):
+    coordinator.open_sessions(sessions("good", "bad"))
+    for _ in range(2):
+        dies_of(cluster, tmp_path, "tts.0", "bad")
+        settle(coordinator, cluster)
+    assert coordinator.sessions == ["good"]
+    line = "camera bad: its session is over: tts died twice in a row while it worked on its data"
+    assert told.count(line) == 1
+    dies_of(cluster, tmp_path, "tts.0", "good")
+    settle(coordinator, cluster)
+    assert coordinator.sessions == ["good"], "three deaths, of which none is the stage's own, end nothing"
+
+
+def test_those_that_were_in_a_batch_that_died_go_alone_so_that_the_next_death_has_one_name(
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path
+):
+    coordinator.open_sessions(sessions("a", "b", "c"))
+    dies_of(cluster, tmp_path, "tts.0", "a", "b")
+    settle(coordinator, cluster)
+    alone = {plan.session.id: plan.alone_for for _, _, (plan, _) in of(cluster.calls, "resume_session")}
+    assert alone == {"a": NUM_ALONE, "b": NUM_ALONE, "c": 0}
+    dies_of(cluster, tmp_path, "tts.0", "b")
+    settle(coordinator, cluster)
+    assert coordinator.sessions == ["a", "c"]
+
+
+def test_who_dies_of_another_camera_each_time_closes_none(
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path
+):
+    coordinator.open_sessions(sessions("a", "b"))
+    for name in ("a", "b", "a"):
+        dies_of(cluster, tmp_path, "tts.0", name)
+        settle(coordinator, cluster)
+    assert coordinator.sessions == ["a", "b"]
+
+
+def test_a_run_whose_last_camera_is_closed_for_its_data_has_failed(
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path
+):
+    coordinator.open_sessions(sessions("bad"))
+    dies_of(cluster, tmp_path, "tts.0", "bad")
+    settle(coordinator, cluster)
+    dies_of(cluster, tmp_path, "tts.0", "bad")
+    with pytest.raises(CoordinatorError, match="no session is left"):
+        settle(coordinator, cluster)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_has_an_end_whatever_hangs_and_its_ledger_is_exact(coordinator: Coordinator, cluster: FakeCluster):
+    edge = "llm.text->tts.text"
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.actors["llm.0"].ends = {edge: EdgeEnds(sent=Account(5))}
+    cluster.actors["tts.0"].ends = {edge: EdgeEnds(received=Account(0, 3), arrived={"llm.0": 3})}
+    coordinator.poll()
+    cluster.actors["llm.0"].is_stopped = cluster.actors["vocoder.0"].is_stopped = True
+    began_s, deadline = cluster.clock.now_s, Deadline(4.0, cluster.clock)
+    ledger = coordinator.end(deadline)
+    coordinator.stop(deadline)
+    assert cluster.clock.now_s - began_s <= 4.0
+    assert (ledger[edge].accepted, ledger[edge].delivered, dict(ledger[edge].dropped)["crash"]) == (5, 3, 2)
+    assert all(account.in_flight == 0 for account in ledger.values())
+    assert {actor for actor in cluster.actors.values() if actor not in cluster.killed} == set()
+
+
+def test_an_end_for_which_no_time_is_left_still_has_what_was_reported(coordinator: Coordinator, cluster: FakeCluster):
+    edge = "llm.text->tts.text"
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["llm.0"].ends = {edge: EdgeEnds(sent=Account(2, 2))}
+    coordinator.poll()
+    for actor in cluster.actors.values():
+        actor.is_stopped = True
+    account = coordinator.end(Deadline(0.0, cluster.clock))[edge]
+    assert (account.accepted, account.delivered, account.in_flight) == (2, 2, 0)
+
+
+def test_ending_a_session_whose_actor_hangs_waits_for_nobody(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    for actor in cluster.actors.values():
+        actor.is_stopped = True
+    began_s = cluster.clock.now_s
+    coordinator.end_session(SessionId("a"))
+    coordinator.close_session(SessionId("b"))
+    assert cluster.clock.now_s == began_s
