@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from deploy.calls import CoordinatorError, Reply, Steps
 from deploy.fleet import Living
 from deploy.restarts import Tools
-from deploy.routing import SOURCES, opening_order, session_plan
+from deploy.routing import SOURCES, closing_order, opening_order, session_plan
 from deploy.sessions import Placement
 from graph.chunk import SessionId
 from stages.stage import Session, StageError
@@ -39,7 +39,8 @@ class Openings:
     def close(self, session: SessionId) -> None:
         """End a session at once; what is under way is dropped and counted. Nobody waits for it."""
         placement = self._tools.table.placements.pop(session, None)
-        for stage in reversed(placement.opened if placement else ()):
+        opened = placement.opened if placement else []
+        for stage in (stage for stage in closing_order(self._tools.spec) if stage in opened):
             living = self._at(placement, stage) if placement else None
             if living is not None:  # else it holds nothing any more
                 living.line.post("close_session", stage, session)
@@ -74,7 +75,7 @@ class Openings:
         for stage in opening_order(self._tools.spec):
             opened: list[Reply[None]] = []
             for living, here in self._by_replica(stage, sessions):
-                plans = [session_plan(self._tools.spec, stage, p.session, p.replicas) for p in here]
+                plans = [session_plan(self._tools.spec, stage, p.session, p.replicas, p.incarnation) for p in here]
                 for placement in here:
                     placement.opened.append(stage)  # before it is, for one of them may fail
                 opened.append(living.line.post("open_sessions", stage, plans))

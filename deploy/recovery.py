@@ -42,10 +42,11 @@ class Replicas(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Going:
-    """A session that goes on, and per stage the replica where it is from now on."""
+    """A session that goes on, as the same incarnation, and per stage the replica where it is from now on."""
 
     session: Session
     replicas: dict[str, int]
+    incarnation: int
 
 
 def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Sequence[Going]) -> Steps[list[Reply[None]]]:
@@ -55,7 +56,7 @@ def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Sequence[G
     opened: list[Reply[None]] = []
     for each, reply in zip(going, heard, strict=True):
         listener = (None if reply.error else reply.result()) or Listener(Ack(0), 0)
-        plan = replace(session_plan(spec, stage, each.session, each.replicas), goes_on=listener)
+        plan = replace(session_plan(spec, stage, each.session, each.replicas, each.incarnation), goes_on=listener)
         opened.append(replicas.resume(stage, each.replicas[stage], plan))
     yield opened
     return opened

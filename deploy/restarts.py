@@ -256,7 +256,7 @@ def stage_of(process: Process) -> str:
 
 
 def _going(placement: Placement) -> Going:
-    return Going(placement.session, placement.replicas)
+    return Going(placement.session, placement.replicas, placement.incarnation)
 
 
 class Remote:

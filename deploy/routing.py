@@ -37,7 +37,24 @@ def opening_order(spec: PipelineSpec) -> list[str]:
     return [name for name in spec.stages if name not in LOCAL_STAGES] + local
 
 
-def session_plan(spec: PipelineSpec, stage: str, session: Session, replicas: Mapping[str, int]) -> SessionPlan:
+def closing_order(spec: PipelineSpec) -> list[str]:
+    """All stages, each before those that it sends to: so nobody who is closed is sent anything more.
+
+    What comes back from downstream (feedback) does not count, nor does it take credit.
+    """
+    sources: dict[str, set[str]] = {name: set() for name in spec.stages}
+    for edge in spec.edges:
+        if not edge.target.is_feedback:
+            sources[edge.target.stage].add(edge.source.stage)
+    order: list[str] = []
+    while len(order) < len(sources):
+        order.append(next(name for name in sources if name not in order and sources[name] <= set(order)))
+    return order
+
+
+def session_plan(
+    spec: PipelineSpec, stage: str, session: Session, replicas: Mapping[str, int], incarnation: int
+) -> SessionPlan:
     """How a stage takes part in a session. replicas: by stage, where the session goes."""
     passed = stages_of(session, spec)
     edges = [edge for edge in spec.edges if {edge.source.stage, edge.target.stage} <= passed]
@@ -49,6 +66,7 @@ def session_plan(spec: PipelineSpec, stage: str, session: Session, replicas: Map
         streams=streams,
         num_inputs=len(inputs),
         peers={edge.id: replicas[edge.target.stage] for edge in outputs},
+        incarnation=incarnation,
     )
 
 

@@ -65,6 +65,7 @@ class SessionPlan:
     streams:        what the join waits for, with what happens to late chunks; empty for a source.
     num_inputs:     input edges; a stage without windows ends with the last of them.
     peers:          per output edge the replica that this session goes to.
+    incarnation:    tells it from other sessions of its name, on every edge.
     goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
     alone_for:      so many of its units go without others, since an actor died of one of several (deploy/suspects.py).
     """
@@ -73,6 +74,7 @@ class SessionPlan:
     streams: Mapping[str, Late] = field(default_factory=dict)
     num_inputs: int = 0
     peers: Mapping[str, int] = field(default_factory=dict)
+    incarnation: int = 0
     goes_on: Listener | None = None
     alone_for: int = 0
 
@@ -220,7 +222,9 @@ class StageRunner:
         self.stage.open_session(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         for sender in lanes.values():
-            sender.open_session(session.id, lossless=not session.paced)
+            sender.open_session(session.id, plan.incarnation, lossless=not session.paced)
+        for receiver in self._receivers.values():
+            receiver.open_session(session.id, plan.incarnation)
         edges: dict[str, list[str]] = {}
         for edge in lanes:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)

@@ -65,6 +65,7 @@ class Scenario:
     nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
     times slower it is for so long. drift_ppm: of each actor's clock, at most.
     deaths: how often on average each actor that computes dies. replicas: of stages; else as described.
+    returns: how likely each session is closed by force and comes again under its name.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Scenario:
     drift_ppm: int = 0
     deaths: float = 0.0
     replicas: Mapping[str, int] = field(default_factory=dict)
+    returns: float = 0.0
 
     def priced(self, profile: Profile) -> Scenario:
         """The same where stages cost what was measured. Raises ProfileError where a stage of ours was not."""
@@ -193,6 +195,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 num_windows=5,
                 barges_in=0.6,
                 deaths=0.1,
+                returns=0.1,
             ),
             replace(
                 _STEADY,
@@ -206,6 +209,20 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 pauses=0.2,
                 deaths=1.0,
                 replicas={"llm": 2, "vocoder": 2},
+                drift_ppm=200,
+            ),
+            replace(
+                _STEADY,
+                name="comings-and-goings",
+                about="cameras are closed while their chunks flow, and come again at once under the same names",
+                num_sessions=6,
+                num_windows=12,
+                credit=Limit(2),
+                network=Network(100_000, 50 * NS_PER_MS),
+                grants=Network(100_000, 200 * NS_PER_MS, doubled=0.2),
+                barges_in=0.3,
+                stalls=0.5,
+                returns=0.8,
                 drift_ppm=200,
             ),
             Scenario(

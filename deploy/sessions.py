@@ -25,6 +25,7 @@ DECODER_START_NS = 200 * NS_PER_MS
 class Placement:
     """Where a session lives: per stage that it passes the replica.
 
+    incarnation: no other session of this run has it.
     origin_ns: its event time 0 on our monotonic clock, once it has one.
     opened: stages that were asked to open it. is_open: all have.
     absent: stages at which it is open nowhere, since its replica has died. in_hand: those for which somebody is looking
@@ -34,6 +35,7 @@ class Placement:
 
     session: Session
     replicas: dict[str, int]
+    incarnation: int
     opened: list[str] = field(default_factory=list)
     origin_ns: int = 0
     is_open: bool = False
@@ -51,6 +53,7 @@ class SessionTable:
         self.placements: dict[SessionId, Placement] = {}
         self._first_origin_ns: int | None = None
         self._num_opened = 0
+        self._num_entered = 0
 
     def enter(self, sessions: Sequence[Session], living: Callable[[str], Collection[int]]) -> None:
         """Give each session its replicas. living: of a stage, the replicas that are there.
@@ -60,7 +63,8 @@ class SessionTable:
         for session in sessions:
             passed = stages_of(session, self._spec)
             replicas = {name: self._next_replica(name, living(name)) for name in self._spec.stages if name in passed}
-            self.placements[session.id] = Placement(session, replicas)
+            self._num_entered += 1
+            self.placements[session.id] = Placement(session, replicas, self._num_entered)
 
     def load_of(self, stage: str) -> list[int]:
         """Sessions per replica of a stage."""

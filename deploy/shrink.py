@@ -99,6 +99,7 @@ _USUAL: Final[dict[str, object]] = {
     "slow": {},
     "deaths": 0.0,
     "replicas": {},
+    "returns": 0.0,
     "drift_ppm": 0,
     "stagger_ns": 0,
     "credit": None,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from deploy.runner import MAX_READY, StageRunner
 from deploy.scenarios import SCENARIOS, Arrivals, Scenario, SimulateError
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
 from deploy.virtual_deaths import Deaths
+from deploy.virtual_returns import Returns
 from deploy.virtual_stages import (
     Costly,
     OutOfOrder,
@@ -56,6 +57,10 @@ PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has 
 MAX_VIOLATIONS: Final = 20
 FEW: Final = 8
 CHECK_NS: Final = 500 * NS_PER_MS
+
+
+_Way: TypeAlias = tuple[str, bytes, SessionId, int]
+"""Of chunks: their edge, who sent them, their session and its incarnation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +125,9 @@ class Figures:
 class VirtualMeter:
     """What deploy/measure.py's StageMeter is told, kept for one seed."""
 
-    def __init__(self, figures: Figures, violated: Callable[[str, str], None]) -> None:
-        self._figures, self._violated = figures, violated
+    def __init__(self, figures: Figures, violated: Callable[[str, str], None], ended: Counter[SessionId]) -> None:
+        """ended: windows of each session that have come to their end."""
+        self._figures, self._violated, self._ended = figures, violated, ended
 
     def opened(self, session: Session) -> None: ...
     def closed(self, session: Session) -> None: ...
@@ -140,6 +146,7 @@ class VirtualMeter:
 
     def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None:
         self._figures.num_windows += 1
+        self._ended[session.id] += 1
         self._figures.latencies_s.append(latency_s)
         self._figures.num_late += bool(late_stage)
         self._figures.late_stages.update([late_stage] if late_stage else [])
@@ -167,7 +174,8 @@ class Simulation:
         self._sessions = [self._session(number, windows) for number, windows in enumerate(num_windows)]
         self._begin_ns = [ORIGIN_NS + begin_ns + n * scenario.stagger_ns for n, (begin_ns, _) in enumerate(coming)]
         self._num_due = sum(num_windows)
-        self._end_ns = ORIGIN_NS + max(until_ns for _, until_ns in coming)
+        self._num_ended: Counter[SessionId] = Counter()
+        self.end_ns = ORIGIN_NS + max(until_ns for _, until_ns in coming)
         self.actors: dict[str, Actor] = {}  # that live
         self._clocks: dict[str, HostClock] = {}
         self._speaker = Speaker()
@@ -176,11 +184,14 @@ class Simulation:
         self._accounts = Accounts()
         self.processes = processes_of(self.spec)
         self._place(self.processes, [process.name for process in self.processes])
-        self._under_way: dict[tuple[str, bytes, SessionId], list[Chunk]] = {}
+        self._under_way: dict[_Way, list[Chunk]] = {}
         self.replicas: dict[SessionId, dict[str, int]] = {}
+        self.incarnations: dict[SessionId, int] = {}
+        self._num_incarnations = 0
         self._origins_ns: dict[SessionId, int] = {}
         self._num_coming = 0  # sessions that are not open yet
         self.deaths = Deaths(self)
+        self.returns = Returns(self)
         self._open()
         self._plan_faults()
 
@@ -275,7 +286,7 @@ class Simulation:
             self.make_stage(name),
             incoming,
             outgoing,
-            VirtualMeter(self.figures, self._violated),
+            VirtualMeter(self.figures, self._violated, self._num_ended),
             Gathering(self._scenario.batch or spec.batch, spec.wait_ns),
             self._clocks[process.name],
         )
@@ -341,15 +352,39 @@ class Simulation:
         """Open these sessions, whose time begins soon."""
         order = opening_order(self.spec)
         sessions = [self._sessions[number] for number in numbers]
+        for session in sessions:
+            self._num_incarnations += 1
+            self.incarnations[session.id] = self._num_incarnations
         for stage in order:
             for session in sessions:
                 if stage in stages_of(session, self.spec):
-                    plan = session_plan(self.spec, stage, own_of(session), self.replicas[session.id])
-                    self._runner_of(stage, session.id).open_session(plan)
+                    where = (self.replicas[session.id], self.incarnations[session.id])
+                    self._runner_of(stage, session.id).open_session(
+                        session_plan(self.spec, stage, own_of(session), *where)
+                    )
         for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
             for number, session in zip(numbers, sessions, strict=True):
                 self._origins_ns[session.id] = self._begin_ns[number] + phase_ns(number, self.spec.window)
                 self.begin(stage, session.id)
+
+    def come_again(self, number: int, session: Session) -> None:
+        """Another session of a name whose last one was closed by force."""
+        self._num_due += self._num_ended.pop(session.id, 0)  # of the one before it, no more windows are due than came
+        self._sessions[number], self._begin_ns[number] = session, self.world.now_ns
+        self._enter([number])
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    def session(self, number: int) -> Session:
+        """The one of this number that there is now."""
+        return self._sessions[number]
+
+    def runner_of(self, stage: str, session: SessionId) -> StageRunner | None:
+        """Where a session lives; None where that is dead."""
+        actor = self.actors.get(self.process_of(stage, self.replicas[session][stage]).name)
+        return None if actor is None or actor.is_dead else actor.runners[stage]
 
     def begin(self, stage: str, session: SessionId) -> None:
         """Let a session's clock run at a stage, by the clock of its host."""
@@ -361,16 +396,18 @@ class Simulation:
         rng, scenario = self._rng, self._scenario
         for actor in self.actors.values():
             if rng.random() < scenario.stalls:
-                begin_ns = rng.randint(ORIGIN_NS, self._end_ns)
+                begin_ns = rng.randint(ORIGIN_NS, self.end_ns)
                 end_ns = begin_ns + rng.randint(NS_PER_MS, scenario.longest_stall_ns)
                 self.world.at(begin_ns, lambda actor=actor, end_ns=end_ns: actor.stall(end_ns))  # type: ignore[misc]
         for name, factor in scenario.slow.items():
-            begin_ns = rng.randint(ORIGIN_NS, self._end_ns)
+            begin_ns = rng.randint(ORIGIN_NS, self.end_ns)
             self.world.at(begin_ns, lambda name=name, factor=factor: self._slow_down(name, factor))  # type: ignore[misc]
             end_ns = begin_ns + scenario.longest_stall_ns
             self.world.at(end_ns, lambda name=name: self._slow_down(name, 1.0))  # type: ignore[misc]
         if scenario.deaths:
-            self.deaths.plan(rng, scenario.deaths, ORIGIN_NS, self._end_ns)
+            self.deaths.plan(rng, scenario.deaths, ORIGIN_NS, self.end_ns)
+        if scenario.returns:
+            self.returns.plan(rng, scenario.returns, ORIGIN_NS, self.end_ns)
 
     def _slow_down(self, name: str, factor: float) -> None:
         for actor in self.actors.values():
@@ -380,7 +417,7 @@ class Simulation:
     def run(self) -> None:
         """To the end, or to the first violation."""
         self.world.at(ORIGIN_NS, self._check_and_again)
-        last_ns = self._end_ns + self.spec.window.length_ns + PATIENCE_NS
+        last_ns = self.end_ns + self.spec.window.length_ns + PATIENCE_NS
         last_ns += len(self._sessions) * self._scenario.stagger_ns
         try:
             self.world.run(last_ns)
@@ -404,7 +441,7 @@ class Simulation:
 
     def open_sessions(self) -> list[Session]:
         """Those that are open somewhere."""
-        names = {name for _, name in self._open_sessions()}
+        names = {name for _, name in self._open_sessions()} - self.returns.away
         return [session for session in self._sessions if session.id in names]
 
     def _open_sessions(self) -> Iterable[tuple[str, SessionId]]:
@@ -424,7 +461,8 @@ class Simulation:
 
     def _check_and_again(self) -> None:
         self._check()
-        self.world.is_over = bool(self.violations) or not (self._num_coming or any(self._open_sessions()))
+        goes_on = self._num_coming or self.returns.away or any(self._open_sessions())
+        self.world.is_over = bool(self.violations) or not goes_on
         self.world.at(self.world.now_ns + CHECK_NS, self._check_and_again)
 
     def _check(self) -> None:
@@ -450,8 +488,9 @@ class Simulation:
             if self._traced:
                 self.note(f"{rule.id}: {chunk.session} sends {_told(chunk)}")
             if not chunk.is_control:
-                self._under_way.setdefault((rule.id, peer, chunk.session), []).append(chunk)
-                self._check_credit(rule, self._under_way[(rule.id, peer, chunk.session)])
+                key = (rule.id, peer, chunk.session, chunk.incarnation)
+                self._under_way.setdefault(key, []).append(chunk)
+                self._check_credit(rule, self._under_way[key])
 
         return sent
 
@@ -470,7 +509,8 @@ class Simulation:
     def _settled(self, arrival: Arrival) -> None:
         if self._traced:
             self.note(f"{arrival.edge}: {arrival.chunk.session} has done with {_told(arrival.chunk)}")
-        key, chunk = (arrival.edge, arrival.peer, arrival.chunk.session), arrival.chunk
+        chunk = arrival.chunk
+        key = (arrival.edge, arrival.peer, chunk.session, chunk.incarnation)
         left = [other for other in self._under_way.get(key, ()) if other is not chunk]
         if len(left) == len(self._under_way.get(key, ())):
             self._violated("ledger", f"{arrival.edge}: {chunk.stream} {chunk.seq} is settled twice")
@@ -485,7 +525,7 @@ class Simulation:
         cut_off = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") == "cut_off"}
         for name, runner in self._runners():
             unsaid = runner.stage.unsaid if isinstance(runner.stage, Costly) else []
-            for session in (each for each in unsaid if each not in cut_off):
+            for session in (each for each in unsaid if each not in cut_off | self.returns.closed):
                 self._violated("all is said", f"{session} was closed at {name} with something left to say")
         ended, due = self.figures.num_windows, self._num_due
         may_lack = self.deaths.num_deaths and "speaker" not in self.spec.stages  # who counts them has died

@@ -107,7 +107,7 @@ class ReceiveEnd:
         self.actor, self.replica = actor, replica
         self._world, self._grants, self._rng = world, grants, rng
         self._came: deque[tuple[bytes, Chunk]] = deque()
-        self._epochs: dict[SessionId, int] = {}  # the newest that has come
+        self._epochs: dict[tuple[SessionId, int], int] = {}  # the newest that has come, by incarnation
         self.peers: dict[bytes, SendEnd] = {}
 
     @property
@@ -120,9 +120,10 @@ class ReceiveEnd:
             return
         self._came.append((peer, chunk))
         self.actor.num_waiting += 1
-        tells_of_barge_in = chunk.epoch > self._epochs.get(chunk.session, 0)
+        key = (chunk.session, chunk.incarnation)
+        tells_of_barge_in = chunk.epoch > self._epochs.get(key, 0)
         if tells_of_barge_in:
-            self._epochs[chunk.session] = chunk.epoch
+            self._epochs[key] = chunk.epoch
         # In real time nothing is done about the listener's news until the next window comes (`StageRunner.take()`), so
         # here they wait for it without a turn of their own.
         if tells_of_barge_in or chunk.kind is not Kind.PLAYBACK:
@@ -133,10 +134,13 @@ class ReceiveEnd:
         self.actor.num_waiting -= len(taken)
         return taken
 
-    def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
+    def refused(self) -> list[tuple[bytes, Chunk]]:
+        return []
+
+    def grant(self, peer: bytes, session: SessionId, incarnation: int, grant: Grant) -> bool:
         end = self.peers[peer]
         for after_ns in self._grants.arrivals_ns(self._rng):
-            self._world.at(self._world.now_ns + after_ns, lambda: end.come(session, grant))
+            self._world.at(self._world.now_ns + after_ns, lambda: end.come(session, incarnation, grant))
         return True
 
 
@@ -158,7 +162,7 @@ class SendEnd:
         self._sent = sent
         self._peer = actor.name.encode()
         self._last_ns = 0
-        self._grants: list[tuple[SessionId, Grant]] = []
+        self._grants: list[tuple[SessionId, int, Grant]] = []
         target.peers[self._peer] = self
 
     def send(self, chunk: Chunk) -> bool:
@@ -177,11 +181,11 @@ class SendEnd:
         if not self._actor.is_dead:
             self.target.come(self._peer, chunk)
 
-    def come(self, session: SessionId, grant: Grant) -> None:
-        self._grants.append((session, grant))
+    def come(self, session: SessionId, incarnation: int, grant: Grant) -> None:
+        self._grants.append((session, incarnation, grant))
         self._actor.take_grants(self)
 
-    def grants(self) -> list[tuple[SessionId, Grant]]:
+    def grants(self) -> list[tuple[SessionId, int, Grant]]:
         came, self._grants = self._grants, []
         return came
 

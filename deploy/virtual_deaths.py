@@ -111,7 +111,7 @@ class Deaths:
         return [each for each in self._simulation.open_sessions() if replicas[each.id].get(stage) == process.replica]
 
     def _going(self, session: Session) -> Going:
-        return Going(session, self._simulation.replicas[session.id])
+        return Going(session, self._simulation.replicas[session.id], self._simulation.incarnations[session.id])
 
     # ---- Replicas ----------------------------------------------------------------------------------------------------
 

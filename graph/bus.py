@@ -58,7 +58,7 @@ class _SendLink:
         self._observer.sent(sum(len(frame) for frame in frames))
         return True
 
-    def grants(self) -> list[tuple[SessionId, Grant]]:
+    def grants(self) -> list[tuple[SessionId, int, Grant]]:
         grants = []
         while _has_more(self._socket):
             try:
@@ -75,6 +75,7 @@ class _ReceiveLink:
         self._socket = socket
         self._observer = observer
         self._on_invalid = on_invalid
+        self._refused: list[tuple[bytes, Chunk]] = []
 
     def receive(self) -> list[tuple[bytes, Chunk]]:
         chunks: list[tuple[bytes, Chunk]] = []
@@ -89,13 +90,19 @@ class _ReceiveLink:
                 chunks.append((peer.bytes, decode(parts)))
             except CodecError as error:
                 self._on_invalid(error.reason)
+                if error.refused is not None and not error.refused.is_control:
+                    self._refused.append((peer.bytes, error.refused))
             if not _has_more(self._socket):
                 break
         return chunks
 
-    def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
+    def refused(self) -> list[tuple[bytes, Chunk]]:
+        refused, self._refused = self._refused, []
+        return refused
+
+    def grant(self, peer: bytes, session: SessionId, incarnation: int, grant: Grant) -> bool:
         try:
-            self._socket.send_multipart([peer, _pack_grant(session, grant)], zmq.NOBLOCK)
+            self._socket.send_multipart([peer, _pack_grant(session, incarnation, grant)], zmq.NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -117,19 +124,20 @@ def _has_more(socket: zmq.Socket[bytes]) -> bool:
     return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
-def _pack_grant(session: SessionId, grant: Grant) -> bytes:
-    return bytes(msgpack.packb([session, grant.chunks, grant.duration_ns]))
+def _pack_grant(session: SessionId, incarnation: int, grant: Grant) -> bytes:
+    return bytes(msgpack.packb([session, incarnation, grant.chunks, grant.duration_ns]))
 
 
-def _unpack_grant(message: bytes) -> tuple[SessionId, Grant]:
+def _unpack_grant(message: bytes) -> tuple[SessionId, int, Grant]:
     """Raises CodecError when the message is no grant."""
     try:
-        session, chunks, duration_ns = msgpack.unpackb(message)
-    except (ValueError, TypeError) as error:
+        session, *numbers = msgpack.unpackb(message)
+        incarnation, chunks, duration_ns = numbers
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise CodecError("grant", f"a grant that is none: {error}") from error
-    if not (isinstance(session, str) and isinstance(chunks, int) and isinstance(duration_ns, int)):
-        raise CodecError("grant", f"a grant of {session!r}, {chunks!r}, {duration_ns!r}")
-    return SessionId(session), Grant(chunks, duration_ns)
+    if not (isinstance(session, str) and all(type(number) is int for number in numbers)):
+        raise CodecError("grant", f"a grant of {session!r}, {numbers!r}")
+    return SessionId(session), incarnation, Grant(chunks, duration_ns)
 
 
 class Bus:

@@ -37,6 +37,14 @@ class Span:
     finished_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A stage that could not do its part of a window. reason: one line."""
+
+    stage: str
+    reason: str
+
+
 AFTERWORD = "afterword"
 
 
@@ -48,11 +56,13 @@ class Trace:
              AFTERWORD for a window after the end of all this, in which there is only something left to say.
     missing: streams which gave nothing, or had not come through when the window was given up.
     spans:   the stages on the window's critical path, in order.
+    failures: the stages that have failed at it.
     """
 
     digest: str = ""
     missing: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,8 @@ class Chunk:
     """One piece of one stream on the session's event-time axis; covers [start_ns, start_ns + duration_ns).
 
     seq counts the data chunks of a (session, stream) without holes: a hole is a loss. Arrays are read-only. attrs are
-    small scalars. epoch grows at each barge-in (0 on streams that a barge-in does not touch).
+    small scalars. epoch grows at each barge-in (0 on streams that a barge-in does not touch). incarnation tells apart
+    sessions of one name, one after the other; the sender of an edge fills it in.
     """
 
     session: SessionId
@@ -73,6 +84,7 @@ class Chunk:
     arrays: Mapping[str, Array] = field(default_factory=dict)
     attrs: Mapping[str, Scalar] = field(default_factory=dict)
     trace: Trace | None = None
+    incarnation: int = 0
 
     @property
     def end_ns(self) -> int:
@@ -84,8 +96,15 @@ class Chunk:
 
     def numbered(self, seq: int, epoch: int) -> Chunk:
         """The same chunk with its place in the stream."""
-        own = (self.arrays, self.attrs, self.trace)
+        own = (self.arrays, self.attrs, self.trace, self.incarnation)
         return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, seq, epoch, self.kind, *own)
+
+    def of_incarnation(self, incarnation: int) -> Chunk:
+        """The same chunk, of this session of its name and no other."""
+        if incarnation == self.incarnation:
+            return self
+        own = (self.seq, self.epoch, self.kind, self.arrays, self.attrs, self.trace, incarnation)
+        return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, *own)
 
 
 def watermark(session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None) -> Chunk:

@@ -1,75 +1,68 @@
 """A chunk on the wire: one msgpack header, then one frame per array. No pickle; every field is checked before use.
 
-Header: [version, kind, session, stream, seq, epoch, start_ns, duration_ns, [[name, dtype, shape] …], attrs, trace]
-        trace: nil or [digest, [missing …], [[stage, received_ns, started_ns, finished_ns] …]]
+Header: [version, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns,
+         [[name, dtype, shape] …], attrs, trace]
+        trace: nil or [digest, [missing …], [[stage, received_ns, started_ns, finished_ns] …], [[stage, reason] …]]
+
+Rule: what may travel is said once, by `_check_address` and `_check_contents`. Who sends goes through them before
+anything is spent (`check`), who receives before anything is used (`decode`): neither takes what the other would refuse.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import msgpack
 import numpy as np
 
-from graph.chunk import Array, Chunk, Kind, Scalar, SessionId, Span, Trace
+from graph.chunk import Array, Chunk, Failure, Kind, SessionId, Span, Trace
 from graph.errors import GraphError
 
-VERSION = 1
+VERSION: Final = 2
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ARRAYS = 8
 MAX_DIMENSIONS = 4
 MAX_ARRAY_BYTES = 256 * 1024 * 1024  # the embeddings of a 9-cell picture at 4096 wide are 10 MB
 MAX_NAME_CHARS = 128
 MAX_ATTRS = 64
-MAX_SPANS = 32
+MAX_IN_TRACE = 256  # spans, missing streams, failures; graph/trace.py keeps to it
 DTYPES = frozenset({"uint8", "int16", "uint16", "int32", "int64", "float32"})
 _DTYPE_OF = {name: np.dtype(name) for name in DTYPES}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}  # numpy makes dtype.name anew each time: 1 us and more
 _KIND_OF = {kind.value: kind for kind in Kind}
+_LEAST, _MOST = -(2**63), 2**63 - 1
+_NO_NAME = f"no text of 1 to {MAX_NAME_CHARS} characters"
 
 Frame = bytes | memoryview
 
 
 class CodecError(GraphError):
-    """A message is not a chunk. `reason` is one word for the metric omni_bus_invalid_total."""
+    """Something is no chunk that may travel. `reason` is one word for the metric omni_bus_invalid_total.
 
-    def __init__(self, reason: str, message: str) -> None:
+    refused: at the receiver, the chunk without its contents, where so much of it could be read; its credit can go back.
+    """
+
+    def __init__(self, reason: str, message: str, refused: Chunk | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.refused = refused
+
+
+def check(chunk: Chunk) -> None:
+    """Raises CodecError, which says what to do instead, for a chunk that no receiver would take."""
+    _packed(chunk)
 
 
 def encode(chunk: Chunk) -> list[Frame]:
-    """Frames of a chunk. The arrays are not copied: they must not be changed until the message has left."""
-    layout = []
-    frames: list[Frame] = [b""]
-    for name, array in chunk.arrays.items():
-        dtype = _NAME_OF.get(array.dtype)
-        if dtype is None:
-            raise CodecError(
-                "dtype", f"stream {chunk.stream!r}: array {name!r} is {array.dtype}; the wire knows {sorted(DTYPES)}"
-            )
-        layout.append([name, dtype, list(array.shape)])
-        frames.append(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-    frames[0] = msgpack.packb(
-        [
-            VERSION,
-            int(chunk.kind),
-            chunk.session,
-            chunk.stream,
-            chunk.seq,
-            chunk.epoch,
-            chunk.start_ns,
-            chunk.duration_ns,
-            layout,
-            dict(chunk.attrs),
-            _pack_trace(chunk.trace),
-        ]
-    )
-    if len(frames[0]) > MAX_HEADER_BYTES:
-        raise CodecError("header", f"stream {chunk.stream!r}: its header takes {len(frames[0])} bytes")
-    return frames
+    """Frames of a chunk. The arrays are not copied: they must not be changed until the message has left.
+
+    Raises CodecError as `check` does.
+    """
+    header = _packed(chunk)
+    arrays = chunk.arrays.values()
+    return [header, *(np.ascontiguousarray(array).data.cast("B") if array.size else b"" for array in arrays)]
 
 
 def decode(frames: Sequence[Frame]) -> Chunk:
@@ -78,18 +71,9 @@ def decode(frames: Sequence[Frame]) -> Chunk:
     Raises CodecError for anything else, before any of it is used.
     """
     header = _unpack(frames[0] if frames else b"")
-    version, kind, session, stream, seq, epoch, start_ns, duration_ns, layout, attrs, trace = header
-    if version != VERSION:
-        raise CodecError("version", f"version {version!r}; this side speaks {VERSION}")
-    if type(kind) is not int or kind not in _KIND_OF:
-        raise CodecError("kind", f"unknown kind {kind!r}")
-    if not (_is_name(session) and _is_name(stream)):
-        raise CodecError("name", "session or stream is not a short string")
-    if not type(seq) is type(epoch) is type(start_ns) is type(duration_ns) is int:
-        raise CodecError("number", "seq, epoch and times must be integers")
-    if seq < 0 or epoch < 0 or duration_ns < 0:
-        raise CodecError("number", f"seq, epoch or duration below zero: {(seq, epoch, duration_ns)!r}")
-    return Chunk(
+    _check_address(header)
+    _, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns, layout, attrs, trace = header
+    bare = Chunk(
         session=SessionId(session),
         stream=stream,
         start_ns=start_ns,
@@ -97,85 +81,192 @@ def decode(frames: Sequence[Frame]) -> Chunk:
         seq=seq,
         epoch=epoch,
         kind=_KIND_OF[kind],
-        arrays=_decode_arrays(layout, frames[1:]),
-        attrs=_checked_attrs(attrs),
-        trace=_unpack_trace(trace),
+        incarnation=incarnation,
     )
-
-
-def _unpack(frame: Frame) -> list[Any]:
-    _expect(0 < len(frame) <= MAX_HEADER_BYTES, "header", "header of %r bytes", len(frame))
     try:
-        header = msgpack.unpackb(frame, strict_map_key=True, max_array_len=256, max_map_len=MAX_ATTRS)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise CodecError("header", f"header is not msgpack: {error}") from error
-    _expect(isinstance(header, list) and len(header) == 11, "header", "header is not a list of 11 fields")
-    return list(header)
+        _check_contents(layout, attrs, trace, list(map(len, frames[1:])))
+    except CodecError as error:
+        raise CodecError(error.reason, str(error), refused=bare) from None
+    arrays = dict(map(_decode_array, layout, frames[1:]))
+    times = (start_ns, duration_ns, seq, epoch, bare.kind)
+    return Chunk(bare.session, stream, *times, arrays, attrs, _trace_of(trace), incarnation)
 
 
-def _decode_arrays(layout: Any, frames: Sequence[Frame]) -> dict[str, Array]:
-    _expect(type(layout) is list and len(layout) <= MAX_ARRAYS, "arrays", "bad list of arrays")
-    _expect(len(layout) == len(frames), "arrays", "%r arrays announced, %r frames came", len(layout), len(frames))
-    arrays = dict(map(_decode_array, layout, frames))
-    _expect(len(arrays) == len(layout), "arrays", "two arrays of one name")
-    return arrays
+# ---- what may travel -------------------------------------------------------------------------------------------------
 
 
-def _decode_array(entry: Any, frame: Frame) -> tuple[str, Array]:
-    _expect(type(entry) is list and len(entry) == 3, "arrays", "array described as %r", entry)
-    name, dtype_name, shape = entry
-    dtype = _DTYPE_OF.get(dtype_name) if type(dtype_name) is str else None
-    if dtype is None or not _is_name(name):
-        raise CodecError("dtype", f"array {name!r} of dtype {dtype_name!r}")
-    if not (type(shape) is list and len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)):
-        raise CodecError("shape", f"array {name!r} of shape {shape!r}")
-    num_bytes = math.prod(shape) * dtype.itemsize
-    fits = num_bytes == len(frame) <= MAX_ARRAY_BYTES
-    if fits and not num_bytes:  # an empty array has a size too: numpy won't shape one with a side beyond memory
-        fits = math.prod(max(n, 1) for n in shape) * dtype.itemsize <= MAX_ARRAY_BYTES
-    if not fits:
-        raise CodecError("shape", f"array {name!r}: {shape!r} does not fit {len(frame)!r} bytes")
-    return name, np.frombuffer(memoryview(frame).toreadonly(), dtype=dtype).reshape(shape)
+def _check_address(header: Sequence[Any]) -> None:
+    """Whose chunk it is, of which kind and when."""
+    version, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns, *_ = header
+    if version != VERSION:
+        raise CodecError("version", f"version {version!r}; this side speaks {VERSION}")
+    if type(kind) is not int or kind not in _KIND_OF:
+        raise CodecError("kind", f"unknown kind {kind!r}")
+    for name in (session, stream):
+        if not _is_name(name):
+            raise CodecError("name", f"session or stream {name!r:.200} is {_NO_NAME}")
+    for number in (seq, epoch, duration_ns, incarnation, start_ns):
+        if type(number) is not int or not _LEAST <= number <= _MOST:
+            raise CodecError("number", f"seq, epoch and times must be integers of 64 bits; {_instead(number)}")
+    if seq < 0 or epoch < 0 or duration_ns < 0 or incarnation < 0:
+        raise CodecError("number", f"seq, epoch or duration below zero: {(seq, epoch, duration_ns)!r}")
 
 
-def _checked_attrs(attrs: Any) -> Mapping[str, Scalar]:
-    _expect(isinstance(attrs, dict) and len(attrs) <= MAX_ATTRS, "attrs", "attrs are not a small map")
+def _check_contents(layout: Any, attrs: Any, trace: Any, sizes: Sequence[int]) -> None:
+    """sizes: bytes of the arrays' frames."""
+    if type(layout) is not list or len(layout) > MAX_ARRAYS:
+        raise CodecError("arrays", f"more than {MAX_ARRAYS} arrays")
+    if len(layout) != len(sizes):
+        raise CodecError("arrays", f"{len(layout)} arrays announced, {len(sizes)} frames came")
+    names = {_check_array(entry, num_bytes) for entry, num_bytes in zip(layout, sizes, strict=True)}
+    if len(names) != len(layout):
+        raise CodecError("arrays", "two arrays of one name")
+    if type(attrs) is not dict or len(attrs) > MAX_ATTRS:
+        raise CodecError("attrs", f"more than {MAX_ATTRS} attributes")
     for key, value in attrs.items():
-        is_scalar = value is None or isinstance(value, bool | int | float | str)
-        _expect(_is_name(key) and is_scalar, "attrs", "attr %r is %r; only scalars travel", key, type(value))
-    return dict(attrs)
+        _check_attribute(key, value)
+    if trace is not None:
+        _check_trace(trace)
+
+
+def _check_array(entry: Any, num_bytes: int) -> str:
+    """Returns its name."""
+    if type(entry) is not list or len(entry) != 3:
+        raise CodecError("arrays", f"array described as {entry!r:.200}")
+    name, dtype, shape = entry
+    if not _is_name(name):
+        raise CodecError("dtype", f"array {name!r:.200}: its name is {_NO_NAME}")
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise CodecError("dtype", f"array {name!r} is {dtype!r}; use .astype(…) to one of {', '.join(sorted(DTYPES))}")
+    if not (type(shape) is list and all(type(n) is int and n >= 0 for n in shape)):
+        raise CodecError("shape", f"array {name!r} of shape {shape!r}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CodecError("shape", f"array {name!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} is the most")
+    size = _DTYPE_OF[dtype].itemsize
+    if math.prod(shape) * size != num_bytes:
+        raise CodecError("shape", f"array {name!r}: {shape!r} does not fit {num_bytes} bytes")
+    # An empty array has a size too: numpy won't shape one with a side beyond memory.
+    if math.prod(max(n, 1) for n in shape) * size > MAX_ARRAY_BYTES:
+        raise CodecError("shape", f"array {name!r} of shape {shape!r}: {MAX_ARRAY_BYTES} bytes is the most")
+    return str(name)
+
+
+def _check_attribute(key: Any, value: Any) -> None:
+    if not _is_name(key):
+        raise CodecError("attrs", f"attribute {key!r:.200}: its name is {_NO_NAME}")
+    if isinstance(value, str):
+        if not _is_text(value):
+            raise CodecError("attrs", f"attribute {key!r} is text that UTF-8 can't write")
+    elif isinstance(value, int):
+        if not _LEAST <= value <= _MOST:
+            raise CodecError("attrs", f"attribute {key!r} is {value!r:.200}: integers travel in 64 bits")
+    elif value is not None and not isinstance(value, float):
+        raise CodecError("attrs", f"attribute {key!r} is a {_type_of(value)}; {_instead(value)}")
+
+
+def _check_trace(trace: Any) -> None:
+    if type(trace) is not list or len(trace) != 4:
+        raise CodecError("trace", "trace is not [digest, missing, spans, failures]")
+    digest, missing, spans, failures = trace
+    _expect(_is_text(digest), "trace", "bad digest")
+    for part in (missing, spans, failures):
+        _expect(type(part) is list and len(part) <= MAX_IN_TRACE, "trace", "more than %r parts", MAX_IN_TRACE)
+    _expect(all(map(_is_name, missing)), "trace", "missing does not name streams")
+    for span in spans:
+        _expect(type(span) is list and len(span) == 4 and _is_name(span[0]), "trace", "bad span %r", span)
+        _expect(set(map(type, span[1:])) == {int}, "trace", "times of a span must be integers: %r", span)
+        _expect(min(span[1:]) >= _LEAST and max(span[1:]) <= _MOST, "trace", "times of a span take 64 bits: %r", span)
+    for failure in failures:
+        is_failure = type(failure) is list and len(failure) == 2 and _is_name(failure[0]) and _is_text(failure[1])
+        _expect(is_failure, "trace", "bad failure %r", failure)
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and 0 < len(value) <= MAX_NAME_CHARS
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and (value.isascii() or _is_unicode(value))  # ASCII is what names mostly are
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _instead(value: Any) -> str:
+    """What to write for a value that is none of ours."""
+    scalars = ((np.bool_, "bool"), (np.integer, "int"), (np.floating, "float"))
+    name = next((name for kind, name in scalars if isinstance(value, kind)), None)
+    return f"use {name}(…)" if name else "only int, float, str, bool and None travel; arrays have a place of their own"
+
+
+def _type_of(value: Any) -> str:
+    module, name = type(value).__module__, type(value).__qualname__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+# ---- from a chunk to its header, and back ----------------------------------------------------------------------------
+
+
+def _packed(chunk: Chunk) -> bytes:
+    """The header, checked."""
+    layout = [_described(name, array) for name, array in chunk.arrays.items()]
+    times = (chunk.seq, chunk.epoch, chunk.start_ns, chunk.duration_ns)
+    attrs, trace = dict(chunk.attrs), _pack_trace(chunk.trace)
+    header = [VERSION, int(chunk.kind), chunk.session, chunk.incarnation, chunk.stream, *times, layout, attrs, trace]
+    _check_address(header)
+    _check_contents(layout, attrs, trace, [array.nbytes for array in chunk.arrays.values()])
+    packed = bytes(msgpack.packb(header))
+    if len(packed) > MAX_HEADER_BYTES:
+        raise CodecError(
+            "header",
+            f"attributes and trace take {len(packed)} bytes, {MAX_HEADER_BYTES} is the most; "
+            "what is long goes in an array",
+        )
+    return packed
+
+
+def _described(name: str, array: Any) -> list[Any]:
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise CodecError("dtype", f"array {name!r} is a {_type_of(array)}; use a numpy.ndarray")
+    return [name, _NAME_OF.get(array.dtype) or str(array.dtype), list(array.shape)]
 
 
 def _pack_trace(trace: Trace | None) -> list[Any] | None:
     if trace is None:
         return None
     spans = [[s.stage, s.received_ns, s.started_ns, s.finished_ns] for s in trace.spans]
-    return [trace.digest, list(trace.missing), spans]
+    return [trace.digest, list(trace.missing), spans, [[f.stage, f.reason] for f in trace.failures]]
 
 
-def _unpack_trace(trace: Any) -> Trace | None:
+def _unpack(frame: Frame) -> list[Any]:
+    _expect(0 < len(frame) <= MAX_HEADER_BYTES, "header", "header of %r bytes", len(frame))
+    try:
+        header = msgpack.unpackb(frame, strict_map_key=True, max_array_len=MAX_IN_TRACE, max_map_len=MAX_ATTRS)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise CodecError("header", f"header is not msgpack: {error}") from error
+    _expect(type(header) is list and len(header) > 0, "header", "header is not a list")
+    _expect(header[0] == VERSION, "version", "version %r; this side speaks %r", header[0], VERSION)
+    _expect(len(header) == 12, "header", "header is not a list of 12 fields")
+    return list(header)
+
+
+def _decode_array(entry: Sequence[Any], frame: Frame) -> tuple[str, Array]:
+    name, dtype, shape = entry
+    return name, np.frombuffer(memoryview(frame).toreadonly(), dtype=_DTYPE_OF[dtype]).reshape(shape)
+
+
+def _trace_of(trace: Any) -> Trace | None:
     if trace is None:
         return None
-    _expect(isinstance(trace, list) and len(trace) == 3, "trace", "trace is not [digest, missing, spans]")
-    digest, missing, spans = trace
-    _expect(isinstance(digest, str) and isinstance(missing, list), "trace", "bad digest or missing")
-    _expect(all(_is_name(name) for name in missing), "trace", "missing does not name streams")
-    _expect(isinstance(spans, list) and len(spans) <= MAX_SPANS, "trace", "bad list of spans")
-    return Trace(digest, tuple(missing), tuple(_unpack_span(span) for span in spans))
-
-
-def _unpack_span(span: Any) -> Span:
-    _expect(isinstance(span, list) and len(span) == 4 and _is_name(span[0]), "trace", "bad span %r", span)
-    _expect(set(map(type, span[1:])) == {int}, "trace", "times of a span must be integers: %r", span)
-    return Span(*span)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS
+    digest, missing, spans, failures = trace
+    return Trace(
+        digest, tuple(missing), tuple(Span(*span) for span in spans), tuple(Failure(*failure) for failure in failures)
+    )
 
 
 def _expect(condition: bool, reason: str, message: str, *values: object) -> None:

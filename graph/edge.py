@@ -8,6 +8,10 @@ Rule: credit, order and the ledger of an edge are kept in this file and nowhere 
 Data waits in its lane for credit (`wait`), or pushes the oldest waiting one out (`drop_oldest`). Watermarks and ends
 keep their place behind the data of their lane; barge-in and playback overtake everything.
 
+A session that is closed and opened again under its name is another session: it has another incarnation, and what of the
+one before it is still under way (chunks, grants) is none of its own. Such a chunk is dropped and counted, and takes no
+credit back, for who had sent it has forgotten the session or begun it anew.
+
 When the replica at the receiving end dies (`bury`), what was under way to it is lost and counted `crash`, and what
 waited goes on waiting: for the replica that takes its place (`meet`), or until its session goes to another (`move`).
 """
@@ -21,6 +25,7 @@ from time import monotonic_ns
 from typing import Literal, Protocol
 
 from graph.chunk import Chunk, Kind, SessionId
+from graph.codec import check
 from graph.credit import Grant, Limit, ReceiveCredit, SendCredit
 from graph.ledger import Account, Ledger, Reason
 
@@ -36,8 +41,8 @@ class SendLink(Protocol):
     def send(self, chunk: Chunk) -> bool:
         """Never blocks. False: the link is full, and nothing has been sent."""
 
-    def grants(self) -> Iterable[tuple[SessionId, Grant]]:
-        """The grants that have come back since."""
+    def grants(self) -> Iterable[tuple[SessionId, int, Grant]]:
+        """The grants that have come back since: of which session and which incarnation of it."""
 
 
 class ReceiveLink(Protocol):
@@ -46,7 +51,10 @@ class ReceiveLink(Protocol):
     def receive(self) -> list[tuple[bytes, Chunk]]:
         """What has come in, a bounded number: who sent it, and what."""
 
-    def grant(self, peer: bytes, session: SessionId, grant: Grant) -> bool:
+    def refused(self) -> list[tuple[bytes, Chunk]]:
+        """Data that came in since and could not be used: who sent it, and whose it is, without its contents."""
+
+    def grant(self, peer: bytes, session: SessionId, incarnation: int, grant: Grant) -> bool:
         """Never blocks. False: try again. True also for a peer that is gone."""
 
 
@@ -92,6 +100,7 @@ class _Lane:
 
     credit: SendCredit
     waits: bool
+    incarnation: int
     waiting: deque[tuple[Chunk, int]] = field(default_factory=deque)  # (chunk, queued at, monotonic ns)
     num_data: int = 0
 
@@ -122,9 +131,10 @@ class Sender:
         self._is_down = False  # there is nobody at the other end
         self._has_eased = False
 
-    def open_session(self, session: SessionId, *, lossless: bool = False) -> None:
-        """lossless: in virtual time a full edge waits, whatever its rule says."""
-        self._lanes[session] = _Lane(SendCredit(self.rule.limit), waits=lossless or self.rule.when_full == "wait")
+    def open_session(self, session: SessionId, incarnation: int = 0, *, lossless: bool = False) -> None:
+        """incarnation: as the receiver has it. lossless: in virtual time a full edge waits, whatever its rule says."""
+        waits = lossless or self.rule.when_full == "wait"
+        self._lanes[session] = _Lane(SendCredit(self.rule.limit), waits, incarnation)
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session. What still waits is dropped as `shed`."""
@@ -186,8 +196,13 @@ class Sender:
         return self._ledger.account()
 
     def send(self, chunk: Chunk) -> None:
-        """Send now, or queue for credit. Never blocks."""
+        """Send now, or queue for credit. Never blocks.
+
+        Raises CodecError for a chunk that the receiver would refuse; then nothing has changed.
+        """
         lane = self._lanes[chunk.session]
+        chunk = chunk.of_incarnation(lane.incarnation)
+        check(chunk)
         if chunk.kind in (Kind.PLAYBACK, Kind.BARGE_IN):
             if self._is_down:  # whoever comes is told of the listener when it is opened
                 return
@@ -230,8 +245,9 @@ class Sender:
 
     def _take_grants(self) -> list[_Lane]:
         granted: list[_Lane] = []
-        for session, grant in () if self._is_down else self._link.grants():
-            if (lane := self._lanes.get(session)) is not None:
+        for session, incarnation, grant in () if self._is_down else self._link.grants():
+            lane = self._lanes.get(session)
+            if lane is not None and lane.incarnation == incarnation:
                 lane.credit.grant(grant)
                 granted.append(lane)
         return granted
@@ -282,6 +298,7 @@ class Receiver:
         self._link = link
         self._observer = observer
         self._ledger = Ledger()
+        self._incarnations: dict[SessionId, int] = {}  # of the sessions that are open
         self._credits: dict[tuple[bytes, SessionId], ReceiveCredit] = {}
         self._unsent: dict[tuple[bytes, SessionId], int] = {}  # grants that are due, with the chunks they are for
         self._arrived: Counter[bytes] = Counter()
@@ -294,18 +311,29 @@ class Receiver:
         """Data chunks that have come in, by the peer that sent them."""
         return self._arrived
 
+    def open_session(self, session: SessionId, incarnation: int = 0) -> None:
+        """From now on what comes of this incarnation is taken, and of no other one."""
+        self._incarnations[session] = incarnation
+
     def close_session(self, session: SessionId) -> None:
+        """Forget a session. What of it is not settled is to be dropped before; what comes yet, `receive` drops."""
+        self._incarnations.pop(session, None)
         for key in [key for key in self._credits if key[1] == session]:
             del self._credits[key]
             self._unsent.pop(key, None)
 
     def receive(self) -> list[Arrival]:
-        """What has come in, a bounded number."""
+        """What has come in, a bounded number; what is of no session that is open here is dropped as `shed`."""
         arrivals = [Arrival(chunk, self.rule.id, peer) for peer, chunk in self._link.receive()]
         for arrival in arrivals:
             if not arrival.chunk.is_control:
                 self._arrived[arrival.peer] += 1
-        return arrivals
+                if not self._is_open(arrival.chunk):
+                    self.drop(arrival, "shed")
+        for peer, chunk in self._link.refused():
+            self._arrived[peer] += 1
+            self.drop(Arrival(chunk, self.rule.id, peer), "invalid")
+        return [arrival for arrival in arrivals if self._is_open(arrival.chunk)]
 
     def deliver(self, arrival: Arrival, age_s: float) -> None:
         """The chunk has been used, `age_s` after its end in event time: its credit goes back."""
@@ -329,9 +357,14 @@ class Receiver:
             self._send_grant(key)
         return not self._unsent
 
+    def _is_open(self, chunk: Chunk) -> bool:
+        return self._incarnations.get(chunk.session) == chunk.incarnation
+
     def _release(self, arrival: Arrival) -> None:
         """Grants are totals, so one may stand for many: it is sent when nothing else came for a while (Bus.wait), and
         at the latest when half the limit has been used up."""
+        if not self._is_open(arrival.chunk):
+            return
         key = (arrival.peer, arrival.chunk.session)
         credit = self._credits.setdefault(key, ReceiveCredit(self.rule.limit))
         credit.release(arrival.chunk.duration_ns)
@@ -341,5 +374,5 @@ class Receiver:
 
     def _send_grant(self, key: tuple[bytes, SessionId]) -> None:
         peer, session = key
-        if self._link.grant(peer, session, self._credits[key].grant()):
+        if self._link.grant(peer, session, self._incarnations[session], self._credits[key].grant()):
             self._unsent.pop(key, None)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Reason = Literal["late", "shed", "stale", "overflow", "crash"]
+Reason = Literal["late", "shed", "stale", "overflow", "crash", "failed", "invalid"]
+"""failed: the stage that had it raised at it, or had given its session up. invalid: the receiver could not read it."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 

@@ -58,7 +58,7 @@ def spec() -> PipelineSpec:
 
 def going(spec: PipelineSpec, **fields: object) -> Going:
     session = Session(DOOR, "door", "test://pattern", **fields)  # type: ignore[arg-type]
-    return Going(session, {**dict.fromkeys(spec.stages, 0), "llm": 1})
+    return Going(session, {**dict.fromkeys(spec.stages, 0), "llm": 1}, incarnation=7)
 
 
 def recover(written: Written, spec: PipelineSpec, stage: str, going: Going) -> None:
@@ -87,6 +87,7 @@ def test_it_goes_on_with_what_is_known_of_its_listener(spec: PipelineSpec) -> No
     plan = recovered(spec, "llm").plans["llm"]
     assert plan.goes_on == HEARD
     assert plan.peers["llm.text->tts.text"] == 0
+    assert plan.incarnation == 7
 
 
 def test_where_nothing_is_said_nothing_is_cut_off(spec: PipelineSpec) -> None:
@@ -118,7 +119,7 @@ def test_a_session_without_ears_asks_no_ears(spec: PipelineSpec) -> None:
 def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
     spec = load_spec(default_spec_path(), ["stages.tts.replicas=0"])
     written = Written()
-    silent = Going(Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0))
+    silent = Going(Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0), incarnation=7)
     recover(written, spec, "llm", silent)
     assert written.plans["llm"].goes_on == Listener(Ack(0), 0)
     assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy import cli
+from deploy.routing import session_plan
 from deploy.runner import StageRunner
 from deploy.scenarios import COSTS, SCENARIOS, Scenario, SimulateError
 from deploy.shrink import faults_of, shrink
@@ -148,6 +149,29 @@ def test_with_another_replica_a_death_costs_fewer_windows(spec: PipelineSpec):
         for replicas in (both, {})
     )
     assert ours > theirs
+
+
+def test_sessions_that_are_closed_by_force_come_again_under_their_names(spec: PipelineSpec):
+    report = run(spec, "comings-and-goings")
+    assert report.violations == ()
+    assert report.figures.drops["shed"] > 0
+    scenario = SCENARIOS["comings-and-goings"]
+    assert report.figures.num_windows > NUM_SEEDS * scenario.num_sessions * scenario.num_windows
+
+
+def test_whoever_dies_while_sessions_come_and_go_what_must_hold_does(spec: PipelineSpec):
+    report = run_scenario(spec, replace(SCENARIOS["kill-storm"], returns=0.6), range(4))
+    assert report.violations == ()
+
+
+def test_where_sessions_of_one_name_are_taken_for_one_another_that_is_seen(
+    spec: PipelineSpec, broken: pytest.MonkeyPatch
+):
+    def without_incarnation(spec, stage, session, replicas, incarnation):
+        return session_plan(spec, stage, session, replicas, 0)
+
+    broken.setattr("deploy.simulate.session_plan", without_incarnation)
+    assert "credit" in rules(run(spec, "comings-and-goings", 20))
 
 
 def test_what_a_death_loses_and_nobody_names_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):

@@ -40,7 +40,11 @@ class Edge:
         self.sender: Sender = self.upstream.connect(rule, self.endpoint)
         self.arrived: list[Arrival] = []
         for session in (PORCH, YARD):
-            self.sender.open_session(session)
+            self.open_session(session)
+
+    def open_session(self, session: SessionId) -> None:
+        self.receiver.open_session(session)
+        self.sender.open_session(session)
 
     def close(self) -> None:
         self.upstream.close()
@@ -258,7 +262,7 @@ def test_a_session_that_comes_back_begins_with_full_credit(edge: Edge) -> None:
     edge.until_arrived(4)
     edge.sender.close_session(PORCH)
     edge.receiver.close_session(PORCH)
-    edge.sender.open_session(PORCH)
+    edge.open_session(PORCH)
     for seq in range(6):
         edge.sender.send(piece(seq))
     edge.until_arrived(8)
@@ -412,12 +416,13 @@ def test_a_sender_that_is_gone_gets_no_grant_and_no_error(edge: Edge) -> None:
         b"",
         b"\xc1",
         msgpack.packb(7),
-        msgpack.packb([PORCH, 9]),
-        msgpack.packb([[PORCH], 9, 9]),
-        msgpack.packb([{}, 9, 9]),
-        msgpack.packb([PORCH, "9", 9]),
-        msgpack.packb([PORCH, 9, None]),
-        msgpack.packb([PORCH, 9.5, 9]),
+        msgpack.packb([PORCH, 0, 9]),
+        msgpack.packb([[PORCH], 0, 9, 9]),
+        msgpack.packb([{}, 0, 9, 9]),
+        msgpack.packb([PORCH, 0, "9", 9]),
+        msgpack.packb([PORCH, 0, 9, None]),
+        msgpack.packb([PORCH, 0, 9.5, 9]),
+        msgpack.packb([PORCH, True, 9, 9]),
     ],
 )
 def test_a_grant_that_is_none_is_counted_and_changes_nothing(directory: Path, grant: bytes) -> None:
@@ -436,7 +441,7 @@ def test_a_grant_that_is_none_is_counted_and_changes_nothing(directory: Path, gr
         while not invalid and time.monotonic() < deadline:
             bus.wait(0.01)
         assert (invalid, sender.num_waiting) == (["grant"], 1)
-        router.send_multipart([identity, msgpack.packb([PORCH, 2, 0])])
+        router.send_multipart([identity, msgpack.packb([PORCH, 0, 2, 0])])
         while sender.num_waiting and time.monotonic() < deadline:
             bus.wait(0.01)
         assert sender.num_waiting == 0
@@ -468,11 +473,13 @@ def test_a_receiver_that_goes_leaves_the_sender_running(directory: Path) -> None
 def test_a_receiver_that_comes_late_gets_everything(directory: Path) -> None:
     with closing(Edge(directory, WAIT, None)) as edge:
         later, _ = edge.downstream.bind(WAIT)
+        later.open_session(PORCH)
         early = edge.upstream.connect(WAIT, f"ipc://{directory}/llm-0-2.ipc")
         early.open_session(PORCH)
         early.send(piece(0))
         edge.settle()
-        _, endpoint = edge.downstream.bind(WAIT)
+        latest, endpoint = edge.downstream.bind(WAIT)
+        latest.open_session(PORCH)
         assert endpoint.endswith("llm-0-2.ipc")
         assert [c.seq for c in edge.until_arrived(1)] == [0]
         assert later.account().in_flight == 0
@@ -578,6 +585,7 @@ def test_an_observer_hears_what_the_ledger_writes(directory: Path) -> None:
     num_bytes = sum(len(frame) for frame in encode(chunk))
     with closing(Edge(directory, WAIT, None)) as edge:
         receiver, endpoint = edge.downstream.bind(WAIT, observer=below)
+        receiver.open_session(PORCH)
         sender = edge.upstream.connect(WAIT, endpoint, above)
         sender.open_session(PORCH)
         sender.send(chunk)
@@ -617,6 +625,7 @@ def test_what_waited_goes_to_the_replica_that_takes_the_place_of_a_dead_one(open
     edge.sender.send(end_of_stream(PORCH, "image", 7 * NS_PER_S))
     with closing(Bus("llm-0-1", directory)) as bus:
         receiver, endpoint = bus.bind(WAIT)
+        receiver.open_session(PORCH)
         edge.upstream.reconnect(edge.sender, endpoint)
         edge.downstream, edge.receiver, before, edge.arrived = bus, receiver, edge.downstream, []
         before.close()
@@ -632,6 +641,7 @@ def test_a_session_goes_on_at_another_replica_with_what_waited(open_edge, direct
     edge = open_edge(WAIT)
     with closing(Bus("llm-1", directory)) as bus:
         receiver, endpoint = bus.bind(WAIT)
+        receiver.open_session(PORCH)
         other = edge.upstream.connect(WAIT, endpoint)
         with_one_chunk_of_four_used(edge)
         edge.upstream.bury(edge.sender)

@@ -11,17 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graph.chunk import Chunk, Kind, SessionId, Span, Trace
+from graph.chunk import Chunk, Failure, Kind, SessionId, Span, Trace, watermark
 from graph.codec import (
     DTYPES,
     MAX_ARRAYS,
     MAX_ATTRS,
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
+    MAX_IN_TRACE,
     MAX_NAME_CHARS,
-    MAX_SPANS,
     CodecError,
     Frame,
+    check,
     decode,
     encode,
 )
@@ -29,7 +30,7 @@ from graph.codec import (
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
 LARGEST = 2**63 - 1
-VERSION, KIND, SESSION, STREAM, SEQ, EPOCH, START, DURATION, LAYOUT, ATTRS, TRACE = range(11)
+VERSION, KIND, SESSION, INCARNATION, STREAM, SEQ, EPOCH, START, DURATION, LAYOUT, ATTRS, TRACE = range(12)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_NAME_CHARS)
@@ -39,9 +40,14 @@ scalars = st.none() | st.booleans() | times | st.floats() | texts
 shapes = st.lists(st.integers(0, 4), max_size=MAX_DIMENSIONS).map(tuple)
 arrays = st.sampled_from(sorted(DTYPES)).flatmap(lambda dtype: hnp.arrays(dtype, shapes))
 spans = st.builds(Span, names, times, times, times)
+failures = st.builds(Failure, names, texts)
 traces = st.builds(
-    Trace, texts, st.lists(names, max_size=4).map(tuple), st.lists(spans, max_size=4).map(tuple)
-)  # fmt: skip
+    Trace,
+    texts,
+    st.lists(names, max_size=4).map(tuple),
+    st.lists(spans, max_size=4).map(tuple),
+    st.lists(failures, max_size=2).map(tuple),
+)
 chunks = st.builds(
     Chunk,
     session=names.map(SessionId),
@@ -54,6 +60,7 @@ chunks = st.builds(
     arrays=st.dictionaries(names, arrays, max_size=3),
     attrs=st.dictionaries(names, scalars, max_size=4),
     trace=st.none() | traces,
+    incarnation=totals,
 )
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts | st.binary(max_size=8),
@@ -67,6 +74,7 @@ def bare(chunk: Chunk) -> tuple[object, ...]:
     contents = {name: (a.dtype, a.shape, a.tobytes()) for name, a in chunk.arrays.items()}
     attrs = {name: repr(value) for name, value in chunk.attrs.items()}
     fields = (chunk.session, chunk.stream, chunk.start_ns, chunk.duration_ns, chunk.seq, chunk.epoch, chunk.kind)
+    fields += (chunk.incarnation,)
     return (*fields, contents, attrs, chunk.trace)
 
 
@@ -219,7 +227,12 @@ def test_a_lost_array_is_refused() -> None:
 @pytest.mark.parametrize(
     ("index", "value", "reason"),
     [
-        (VERSION, 2, "version"),
+        (VERSION, 1, "version"),
+        (INCARNATION, -1, "number"),
+        (INCARNATION, "1", "number"),
+        (INCARNATION, True, "number"),
+        (START, 2**63, "number"),
+        (ATTRS, {"a": 2**63}, "attrs"),
         (KIND, 5, "kind"),
         (KIND, -1, "kind"),
         (KIND, True, "kind"),
@@ -247,13 +260,17 @@ def test_a_lost_array_is_refused() -> None:
         (ATTRS, {"": 1}, "attrs"),
         (ATTRS, {"a": msgpack.Timestamp(1)}, "attrs"),
         (TRACE, [], "trace"),
-        (TRACE, ["", [], "spans"], "trace"),
-        (TRACE, [b"", [], []], "trace"),
-        (TRACE, ["", [""], []], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0]]], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0, 0.5]]], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0, True]]], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0, 0]] * (MAX_SPANS + 1)], "trace"),
+        (TRACE, ["", [], []], "trace"),
+        (TRACE, ["", [], "spans", []], "trace"),
+        (TRACE, [b"", [], [], []], "trace"),
+        (TRACE, ["", [""], [], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0]], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, 0.5]], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, True]], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, 2**63]], []], "trace"),
+        (TRACE, ["", [], [], ["llm"]], "trace"),
+        (TRACE, ["", [], [], [["", "reason"]]], "trace"),
+        (TRACE, ["", [], [], [["llm", 7]]], "trace"),
     ],
 )
 def test_a_field_that_is_wrong_is_refused_under_its_own_name(index: int, value: object, reason: str) -> None:
@@ -311,10 +328,12 @@ def test_a_header_beyond_its_limit_is_refused_unread() -> None:
         b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
         b"\x91" * 60_000,  # a list in a list in a list …
         b"\xc1",  # never used in msgpack
-        msgpack.packb([1] * 11) + b"\x00",  # something behind the header
-        msgpack.packb([1] * 10),
+        msgpack.packb([2] * 12) + b"\x00",  # something behind the header
+        msgpack.packb([2] * 11),
+        msgpack.packb([]),
+        msgpack.packb([2] + [1] * (MAX_IN_TRACE + 1)),
         msgpack.packb({"version": 1}),
-        b"\x9b" + b"\xa1\xff" * 11,  # text that is not UTF-8
+        b"\x9c" + b"\xa1\xff" * 12,  # text that is not UTF-8
         b"\x81\xc0\x01",  # a map whose key is nil
     ],
 )
@@ -325,3 +344,114 @@ def test_a_header_made_to_hurt_is_refused(frame: bytes) -> None:
 def test_not_a_number_is_a_number_on_the_wire() -> None:
     decoded = decode(encode(Chunk(SessionId("s"), "mic", 0, attrs={"level_db": math.nan})))
     assert math.isnan(decoded.attrs["level_db"])  # type: ignore[arg-type]
+
+
+# ---- one rule, both halves -------------------------------------------------------------------------------------------
+
+surrogates = st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2)
+strange = (
+    scalars
+    | st.integers(-(2**70), 2**70)
+    | st.sampled_from([np.int64(3), np.float32(0.5), np.float64(0.5), np.bool_(True), [1], {}, b"b", 1j])
+    | st.text(min_size=1000, max_size=1000)
+    | surrogates
+)
+strange_names = names | st.sampled_from(["", "x" * 129, 7, None, "\ud800", b"b"])
+strange_arrays = hnp.arrays(
+    st.sampled_from(["uint8", "float16", "float64", "bool", "int64"]),
+    st.lists(st.integers(0, 2), max_size=6).map(tuple),
+) | st.sampled_from([[1, 2], None, np.ma.masked_array([1, 2], [True, False]), np.zeros((0, 2**40), np.uint8)])
+few_or_many = st.sampled_from([0, 1, 8, 9])
+made_by_a_stage = st.builds(
+    Chunk,
+    session=strange_names,
+    stream=strange_names,
+    start_ns=st.integers(-(2**64), 2**64) | st.sampled_from([1.0, np.int64(1), True]),
+    duration_ns=st.integers(-1, 1),
+    seq=st.integers(-1, 2**64),
+    arrays=few_or_many.flatmap(lambda n: st.dictionaries(strange_names, strange_arrays, min_size=n, max_size=n)),
+    attrs=st.dictionaries(strange_names, strange, max_size=3)
+    | st.integers(60, 70).map(lambda n: {f"a{i}": "x" * 2000 for i in range(n)}),
+    trace=st.none() | st.integers(0, 400).map(lambda n: Trace("", (), (Span("stage", 1, 2, 3),) * n)),
+)
+
+
+def encoded(chunk: Chunk) -> list[bytes] | None:
+    """None where the sender refuses it; any exception but CodecError goes through and fails the test."""
+    try:
+        return as_bytes(encode(chunk))
+    except CodecError:
+        return None
+
+
+def is_checked(chunk: Chunk) -> bool:
+    try:
+        check(chunk)
+    except CodecError:
+        return False
+    return True
+
+
+@unhurried
+@given(made_by_a_stage | chunks)
+def test_what_the_sender_takes_the_receiver_takes_and_gives_back_equal_and_the_rest_never_leaves(chunk: Chunk) -> None:
+    frames = encoded(chunk)
+    assert (frames is not None) == is_checked(chunk)
+    assert frames is None or bare(decode(frames)) == bare(chunk)
+
+
+@unhurried
+@given(chunks, st.lists(st.integers(0, 99), min_size=1, max_size=4), anything)
+def test_what_the_receiver_refuses_the_sender_would_not_have_sent(chunk: Chunk, path: list[int], value: object) -> None:
+    header = replaced(header_of(chunk), path, value)
+    answer = decode_or_refuse([msgpack.packb(header), *as_bytes(encode(chunk))[1:]])
+    assert isinstance(answer, CodecError) or encoded(answer) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "message"),
+    [
+        ({"attrs": {"n": np.int64(3)}}, "attrs", "attribute 'n' is a numpy.int64; use int(…)"),
+        ({"attrs": {"n": np.float32(3)}}, "attrs", "attribute 'n' is a numpy.float32; use float(…)"),
+        ({"attrs": {"n": np.bool_(1)}}, "attrs", "attribute 'n' is a numpy.bool; use bool(…)"),
+        ({"attrs": {"n": 2**70}}, "attrs", "integers travel in 64 bits"),
+        ({"attrs": {"n": [1]}}, "attrs", "attribute 'n' is a list; only int, float, str, bool and None travel"),
+        ({"attrs": {"n": "\ud800"}}, "attrs", "attribute 'n' is text that UTF-8 can't write"),
+        ({"attrs": {"": 1}}, "attrs", "its name is no text of 1 to 128 characters"),
+        ({"attrs": {f"a{i}": i for i in range(MAX_ATTRS + 1)}}, "attrs", "more than 64 attributes"),
+        ({"attrs": {"a": "x" * MAX_HEADER_BYTES}}, "header", "65536 is the most; what is long goes in an array"),
+        ({"arrays": {"x": np.zeros((1,) * 5, np.uint8)}}, "shape", "array 'x' has 5 dimensions, 4 is the most"),
+        ({"arrays": {f"a{i}": np.zeros(1, np.uint8) for i in range(9)}}, "arrays", "more than 8 arrays"),
+        (
+            {"arrays": {"x": np.zeros(1, np.float16)}},
+            "dtype",
+            r"array 'x' is 'float16'; use .astype(…) to one of float32,",
+        ),
+        ({"arrays": {"x": [1.0]}}, "dtype", "array 'x' is a list; use a numpy.ndarray"),
+        ({"arrays": {"x" * 129: np.zeros(1, np.uint8)}}, "dtype", "its name is no text of 1 to 128 characters"),
+        ({"arrays": {"x": np.broadcast_to(np.uint8(0), (2**29,))}}, "shape", "268435456 bytes is the most"),
+        ({"start_ns": np.int64(5)}, "number", "use int(…)"),
+        ({"duration_ns": -1}, "number", "below zero"),
+        ({"stream": "x" * 129}, "name", "no text of 1 to 128 characters"),
+    ],
+)
+def test_what_no_receiver_would_take_is_refused_by_the_sender_which_says_what_instead(
+    fields: dict[str, Any], reason: str, message: str
+) -> None:
+    with pytest.raises(CodecError) as caught:
+        check(Chunk(**({"session": SessionId("s"), "stream": "events", "start_ns": 0} | fields)))
+    assert caught.value.reason == reason
+    assert message in str(caught.value)
+
+
+def test_a_pipeline_of_two_hundred_stages_has_room_for_the_trace_of_a_window() -> None:
+    spans = tuple(Span(f"a_stage_with_a_long_name_{i}", i, i, i) for i in range(200))
+    chunk = watermark(SessionId("s"), "text", 0, trace=Trace("digest", (), spans))
+    assert decode(encode(chunk)).trace == chunk.trace
+
+
+def test_of_a_chunk_whose_contents_are_garbled_it_is_still_known_whose_it_was() -> None:
+    frames = encode(Chunk(SessionId("s"), "mic", 5, 7, incarnation=3, arrays={"samples": np.zeros(4, np.float32)}))
+    with pytest.raises(CodecError) as caught:
+        decode(frames[:1])
+    assert caught.value.refused == Chunk(SessionId("s"), "mic", 5, 7, incarnation=3)
