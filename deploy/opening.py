@@ -1,4 +1,4 @@
-"""How sessions open: at every stage they pass, stage by stage; then the time of all begins, sources last.
+"""How sessions open: at every stage they pass; then the time of all begins, sources last.
 
 Rule: all of them are open in the end, or none is. Whatever fails while they open, an actor's death and its silence
 included, costs them and nobody else.
@@ -71,18 +71,19 @@ class Openings:
         return [each.process.replica for each in answering or living]
 
     def _open_at_all(self, sessions: Sequence[Session]) -> Steps[list[Living]]:
+        """At all at once: nothing is sent before their time begins."""
         used: list[Living] = []
+        opened: list[Reply[None]] = []
         for stage in opening_order(self._tools.spec):
-            opened: list[Reply[None]] = []
             for living, here in self._by_replica(stage, sessions):
                 plans = [session_plan(self._tools.spec, stage, p.session, p.replicas, p.incarnation) for p in here]
                 for placement in here:
                     placement.opened.append(stage)  # before it is, for one of them may fail
                 opened.append(living.line.post("open_sessions", stage, plans))
                 used.append(living)
-            yield opened
-            for reply in opened:
-                reply.result()
+        yield opened
+        for reply in opened:
+            reply.result()
         return used
 
     def _begin(self, sessions: Sequence[Session]) -> Steps[None]:

@@ -19,6 +19,7 @@ from stages.stage import Session, StageError
 # From the opening of sessions to their event time 0 their decoders start, each on a core; alone it takes one 0.2 s.
 HEAD_START_NS = 300 * NS_PER_MS
 DECODER_START_NS = 200 * NS_PER_MS
+FIRST_WINDOW_NS = 600 * NS_PER_MS  # at least so long before its end a session opens: a decoder starts twice in it
 
 
 @dataclass(slots=True, eq=False)
@@ -92,18 +93,23 @@ class SessionTable:
 
     def next_origins_ns(self, sessions: Sequence[Session]) -> Mapping[SessionId, int]:
         """When each session's event time begins: soon, and in step with the windows of its phase, so that the units of
-        sessions of one phase are ready together and share their forwards. The phases take turns within a window."""
+        sessions of one phase are ready together and share their forwards. The phases take turns within a window.
+
+        For one that comes while others run, which somebody waits for, its first window may have begun already.
+        """
         window = self._spec.window
         soon_ns = self._now_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // (os.cpu_count() or 1)
         if self._first_origin_ns is None:
             self._first_origin_ns = soon_ns
-        next_ns = soon_ns + (self._first_origin_ns - soon_ns) % window.length_ns
+        elif all(session.paced for session in sessions):
+            soon_ns = min(soon_ns, self._now_ns() + FIRST_WINDOW_NS - window.length_ns)
         origins_ns: dict[SessionId, int] = {}
         for session in sessions:
-            origins_ns[session.id] = next_ns
+            in_step_ns = self._first_origin_ns
             if session.paced:  # in virtual time there are no bursts, and the larger the batch the better
-                origins_ns[session.id] += phase_ns(self._num_opened, window)
+                in_step_ns += phase_ns(self._num_opened, window)
                 self._num_opened += 1
+            origins_ns[session.id] = soon_ns + (in_step_ns - soon_ns) % window.length_ns
             self.placements[session.id].origin_ns = origins_ns[session.id]
         return origins_ns
 

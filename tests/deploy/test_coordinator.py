@@ -10,7 +10,7 @@ from deploy.clock import clock_ahead_ns
 from deploy.coordinator import Coordinator, CoordinatorError
 from deploy.restarts import MAX_DEATHS
 from deploy.runner import SessionPlan
-from deploy.sessions import DECODER_START_NS, HEAD_START_NS
+from deploy.sessions import DECODER_START_NS, FIRST_WINDOW_NS, HEAD_START_NS
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.ledger import Account
 from stages.stage import StageError
@@ -348,3 +348,24 @@ def test_a_neighbour_whose_loop_has_failed_costs_the_run_nothing(coordinator: Co
     cluster.actors["llm.0"].is_dead = cluster.actors["llm.1"].is_dead = True
     settle(coordinator, cluster)
     assert coordinator.sessions == ["a", "b"]
+
+
+def test_one_that_comes_while_others_run_is_in_its_first_window_at_once(coordinator: Coordinator, cluster: FakeCluster):
+    """Also the 61st: its window ends within one and a bit, and within a few answers of every actor it is open."""
+    coordinator.open_sessions(sessions("first"))
+    for number in range(60):
+        name = f"camera{number}"
+        coordinator.begin_to_open(sessions(name)[0], lambda: None)
+        look(coordinator)
+        coordinator.close_session(SessionId(name))
+        cluster.clock.advance(0.7)
+    cluster.calls.clear()
+    before, now_ns = cluster.actors["io.0"].num_batches, cluster.clock.now_ns()
+    reply = coordinator.begin_to_open(sessions("last")[0], lambda: None)
+    poll_until(coordinator, cluster, lambda: reply.is_done)
+    (origin_ns,) = [
+        at[SessionId("last")] for _, stage, (at,) in of(cluster.calls, "begin_sessions") if stage == "camera"
+    ]
+    ends_after_ns = origin_ns + NS_PER_S - now_ns
+    assert FIRST_WINDOW_NS <= ends_after_ns <= FIRST_WINDOW_NS + NS_PER_S + 250 * NS_PER_MS
+    assert cluster.actors["io.0"].num_batches - before <= 6
