@@ -21,13 +21,12 @@ from deploy.cli_common import (
     Json,
     Set,
     clear_errors,
-    fail,
     load,
     usage,
 )
 from deploy.cli_running import camera, down, logs, ps
 from deploy.cli_shards import nano, shards
-from deploy.terminal import prepare_standard_files
+from deploy.terminal import flush_standard_output, prepare_standard_files, tell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,12 +52,16 @@ def main() -> None:
     mask_stderr(sys.argv[1:])
     try:
         check_packages()
+        app()
     except PackageCollision as error:
-        fail(str(error), EXIT_DEPENDENCY)
-    app()
+        tell(f"pipeline: {error}")
+        sys.exit(EXIT_DEPENDENCY)
+    finally:
+        flush_standard_output()
 
 
 @app.command()
+@clear_errors()
 def up(
     file: File = None,
     overrides: Set = None,

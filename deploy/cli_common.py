@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -57,24 +57,39 @@ def usage() -> Iterator[None]:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """One clear message and an exit code instead of a traceback, for everything that the world may do wrong."""
-    from graph.errors import GraphError
-    from model_shards.errors import DependencyError, ModelError
-    from stages.media_wire import MediaError
-    from stages.stage import MissingDependency, StageError
-
     try:
         yield
     except Interrupted as error:
         fail("interrupted", EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_OK)
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
-    except (DependencyError, MissingDependency) as error:
-        fail(str(error), EXIT_DEPENDENCY)
-    except (GraphError, ModelError, StageError, MediaError, OSError) as error:
-        fail(str(error), EXIT_RUNTIME)
+    except BrokenPipeError:  # who reads what we print has read enough
+        raise typer.Exit(EXIT_RUNTIME) from None
+    except Exception as error:
+        if (code := _exit_code(error)) is None:
+            raise
+        fail(_said(error), code)
 
 
-def fail(message: str, code: int) -> Any:
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None: it is no error of the world, but ours, and its traceback is what we need."""
+    from graph.errors import GraphError
+    from model_shards.errors import DependencyError, ModelError
+    from stages.media_wire import MediaError
+    from stages.stage import MissingDependency, StageError
+
+    if isinstance(error, DependencyError | MissingDependency):
+        return EXIT_DEPENDENCY
+    return EXIT_RUNTIME if isinstance(error, GraphError | ModelError | StageError | MediaError | OSError) else None
+
+
+def fail(message: str, code: int) -> NoReturn:
     for line in message.splitlines():
         tell(f"pipeline: {line}")
     raise typer.Exit(code)

@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.cli_common import EXIT_RUNTIME, EXIT_USAGE, Json, clear_errors, fail, table, usage
 from deploy.terminal import tell
 
+if TYPE_CHECKING:
+    from deploy.state import Running
+
+NOTHING_RUNS = "no pipeline of this folder is running; `pipeline up -d` starts one"
+
 camera = typer.Typer(no_args_is_help=True, help="Add cameras to the running pipeline, and remove them.")
 
 
-def down(timeout: Annotated[float, typer.Option(help="Seconds to wait for the end.")] = 20.0) -> None:
-    """Stop the pipeline that runs in the background of this folder."""
+@clear_errors()
+def down(timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end.")] = 20.0) -> None:
+    """Stop the pipeline of this folder, running or starting, and wait until everything of it is gone."""
+    import contextlib
     import os
     import signal
     import time
 
-    state, running = _running()
-    os.kill(running.pid, signal.SIGTERM)
+    from deploy.state import StateFolder
+
+    state = StateFolder(Path.cwd())
+    if (pid := state.holder()) is None:
+        fail(NOTHING_RUNS, EXIT_RUNTIME)
+    if pid == 0:
+        fail("the pipeline of this folder runs in another container; stop it there", EXIT_RUNTIME)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGTERM)
     deadline_s = time.monotonic() + timeout
-    while state.read() is not None:
-        if time.monotonic() > deadline_s:
-            fail(f"pid {running.pid} has not ended within {timeout:g} s; `pipeline logs` may say why", EXIT_RUNTIME)
+    while state.holder() == pid:
+        if not time.monotonic() <= deadline_s:
+            fail(f"pid {pid} has not ended within {timeout:g} s; `pipeline logs` may say why", EXIT_RUNTIME)
         time.sleep(0.1)
     tell("stopped")
 
 
+@clear_errors()
 def ps(as_json: Json = False) -> None:
     """Show stages and sessions of the running pipeline. --json: {model, ready, uptime_s, stages, sessions, edges}."""
     import json
+    from http.client import HTTPException
 
-    _, running = _running()
+    running = _running()
     try:
         with _directly(f"{running.url}/api/v1/ps", timeout_s=5) as answer:
             status = json.load(answer)
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
     if as_json:
         print(json.dumps(status, indent=2))
@@ -53,6 +69,7 @@ def ps(as_json: Json = False) -> None:
 
 
 @camera.command("add")
+@clear_errors()
 def camera_add(
     what: Annotated[str, typer.Argument(metavar="NAME=SOURCE", help="Like yard=rtsp://10.0.0.7/live.")],
     fps: Annotated[float | None, typer.Option("--fps", help="Pictures per second (default: 1).")] = None,
@@ -72,15 +89,14 @@ def camera_add(
     from graph.reference import resolve
     from graph.secret import Secret
 
-    with clear_errors():
-        with usage():
-            ((name, written),) = parse_cameras([what], option="").items()
-            resolved = resolve(written, os.environ)
-        source = resolved if isinstance(resolved, Secret) else Secret(resolved)
-        given = {"source": source.reveal(), "masked_source": source.masked, "fps": fps, "microphone": microphone}
-        wanted = {"name": name, **given}
-        asked = {key: value for key, value in wanted.items() if value is not None}
-        added = _ask_gateway("POST", "/api/v1/cameras", asked)
+    with usage():
+        ((name, written),) = parse_cameras([what], option="").items()
+        resolved = resolve(written, os.environ)
+    source = resolved if isinstance(resolved, Secret) else Secret(resolved)
+    given = {"source": source.reveal(), "masked_source": source.masked, "fps": fps, "microphone": microphone}
+    wanted = {"name": name, **given}
+    asked = {key: value for key, value in wanted.items() if value is not None}
+    added = _ask_gateway("POST", "/api/v1/cameras", asked)
     if as_json:
         print(json.dumps(added, indent=2))
         return
@@ -90,12 +106,12 @@ def camera_add(
 
 
 @camera.command("remove")
+@clear_errors()
 def camera_remove(name: Annotated[str, typer.Argument(help="As `pipeline ps` shows it.")]) -> None:
     """End a camera's session: what it saw and heard is gone through to the end, and said."""
     from urllib.parse import quote
 
-    with clear_errors():
-        _ask_gateway("DELETE", f"/api/v1/cameras/{quote(name, safe='')}")
+    _ask_gateway("DELETE", f"/api/v1/cameras/{quote(name, safe='', errors='surrogateescape')}")
     tell(f"camera {name}: removed")
 
 
@@ -105,7 +121,7 @@ def _ask_gateway(method: str, path: str, body: dict[str, Any] | None = None) -> 
     import urllib.error
     import urllib.request
 
-    _, running = _running()
+    running = _running()
     request = urllib.request.Request(
         running.url + path,
         data=None if body is None else json.dumps(body).encode(),
@@ -142,38 +158,42 @@ def _directly(request: Any, timeout_s: float) -> Any:
     return opener.open(request, timeout=timeout_s)
 
 
+@clear_errors()
 def logs(
     process: Annotated[str | None, typer.Argument(help="Only this process, like llm.0 or up.")] = None,
-    tail: Annotated[int, typer.Option("--tail", help="Lines per process.")] = 50,
+    tail: Annotated[int, typer.Option("--tail", min=0, help="Lines per process.")] = 50,
 ) -> None:
     """Print the logs of this folder's pipeline, running or not."""
+    from collections import deque
+
     from deploy.state import StateFolder
 
-    found = sorted(StateFolder(Path.cwd()).logs.glob(f"{process or '*'}.log"))
-    if not found:
-        fail("no logs here; `pipeline up` makes them" + (f" (none of {process!r})" if process else ""), EXIT_RUNTIME)
-    for path in found:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-tail:]:
-            print(f"{path.stem:<18} {line}")
+    paths = {path.stem: path for path in sorted(StateFolder(Path.cwd()).logs_of_last_run.glob("*.log"))}
+    if not paths:
+        fail("no logs here; `pipeline up` makes them", EXIT_RUNTIME)
+    if process is not None and process not in paths:
+        fail(f"no logs here of {process!r}; there are: {', '.join(paths)}", EXIT_RUNTIME)
+    for name in paths if process is None else [process]:
+        with paths[name].open(encoding="utf-8", errors="replace") as file:
+            for line in deque(file, maxlen=tail):
+                print(f"{name:<18} {line.rstrip()}")
 
 
 def is_ready(url: str) -> bool:
-    import urllib.error
-    import urllib.request
+    from http.client import HTTPException
 
     try:
         with _directly(f"{url}/readyz", timeout_s=2) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.HTTPError):
+    except (OSError, HTTPException):
         return False
 
 
-def _running() -> Any:
-    """(state folder, what runs there), or the end."""
+def _running() -> Running:
+    """What runs in this folder, or the end."""
     from deploy.state import StateFolder
 
-    state = StateFolder(Path.cwd())
-    running = state.read()
+    running = StateFolder(Path.cwd()).read()
     if running is None:
-        fail("no pipeline of this folder is running; `pipeline up -d` starts one", EXIT_RUNTIME)
-    return state, running
+        fail(NOTHING_RUNS, EXIT_RUNTIME)
+    return running

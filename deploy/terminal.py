@@ -39,6 +39,17 @@ def prepare_standard_files() -> None:
             stream.reconfigure(errors="replace")
 
 
+def flush_standard_output() -> None:
+    """Call last. What can't be written is told, and exits with 1; a reader that has read enough is no news."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        if not isinstance(error, BrokenPipeError):
+            tell(f"pipeline: standard output: {error.strerror}")
+        sys.exit(1)
+
+
 def _opened(number: int) -> TextIO:
     return open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: PTH123: a descriptor
 

@@ -108,7 +108,7 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         gateway.start()
         stack.callback(gateway.stop)
         stack.callback(live.close)
-        state.write(Running(os.getpid(), time.time(), gateway.url, token))
+        state.write(Running(os.getpid(), gateway.url, token, str(state.path)))
         return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, live, tell).run(cameras)
 
 
@@ -207,6 +207,7 @@ class _Run:
                 break
             self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
             self._poll(coordinator, meter)
+            self._state.keep()
             if coordinator.sessions:
                 self._live.wait(BUSY_S if coordinator.is_busy else POLL_S)
 
