@@ -51,7 +51,7 @@ def flush_standard_output() -> None:
 
 
 def _opened(number: int) -> TextIO:
-    return open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: PTH123
+    return open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
 
 
 def tell(line: str) -> None:
