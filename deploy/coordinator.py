@@ -135,21 +135,14 @@ class Coordinator:
         deadline: until when; whoever has not answered by then has died for it. What he reported last stands.
         """
         deadline = deadline or Deadline(ENDS_S, self._now_s)
-        fleet, accounts = self._tools.fleet, self._tools.accounts
+        living = self._tools.fleet.living
         for session in self.sessions:
             self.close_session(session)
+        self._give_up([each for each in living.values() if each.line.silent_s > LAST_REPORT_S])  # they had their time
         self._ask_for_last_reports(deadline)
-        silent = [living for living in fleet.living.values() if living.asked is not None or living.line.error]
-        for living in silent:
-            fleet.remove(living)
-            accounts.died(living.peer, ())
-            living.line.fail(CoordinatorError(f"{living.process.name} did not answer at the end"))
-        for other in fleet.living.values():
-            for living in silent:
-                if ends := [end[:2] for end in self._tools.wiring.between(other.process, living.process)]:
-                    other.line.post("bury", ends)
-                    accounts.died(living.peer, [other.peer])
+        silent = [each for each in living.values() if each.asked is not None or each.line.error is not None]
         if silent:
+            self._give_up(silent)
             self._ask_for_last_reports(deadline)
         return self.ledger()
 
@@ -249,6 +242,19 @@ class Coordinator:
             if living.reported_at <= placement.since or any(session in stage.sessions for stage in stages.values()):
                 return False
         return bool(there)
+
+    def _give_up(self, silent: Sequence[Living]) -> None:
+        """At the end: actors that do not answer are dead, and those who sent to them count it so."""
+        fleet, accounts = self._tools.fleet, self._tools.accounts
+        for living in silent:
+            fleet.remove(living)
+            accounts.died(living.peer, ())
+            living.line.fail(CoordinatorError(f"{living.process.name} did not answer at the end"))
+        for other in fleet.living.values():
+            for living in silent:
+                if ends := [end[:2] for end in self._tools.wiring.between(other.process, living.process)]:
+                    other.line.post("bury", ends)
+                    accounts.died(living.peer, [other.peer])
 
     def _ask_for_last_reports(self, deadline: Deadline) -> None:
         """Reports that were asked for from now on; who gives none in time stays asked."""

@@ -43,7 +43,7 @@ BUSY_S = 0.02  # between two looks while a camera opens
 CLOSING_S = 1.0  # after the last word
 # From the first signal to the end of the process, whatever hangs; most of it is for a listener who still hears. What is
 # left is for the last word of all actors, for stopping them, and for Ray.
-END_S, DRAIN_S = 10.0, 5.0
+END_S, DRAIN_S = 10.0, 4.0
 
 
 class UpError(GraphError):
