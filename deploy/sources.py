@@ -14,7 +14,7 @@ from graph.errors import GraphError
 from graph.secret import mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, check_source
+from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, Warned, check_source
 from stages.media_wire import LIVE_KINDS
 
 PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
@@ -102,7 +102,7 @@ def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], boo
                     return item.message, reader.is_live
                 if isinstance(item, Ended):
                     return "holds neither picture nor sound", False
-                if item is not None:
+                if item is not None and not isinstance(item, Warned):
                     return "", reader.is_live
             return f"gave nothing within {PROBE_S:g} s", reader.is_live
     except MediaError as error:

@@ -18,10 +18,10 @@ import select
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import parse_qs, urlsplit
@@ -37,6 +37,7 @@ from graph.chunk import NS_PER_S
 from graph.streams import SOUND_RATE_HZ
 from stages.media_health import Warner
 from stages.media_play import Decoding, Feed, Lane, Teller, play, session_ns
+from stages.media_rtsp import open_camera
 from stages.media_screen import FrameGrid
 from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, to_ns
@@ -79,8 +80,6 @@ _FILE_FORMATS: Final = (
     "h264,hevc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,apng,yuv4mpegpipe,webp_pipe,bmp_pipe"
 )
 _PROTOCOLS: Final = {
-    "rtsp": "rtsp,rtp,tcp",
-    "rtsps": "rtsps,rtp,tcp,tls",
     "http": "http,tcp",
     "https": "https,tcp,tls",
 }
@@ -121,7 +120,7 @@ def open_container(order: Order, source: str, format_name: str | None, options: 
     )
 
 
-def open_all(order: Order) -> list[InputContainer]:
+def open_all(order: Order, warner: Warner) -> list[InputContainer]:
     """One connection for live sources. Files are opened once per stream: so each is read as far as the other one,
     however badly they are interleaved, at the cost of a second index and not of the memory of a whole video."""
     source = order.request.source
@@ -133,7 +132,7 @@ def open_all(order: Order) -> list[InputContainer]:
             protocols = _PROTOCOLS[urlsplit(source).scheme.lower()]
             return [open_container(order, source, None, _file_options(protocols)) for _ in range(num_wanted)]
         case "rtsp":
-            return [open_camera(order)]
+            return [open_camera(order, partial(open_container, order, source, "rtsp"), warner)]
         case "webcam":
             return [open_container(order, source, "v4l2", {"protocol_whitelist": "file"})]
         case "test":
@@ -142,37 +141,8 @@ def open_all(order: Order) -> list[InputContainer]:
             raise AssertionError(f"a {order.kind} has no container")
 
 
-def open_camera(order: Order) -> InputContainer:
-    """TimeoutError as such: libav says "invalid data" or "argument" of a server which is silent or leads in circles,
-    and calls one open which has sent a byte per second."""
-    start = time.monotonic()
-    patience_s = order.open_timeout_s
-    try:
-        container = open_container(order, order.request.source, "rtsp", _rtsp_options(order))
-    except (av.error.InvalidDataError, av.error.ArgumentError):
-        patience_s = min(order.open_timeout_s, order.silence_timeout_s)
-        if time.monotonic() - start < patience_s:
-            raise
-    if time.monotonic() - start >= patience_s:
-        raise TimeoutError
-    return container
-
-
 def _file_options(protocols: str) -> dict[str, str]:
     return {"protocol_whitelist": protocols, "format_whitelist": _FILE_FORMATS}
-
-
-def _rtsp_options(order: Order) -> dict[str, str]:
-    return {
-        "rtsp_transport": "tcp",
-        "protocol_whitelist": _PROTOCOLS[urlsplit(order.request.source).scheme.lower()],
-        "timeout": str(int(order.silence_timeout_s * 1_000_000)),  # us, of the socket
-        "allowed_media_types": "+".join(["video"] * order.request.want_video + ["audio"] * order.request.want_audio),
-        # The SDP has told nearly all. Without these two a camera opens in 1.1 s instead of 0.3 s, and what it sends
-        # meanwhile comes in a burst.
-        "fpsprobesize": "0",
-        "analyzeduration": "1000000",  # us
-    }
 
 
 def pattern_graphs(source: str, fps: float) -> list[str]:
@@ -261,8 +231,8 @@ def warn_of_unknown(order: Order, containers: list[InputContainer], feeds: list[
 def run_streams(order: Order, outlet: Outlet) -> MediaItem:
     """Decode to the end; the last item to send."""
     with contextlib.ExitStack() as stack:
-        containers = [stack.enter_context(container) for container in open_all(order)]
         warner = Warner(outlet.put)
+        containers = [stack.enter_context(container) for container in open_all(order, warner)]
         feeds = make_feeds(order, containers, outlet, warner)
         decodings = [decoding for _, by_index in feeds for decoding in by_index.values()]
         tracks = [decoding.track for decoding in decodings]

@@ -138,8 +138,8 @@ class Sound:
 class Progress:
     """Nothing before these times will come any more; FOREVER_NS for a stream which is absent or has ended.
 
-    The first item of every source is a Progress: it is open, and the streams at FOREVER_NS do not exist. The others
-    begin there: a file at 0, a live source when it was opened.
+    The first item of every source, but for warnings, is a Progress: it is open, and the streams at FOREVER_NS do not
+    exist. The others begin there: a file at 0, a live source when it was opened.
     """
 
     video_ns: int

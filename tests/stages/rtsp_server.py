@@ -8,12 +8,19 @@ drip      answers, then sends one byte per second
 silent    accepts and says nothing
 redirect  answers every request with 302 to itself
 login     answers every request with 401
+sha256    the same, and wants a Digest with SHA-256
+no_tcp    refuses RTP over TCP with 461, and RTP over UDP too
 garbage   answers with bytes which are no RTSP
-gst       GStreamer's server; needs gi, run it with /usr/bin/python3
+novideo   the camera, but no pictures are sent after SECONDS of each connection
+nosound   the same with the sound
+noise     the same, but what is sent as pictures then is noise
+gop       the camera, with a keyframe every SECONDS, the first one so long after the client has come
+gst       GStreamer's server; needs gi, run it with /usr/bin/python3. Its arguments: see serve_with_gstreamer
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import sys
@@ -31,11 +38,15 @@ NUM_FRAMES = 50  # 2 s, repeated
 
 def main() -> None:
     mode = sys.argv[1]
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1e9
     if mode == "gst":
-        serve_with_gstreamer()
+        serve_with_gstreamer(*sys.argv[2:])
         return
-    pictures = encode_pictures() if mode in ("camera", "cut", "stall", "burst") else []
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1e9
+    is_camera = mode in ("camera", "cut", "stall", "burst", "novideo", "nosound", "noise", "gop")
+    num_frames = int(seconds * FPS) if mode == "gop" else NUM_FRAMES
+    pictures = encode_pictures(num_frames) if is_camera else []
+    if mode == "gop":
+        pictures = pictures[1:] + pictures[:1]
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(server.getsockname()[1], flush=True)
         while True:
@@ -78,6 +89,11 @@ def answer(mode: str, method: str, url: str, cseq: str, port: int) -> bytes:
         return reply(cseq, "", "302 Found", Location=f"rtsp://127.0.0.1:{port}/live")
     if mode == "login":
         return reply(cseq, "", "401 Unauthorized", WWW_Authenticate='Basic realm="camera"')
+    if mode == "sha256":
+        wants = 'Digest realm="camera", nonce="f00d", algorithm=SHA-256, qop="auth"'
+        return reply(cseq, "", "401 Unauthorized", WWW_Authenticate=wants)
+    if mode == "no_tcp" and method == "SETUP":
+        return reply(cseq, "", "461 Unsupported Transport")
     if method == "OPTIONS":
         return reply(cseq, Public="OPTIONS, DESCRIBE, SETUP, PLAY, TEARDOWN")
     if method == "DESCRIBE":
@@ -101,19 +117,20 @@ def sdp() -> str:
     return "\r\n".join(lines) + "\r\n"
 
 
-def encode_pictures() -> list[list[bytes]]:
-    """Two seconds of pictures, each a list of NAL units without start codes; the first one holds SPS and PPS."""
+def encode_pictures(num_frames: int) -> list[list[bytes]]:
+    """A group of pictures, each a list of NAL units without start codes; the first one holds SPS and PPS."""
     import av
     import numpy as np
 
     encoder: Any = av.CodecContext.create("libx264", "w")
     encoder.width, encoder.height, encoder.pix_fmt = 320, 240, "yuv420p"
     encoder.time_base, encoder.framerate = Fraction(1, FPS), Fraction(FPS)
-    encoder.options = {"tune": "zerolatency", "preset": "ultrafast", "x264-params": "annexb=1:repeat-headers=1"}
+    group = f"keyint={num_frames}:min-keyint={num_frames}:scenecut=0:annexb=1:repeat-headers=1"
+    encoder.options = {"tune": "zerolatency", "preset": "ultrafast", "g": str(num_frames), "x264-params": group}
     rows, columns = np.indices((240, 320))
     packets = []
-    for index in range(NUM_FRAMES):
-        image = np.stack([rows % 256, (columns + 5 * index) % 256, np.full_like(rows, 4 * index)], -1)
+    for index in range(num_frames):
+        image = np.stack([rows % 256, (columns + 5 * index) % 256, np.full_like(rows, 4 * index % 250)], -1)
         packets += encoder.encode(av.VideoFrame.from_ndarray(image.astype(np.uint8), "rgb24"))
     packets += encoder.encode(None)
     return [split_nals(bytes(packet)) for packet in packets]
@@ -139,9 +156,14 @@ def stream(connection: socket.socket, mode: str, seconds: float, pictures: list[
             time.sleep(1e6)
         time.sleep(max(0.0, start + now_s - ahead_s - time.monotonic()))
         payloads = list(fragments(pictures[index % len(pictures)]))
-        for number, payload in enumerate(payloads):
+        is_over = now_s >= seconds
+        for number, payload in enumerate([] if is_over and mode == "novideo" else payloads):
             last = number == len(payloads) - 1
+            if is_over and mode == "noise":
+                payload = payload[:1] + os.urandom(max(len(payload) - 1, 0))
             send_rtp(connection, 0, 96, sequence, index * 90_000 // FPS, payload, marker=last)
+        if is_over and mode == "nosound":
+            continue
         send_rtp(connection, 2, 97, sequence, index * SOUND_RATE_HZ // FPS, tone(index), marker=False)
 
 
@@ -174,24 +196,58 @@ def send_rtp(
     connection.sendall(struct.pack(">cBH", b"$", channel, len(header) + len(payload)) + header + payload)
 
 
-def serve_with_gstreamer() -> None:
+VIDEO = {
+    "h264": "x264enc tune=zerolatency speed-preset=ultrafast key-int-max=25 ! rtph264pay name=pay0 pt=96",
+    "h265": "x265enc tune=zerolatency speed-preset=ultrafast key-int-max=25 ! rtph265pay name=pay0 pt=96",
+    "mjpeg": "jpegenc ! rtpjpegpay name=pay0 pt=26",
+}
+AUDIO = {
+    "opus": "audio/x-raw,rate=48000 ! opusenc ! rtpopuspay name=pay1 pt=97",
+    "aac": "audio/x-raw,rate=48000,channels=1 ! voaacenc ! aacparse ! rtpmp4gpay name=pay1 pt=97",
+    "pcmu": "audio/x-raw,rate=8000,channels=1 ! mulawenc ! rtppcmupay name=pay1 pt=0",
+    "pcma": "audio/x-raw,rate=8000,channels=1 ! alawenc ! rtppcmapay name=pay1 pt=8",
+    "g726": "audio/x-raw,rate=8000,channels=1 ! avenc_g726 bitrate=32000 ! rtpg726pay name=pay1 pt=97",
+    "l16": "audio/x-raw,rate=16000,channels=1 ! audioconvert ! rtpL16pay name=pay1 pt=97",
+}
+
+
+def serve_with_gstreamer(video: str = "h264", audio: str = "opus", transport: str = "any", login: str = "none") -> None:
+    """/live in 640x480 and /sub in 320x240. transport: any, tcp, udp. login: none, basic, digest (user, canary)."""
     import gi  # type: ignore[import-not-found]
 
     gi.require_version("Gst", "1.0")
+    gi.require_version("GstRtsp", "1.0")
     gi.require_version("GstRtspServer", "1.0")
-    from gi.repository import GLib, Gst, GstRtspServer  # type: ignore[import-not-found]
+    from gi.repository import GLib, Gst, GstRtsp, GstRtspServer  # type: ignore[import-not-found]
 
     Gst.init(None)
     server = GstRtspServer.RTSPServer()
     server.set_address("127.0.0.1")
     server.set_service("0")
-    factory = GstRtspServer.RTSPMediaFactory()
-    factory.set_launch(
-        "( videotestsrc is-live=true ! video/x-raw,width=640,height=480,framerate=25/1 "
-        "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=25 ! rtph264pay name=pay0 pt=96 "
-        "audiotestsrc is-live=true ! opusenc ! rtpopuspay name=pay1 pt=97 )"
-    )
-    server.get_mount_points().add_factory("/live", factory)
+    for path, size in (("/live", "width=640,height=480"), ("/sub", "width=320,height=240")):
+        factory = GstRtspServer.RTSPMediaFactory()
+        factory.set_launch(
+            f"( videotestsrc is-live=true ! video/x-raw,format=I420,{size},framerate=25/1 ! {VIDEO[video]} "
+            f"audiotestsrc is-live=true ! audioconvert ! audioresample ! {AUDIO[audio]} )"
+        )
+        if transport != "any":
+            lower = GstRtsp.RTSPLowerTrans
+            factory.set_protocols(lower.UDP if transport == "udp" else lower.TCP)
+        if login != "none":
+            permissions = GstRtspServer.RTSPPermissions()
+            permissions.add_permission_for_role("user", GstRtspServer.RTSP_PERM_MEDIA_FACTORY_ACCESS, True)
+            permissions.add_permission_for_role("user", GstRtspServer.RTSP_PERM_MEDIA_FACTORY_CONSTRUCT, True)
+            factory.set_permissions(permissions)
+        server.get_mount_points().add_factory(path, factory)
+    if login != "none":
+        auth, token = GstRtspServer.RTSPAuth(), GstRtspServer.RTSPToken()
+        token.set_string(GstRtspServer.RTSP_TOKEN_MEDIA_FACTORY_ROLE, "user")
+        if login == "basic":
+            auth.add_basic(GstRtspServer.RTSPAuth.make_basic("user", "canary"), token)
+        else:
+            auth.set_supported_methods(GstRtsp.RTSPAuthMethod.DIGEST)
+            auth.add_digest("user", "canary", token)
+        server.set_auth(auth)
     server.attach(None)
     print(server.get_bound_port(), flush=True)
     GLib.MainLoop().run()

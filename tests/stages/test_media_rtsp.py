@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import select
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound
+from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound, Warned
+from stages.media_rtsp import read_challenges
 
 SERVER = Path(__file__).with_name("rtsp_server.py")
 SYSTEM_PYTHON = "/usr/bin/python3"  # Debian's gi is not in the virtual environment
@@ -174,13 +178,184 @@ def test_a_camera_which_is_switched_off_refuses():
     assert took_s < 3
 
 
-def test_a_camera_of_gstreamer_is_read_too():
+# --- a track that stops, keyframes that are far apart -------------------------------------------------------------
+
+
+def read_until(url: str, code: str, **timeouts: float) -> list[MediaItem]:
+    """Everything a camera gives until it is warned of this, or ends."""
+    items: list[MediaItem] = []
+    wanted: dict[str, Any] = {"want_video": True, "want_audio": True, "piece_ns": NS_PER_S // 20}
+    with MediaReader(MediaRequest(url, 1.0, 448 * 448, duration_ns=60 * NS_PER_S, **wanted), **timeouts) as reader:
+        while not items or not (isinstance(items[-1], (Ended, Failed)) or is_warning(items[-1], code)):
+            items += [item] if (item := reader.read(1.0)) is not None else []
+    return items
+
+
+def is_warning(item: MediaItem, code: str) -> bool:
+    return isinstance(item, Warned) and item.code == code
+
+
+@pytest.mark.parametrize(("mode", "track"), [("novideo", "video"), ("nosound", "audio")])
+def test_a_track_which_stops_while_the_other_goes_on_is_told_by_name(mode, track):
+    with camera(mode, "3") as url:
+        items = read_until(url, "track_frozen", silence_timeout_s=2.0)
+    last = items[-1]
+    assert isinstance(last, Warned) and (last.track, last.code) == (track, "track_frozen"), last
+    assert "canary" not in last.message
+    goes_on = Sound if track == "video" else Frame
+    later = [item for item in items if isinstance(item, goes_on)][-1]
+    assert later.start_ns > begins_ns(items) + 4 * NS_PER_S, "the other one went on"
+
+
+def test_a_camera_whose_keyframes_are_far_apart_is_no_damaged_one():
+    # Given: the next keyframe comes 6 s after the client, which a decoder can't do anything before.
+    with camera("gop", "6") as url:
+        items, _ = read_all(url, 10)
+    assert isinstance(items[-1], Ended), items[-1]
+    assert [item for item in items if isinstance(item, Progress)][-1].num_bad == 0
+    first_ms, *_ = frame_times_ms(items)
+    assert first_ms * NS_PER_MS > begins_ns(items) + 4 * NS_PER_S
+    assert len(frame_times_ms(items)) >= 2
+    assert [item.code for item in items if isinstance(item, Warned)] in ([], ["no_keyframe"])
+
+
+# --- why it can't be read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("sha256", "wants a login by Digest SHA-256, which is not done here: let it take Digest MD5 or Basic"),
+        ("no_tcp", "refuses RTP over TCP and over UDP (461): allow one of both there"),
+        ("login", "refused the login: check user name and password"),
+    ],
+)
+def test_a_camera_that_refuses_is_told_with_the_way_out(mode, message):
+    with camera(mode) as url:
+        items, _ = read_all(url)
+    last = items[-1]
+    assert isinstance(last, Failed) and last.kind == "refused"
+    assert message in last.message
+    assert "canary" not in last.message and "user" not in last.message.replace("user name", "")
+
+
+class Asked:
+    """A camera which is asked for its kinds of login: one answer, and what it was asked."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self.heard = b""
+        self._answer = answer
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with self._server, self._server.accept()[0] as connection:
+            self.heard = connection.recv(65_536)
+            with contextlib.suppress(OSError):
+                connection.sendall(self._answer)
+
+    def challenges(self) -> list[str]:
+        found = list(read_challenges("127.0.0.1", self.port))
+        self._thread.join(10)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("answer", "kinds"),
+    [
+        (b'RTSP/1.0 401 No\r\nWWW-Authenticate: Digest realm="a", algorithm=SHA-256\r\n\r\n', ["Digest SHA-256"]),
+        (b'RTSP/1.0 401 No\r\nwww-authenticate: digest realm="a"\r\n\r\n', ["Digest MD5"]),
+        (
+            b"RTSP/1.0 401 No\r\nWWW-Authenticate: Basic x\r\nWWW-Authenticate: Digest a\r\n\r\n",
+            ["Basic", "Digest MD5"],
+        ),
+        (b"RTSP/1.0 200 OK\r\n\r\n", []),
+        (b"HTTP/1.1 401 No\r\nWWW-Authenticate: Basic x\r\n\r\n", []),
+        (b"\xff" * 100_000, []),
+        (b"", []),
+    ],
+)
+def test_what_kinds_of_login_a_camera_takes_is_asked_without_one(answer, kinds):
+    asked = Asked(answer)
+    assert asked.challenges() == kinds
+    assert asked.heard.startswith(f"DESCRIBE rtsp://127.0.0.1:{asked.port}/ RTSP/1.0\r\n".encode())
+    assert b"Authorization" not in asked.heard
+
+
+def test_a_camera_that_can_not_be_asked_offers_nothing():
+    assert list(read_challenges("127.0.0.1", 9)) == []
+
+
+# --- GStreamer's server: the table of the README ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gstreamer() -> None:
     found = subprocess.run([SYSTEM_PYTHON, "-c", HAS_GSTREAMER], capture_output=True, check=False)
     if found.returncode:
         pytest.skip(f"GStreamer's RTSP server is absent: {found.stderr.decode().strip().splitlines()[-1]}")
+
+
+def read_gst(*arguments: str, path: str = "/live") -> list[MediaItem]:
+    """Six seconds of a camera of GStreamer, of which one is loud and seen in any case."""
+    with camera("gst", *arguments, python=SYSTEM_PYTHON) as url:
+        items, _ = read_all(url.replace("/live", path), 6, open_timeout_s=25.0, silence_timeout_s=20.0)
+    assert isinstance(items[-1], Ended), items[-1]
+    assert frame_times_ms(items), "no picture"
+    assert max(np.abs(item.samples).max() for item in items if isinstance(item, Sound)) > 0.1, "no sound"
+    return items
+
+
+@pytest.mark.usefixtures("gstreamer")
+def test_a_camera_of_gstreamer_gives_every_window_whole():
     with camera("gst", python=SYSTEM_PYTHON) as url:
         items, _ = read_all(url, 5)
     assert isinstance(items[-1], Ended), items[-1]
     assert seen_in(items) == whole_windows(items, 5)
     sounds = [item for item in items if isinstance(item, Sound)]
     assert sum(item.samples.size for item in sounds) + sounds[0].first_sample == 5 * 16_000
+
+
+@pytest.mark.usefixtures("gstreamer")
+@pytest.mark.parametrize(
+    ("video", "audio"),
+    [("h264", "aac"), ("h265", "pcmu"), ("mjpeg", "pcma"), ("h264", "g726"), ("h264", "l16"), ("h264", "opus")],
+)
+def test_a_camera_of_any_common_codec_is_seen_and_heard(video, audio):
+    items = read_gst(video, audio, path="/sub")  # the smaller one: a loaded machine encodes H.265 slowly
+    assert [item.code for item in items if isinstance(item, Warned)] == []
+    assert [item for item in items if isinstance(item, Progress)][-1].num_bad == 0
+
+
+@pytest.mark.usefixtures("gstreamer")
+@pytest.mark.parametrize("login", ["basic", "digest"])
+def test_a_camera_is_logged_in_to(login):
+    read_gst("h264", "pcmu", "tcp", login)
+
+
+@pytest.mark.usefixtures("gstreamer")
+def test_the_second_stream_of_a_camera_is_read_by_its_path():
+    (height, width, _), *_ = (i.image.shape for i in read_gst("h264", "pcmu", path="/sub") if isinstance(i, Frame))
+    assert (width, height) == (320, 240)
+
+
+@pytest.mark.usefixtures("gstreamer")
+def test_a_camera_that_takes_no_tcp_is_read_over_udp_which_is_told():
+    items = read_gst("h264", "aac", "udp")
+    assert [item.code for item in items if isinstance(item, Warned)] == ["over_udp"]
+
+
+@pytest.mark.usefixtures("gstreamer")
+def test_packets_over_udp_are_taken_at_the_address_that_leads_to_the_camera():
+    wanted = MediaRequest("", 1.0, 448 * 448, True, True, NS_PER_S, None)
+    with (
+        camera("gst", "h264", "aac", "udp", python=SYSTEM_PYTHON) as url,
+        MediaReader(dataclasses.replace(wanted, source=url)) as reader,
+    ):
+        while not isinstance(item := reader.read(5.0), Frame):
+            assert not isinstance(item, (Ended, Failed)), item
+        assert reader.pid is not None
+        sockets = psutil.Process(reader.pid).net_connections("udp")
+    assert {at.laddr.ip for at in sockets} == {"127.0.0.1"}
