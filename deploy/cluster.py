@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -25,6 +25,7 @@ from deploy.children import descendants, no_descendants_left
 from deploy.interrupts import ENDING_SIGNALS
 from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
 from deploy.plan import ActorPlan, Answer, Call
+from deploy.ray_errors import ray_reason
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
 PLACEMENT_TIMEOUT_S = 60.0
@@ -86,12 +87,11 @@ class Cluster:
         try:
             answers: Sequence[Answer] = ray.get(reference)
         except RayTaskError as error:
-            raise CallError(f"{name}: {error.cause or error}") from error
-        except RayActorError as error:
-            reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
-            raise ActorDied(f"{name} has died: {reason}") from error
+            raise CallError(f"{name}: {error.cause or ray_reason(error)}") from error
+        except (RayActorError, OutOfMemoryError) as error:
+            raise ActorDied(f"{name} has died: {ray_reason(error)}") from error
         except RayError as error:
-            raise CoordinatorError(f"{name} does not answer: {error}") from error
+            raise CoordinatorError(f"{name} does not answer: {ray_reason(error)}") from error
         return answers
 
     def clock_ns(self, handle: Any, timeout_s: float) -> int:
@@ -99,7 +99,7 @@ class Cluster:
         try:
             return int(ray.get(handle.clock.remote(), timeout=timeout_s))
         except RayError as error:
-            raise TimeoutError(str(error)) from error
+            raise TimeoutError(ray_reason(error)) from error
 
     def stop(self, handles: Iterable[Any], timeout_s: float) -> None:
         """Let actors close what they hold, all at once; who takes longer is left to `kill`."""
@@ -152,9 +152,8 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
             _knock(address)
             with _as_children_shall_be(folder.parent):
                 ray.init(address=address, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise PlacementError(f"no Ray cluster can be joined at {address}: {reason}") from error
+        except Exception as error:  # Ray raises what it likes, also none but `Exception`
+            raise PlacementError(f"no Ray cluster can be joined at {address}: {ray_reason(error)}") from error
         return Cluster(folder=None, groups=[])
     cluster = Cluster(folder, groups=[], others=descendants())
     try:
@@ -170,8 +169,8 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
             )
     except BaseException as error:
         cluster.close()
-        if isinstance(error, OSError | RuntimeError | ValueError):
-            raise PlacementError(f"Ray does not start: {str(error).partition(chr(10))[0]}") from error
+        if isinstance(error, Exception):  # Ray raises what it likes, also none but `Exception`
+            raise PlacementError(f"Ray does not start: {ray_reason(error)}") from error
         raise
     return cluster
 
