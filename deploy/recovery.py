@@ -37,7 +37,7 @@ class Replicas(Protocol):
     def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None: ...
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> None: ...
+    ) -> Reply[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,22 @@ def announce(
         # Where nobody has answered, whoever takes that one's place will send.
         if reply is not None and edge.kind != "playback" and reply.error is None and not reply.result():
             replicas.end_input(stage, going.replicas[stage], going.session.id, edge.id)
+    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=stage in SPEAKING)
+
+
+def tell(
+    replicas: Replicas,
+    spec: PipelineSpec,
+    going: Going,
+    kind: str,
+    attrs: dict[str, Scalar],
+    *,
+    cuts: bool = False,
+) -> Reply[None]:
+    """Let a stage that can tell an event of a session. cuts: what was said and not heard is lost, if it speaks."""
     teller = next(each for each in TELLING if each in stages_of(going.session, spec))
-    cuts = teller == "speaker" and stage in SPEAKING
-    attrs: dict[str, Scalar] = {"actor": actor}
-    replicas.tell(teller, going.replicas[teller], going.session.id, "recovered", attrs, cuts=cuts)
+    cuts = cuts and teller == "speaker"
+    return replicas.tell(teller, going.replicas[teller], going.session.id, kind, attrs, cuts=cuts)
 
 
 def inputs_of(spec: PipelineSpec, stage: str) -> list[EdgeSpec]:

@@ -21,7 +21,7 @@ from deploy.calls import ActorDied, CallError, CoordinatorError, Line, Lines, No
 from deploy.fleet import Cluster, Fleet, Living
 from deploy.placement import LOCAL_STAGES, Process
 from deploy.plan import ActorPlan
-from deploy.recovery import Going, announce, redirect, reopen
+from deploy.recovery import Going, announce, redirect, reopen, tell
 from deploy.runner import Listener, SessionPlan
 from deploy.sessions import Placement, SessionTable
 from deploy.suspects import NUM_ALONE, Suspects, note_path, read_note
@@ -123,9 +123,10 @@ class Restarts:
         tools.tell(str(error))
         for placement in tools.table.at(process):
             placement.absent.add(stage)
-        for session in (guilty := self._suspects.died(stage, working_on)):
+        guilty = self._suspects.died(stage, working_on)
+        for session in guilty:
             self._end(session, f"{stage} died twice in a row while it worked on its data")
-        if guilty and not tools.table.placements:
+        if guilty and not tools.table.placements.keys() - set(guilty):
             raise CoordinatorError(f"{error}; no session is left")
         self._try_again(process, error, explained=bool(working_on))
         tools.procedures.begin(self._resume(process))
@@ -246,6 +247,14 @@ class Restarts:
         placement = self._tools.table.placements.get(session)
         if placement is not None:
             self._tools.tell(f"camera {placement.session.camera}: its session is over: {reason}")
+            placement.in_hand |= placement.absent  # nobody looks for another replica any more
+            self._tools.procedures.begin(self._tell_and_close(placement, reason))
+
+    def _tell_and_close(self, placement: Placement, reason: str) -> Steps[None]:
+        """Its last event is on its way before the way is closed."""
+        session = placement.session.id
+        yield [tell(self._remote, self._tools.spec, _going(placement), "session_closed", {"reason": reason})]
+        if self._tools.table.holds(placement):
             self._close_session(session)
 
 
@@ -287,8 +296,8 @@ class Remote:
 
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> None:
-        self._post(stage, replica, session, "tell", kind, attrs, cuts)
+    ) -> Reply[None]:
+        return self._post(stage, replica, session, "tell", kind, attrs, cuts)
 
     def _post(self, stage: str, replica: int, session: SessionId, method: str, *arguments: object) -> Reply[Any]:
         living = self._tools.fleet.replica(stage, replica)

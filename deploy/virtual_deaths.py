@@ -143,11 +143,12 @@ class Deaths:
 
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> None:
+    ) -> Reply[None]:
         runner = self._runner(stage, replica)
         if runner is not None:
             runner.tell(session, kind, attrs, cuts=cuts)
             self._wake(stage, replica)
+        return answered(stage, None)
 
     def _runner(self, stage: str, replica: int) -> StageRunner | None:
         actor = self._actor(stage, replica)

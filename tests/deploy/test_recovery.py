@@ -47,8 +47,9 @@ class Written:
 
     def tell(
         self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> None:
+    ) -> Reply[None]:
         self.calls.append(("tell", stage, kind, attrs["actor"], cuts))
+        return answered(stage, None)
 
 
 @pytest.fixture(scope="module")

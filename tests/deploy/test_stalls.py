@@ -293,6 +293,10 @@ def test_a_camera_whose_data_kill_a_stage_twice_in_a_row_is_closed_and_the_other
     assert coordinator.sessions == ["good"]
     line = "camera bad: its session is over: tts died twice in a row while it worked on its data"
     assert told.count(line) == 1
+    (event,) = [call for _, _, call in of(cluster.calls, "tell") if call[1] == "session_closed"]
+    assert event[0] == "bad"
+    closed = [stage for _, stage, (session,) in of(cluster.calls, "close_session") if session == "bad"]
+    assert "speaker" in closed
     dies_of(cluster, tmp_path, "tts.0", "good")
     settle(coordinator, cluster)
     assert coordinator.sessions == ["good"], "three deaths, of which none is the stage's own, end nothing"
