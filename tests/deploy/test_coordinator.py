@@ -114,7 +114,7 @@ def test_time_begins_after_all_are_open_and_is_the_same_on_every_node(coordinato
     here = set().union(*(at for stage, at in origins.items() if stage != "llm"))
     assert len(here) == 1
     assert before_ns + HEAD_START_NS <= min(here) <= cluster.clock.now_ns() + HEAD_START_NS + 2 * DECODER_START_NS
-    assert abs(min(origins["llm"]) - min(here) - AHEAD_NS) < 50 * NS_PER_MS
+    assert abs(min(origins["llm"]) - min(here) - AHEAD_NS) < AHEAD_NS // 2  # how long a reading takes
 
 
 def test_sessions_that_open_later_are_in_step_with_the_first(coordinator: Coordinator, cluster: FakeCluster):
@@ -133,7 +133,7 @@ def test_a_clock_that_was_set_between_two_openings_is_read_anew(coordinator: Coo
     cluster.calls.clear()
     coordinator.open_sessions(sessions("b"))
     origins = {stage: at[SessionId("b")] for _, stage, (at,) in of(cluster.calls, "begin_sessions")}
-    assert abs(origins["llm"] - origins["camera"] + AHEAD_NS) < 50 * NS_PER_MS
+    assert abs(origins["llm"] - origins["camera"] + AHEAD_NS) < AHEAD_NS // 2  # how long a reading takes
 
 
 def test_a_recovered_replica_is_on_its_sessions_axis_after_a_step_of_the_wall_clock(

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
-from deploy.sources import MAX_FILES_AT_ONCE, PROBE_S, Probed, SourceError, check_cameras, probe, probe_all
+from deploy.sources import MAX_FILES_AT_ONCE, Probed, SourceError, check_cameras, probe, probe_all
 from graph.secret import Secret
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
 
 SILENT = ("gave nothing", True)
+PATIENCE_S = 60.0
+FOR_EVER_S = 36_000.0  # longer than a test may take: who waits for it fails
 
 
 def live(count: int) -> dict[str, CameraSpec]:
@@ -26,7 +28,7 @@ def files(count: int) -> dict[str, CameraSpec]:
 
 
 def test_all_live_cameras_are_asked_at_once():
-    everybody = threading.Barrier(40, timeout=10)
+    everybody = threading.Barrier(40, timeout=PATIENCE_S)
 
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
         everybody.wait()
@@ -42,7 +44,7 @@ def test_files_are_asked_while_dead_cameras_keep_silent():
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
         if camera.source.reveal().startswith("rtsp"):
             for _ in range(num_files):
-                assert heard.acquire(timeout=10)
+                assert heard.acquire(timeout=PATIENCE_S)
             return SILENT
         heard.release()
         return "", False
@@ -76,7 +78,8 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_waits_for_nobody():
+def test_an_interrupt_waits_for_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deploy.sources.PROBE_S", FOR_EVER_S)
     left = []
 
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
@@ -87,17 +90,14 @@ def test_an_interrupt_waits_for_nobody():
         left.append(camera)
         return SILENT
 
-    start_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         probe_all(live(5) | files(30), ask)
-    assert time.monotonic() - start_s < PROBE_S / 2
     assert len(left) <= 5 + MAX_FILES_AT_ONCE, "who had not been asked is not asked any more"
 
 
-def test_a_camera_that_keeps_silent_is_left_when_it_is_over():
-    start_s = time.monotonic()
-    assert probe(None, files(1)["clip0"], lambda: True) == (f"gave nothing within {PROBE_S:g} s", False)
-    assert time.monotonic() - start_s < PROBE_S / 2
+def test_a_camera_that_keeps_silent_is_left_when_it_is_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deploy.sources.PROBE_S", FOR_EVER_S)
+    assert probe(None, files(1)["clip0"], lambda: True) == (f"gave nothing within {FOR_EVER_S:g} s", False)
 
 
 # ---- before `up` starts ----------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def url(started: Run, place: Place) -> Iterator[str]:
 
 
 def get(url: str) -> tuple[int, Any]:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         text = answer.read().decode()
         return answer.status, json.loads(text) if "json" in answer.headers["Content-Type"] else text
 
@@ -163,13 +163,13 @@ def test_a_stranger_adds_no_camera(url: str) -> None:
     body = json.dumps({"name": "attic", "source": "test://pattern"}).encode()
     request = urllib.request.Request(f"{url}/api/v1/cameras", data=body, method="POST")
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=60)
 
 
 def test_the_gateway_takes_no_other_method(url: str) -> None:
     request = urllib.request.Request(f"{url}/metrics", data=b"x", method="POST")
     with pytest.raises(urllib.error.HTTPError, match="413"):
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=60)
 
 
 def test_down_lets_it_come_to_its_end_and_leaves_nothing(place: Place, url: str) -> None:

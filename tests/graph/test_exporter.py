@@ -27,7 +27,7 @@ def port() -> Iterator[int]:
 
 def scraped(port: int, host: str = "127.0.0.1") -> str:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Host": host})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())
 
 

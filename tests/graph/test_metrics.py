@@ -179,7 +179,7 @@ def test_an_unknown_metric_is_a_mistake_of_ours(metrics: Metrics) -> None:
 
 def test_the_exporter_serves_valid_exposition_with_the_process_itself(metrics: Metrics, server: MetricsServer) -> None:
     bind_everything(metrics)
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
         families = {family.name for family in text_string_to_metric_families(answer.read().decode())}
     assert {"omni_edge_accepted", "omni_process_resident_memory_bytes", "omni_process_cpu_seconds"} <= families
 

@@ -177,7 +177,7 @@ class Place:
             *(f"process {process.pid}: {_told(process)}" for process in self.processes()),
             *(f"socket {path}" for path in self.tmp.rglob("*") if path.is_socket()),
             *(f"file {path}" for path in self.tmp.glob("omni-*/*/*") if path.name != "logs"),
-            *(f"shared memory {name}" for name in _shared_memory() - self.shared_memory),
+            *(f"shared memory {name}" for name in _unheld(_shared_memory() - self.shared_memory)),
         ]
 
     def _is_marked(self, process: psutil.Process) -> bool:
@@ -226,6 +226,21 @@ def _completed(arguments: tuple[object, ...]) -> tuple[object, ...]:
 
 def _shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _unheld(names: set[str]) -> set[str]:
+    """Of these, what no living process has mapped: other programs on this machine share memory as well."""
+    if not names:
+        return names
+    maps = "".join(_maps_of(pid) for pid in psutil.pids())
+    return {name for name in names if f"/dev/shm/{name}" not in maps}
+
+
+def _maps_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:

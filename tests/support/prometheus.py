@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERVIEW = ROOT / "dashboards/grafana/overview.json"
 CONFIG = ROOT / "dashboards/prometheus/prometheus.yml"
 
+PATIENCE_S = 120.0  # a loaded machine may take a while
 ALL = ".*"  # what Grafana puts for a variable whose "All" is chosen
 
 
@@ -74,7 +75,7 @@ class PrometheusServer:
         command = [binary, f"--config.file={self._config}", f"--storage.tsdb.path={self._data}"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not self._is_ready():
             assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.05)
@@ -82,16 +83,16 @@ class PrometheusServer:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=PATIENCE_S)
 
     def query(self, expr: str) -> list[Sample]:
         """The vector an expression gives now. Raises HTTPError for what isn't PromQL."""
         url = f"{self._url}/api/v1/query?{urllib.parse.urlencode({'query': expr})}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
             result = json.load(answer)["data"]["result"]
         return [Sample(row["metric"], float(row["value"][1])) for row in result]
 
-    def wait_for(self, expr: str, timeout_s: float = 20) -> list[Sample]:
+    def wait_for(self, expr: str, timeout_s: float = PATIENCE_S) -> list[Sample]:
         """The first result of an expression that holds a number; the last one when timeout_s is over."""
         deadline = time.monotonic() + timeout_s
         while not (samples := self.query(expr)) or all(math.isnan(sample.value) for sample in samples):
