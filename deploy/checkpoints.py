@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from deploy.build import device_of
 from deploy.hub import HubId, fetch
+from deploy.memory import available_memory, needed_memory
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
 from graph.sections import NANO, TINY
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from model_shards.config import ModelConfig
 
 STAGE_OF = {"vision": "vision_encoder", "audio": "audio_encoder", "llm": "llm", "tts": "tts", "vocoder": "vocoder"}
-ACTOR_BYTES = 250 * 1024**2  # a process with torch in it, before its weights
 MAX_DIFFERENCES_TOLD = 10
 UNTRAINED = "UNTRAINED: random weights, for trying the machinery; what it says means nothing"
 OF_THE_ROOM = "trained on a synthetic room (synthetic://room); it knows nothing else"
@@ -85,16 +83,17 @@ class Checkpoint:
             )
         check(self.path, [component for component in COMPONENTS if STAGE_OF[component] in spec.stages])
 
-    def check_memory(self, spec: PipelineSpec) -> None:
-        """Raises CheckpointError when this machine can't hold the weights and processes of a pipeline of its own."""
-        stages = [(stage, size) for stage, size in self.bytes_of.items() if stage in spec.stages]
-        needed = sum(spec.stages[stage].replicas * (size + ACTOR_BYTES) for stage, size in stages)
-        available = psutil.virtual_memory().available
-        if needed > available:
-            raise CheckpointError(
-                f"{self.path} needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; "
-                "close other programs, take a smaller checkpoint, or join a cluster (--address)"
-            )
+    def check_memory(self, spec: PipelineSpec, root: Path = Path("/")) -> None:
+        """Raises CheckpointError when a pipeline of its own will not fit here. root: where /proc and /sys are."""
+        needed, available = needed_memory(spec, self.bytes_of), available_memory(root)
+        if needed.num_bytes <= available.num_bytes:
+            return
+        kv_memory = needed.kv_memory_that_fits(available)
+        instead = f"set stages.llm.kv_memory to at most {kv_memory}" if kv_memory else "take a smaller checkpoint"
+        raise CheckpointError(
+            f"{self.path} needs about {needed} and {available}; {instead}, close other programs, take fewer cameras, "
+            "or join a cluster (--address)"
+        )
 
 
 def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoint:

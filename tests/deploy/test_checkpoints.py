@@ -5,12 +5,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from deploy.checkpoints import (
-    ACTOR_BYTES,
     MAX_DIFFERENCES_TOLD,
     OF_THE_ROOM,
     UNTRAINED,
@@ -93,24 +91,37 @@ def test_a_model_that_does_not_hear_takes_any_window():
     assert lacking(audio=None).fit(spec("window.length=2s")).window.length_ns == 2_000_000_000
 
 
-def test_too_little_memory_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2_000_000_000))
-    with pytest.raises(CheckpointError, match=r"needs about 18\.\d GB of memory and 2\.0 GB are free"):
-        checkpoint(llm=18_000_000_000).check_memory(spec())
+def machine(root: Path, free_bytes: int) -> Path:
+    (root / "proc").mkdir()
+    (root / "proc" / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {free_bytes // 1024} kB\n")
+    return root
 
 
-def test_each_process_counts_beside_its_weights(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * ACTOR_BYTES + 2))
-    checkpoint(llm=1, tts=1).check_memory(spec())
-    with pytest.raises(CheckpointError):
-        checkpoint(llm=1, tts=2).check_memory(spec())
+def test_too_little_memory_is_said_with_both_numbers(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"needs about 19\.\d GB of memory .* and 2\.0 GB are free; take a"):
+        checkpoint(llm=18_000_000_000).check_memory(spec(), machine(tmp_path, 2_000_000_000))
 
 
-def test_each_replica_counts_and_no_stage_that_is_off(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * ACTOR_BYTES + 2))
-    checkpoint(llm=1, tts=99).check_memory(spec("stages.llm.replicas=2", "stages.tts.replicas=0"))
-    with pytest.raises(CheckpointError):
-        checkpoint(llm=1).check_memory(spec("stages.llm.replicas=3"))
+def test_a_kv_cache_that_would_fill_the_machine_is_refused_with_what_to_set(tmp_path: Path):
+    root = machine(tmp_path, 24 << 30)
+    with pytest.raises(
+        CheckpointError, match=r"KV cache .* 68\.7 GB.*set stages.llm.kv_memory to at most (\d+MiB)"
+    ) as caught:
+        checkpoint(llm=1).check_memory(spec("stages.llm.kv_memory=64GiB"), root)
+    fits = re.search(r"at most (\w+)", str(caught.value))
+    assert fits is not None
+    checkpoint(llm=1).check_memory(spec(f"stages.llm.kv_memory={fits[1]}"), root)
+
+
+def test_a_container_s_limit_is_the_one_that_counts(tmp_path: Path):
+    root = machine(tmp_path, 64 << 30)
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    (root / "proc/self").mkdir()
+    (root / "proc/self/cgroup").write_text("0::/\n")
+    (root / "sys/fs/cgroup/memory.max").write_text(f"{2 << 30}\n")
+    (root / "sys/fs/cgroup/memory.current").write_text("0\n")
+    with pytest.raises(CheckpointError, match=r"2\.1 GB are free within this container's limit of 2\.1 GB"):
+        checkpoint(llm=1 << 30).check_memory(spec(), root)
 
 
 def test_speech_without_a_voice_is_refused_before_anything_starts():
