@@ -73,6 +73,7 @@ class CameraReadings(Protocol):
     """What can be read off the camera stage."""
 
     def totals(self, session: SessionId) -> Totals: ...
+    def delivers(self, session: SessionId) -> Collection[str]: ...
 
 
 @dataclass(slots=True)
@@ -151,6 +152,7 @@ class StageMeter:
             _count_event(bound, chunk)
         if bound.camera is not None and self._camera is not None:
             self._count_damage(bound, bound.camera, self._camera.totals(session.id))
+            bound.camera.delivers(self._camera.delivers(session.id))
 
     def _count_damage(self, bound: _Camera, camera: CameraMetrics, totals: Totals) -> None:
         """With whatever the camera makes: its last event comes when all is counted."""

@@ -7,7 +7,7 @@ A process exports only what it has bound, and dashboards sum over processes: bot
 """
 
 from collections import Counter as Counts
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final, Literal, get_args
@@ -91,6 +91,7 @@ TABLE: Final[tuple[Declaration, ...]] = (
     _gauge("omni_session_parked", "1 while nothing has been heard of the session's listener for 5 s.", "camera"),
     #
     _gauge("omni_camera_up", "1 while the camera delivers.", "camera"),
+    _gauge("omni_camera_track_up", "1 while the camera delivers this track.", "camera", "track"),
     _gauge("omni_camera_last_frame_timestamp_seconds", "Unix time of the newest frame.", "camera"),
     _counter("omni_camera_frames_total", "Pictures taken from the camera, at its fps.", "camera"),
     _counter(
@@ -208,6 +209,7 @@ class CameraMetrics:
         self._frames = metrics.counter("omni_camera_frames_total", camera)
         self._reconnects = _ByReason(metrics, "omni_camera_reconnects_total", (camera,), reasons)
         self._gaps = metrics.counter("omni_camera_gaps_total", camera)
+        self._track_up = {track: metrics.gauge("omni_camera_track_up", camera, track) for track in MEDIA_TRACKS}
         self._bad = {track: metrics.counter("omni_camera_bad_total", camera, track) for track in MEDIA_TRACKS}
 
     def up(self, delivers: bool) -> None:
@@ -220,6 +222,11 @@ class CameraMetrics:
 
     def reconnected(self, reason: str) -> None:
         self._reconnects.inc(reason)
+
+    def delivers(self, tracks: Collection[str]) -> None:
+        """These tracks come, and no others."""
+        for track, gauge in self._track_up.items():
+            gauge.set(track in tracks)
 
     def gaps(self, num_gaps: int) -> None:
         """So many holes, overlaps and clock jumps more."""

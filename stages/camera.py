@@ -10,6 +10,7 @@ from graph.window import FOREVER_NS
 from stages.feed import Feeds, FeedStage, Reading
 from stages.feed_buffer import Notice
 from stages.media_health import Totals
+from stages.media_wire import TrackName
 from stages.stage import Session
 
 
@@ -32,6 +33,10 @@ class Camera(FeedStage[_Open]):
     def totals(self, session: SessionId) -> Totals:
         """What was damaged and missing within the source so far."""
         return self._open[session].feed.totals
+
+    def delivers(self, session: SessionId) -> frozenset[TrackName]:
+        """The tracks of which something has come, and still comes."""
+        return self._open[session].feed.delivers
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._open[session]

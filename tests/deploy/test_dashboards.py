@@ -45,6 +45,7 @@ def run_vision(connection: Connection) -> None:
     while not connection.poll(0.1):
         camera.frame(time.time())
         camera.gaps(1)
+        camera.delivers(("video",))
         camera.bad("audio", 2)
         stage.processed(num_units=2, queue_s=0.004, compute_s=0.06)
         edge.accepted(2)

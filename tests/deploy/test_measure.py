@@ -97,6 +97,9 @@ class FakeCamera(Stage):
     def totals(self, session: object) -> Totals:
         return self._totals.pop(0)
 
+    def delivers(self, session: object) -> frozenset[str]:
+        return frozenset({"video"})
+
 
 def test_what_is_damaged_within_a_camera_is_counted_by_track():
     meter = Meter("camera", FakeCamera(Totals(1, 0, 7), Totals(1, 2, 7), Totals(3, 2, 9)))
@@ -106,6 +109,14 @@ def test_what_is_damaged_within_a_camera_is_counted_by_track():
     assert meter.of_door("omni_camera_bad_total", track="video") == 2
     assert meter.of_door("omni_camera_bad_total", track="audio") == 9
     assert meter.of_door("omni_camera_up") == 0, "a warning is neither up nor lost"
+
+
+def test_a_track_that_does_not_come_is_down_while_the_other_is_up():
+    meter = Meter("camera", FakeCamera(Totals()))
+    before = [meter.of_door("omni_camera_track_up", track=track) for track in ("video", "audio")]
+    meter.told("camera_warning", reason="track_frozen")
+    after = [meter.of_door("omni_camera_track_up", track=track) for track in ("video", "audio")]
+    assert (before, after) == ([0, 0], [1, 0])
 
 
 def test_a_session_that_closed_leaves_no_series():
