@@ -109,13 +109,13 @@ def _rows(num_sessions: int, ours: Served, rival: Served) -> list[Row]:
 class Pipeline:
     """A pipeline that runs, and serves as many sessions as it is asked to."""
 
-    def __init__(self, name: str, spec: PipelineSpec, checkpoint: Checkpoint, folder: Path) -> None:
+    def __init__(self, name: str, spec: PipelineSpec, checkpoint: Checkpoint, folder: Path, cluster: Any) -> None:
         from deploy.coordinator import Coordinator
 
         self._name = name
         self._is_nano = spec.model == NANO
         self._folder = folder / name
-        self.coordinator = Coordinator(spec, checkpoint.path, self._folder)
+        self.coordinator = Coordinator(spec, checkpoint.path, self._folder, cluster, lambda line: None)
 
     def serve(self, num_sessions: int, measured_s: float) -> Served:
         """Open sessions, measure for so long after the warm-up, and let them come to their end."""
@@ -167,10 +167,12 @@ def _pipelines() -> Iterator[tuple[Pipeline, Pipeline]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omni-bench-")))
         cluster = connect([p for spec in specs.values() for p in processes_of(spec)], None, folder / "ray")
         stack.callback(cluster.close)
-        ours, rival = (Pipeline(name, checkpoint.fit(spec), checkpoint, folder) for name, spec in specs.items())
+        ours, rival = (
+            Pipeline(name, checkpoint.fit(spec), checkpoint, folder, cluster) for name, spec in specs.items()
+        )
         for pipeline in (ours, rival):
             stack.callback(pipeline.coordinator.stop)
-            pipeline.coordinator.start(cluster, lambda name: None)
+            pipeline.coordinator.start()
         yield ours, rival
 
 
