@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deploy.accounts import EdgeEnds
-from deploy.calls import Line, Reply, Transport
+from deploy.calls import CoordinatorError, Line, Reply, Transport
 from deploy.clock import NodeClocks
 from deploy.placement import Process
 from deploy.plan import ActorPlan, Address, Report
@@ -116,5 +116,7 @@ class Fleet:
                     self.snapshots[living.process.name] = report.stages
                     living.reported_at = living.asked_at
                     ends[living.peer] = report.ends
+                else:  # it can't say any more what it does
+                    living.line.fail(CoordinatorError(str(living.asked.error)))
                 living.asked = None
         return ends

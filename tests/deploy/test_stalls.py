@@ -123,6 +123,13 @@ def test_in_virtual_time_a_batch_takes_as_long_as_it_takes(coordinator: Coordina
     assert (cluster.killed, coordinator.sessions) == ([], ["a"])
 
 
+def test_one_that_can_not_say_any_more_what_it_does_is_replaced(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    cluster.actors["tts.0"].faulty_at = "report"
+    settle(coordinator, cluster)
+    assert (cluster.peers, coordinator.sessions) == (["tts.0-1"], ["a"])
+
+
 # ---- openings --------------------------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,8 @@ class FakeActor:
                 return Answer(Address(self.node, "127.0.0.1", 1, 9))
             case "bind":
                 return Answer(dict.fromkeys(arguments[0], "ipc://edge"))
+            case "report" if self.faulty_at == "report":
+                return Answer(error=KeyError("a fault"))
             case "report":
                 seen = dict.fromkeys(self.sessions, SessionSnapshot(0, 0))
                 return Answer(Report(dict.fromkeys(self.stages, StageSnapshot(0, 0, seen)), self.ends))
