@@ -7,6 +7,7 @@ does not pass it has no replica.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from stages.stage import Session, StageError
 # From the opening of sessions to their event time 0 their decoders start, each on a core; alone it takes one 0.2 s.
 HEAD_START_NS = 300 * NS_PER_MS
 DECODER_START_NS = 200 * NS_PER_MS
-FIRST_WINDOW_NS = 600 * NS_PER_MS  # at least so long before its end a session opens: a decoder starts twice in it
+FIRST_WINDOW_NS = 450 * NS_PER_MS  # at least so long before its end a session opens; lateness comes on top
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +28,8 @@ class Placement:
     """Where a session lives: per stage that it passes the replica.
 
     incarnation: no other session of this run has it.
-    origin_ns: its event time 0 on our monotonic clock, once it has one.
+    origin_ns: its event time 0 on our monotonic clock, once it has one. phase: of its windows, counted from the first
+    session's.
     opened: stages that were asked to open it. is_open: all have.
     absent: stages at which it is open nowhere, since its replica has died. in_hand: those for which somebody is looking
     for another one.
@@ -39,6 +41,7 @@ class Placement:
     incarnation: int
     opened: list[str] = field(default_factory=list)
     origin_ns: int = 0
+    phase: int | None = None
     is_open: bool = False
     absent: set[str] = field(default_factory=set)
     in_hand: set[str] = field(default_factory=set)
@@ -53,7 +56,6 @@ class SessionTable:
         self._now_ns = now_ns
         self.placements: dict[SessionId, Placement] = {}
         self._first_origin_ns: int | None = None
-        self._num_opened = 0
         self._num_entered = 0
 
     def enter(self, sessions: Sequence[Session], living: Callable[[str], Collection[int]]) -> None:
@@ -103,15 +105,22 @@ class SessionTable:
             self._first_origin_ns = soon_ns
         elif all(session.paced for session in sessions):
             soon_ns = min(soon_ns, self._now_ns() + FIRST_WINDOW_NS - window.length_ns)
-        origins_ns: dict[SessionId, int] = {}
         for session in sessions:
-            in_step_ns = self._first_origin_ns
-            if session.paced:  # in virtual time there are no bursts, and the larger the batch the better
-                in_step_ns += phase_ns(self._num_opened, window)
-                self._num_opened += 1
-            origins_ns[session.id] = soon_ns + (in_step_ns - soon_ns) % window.length_ns
-            self.placements[session.id].origin_ns = origins_ns[session.id]
-        return origins_ns
+            placement = self.placements[session.id]
+            # In virtual time there are no bursts, and the larger the batch the better.
+            placement.phase = self._next_phase(soon_ns) if session.paced else 0
+            placement.origin_ns = self._origin_ns(placement.phase, soon_ns)
+        return {session.id: self.placements[session.id].origin_ns for session in sessions}
+
+    def _next_phase(self, soon_ns: int) -> int:
+        """The one with the fewest sessions; of several the one whose window begins first."""
+        counts = Counter(placement.phase for placement in self.placements.values())
+        return min(range(self._spec.window.phases), key=lambda phase: (counts[phase], self._origin_ns(phase, soon_ns)))
+
+    def _origin_ns(self, phase: int, soon_ns: int) -> int:
+        """The first beginning of a window of a phase from then on."""
+        window = self._spec.window
+        return soon_ns + ((self._first_origin_ns or 0) + phase_ns(phase, window) - soon_ns) % window.length_ns
 
     def _next_replica(self, stage: str, living: Collection[int]) -> int:
         if not living:
