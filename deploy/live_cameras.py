@@ -27,6 +27,7 @@ from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
 from graph.spec_check import MAX_CAMERAS
 from stages.media import MediaError
+from stages.media_wire import is_control
 
 ANSWER_S: Final = 60.0  # until the pipeline's thread must have begun; it looks four times a second
 RETRY_S: Final = 30.0  # where nobody knows when there will be room
@@ -120,7 +121,7 @@ class LiveCameras:
         except SourceError as error:
             raise Refused(422, str(error)) from None
         self._check_fps(name, cameras[name].fps)
-        if not isinstance(template, str) or not template.isprintable():
+        if not isinstance(template, str) or any(map(is_control, template)):
             return cameras[name]
         return cameras[name].model_copy(update={"source": Secret(template, cameras[name].source.reveal())})
 

@@ -32,9 +32,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from graph.chunk import NS_PER_S
 from graph.secret import mask_source, split_login
+from stages.media_types import FILM_SUFFIXES, PICTURE_SUFFIXES, picture_type, read_head
 from stages.media_wire import (
     FOREVER_NS,
-    IMAGE_SUFFIXES,
     LIVE_KINDS,
     Ended,
     Failed,
@@ -50,6 +50,7 @@ from stages.media_wire import (
     SourceKind,
     Warned,
     WireError,
+    is_control,
 )
 from stages.reaper import REAPER
 
@@ -106,7 +107,7 @@ def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
 
     allow: schemes which are read only on request: "http", "https".
     """
-    if not source or not source.isprintable():
+    if not source or any(map(is_control, source)):
         raise MediaError("blocked", "a source is empty or holds control characters; give a URL, a file or a folder")
     match = _SCHEME.match(source)
     if match is None:
@@ -178,7 +179,18 @@ def _check_path(source: str) -> SourceKind:
         raise MediaError("blocked", f"{source}: is no file, folder or camera; pipes and sockets are not read")
     if path.stat().st_size == 0:
         raise MediaError("unreadable", f"{source}: the file is empty")
-    return "images" if path.suffix.lower() in IMAGE_SUFFIXES else "file"
+    return _kind_of_file(path)
+
+
+def _kind_of_file(path: Path) -> SourceKind:
+    suffix = path.suffix.lower()
+    if suffix in FILM_SUFFIXES:
+        return "file"
+    try:
+        is_picture = suffix in PICTURE_SUFFIXES or picture_type(read_head(path)) is not None
+    except OSError as error:
+        raise MediaError("unreadable", f"{path}: {error.strerror}") from error
+    return "images" if is_picture else "file"
 
 
 def _suggestion(path: Path) -> str:

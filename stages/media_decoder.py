@@ -41,11 +41,11 @@ from stages.media_rtsp import open_camera
 from stages.media_screen import FrameGrid
 from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, to_ns
-from stages.media_view import MAX_PICTURE_PIXELS, Scaler, check_size
+from stages.media_types import FILM_SUFFIXES, foreign_type, read_head
+from stages.media_view import MAX_PICTURE_PIXELS, check_size
 from stages.media_wire import (
     FOREVER_NS,
     GOODBYE_SIGNAL,
-    IMAGE_SUFFIXES,
     LIVE_KINDS,
     Ended,
     Failed,
@@ -69,15 +69,15 @@ if TYPE_CHECKING:
 
 MAX_MEMORY_BYTES: Final = 3 << 29  # address space. H.264 with 4 reference pictures takes 0.36 GiB in 4K, 0.62 in 8K
 MAX_FILES: Final = 32
-MAX_STREAMS: Final = 32
-MAX_IMAGES: Final = 100_000
+MAX_STREAMS: Final = 64
+COUNTED_STREAMS: Final = 4096  # libav calls more a lack of memory
 ROOM_SIDE: Final = 224
 
-_IMAGE_FORMATS: Final = "png_pipe,jpeg_pipe"
 # Containers only: no playlist (hls, dash, concat, sdp), no device, no script (lavfi), no pattern (image2).
 _FILE_FORMATS: Final = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,ogg,wav,w64,aiff,au,mp3,flac,aac,ac3,eac3,caf,amr,"
-    "h264,hevc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,apng,yuv4mpegpipe,webp_pipe,bmp_pipe"
+    "h264,hevc,vvc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,yuv4mpegpipe,"
+    "dhav,wv,tta,ape,mpc,mpc8,dsf,voc,dts,truehd,wtv"
 )
 _PROTOCOLS: Final = {
     "http": "http,tcp",
@@ -109,8 +109,8 @@ class Outlet:
 
 
 def open_container(order: Order, source: str, format_name: str | None, options: dict[str, str]) -> InputContainer:
-    limits = {"max_streams": str(MAX_STREAMS), "max_pixels": str(MAX_PICTURE_PIXELS), "threads": "1"}
-    return av.open(
+    limits = {"max_streams": str(COUNTED_STREAMS), "max_pixels": str(MAX_PICTURE_PIXELS), "threads": "1"}
+    container = av.open(
         source,
         "r",
         format=format_name,
@@ -118,6 +118,10 @@ def open_container(order: Order, source: str, format_name: str | None, options: 
         metadata_errors="replace",
         timeout=(order.open_timeout_s, order.silence_timeout_s),
     )
+    if (num_streams := len(container.streams)) > MAX_STREAMS:
+        container.close()
+        raise MediaError("limit", f"has {num_streams} tracks; at most {MAX_STREAMS} are read")
+    return container
 
 
 def open_all(order: Order, warner: Warner) -> list[InputContainer]:
@@ -127,7 +131,11 @@ def open_all(order: Order, warner: Warner) -> list[InputContainer]:
     num_wanted = order.request.want_video + order.request.want_audio
     match order.kind:
         case "file":
-            return [open_container(order, source, None, _file_options("file")) for _ in range(num_wanted)]
+            if foreign := foreign_type(read_head(Path(source))):
+                raise MediaError("unreadable", foreign)
+            # What is one JPEG behind the other libav takes for one JPEG.
+            format_name = "mjpeg" if Path(source).suffix.lower() in FILM_SUFFIXES else None
+            return [open_container(order, source, format_name, _file_options("file")) for _ in range(num_wanted)]
         case "http":
             protocols = _PROTOCOLS[urlsplit(source).scheme.lower()]
             return [open_container(order, source, None, _file_options(protocols)) for _ in range(num_wanted)]
@@ -270,27 +278,11 @@ def check_duration(request: MediaRequest) -> None:
 
 
 def run_images(order: Order, outlet: Outlet) -> MediaItem:
-    """The images of a folder by name, or one image, each for one period; a damaged one leaves its period empty."""
-    request = order.request
-    grid, scaler, num_bad = FrameGrid(request.fps), Scaler(request.max_pixels), 0
-    check_duration(request)
-    names = image_names(Path(request.source))
-    outlet.put(Progress(0, FOREVER_NS))
-    for index, path in enumerate(names):
-        start_ns = grid.instant_ns(index)
-        if request.duration_ns is not None and start_ns >= request.duration_ns:
-            return Ended("the duration asked for is over")
-        try:
-            with open_container(
-                order, str(path), None, _file_options("file") | {"format_whitelist": _IMAGE_FORMATS}
-            ) as f:
-                outlet.put(Frame(start_ns, scaler.to_rgb(next(f.decode(video=0)))))
-        except (FFmpegError, StopIteration, IndexError):
-            num_bad += 1
-        outlet.put(Progress(grid.instant_ns(index + 1), FOREVER_NS, 0, num_bad))
-    if num_bad == len(names):
-        raise MediaError("unreadable", f"has no image which can be decoded, of {num_bad}")
-    return Ended("the last image has been shown")
+    """A picture, or the pictures of a folder."""
+    from stages.media_pictures import run_pictures  # here, so that other sources don't wait for Pillow
+
+    check_duration(order.request)
+    return run_pictures(order, outlet.put)
 
 
 def run_room(order: Order, outlet: Outlet) -> MediaItem:
@@ -334,18 +326,6 @@ def sample_ns(index: int) -> int:
     return -(-index * NS_PER_S // SOUND_RATE_HZ)
 
 
-def image_names(folder: Path) -> list[Path]:
-    """JPEG and PNG files of the folder, by name; links which lead out of it are left out. Or the one image itself."""
-    if folder.is_file():
-        return [folder]
-    home = folder.resolve()
-    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    inside = sorted(path for path in images if path.is_file() and path.resolve().is_relative_to(home))
-    if not 0 < len(inside) <= MAX_IMAGES:
-        raise MediaError("missing" if not inside else "limit", f"has {len(inside)} images; 1 to {MAX_IMAGES} are read")
-    return inside
-
-
 def _wanted(request: MediaRequest) -> str:
     return " or ".join(["video"] * request.want_video + ["audio"] * request.want_audio)
 
@@ -378,6 +358,11 @@ def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     if kind == "closed" and order.kind not in LIVE_KINDS:
         kind = "unreadable"
     detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
+    if isinstance(error, av.error.ArgumentError) and order.kind in (
+        "file",
+        "http",
+    ):  # libav's word for what is forbidden
+        kind, what, detail = "unreadable", "is of a type which is not read here; save it as MP4 or WAV", ""
     return Failed(kind, f"{order.request.masked} {what}{detail}")
 
 

@@ -15,19 +15,20 @@ _ENDS: Final[dict[WarnCode, WarnCode]] = {"track_back": "track_frozen", "track_f
 
 
 class News:
-    """Which warnings have not been given yet. A state that has changed back and forth is news each time."""
+    """Which warnings have not been given yet. A state that has changed back and forth is news each time, and so is each
+    bad picture, which the message names; their number is their sender's business."""
 
     def __init__(self) -> None:
-        self._given: set[tuple[TrackName, WarnCode]] = set()
+        self._given: set[tuple[TrackName, WarnCode, str]] = set()
 
     def is_new(self, warned: Warned) -> bool:
         """Whether this one is to be passed on; then it has been given."""
-        key = (warned.track, warned.code)
+        key = (warned.track, warned.code, warned.message if warned.code == "bad_picture" else "")
         if key in self._given:
             return False
         self._given.add(key)
         if warned.code in _ENDS:
-            self._given.discard((warned.track, _ENDS[warned.code]))
+            self._given.discard((warned.track, _ENDS[warned.code], ""))
         return True
 
 

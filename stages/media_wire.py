@@ -12,6 +12,7 @@ import json
 import math
 import signal
 import struct
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final, Literal, TypeAlias, cast, get_args
@@ -37,7 +38,6 @@ MAX_WARNINGS: Final = 64  # of one connection: two tracks have so few things to 
 SourceKind: TypeAlias = Literal["file", "images", "rtsp", "http", "webcam", "test", "synthetic"]
 LIVE_KINDS: Final[tuple[SourceKind, ...]] = ("rtsp", "webcam")  # these set the pace themselves
 GOODBYE_SIGNAL: Final = signal.SIGUSR1  # ours: SIGTERM comes from the user, and from systemd to every process
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png")
 FailKind: TypeAlias = Literal["missing", "unreadable", "refused", "blocked", "timeout", "closed", "crashed", "limit"]
 # missing: not there · unreadable: no media in it · refused: by its owner · blocked: by us · closed: live, and cut off
 TrackName: TypeAlias = Literal["video", "audio", ""]  # "": of the source as a whole
@@ -357,4 +357,9 @@ def _read_failed(payload: npt.NDArray[np.uint8]) -> Failed:
 def _printable(text: npt.NDArray[np.uint8] | str) -> str:
     """Text of a decoder as a log may hold it: one line, no control characters."""
     decoded = text if isinstance(text, str) else text.tobytes().decode(errors="replace")
-    return "".join(c if c.isprintable() else " " for c in decoded)
+    return "".join(" " if is_control(c) else c for c in decoded)
+
+
+def is_control(char: str) -> bool:
+    """Whether a character steers a terminal, breaks a line or can't be written at all; odd spaces do nothing of it."""
+    return unicodedata.category(char) in ("Cc", "Zl", "Zp", "Cs")

@@ -1,0 +1,94 @@
+"""What a file is by its first bytes: a picture which is read, or something which is not and has a name.
+
+Rule: a file is what its bytes say. Its name is a hint for folders only, where not every file is opened to find out.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+HEAD_BYTES: Final = 1024
+
+PictureType: TypeAlias = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF"]  # as Pillow calls them
+_SUFFIXES: Final = ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .avif .avifs .tif .tiff"
+PICTURE_SUFFIXES: Final = frozenset(_SUFFIXES.split(" "))
+FILM_SUFFIXES: Final = frozenset((".mjpeg", ".mjpg"))  # of JPEGs one behind the other, which begin as one does
+
+_PICTURES: Final[tuple[tuple[re.Pattern[bytes], PictureType], ...]] = (
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "WEBP"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL), "BMP"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
+)
+_HEIF_BRANDS: Final = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+
+_AS_JPEG: Final = "save it as JPEG or PNG"
+_AS_FILM: Final = "give the film itself"
+_NAMED: Final[tuple[tuple[re.Pattern[bytes], str, str], ...]] = (
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "a JPEG XL picture", _AS_JPEG),
+    (re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), "a JPEG 2000 picture", _AS_JPEG),
+    (re.compile(rb"8BPS"), "a Photoshop picture", _AS_JPEG),
+    (re.compile(rb"v/1\x01"), "an OpenEXR picture", _AS_JPEG),
+    (re.compile(rb"FUJIFILMCCD-RAW|\0MRM"), "a camera's raw picture", _AS_JPEG),
+    (re.compile(rb"gimp xcf"), "a GIMP picture", _AS_JPEG),
+    (re.compile(rb"\0\0[\x01\x02]\0[^\0]\0"), "an icon", _AS_JPEG),
+    (re.compile(rb"P[1-7]\s"), "a PNM picture", _AS_JPEG),
+    (re.compile(rb"\xc5\xd0\xd3\xc6|%!PS"), "a PostScript file", _AS_JPEG),
+    (re.compile(rb"%PDF-"), "a PDF document", "save its pages as JPEG or PNG"),
+    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", re.DOTALL | re.I),
+     "an SVG drawing", _AS_JPEG),
+    (re.compile(rb"\s*#EXTM3U.*#EXT-X-", re.DOTALL), "an HLS playlist", _AS_FILM),
+    (re.compile(rb"\s*#EXTM3U"), "an M3U playlist", _AS_FILM),
+    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<MPD[\s>]", re.DOTALL), "a DASH playlist", _AS_FILM),
+    (re.compile(rb"\s*ffconcat version"), "a concat script", _AS_FILM),
+    (re.compile(rb"\s*\[playlist\]", re.I), "a PLS playlist", _AS_FILM),
+    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?<playlist[\s>]", re.DOTALL | re.I), "an XSPF playlist", _AS_FILM),
+    (re.compile(rb"\s*<asx[\s>]", re.I), "an ASX playlist", _AS_FILM),
+    (re.compile(rb"v=0\r?\no="), "an SDP description", "give the rtsp:// address"),
+    (re.compile(rb"\s*(<!doctype html|<html)[\s>]", re.I), "a web page", "give the address of the film"),
+    (re.compile(rb"MThd"), "a MIDI file", "save it as WAV"),
+    (re.compile(rb"\.RMF\0|\.ra\xfd"), "a RealMedia file", "save it as MP4"),
+    (re.compile(rb"[FCZ]WS[\x03-\x40]"), "a Flash film", "save it as MP4"),
+    (re.compile(rb"PK\x03\x04|Rar!\x1a\x07|7z\xbc\xaf\x27\x1c|\x1f\x8b\x08|\xfd7zXZ\0|\x28\xb5\x2f\xfd|BZh[1-9]1AY"),
+     "an archive", "unpack it"),
+    (re.compile(rb"SQLite format 3\0"), "a database", "give a film, a picture or a folder of pictures"),
+    (re.compile(rb"\x7fELF|#!"), "a program", "give a film, a picture or a folder of pictures"),
+    (re.compile(rb"\{\\rtf"), "a text document", "give a film, a picture or a folder of pictures"),
+)  # fmt: skip
+
+
+def read_head(path: Path) -> bytes:
+    """The bytes which say what a file is; OSError as by open()."""
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def picture_type(head: bytes) -> PictureType | None:
+    """The kind of a picture which is read; None for anything else."""
+    brands = _brands(head)
+    if b"avif" in brands or b"avis" in brands:
+        return "AVIF"
+    return next((name for pattern, name in _PICTURES if pattern.match(head)), None)
+
+
+def foreign_type(head: bytes) -> str:
+    """Of what is known and not read: what it is and what to do, as the rest of a sentence; "" for anything else."""
+    brands = _brands(head)
+    if brands[:1] and brands[0] in _HEIF_BRANDS:
+        return f"is a HEIC picture, which is not read here; {_AS_JPEG}"
+    for pattern, name, instead in _NAMED:
+        if pattern.match(head):
+            return f"is {name}, which is not read here; {instead}"
+    return ""
+
+
+def _brands(head: bytes) -> list[bytes]:
+    """The brands of an ISO base media file, the major one first."""
+    if head[4:8] != b"ftyp":
+        return []
+    box = head[8 : min(int.from_bytes(head[:4]), HEAD_BYTES)]
+    return [box[:4], *(box[at : at + 4] for at in range(8, len(box) - 3, 4))]

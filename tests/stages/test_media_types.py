@@ -1,0 +1,185 @@
+"""stages/media_types.py: files are what their bytes say; what is not read is named. And which names are read."""
+
+import gzip
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from stages.media import Ended, Failed, MediaError, check_source
+from stages.media_types import foreign_type, picture_type
+from tests.support.media import Clip, times
+from tests.support.reading import frames_of, read_all
+
+
+def ftyp(*brands: str) -> bytes:
+    body = brands[0].encode() + bytes(4) + "".join(brands[1:]).encode()
+    return (len(body) + 8).to_bytes(4) + b"ftyp" + body
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\xff\xd8\xff\xe0", "JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "PNG"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "WEBP"),
+        (b"RIFF\0\0\0\0WAVEfmt ", None),
+        (b"GIF89a", "GIF"),
+        (b"BM" + bytes(12) + b"\x28\0\0\0", "BMP"),
+        (b"BM, an old firm", None),
+        (b"II*\0", "TIFF"),
+        (b"MM\0*", "TIFF"),
+        (ftyp("avif", "mif1", "miaf"), "AVIF"),
+        (ftyp("mif1", "avif"), "AVIF"),
+        (ftyp("heic", "mif1"), None),
+        (ftyp("isom", "mp42"), None),
+        (b"", None),
+    ],
+)
+def test_pictures_are_known_by_their_first_bytes(head, kind):
+    assert picture_type(head) == kind
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (ftyp("heic", "mif1"), "a HEIC picture"),
+        (ftyp("mif1", "heic"), "a HEIC picture"),
+        (b"\xff\x0a\xfa", "a JPEG XL picture"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
+        (b"8BPS\0\x01", "a Photoshop picture"),
+        (b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="http://www.w3.org/2000/svg">', "an SVG drawing"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n", "an HLS playlist"),
+        (b"#EXTM3U\n#EXTINF:2,\na.mp3\n", "an M3U playlist"),
+        (b'<?xml version="1.0"?><MPD xmlns="urn">', "a DASH playlist"),
+        (b"ffconcat version 1.0\n", "a concat script"),
+        (b"[playlist]\nFile1=a.mp3", "a PLS playlist"),
+        (b"v=0\r\no=- 0 0 IN IP4 127.0.0.1", "an SDP description"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (gzip.compress(b"a film"), "an archive"),
+        (b"PK\x03\x04", "an archive"),
+        (b"MThd\0\0\0\x06", "a MIDI file"),
+        (b".RMF\0\0\0\x12", "a RealMedia file"),
+        (b"FWS\x06", "a Flash film"),
+        (b"#!/bin/sh\n", "a program"),
+    ],
+)
+def test_what_is_not_read_is_named_with_what_to_do(head, name):
+    assert foreign_type(head).startswith(f"is {name}, which is not read here; ")
+
+
+@pytest.mark.parametrize("head", [b"", ftyp("isom"), b"\x1aE\xdf\xa3", b"ID3\x04", b"dear reader", b"\0" * 100])
+def test_nothing_else_is_named(head):
+    assert foreign_type(head) == ""
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list"])
+def test_a_playlist_is_called_a_playlist_whatever_its_name(tmp_path, name):
+    (tmp_path / name).write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\na.ts\n#EXT-X-ENDLIST\n")
+    (failed,) = read_all(tmp_path / name)
+    assert isinstance(failed, Failed) and failed.kind == "unreadable"
+    assert failed.message == f"{tmp_path / name} is an HLS playlist, which is not read here; give the film itself"
+
+
+def test_subtitles_are_of_a_type_which_is_not_read(tmp_path):
+    (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nhello\n\n")
+    (failed,) = read_all(tmp_path / "a.srt")
+    assert isinstance(failed, Failed)
+    assert "is of a type which is not read here" in failed.message and "Invalid argument" not in failed.message
+
+
+@pytest.mark.parametrize(("name", "codec", "format_"), [("a.wv", "wavpack", "wv"), ("a.tta", "tta", "tta")])
+def test_sound_files_of_less_known_types_are_read(tmp_path, name, codec, format_):
+    with av.open(str(tmp_path / name), "w", format=format_) as container:
+        stream = container.add_stream(codec, rate=16_000, layout="mono")
+        for at in range(0, 32_000, 800):
+            wave = np.sin(np.arange(at, at + 800) / 5)[None] * 12_000
+            kind = stream.codec_context.format.name
+            frame = av.AudioFrame.from_ndarray(wave.astype(np.int16), "s16p" if kind.endswith("p") else "s16", "mono")
+            frame.rate, frame.pts = 16_000, at
+            for resampled in av.AudioResampler(kind, "mono", 16_000).resample(frame):
+                container.mux(stream.encode(resampled))
+        container.mux(stream.encode(None))
+    items = read_all(tmp_path / name)
+    assert isinstance(items[-1], Ended)
+    assert sum(item.samples.size for item in items if hasattr(item, "samples")) == 32_000
+
+
+# --- tracks -------------------------------------------------------------------------------------------------------
+
+
+def film_with_tracks(path: Path, num_sounds: int) -> Path:
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sounds = [
+            container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=16_000, layout="mono")
+            for _ in range(num_sounds)
+        ]
+        for _ in range(20):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 120, np.uint8), "rgb24")))
+        container.mux(video.encode(None))
+        for sound in sounds:
+            kind = sound.codec_context.format.name
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), "s16", "mono")
+            frame.rate, frame.pts = 16_000, 0
+            for resampled in av.AudioResampler(kind, "mono", 16_000).resample(frame):
+                container.mux(sound.encode(resampled))
+            container.mux(sound.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("name", ["many.mkv", "many.mp4"])
+@pytest.mark.parametrize("num_sounds", [1, 31, 32, 35, 63])
+def test_a_film_with_many_tracks_is_read(tmp_path, name, num_sounds):
+    items = read_all(film_with_tracks(tmp_path / name, num_sounds))
+    assert isinstance(items[-1], Ended)
+    assert len(frames_of(items)) == 2
+
+
+@pytest.mark.parametrize("name", ["many.mkv", "many.mp4"])
+def test_with_more_tracks_than_are_read_the_true_limit_is_named(tmp_path, name):
+    (failed,) = read_all(film_with_tracks(tmp_path / name, 64))
+    assert failed == Failed("limit", f"{tmp_path / name} has 65 tracks; at most 64 are read")
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "Screen Recording at 3.45.12\u202fPM.mov",
+    "a\u00a0b.mp4",
+    "会議\u3000室.mp4",
+    "👨\u200d👩\u200d👧.mp4",
+    "soft\u00adhyphen.mp4",
+    "100%done %03d {front} what?* [1].mp4",
+    "plain ä é 室.mp4",
+    " .mp4",
+    "'\"$(id)`;&|.mp4",
+    "\ufeffmarked.mp4",
+    "\u0627\u0644\u0643\u0627\u0645\u064a\u0631\u0627\u200f.mp4",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_files_with_odd_names_are_read(tmp_path, name):
+    items = read_all(Clip(tmp_path / "clip.mp4").video(times(2, 5)).write().rename(tmp_path / name))
+    assert isinstance(items[-1], Ended)
+    assert len(frames_of(items)) == 2
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_failure_names_the_file_as_it_is_called(tmp_path, name):
+    (tmp_path / name).write_bytes(b"dear reader, " * 100)
+    (failed,) = read_all(tmp_path / name)
+    assert isinstance(failed, Failed)
+    assert failed.message.startswith(f"{tmp_path / name} is ")
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\t", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\udce9"])
+def test_names_which_would_break_a_line_or_a_terminal_are_refused(char):
+    with pytest.raises(MediaError, match="control characters") as refusal:
+        check_source(f"caf{char}.mp4")
+    assert refusal.value.kind == "blocked"
+    assert refusal.value.message.isprintable()
