@@ -331,12 +331,15 @@ def keep_showing(order: Order, decodings: Sequence[Decoding], teller: Teller) ->
                     teller.tell()
 
     threads = [threading.Thread(target=watch_clock, args=(track,), daemon=True) for track in pictures]
-    for thread in threads if order.kind in LIVE_KINDS else ():
+    threads = threads if order.kind in LIVE_KINDS else []
+    for thread in threads:
         thread.start()
     try:
         yield lock
     finally:
         over.set()
+        for thread in threads:
+            thread.join()  # two threads must not write into the pipe at once
 
 
 def session_ns(order: Order) -> int:

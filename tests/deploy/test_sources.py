@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -167,3 +168,14 @@ def test_a_webcam_that_is_not_plugged_in_is_waited_for_like_any_live_camera():
 def test_a_file_that_is_not_there_is_not_waited_for():
     why, is_live = probe(None, CameraSpec(source=Secret("/nowhere/clip.mp4")), lambda: False)
     assert why and not is_live
+
+
+def test_pictures_of_which_none_can_be_read_are_told_before_anything_starts(tmp_path: Path):
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_text("no picture")
+    folder, single = (CameraSpec(source=Secret(str(path))) for path in (tmp_path, tmp_path / "a.jpg"))
+    assert probe(None, folder, lambda: False) == (
+        f"{tmp_path} has no picture which can be read, of 2: a.jpg is no picture",
+        False,
+    )
+    assert probe(None, single, lambda: False) == (f"{tmp_path}/a.jpg is no picture", False)

@@ -14,6 +14,7 @@ garbage   answers with bytes which are no RTSP
 novideo   the camera, but no pictures are sent after SECONDS of each connection
 nosound   the same with the sound
 noise     the same, but what is sent as pictures then is noise
+slow      the camera, with a picture every SECONDS only, each a keyframe, and its sound
 gop       the camera, with a keyframe every SECONDS, the first one so long after the client has come
 gst       GStreamer's server; needs gi, run it with /usr/bin/python3. Its arguments: see serve_with_gstreamer
 """
@@ -42,7 +43,7 @@ def main() -> None:
         serve_with_gstreamer(*sys.argv[2:])
         return
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1e9
-    is_camera = mode in ("camera", "cut", "stall", "burst", "novideo", "nosound", "noise", "gop")
+    is_camera = mode in ("camera", "cut", "stall", "burst", "novideo", "nosound", "noise", "slow", "gop")
     num_frames = int(seconds * FPS) if mode == "gop" else NUM_FRAMES
     pictures = encode_pictures(num_frames) if is_camera else []
     if mode == "gop":
@@ -156,6 +157,8 @@ def stream(connection: socket.socket, mode: str, seconds: float, pictures: list[
             time.sleep(1e6)
         time.sleep(max(0.0, start + now_s - ahead_s - time.monotonic()))
         payloads = list(fragments(pictures[index % len(pictures)]))
+        if mode == "slow":
+            payloads = [] if index % int(seconds * FPS) else list(fragments(pictures[0]))
         is_over = now_s >= seconds
         for number, payload in enumerate([] if is_over and mode == "novideo" else payloads):
             last = number == len(payloads) - 1

@@ -103,6 +103,18 @@ def test_whenever_a_camera_is_opened_every_window_has_one_frame():
         assert (first != second).any(), "its pictures move"
 
 
+@pytest.mark.parametrize("every_s", [1.0, 1.6])
+def test_a_slow_camera_is_seen_in_every_window_too(every_s):
+    with camera("slow", str(every_s)) as url:
+        items, _ = read_all(url, 8)
+    assert isinstance(items[-1], Ended), items[-1]
+    frames = [item for item in items if isinstance(item, Frame)]
+    first = frames[0].start_ns // NS_PER_S
+    assert first <= whole_windows(items, 8)[0] + every_s
+    assert seen_in(items) == list(range(max(first, whole_windows(items, 8)[0]), 8))
+    assert max(frame.age_ns for frame in frames) < 3 * NS_PER_S
+
+
 def test_what_a_camera_has_saved_up_does_not_run_ahead_of_the_clock():
     with camera("burst", "2") as url:
         items, took_s = read_all(url, 5)
