@@ -98,7 +98,7 @@ class Restarts:
         self._tools = tools
         self._close_session = close_session
         self._deaths = Deaths(tools.now_s)
-        self._suspects = Suspects()
+        self._suspects = Suspects(tools.now_s)
         self._remote = Remote(tools, self._suspects)
         self.coming: dict[str, Coming] = {}
 
@@ -280,7 +280,7 @@ class Remote:
         if living is None or placement is None:
             return _gone(stage, replica)
         placement.absent.discard(stage)  # what is posted from now on comes behind this
-        if self._suspects.goes_alone(stage, plan.session.id):
+        if self._suspects.goes_on(stage, plan.session.id):
             plan = replace(plan, alone_for=NUM_ALONE)
         origin_ns = self._tools.fleet.origin_ns(living, placement.origin_ns)
         return living.line.post("resume_session", stage, plan, origin_ns)

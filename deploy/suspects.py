@@ -2,20 +2,25 @@
 
 Rule: an actor writes down the sessions of a batch before it works on it, into a file that outlives it. A session that
 was in the work of two deaths of its stage in a row is guilty. Where a batch of several died, each of them goes alone
-for a while, so that the next death has one name; should it have several again, the third in a row counts for all.
+for a while, so that the next death has one name; should it have several again, the third in a row counts for all. Who
+has gone on for a minute is cleared.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from graph.chunk import SessionId
 
 NOTE_BYTES = 1 << 16  # 256 names of the length that is allowed
 LENGTH_BYTES = 4
+CLEARED_AFTER_S = (
+    60.0  # of a suspect that goes on unharmed: data that kill come again by then, kills from outside may not
+)
 NUM_ALONE = 20  # units of a suspect that go without others
 DEATHS_OF_ONE, DEATHS_OF_SEVERAL = 2, 3  # in a row, which make one guilty, or several at once
 
@@ -55,24 +60,40 @@ def read_note(path: Path) -> frozenset[SessionId]:
     return frozenset(SessionId(name) for name in names.split("\n") if name)
 
 
-class Suspects:
-    """By stage, in how many deaths in a row each session was in the work."""
+@dataclass(slots=True)
+class _Suspect:
+    """num_deaths: in a row, in whose work it was. since_s: the last of them, or when it went on after it."""
 
-    def __init__(self) -> None:
-        self._in_a_row: dict[str, dict[SessionId, int]] = {}
+    num_deaths: int
+    since_s: float
+
+
+class Suspects:
+    """By stage, the sessions that were in the work of the last death."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._suspects: dict[str, dict[SessionId, _Suspect]] = {}
 
     def died(self, stage: str, working_on: Iterable[SessionId]) -> list[SessionId]:
         """A replica of a stage has died; returns the guilty. A death without anybody at work says nothing."""
-        before = self._in_a_row.get(stage, {})
-        in_a_row = {session: before.get(session, 0) + 1 for session in working_on}
-        if not in_a_row:
+        before = self._suspects.get(stage, {})
+        suspects = {session: self._again(before.get(session)) for session in working_on}
+        if not suspects:
             return []
-        again = [session for session, number in in_a_row.items() if number >= DEATHS_OF_ONE]
+        again = [session for session, suspect in suspects.items() if suspect.num_deaths >= DEATHS_OF_ONE]
         limit = DEATHS_OF_ONE if len(again) == 1 else DEATHS_OF_SEVERAL
-        guilty = [session for session in again if in_a_row[session] >= limit]
-        self._in_a_row[stage] = {session: n for session, n in in_a_row.items() if session not in guilty}
+        guilty = [session for session in again if suspects[session].num_deaths >= limit]
+        self._suspects[stage] = {session: each for session, each in suspects.items() if session not in guilty}
         return guilty
 
-    def goes_alone(self, stage: str, session: SessionId) -> bool:
-        """Was it in the work of the last death?"""
-        return session in self._in_a_row.get(stage, {})
+    def goes_on(self, stage: str, session: SessionId) -> bool:
+        """It is open again; was it in the work of the last death?"""
+        suspect = self._suspects.get(stage, {}).get(session)
+        if suspect is not None:
+            suspect.since_s = self._now_s()
+        return suspect is not None
+
+    def _again(self, before: _Suspect | None) -> _Suspect:
+        is_cleared = before is None or self._now_s() - before.since_s > CLEARED_AFTER_S
+        return _Suspect(1 if is_cleared or before is None else before.num_deaths + 1, self._now_s())

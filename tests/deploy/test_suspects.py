@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from deploy.runner import SessionPlan
-from deploy.suspects import NOTE_BYTES, Suspects, WorkNote, note_path, read_note
+from deploy.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
 from graph.chunk import SessionId
 from graph.streams import MIC
+from tests.support.actors import Clock
 from tests.support.house import SOUND, Echo, House, ManualClock, PacedEcho
 from tests.support.units import session
 
@@ -41,7 +42,7 @@ def test_a_note_that_is_not_here_or_holds_too_much_is_no_error(tmp_path: Path) -
 
 
 def test_one_in_the_work_of_two_deaths_in_a_row_is_guilty() -> None:
-    suspects = Suspects()
+    suspects = Suspects(Clock())
     assert suspects.died("llm", [A]) == []
     assert suspects.died("tts", [A]) == [], "which is another stage"
     assert suspects.died("llm", [A]) == [A]
@@ -49,7 +50,7 @@ def test_one_in_the_work_of_two_deaths_in_a_row_is_guilty() -> None:
 
 
 def test_in_a_row_means_in_every_death_of_somebody_at_work() -> None:
-    suspects = Suspects()
+    suspects = Suspects(Clock())
     suspects.died("llm", [A, B])
     suspects.died("llm", [])
     assert suspects.died("llm", [B, C]) == [B]
@@ -57,8 +58,21 @@ def test_in_a_row_means_in_every_death_of_somebody_at_work() -> None:
 
 
 def test_several_that_are_always_together_are_guilty_the_third_time() -> None:
-    suspects = Suspects()
+    suspects = Suspects(Clock())
     assert [suspects.died("llm", [A, B]) for _ in range(3)] == [[], [], [A, B]]
+
+
+def test_who_has_gone_on_for_a_minute_is_cleared() -> None:
+    clock = Clock()
+    suspects = Suspects(clock)
+    suspects.died("llm", [A])
+    clock.advance(300.0)  # as long as a large checkpoint takes to load
+    assert suspects.goes_on("llm", A)
+    clock.advance(CLEARED_AFTER_S + 1)
+    assert suspects.died("llm", [A]) == []
+    assert suspects.goes_on("llm", A)
+    clock.advance(CLEARED_AFTER_S - 1)
+    assert suspects.died("llm", [A]) == [A]
 
 
 def test_a_suspect_goes_alone_for_so_many_units_and_the_others_together() -> None:
