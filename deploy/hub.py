@@ -8,7 +8,6 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from graph.secret import KNOWN, hide, mask_urls
 from graph.sections import HUB_ID
 from model_shards.config import load_config
 from model_shards.errors import ModelError
+from model_shards.json_text import parse_json
 
 _TIMEOUT_S = 5.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -169,8 +169,8 @@ def missing_files(folder: Path) -> list[str]:
 def _indexed_files(index: Path) -> Iterator[str]:
     if index.is_file():
         try:
-            yield from sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield from sorted({str(name) for name in parse_json(index.read_bytes())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise HubError(f"{index}: not an index of safetensors files: {error!r}") from error
 
 

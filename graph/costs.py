@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
-from graph.wording import listed
+from graph.wording import clipped, listed
 
 VERSION: Final = 1
+MAX_CORES: Final = 1 << 16
 
 
 class ProfileError(GraphError):
@@ -97,22 +98,25 @@ def read_profile(path: Path) -> Profile:
         told = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ProfileError(f"{path}: can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ProfileError(f"{path}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"{path}: not JSON: {clipped(str(error))}") from None
     told = told.get("profile", told) if isinstance(told, dict) else told
     if not isinstance(told, dict) or told.get("version") != VERSION or not isinstance(told.get("stages"), dict):
         raise ProfileError(f"{path}: no profile of version {VERSION}; make one: pipeline bench stages --json > {path}")
     stages = {name: _cost(path, name, entry) for name, entry in told["stages"].items()}
-    num_cores = told.get("num_cores")
-    if not isinstance(num_cores, int) or num_cores < 1:
-        raise ProfileError(f"{path}: num_cores must be a whole number from 1 on, not {num_cores!r}")
-    return Profile(str(told.get("model", "")), dict(told.get("machine") or {}), num_cores, stages)
+    num_cores, machine = told.get("num_cores"), told.get("machine") or {}
+    if type(num_cores) is not int or not 1 <= num_cores <= MAX_CORES:  # `true` is an int, too
+        raise ProfileError(f"{path}: num_cores must be a whole number from 1 to {MAX_CORES}")
+    if not isinstance(machine, dict):
+        raise ProfileError(f"{path}: machine must be a mapping")
+    return Profile(str(told.get("model", "")), machine, num_cores, stages)
 
 
 def _cost(path: Path, stage: str, entry: Any) -> StageCost:
     """A day is longer than any batch takes."""
     values = [entry.get(name) if isinstance(entry, dict) else None for name in ("fixed_ns", "each_ns", "spread")]
-    if not all(isinstance(value, int | float) and 0 <= value < 86_400 * NS_PER_S for value in values):
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(values) or not all(0 <= number < 86_400 * NS_PER_S for number in numbers):
         raise ProfileError(f"{path}: stages.{stage}: fixed_ns, each_ns and spread must be numbers from 0 on")
-    fixed_ns, each_ns, spread = (float(value) for value in values if value is not None)
+    fixed_ns, each_ns, spread = map(float, numbers)
     return StageCost(round(fixed_ns), round(each_ns), spread)

@@ -173,7 +173,7 @@ class _Reader:
 
     def read(self, text: str) -> None:
         yaml = YAML(typ="safe", pure=True)
-        self._events = cast(Iterator[Event], yaml.parse(text))
+        self._events = _own_errors(cast(Iterator[Event], yaml.parse(text)))
         documents = 0
         for event in self._events:
             if isinstance(event, DocumentStartEvent):
@@ -260,7 +260,7 @@ class _Reader:
         self._document.problems.append((place, message))
 
     def _key(self, event: Any, path: KeyPath) -> str:
-        if not isinstance(event, ScalarEvent):
+        if not isinstance(event, ScalarEvent) or not _is_text(event.value):
             self.give_up(event.start_mark, "a key must be text")
         if event.value == "<<":
             self.give_up(event.start_mark, "merge keys ('<<') are not read; write the keys out")
@@ -275,11 +275,29 @@ class _Reader:
         return _CONSTANTS[event.value]
 
     def _text(self, event: Any) -> object:
+        if not _is_text(str(event.value)):
+            self.note(event.start_mark, "half of a character (a surrogate, \\ud800 to \\udfff) is no text")
+            return Unreadable()
         try:
             return resolve(str(event.value), self._environment)
         except ValueError as error:
             self.note(event.start_mark, str(error))
             return Unreadable()
+
+
+def _own_errors(events: Iterator[Event]) -> Iterator[Event]:
+    """The events; what the parser raises beside its own errors, as for a character beyond Unicode, becomes one."""
+    try:
+        yield from events
+    except YAMLError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, AttributeError) as error:
+        raise YAMLError(f"the parser can't read it ({type(error).__name__})") from error
+
+
+def _is_text(value: str) -> bool:
+    """False for half of a character, which UTF-8 can't hold and no message could show."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _number(text: str) -> int | float | None:

@@ -12,7 +12,6 @@ Source: reference/minicpmo-4.5.md §1.6, §6.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from model_shards.config import ModelConfig, load_config
 from model_shards.errors import ModelError
+from model_shards.json_text import parse_json
 from model_shards.quantized import settle
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def _find_files(path: Path, component: Component, prefixes: tuple[str, ...] | No
 
 def _find_indexed_files(index: Path, prefixes: tuple[str, ...]) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(file) for tensor, file in weight_map.items() if tensor.startswith(prefixes)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: not an index of safetensors files: {error!r}") from error

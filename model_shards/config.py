@@ -7,7 +7,6 @@ The defaults are the released values (vocabulary and token ids excepted, which c
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from model_shards.errors import ModelError
+from model_shards.json_text import parse_json
 
 T = TypeVar("T")
 Decoding = Literal["greedy", "sampling"]
@@ -400,7 +400,7 @@ def _pick(kind: type[T], raw: Mapping[str, Any]) -> T:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file; a checkpoint folder holds a config.json") from error
     except (OSError, ValueError) as error:

@@ -35,6 +35,7 @@ from model_shards.checkpoint import (
 from model_shards.config import load_config
 from model_shards.errors import ModelError
 from model_shards.init import new_folder, vocoder_sizes
+from model_shards.json_text import parse_json
 
 MANIFEST_FILE = "manifest.json"
 _VERSION = 1
@@ -136,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises ModelError when there is none, or it can't be understood."""
     file = folder / MANIFEST_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         manifest = {str(name): _parse_record(record) for name, record in content["files"].items()}
     except FileNotFoundError as error:
         raise ModelError(f"{file}: no such file; `pipeline shards split` writes one") from error
@@ -290,7 +291,7 @@ def _read_entries(opened: BinaryIO) -> dict[str, _Entry]:
     length = int.from_bytes(opened.read(8), "little")
     if not 0 < length <= _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
-    content = json.loads(opened.read(length))
+    content = parse_json(opened.read(length))
     data = 8 + length
     entries = {}
     for name, told in content.items():
