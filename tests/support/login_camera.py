@@ -51,7 +51,9 @@ class LoginCamera:
         return fields
 
     def _answer(self, connection: socket.socket, head: dict[str, str]) -> None:
-        self.urls.append(head["request"].split(" ")[1])
+        url = head["request"].split(" ")[1]
+        if url != f"rtsp://127.0.0.1:{self.port}/":  # that asks, without any login, which kinds there are
+            self.urls.append(url)
         if "authorization" in head:
             self.logins.append(base64.b64decode(head["authorization"].removeprefix("Basic ")).decode())
         lines = ["RTSP/1.0 401 Unauthorized", f"CSeq: {head['cseq']}", 'WWW-Authenticate: Basic realm="camera"']
