@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -54,9 +55,12 @@ class SoundDevice:
         self._close()
 
     def _close(self) -> None:
+        """In a thread of its own: the driver of a device that was pulled out may hang, and the cameras go on."""
         stream, self._stream = self._stream, None
-        if stream is None:
-            return
+        if stream is not None:
+            threading.Thread(target=self._end, args=(stream,), name="sound device", daemon=True).start()
+
+    def _end(self, stream: Any) -> None:
         for last in (stream.stop, stream.close):
-            with suppress(self._failure):  # a device that is gone can't be stopped, but what it held is freed
+            with suppress(self._failure):
                 last()

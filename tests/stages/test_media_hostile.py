@@ -353,6 +353,19 @@ def test_a_decoder_which_hangs_is_stopped_by_the_watchdog():
     assert not decoder.is_running()
 
 
+def test_a_reader_that_was_stopped_itself_takes_nobody_for_dead():
+    # Given: the decoder had nothing to give when both were stopped for an hour (Ctrl-Z, a laptop's lid).
+    with MediaReader(request("test://pattern"), silence_timeout_s=0.5) as reader:
+        decoder = first_frame(reader)
+        decoder.suspend()
+        while reader.read(0) is not None:
+            pass
+        reader._looked_s -= 3600.0
+        assert reader.read(0) is None
+        decoder.resume()
+        assert not isinstance(reader.read(20.0), Failed)
+
+
 def test_an_unread_source_takes_neither_memory_nor_time():
     with MediaReader(request("test://pattern?size=1280x720"), silence_timeout_s=0.5) as reader:
         decoder = first_frame(reader)

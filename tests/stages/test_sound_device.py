@@ -1,6 +1,7 @@
 """stages/sound_device.py: a device that may be missing, closed to us, or pulled out."""
 
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ class FakeStream:
         self.write_available = 100
         self.played = 0
         self.gone = False
-        self.closed = False
+        self.closed = threading.Event()
 
     def start(self) -> None: ...
 
@@ -34,7 +35,7 @@ class FakeStream:
         self._check()
 
     def close(self) -> None:
-        self.closed = True
+        self.closed.set()
 
     def _check(self) -> None:
         if self.gone:
@@ -54,7 +55,8 @@ def test_what_the_device_has_no_room_for_is_dropped(stream: FakeStream):
     device = SoundDevice()
     assert device.write(0, np.zeros(240)) == []
     device.close(0)
-    assert (stream.played, stream.closed) == (100, True)
+    assert stream.played == 100
+    assert stream.closed.wait(10)
 
 
 def test_a_device_that_is_pulled_out_is_told_of_once(stream: FakeStream):
@@ -63,7 +65,17 @@ def test_a_device_that_is_pulled_out_is_told_of_once(stream: FakeStream):
     told = [event for at_ns in range(3) for event in device.write(at_ns, np.zeros(240))]
     device.close(3)
     assert told == [OutputEvent("speaker_lost", {"reason": "Device unavailable"})]
-    assert stream.closed
+    assert stream.closed.wait(10)
+
+
+def test_a_driver_that_hangs_holds_nobody_up(stream: FakeStream, monkeypatch: pytest.MonkeyPatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(stream, "stop", go_on.wait)
+    device = SoundDevice()
+    device.close(0)
+    assert not stream.closed.is_set()
+    go_on.set()
+    assert stream.closed.wait(10)
 
 
 def test_a_device_that_does_not_open_is_no_missing_dependency(stream: FakeStream, monkeypatch: pytest.MonkeyPatch):
