@@ -198,6 +198,7 @@ class Coordinator:
             self._look(deadline.left_s)
             if all(report.is_done for report in reports) or deadline.is_over:
                 break
+        self._end_given_up()
         for placement in [placement for placement in self._table.placements.values() if self._has_ended(placement)]:
             del self._table.placements[placement.session.id]
         return dict(self._tools.fleet.snapshots)
@@ -229,6 +230,20 @@ class Coordinator:
     def _take_reports(self) -> None:
         for peer, ends in self._tools.fleet.take_reports().items():
             self._tools.accounts.told(peer, ends)
+
+    def _end_given_up(self) -> None:
+        """Where a stage has failed at a session too often, its sources end; what is under way is gone through."""
+        for name, stages in self._tools.fleet.snapshots.items():
+            living = self._tools.fleet.living.get(name)
+            for session, reason in [item for stage in stages.values() for item in stage.given_up.items()]:
+                placement = self._table.placements.get(session)
+                if placement is None or living is None or living.reported_at <= placement.since:
+                    continue
+                if placement.is_open and not placement.is_given_up:
+                    placement.is_given_up = True
+                    self._tools.tell(f"camera {placement.session.camera}: closed: {reason}")
+                    self._restarts.announce(placement, "session_closed", {"reason": reason})
+                    self.end_session(session)
 
     def _has_ended(self, placement: Placement) -> bool:
         """Has everybody reported, of a time when it was open, that it is not any more?"""

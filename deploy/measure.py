@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -133,6 +134,11 @@ class StageMeter:
     def passed(self, num_units: int) -> None:
         """Units went through for which there was nothing to compute."""
         self._stage.passed(num_units)
+
+    def failed(self, session: Session, error: Exception) -> None:
+        """The stage has raised at a session's unit, or at another of its hooks."""
+        logging.error("%s: session %s has failed", self._name, session.id, exc_info=error)
+        self._stage.failed()
 
     def carried(self, num_chunks: int) -> None:
         """Chunks came after their window had left, and are in the next unit."""

@@ -243,6 +243,10 @@ class Restarts:
         redirected = redirect(self._remote, tools.spec, stage, _going(placement))
         tools.procedures.begin(announce(self._remote, tools.spec, stage, _going(placement), dead, redirected))
 
+    def announce(self, placement: Placement, kind: str, attrs: dict[str, Scalar]) -> None:
+        """Let an event of a session be written."""
+        tell(self._remote, self._tools.spec, _going(placement), kind, attrs)
+
     def _end(self, session: SessionId, reason: str) -> None:
         placement = self._tools.table.placements.get(session)
         if placement is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from deploy.placement import LOCAL_STAGES
 from deploy.runner import SessionPlan
@@ -52,6 +52,18 @@ def closing_order(spec: PipelineSpec) -> list[str]:
     return order
 
 
+def last_stage(spec: PipelineSpec, passed: Collection[str]) -> str:
+    """Where windows end: at the end of the longest way that they take through these stages.
+
+    A stage beside it, which nothing follows, ends none: each window is told once.
+    """
+    lengths: dict[str, int] = {}
+    for stage in (stage for stage in closing_order(spec) if stage in passed):
+        windows = [e for e in spec.edges if e.target.stage == stage and e.kind not in ("playback", "events")]
+        lengths[stage] = 1 + max((lengths.get(edge.source.stage, 0) for edge in windows), default=0)
+    return max(lengths, key=lambda stage: lengths[stage])
+
+
 def session_plan(
     spec: PipelineSpec, stage: str, session: Session, replicas: Mapping[str, int], incarnation: int
 ) -> SessionPlan:
@@ -67,6 +79,8 @@ def session_plan(
         num_inputs=len(inputs),
         peers={edge.id: replicas[edge.target.stage] for edge in outputs},
         incarnation=incarnation,
+        ends_windows=stage == last_stage(spec, passed),
+        makes=tuple(dict.fromkeys(_stream(edge, session) for edge in outputs if edge.kind != "playback")),
     )
 
 

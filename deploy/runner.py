@@ -5,7 +5,6 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Protocol
 
+from deploy.isolation import Faults, breaks_process, process, reason_of
+from deploy.sink import WindowEnd, WindowMeter, usual_level
 from graph.chunk import (
-    AFTERWORD,
     NS_PER_MS,
     NS_PER_S,
     Chunk,
@@ -23,22 +23,21 @@ from graph.chunk import (
     Scalar,
     SessionId,
     Span,
-    Trace,
     end_of_stream,
     watermark,
 )
 from graph.clock import Clock
+from graph.codec import CodecError
 from graph.edge import Arrival, Receiver, Sender
 from graph.epoch import EpochFence
 from graph.gather import Gathering, Waiting
 from graph.ladder import Ladder, sheds_picture
 from graph.ledger import Reason
 from graph.streams import EVENTS, is_raw, port_of
-from graph.tail import Ack, ack_chunk, ack_of
-from graph.trace import leave_stage, slowest_stage, stage_seconds, waterfall
+from graph.tail import Ack, ack_of
+from graph.trace import leave_stage
 from graph.window import Joined, Late, Unit, WindowJoin
-from stages.events import WINDOW_EVENT
-from stages.stage import Session, SourceReport, Stage
+from stages.stage import TICK_NS, Session, SourceReport, Stage, StageError
 
 WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
@@ -66,6 +65,8 @@ class SessionPlan:
     num_inputs:     input edges; a stage without windows ends with the last of them.
     peers:          per output edge the replica that this session goes to.
     incarnation:    tells it from other sessions of its name, on every edge.
+    ends_windows:   its windows end here.
+    makes:          the streams that leave here, but for the listener's news.
     goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
     alone_for:      so many of its units go without others, since an actor died of one of several (deploy/suspects.py).
     """
@@ -75,6 +76,8 @@ class SessionPlan:
     num_inputs: int = 0
     peers: Mapping[str, int] = field(default_factory=dict)
     incarnation: int = 0
+    ends_windows: bool = False
+    makes: tuple[str, ...] = ()
     goes_on: Listener | None = None
     alone_for: int = 0
 
@@ -89,12 +92,13 @@ class SessionSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class StageSnapshot:
-    """What a stage replica has done and has before it."""
+    """What a stage replica has done and has before it. given_up: the sessions that fail here, and why."""
 
     num_units: int
     num_ready: int
     sessions: Mapping[SessionId, SessionSnapshot]
     sources: Mapping[SessionId, SourceReport] = field(default_factory=dict)
+    given_up: Mapping[SessionId, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -114,7 +118,9 @@ class _Open:
     lanes: dict[str, Sender]
     edges: Mapping[str, list[str]]  # outgoing, by the port they leave from
     clock: Clock
-    ladder: Ladder | None  # at the sink
+    ladder: Ladder | None
+    faults: Faults
+    sink: WindowEnd | None  # where its windows end
     begun: bool = False
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
     traced: frozenset[str] = frozenset()  # the streams that bring a trace of each window
@@ -127,11 +133,9 @@ class _Open:
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
     num_processed: int = 0  # of them here
-    num_late: int = 0
     told_level: int = 0  # to the camera, and when
     told_ns: int = 0
     num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
-    num_windows: int = 0  # that are through, at the sink
     look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
 
     @property
@@ -159,7 +163,7 @@ class _Open:
         return Waiting(self.session.id, ready.since_ns, end_ns, deadline_ns)
 
 
-class Meter(Protocol):
+class Meter(WindowMeter, Protocol):
     """What is counted of a stage (deploy/measure.py: StageMeter)."""
 
     def opened(self, session: Session) -> None: ...
@@ -170,8 +174,7 @@ class Meter(Protocol):
     def made(self, session: Session, chunk: Chunk) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def played(self, session: Session, ack: Ack) -> None: ...
-    def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None: ...
-    def moved(self, session: Session, level: int) -> None: ...
+    def failed(self, session: Session, error: Exception) -> None: ...
 
 
 class StageRunner:
@@ -219,7 +222,7 @@ class StageRunner:
         session = plan.session
         if plan.goes_on is not None:
             session.playback.ack(plan.goes_on.ack)
-        self.stage.open_session(session)
+        self._open_at_stage(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         for sender in lanes.values():
             sender.open_session(session.id, plan.incarnation, lossless=not session.paced)
@@ -229,20 +232,29 @@ class StageRunner:
         for edge in lanes:
             edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
         has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
-        ladder = Ladder(session.ladder, session.window_ns, self._usual_level(session)) if has_ladder else None
+        others = [state.session for state in self._open.values() if state.ladder is not None]
+        ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
         traced = frozenset(stream for stream in plan.streams if not is_raw(stream))
-        self._open[session.id] = _Open(plan, self._join(plan), lanes, edges, self._clock, ladder, traced=traced)
+        faults = Faults(self.name, lambda error: self._meter.failed(session, error))
+        sink = WindowEnd(self.name, session, ladder, self._meter) if plan.ends_windows else None
+        self._open[session.id] = _Open(
+            plan, self._join(plan), lanes, edges, self._clock, ladder, faults, sink, traced=traced
+        )
         self._touch(session.id)
         self._meter.opened(session)
         if ladder is not None:
             self._meter.moved(session, ladder.level)
 
-    def _usual_level(self, session: Session) -> int:
-        """As far down as the sessions here are a new one begins, so that it costs the others no more than that."""
-        taken = sorted((state.session.taken for state in self._open.values() if state.ladder is not None), key=len)
-        usual = taken[len(taken) // 2] if taken else ()
-        return sum(step in usual for step in session.ladder)
+    def _open_at_stage(self, session: Session) -> None:
+        try:
+            self.stage.open_session(session)
+        except StageError:
+            raise
+        except Exception as error:
+            if breaks_process(error):
+                raise
+            raise StageError(f"{self.name}: session {session.id!r} can't be opened: {reason_of(error)}") from error
 
     def begin_session(self, session: SessionId, origin_ns: int) -> None:
         """Let a session's clock run. origin_ns: when event time 0 is, on this host's monotonic clock."""
@@ -273,14 +285,16 @@ class StageRunner:
             sender.close_session(session)
         for receiver in self._receivers.values():
             receiver.close_session(session)
-        self.stage.close_session(session)
+        with state.faults.within("close_session"):
+            self.stage.close_session(session)
         self._meter.closed(state.session)
 
     def end_session(self, session: SessionId) -> None:
         """Let a source stop now."""
         state = self._open.get(session)
         if state is not None:
-            self.stage.end(session, state.now_ns())
+            with state.faults.within("end"):
+                self.stage.end(session, state.now_ns())
             self._touch(session)
 
     def listener(self, session: SessionId) -> Listener | None:
@@ -297,7 +311,8 @@ class StageRunner:
         if sender is not before:
             before.move(session, sender)
             state.lanes[edge] = sender
-        self.stage.peer_begins_anew(session)
+        with state.faults.within("peer_begins_anew"):
+            self.stage.peer_begins_anew(session)
         self._touch(session)
         return True
 
@@ -317,14 +332,17 @@ class StageRunner:
         if state is None or state.ending:
             return
         now_ns = state.now_ns()
-        if cuts:
-            self._send_all(state, self.stage.cut_off(session, now_ns))
+        if cuts and not state.faults.given_up:
+            with state.faults.within("cut_off"):
+                self._send_all(state, self.stage.cut_off(session, now_ns))
         self._send(state, Chunk(session, EVENTS, now_ns, attrs={"type": kind, **attrs}))
 
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
-        sessions = {name: SessionSnapshot(state.num_windows, state.num_late) for name, state in self._open.items()}
-        return StageSnapshot(self.num_units, self.num_ready, sessions, self.stage.sources())
+        sinks = {name: state.sink for name, state in self._open.items()}
+        seen = {n: SessionSnapshot(s.num_windows, s.num_late) if s else SessionSnapshot(0, 0) for n, s in sinks.items()}
+        given_up = {name: state.faults.given_up for name, state in self._open.items() if state.faults.given_up}
+        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up)
 
     @property
     def num_ready(self) -> int:
@@ -352,16 +370,33 @@ class StageRunner:
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
                 self._receivers[arrival.edge].drop(arrival, "shed")
-        elif chunk.is_control:
+            return
+        with state.faults.within("take"):
+            self._take(state, arrival)
+            return
+        if state.arrivals.pop(id(chunk), None) is not None:
+            self._receivers[arrival.edge].drop(arrival, "failed")
+
+    def _take(self, state: _Open, arrival: Arrival) -> None:
+        chunk = arrival.chunk
+        if chunk.is_control:
             self._control(state, chunk, arrival.edge)
         elif self._is_stale(state, chunk):
             self._receivers[arrival.edge].drop(arrival, "stale")
         elif not self.stage.windowed:
-            self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
-            self.stage.process([_single(state, chunk)])
+            self._process_single(state, arrival)
         else:
             state.arrivals[id(chunk)] = arrival
             self._joined(state, _of(state.join).add(chunk))
+
+    def _process_single(self, state: _Open, arrival: Arrival) -> None:
+        """Of a stage without windows."""
+        if not state.faults.given_up:
+            with state.faults.within("process"):
+                self.stage.process([_single(state, arrival.chunk)])
+                self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
+                return
+        self._receivers[arrival.edge].drop(arrival, "failed")
 
     def _control(self, state: _Open, chunk: Chunk, edge: str) -> None:
         if chunk.kind is Kind.WATERMARK:
@@ -384,7 +419,9 @@ class StageRunner:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
         if state.fence.raise_to(epoch):
             self._touch(state.session.id)
-            self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
+            if not state.faults.given_up:
+                with state.faults.within("interrupt"):
+                    self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
 
     def _joined(self, state: _Open, joined: Joined) -> None:
         for chunk in joined.late:
@@ -422,6 +459,7 @@ class StageRunner:
             return False
         for state in looked_at.values():
             self._advance(state)
+            self._tell_failures(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
                 if self._goes_on(state) and self._afterword_ns(state, state.join) <= state.now_ns():
@@ -469,7 +507,7 @@ class StageRunner:
         if self._has_files:
             now_ns = self._clock.monotonic_ns()
             advancing = [(name, state) for name, state in self._open.items() if self._may_advance(state)]
-            due_ns = [now_ns + self.stage.due_in_ns(name, state.now_ns()) for name, state in advancing]
+            due_ns = [now_ns + self._due_in_ns(name, state) for name, state in advancing]
             self._look_at_all_ns = min(due_ns, default=None)
             return
         for name, state in looked_at.items():
@@ -481,7 +519,9 @@ class StageRunner:
             self._touch(session)  # its lanes drain in silence: look whenever there is a step
         due_ns: list[int] = []
         if self._follows_clock and self._may_advance(state):
-            due_ns.append(self._clock.monotonic_ns() + self.stage.due_in_ns(session, state.now_ns()))
+            due_ns.append(self._clock.monotonic_ns() + self._due_in_ns(session, state))
+        if state.faults.are_recent:
+            due_ns.append(self._clock.monotonic_ns() + TICK_NS)
         if state.ready and self._may_go(state):
             due_ns.append(self._gathering.until_ns(state.waiting()))
         elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
@@ -494,10 +534,29 @@ class StageRunner:
             if look_ns is not None:
                 heappush(self._looks, (look_ns, session))
 
+    def _due_in_ns(self, session: SessionId, state: _Open) -> int:
+        with state.faults.within("due_in_ns"):
+            return self.stage.due_in_ns(session, state.now_ns())
+        return TICK_NS
+
+    def _tell_failures(self, state: _Open) -> None:
+        """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
+        if state.join is None and state.faults.are_new:
+            for failure in state.faults.take():
+                attrs: dict[str, Scalar] = {"type": "unit_failed", "stage": failure.stage, "reason": failure.reason}
+                self._send(state, Chunk(state.session.id, EVENTS, state.now_ns(), attrs=attrs))
+
     def _goes_on(self, state: _Open) -> bool:
         """Is a window more wanted, after the last of the inputs?"""
         over = state.join is not None and state.join.finished and not state.ready and not state.ending
-        return over and state.num_quiet < MAX_QUIET and self.stage.goes_on(state.session.id)
+        return over and state.num_quiet < MAX_QUIET and self._has_more_to_say(state)
+
+    def _has_more_to_say(self, state: _Open) -> bool:
+        if state.faults.given_up:
+            return False
+        with state.faults.within("goes_on"):
+            return self.stage.goes_on(state.session.id)
+        return False
 
     @staticmethod
     def _afterword_ns(state: _Open, join: WindowJoin) -> int:
@@ -506,15 +565,23 @@ class StageRunner:
 
     def _advance(self, state: _Open) -> None:
         if self._follows_clock and self._may_advance(state):
-            self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
+            with state.faults.within("advance"):
+                self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
 
     def _may_advance(self, state: _Open) -> bool:
-        return state.begun and not state.ending and self._has_room(state)
+        return state.begun and not state.ending and not state.faults.given_up and self._has_room(state)
 
     def _idle(self) -> list[tuple[_Open, _Ready]]:
         """Units which cost nothing: they go at once."""
-        states = [state for state in self._ready.values() if self.stage.is_idle(state.ready[0].unit)]
+        states = [state for state in self._ready.values() if self._is_idle(state)]
         return [(state, state.ready[0]) for state in states if self._may_go(state)]
+
+    def _is_idle(self, state: _Open) -> bool:
+        if state.faults.given_up:
+            return True
+        with state.faults.within("is_idle"):
+            return self.stage.is_idle(state.ready[0].unit)
+        return False
 
     def _gather(self) -> list[tuple[_Open, _Ready]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
@@ -557,21 +624,26 @@ class StageRunner:
             self._advance(state)
             ready.unit = self._without_stale(state, self._marked(state, ready.unit))
         started_ns = self._clock.monotonic_ns()
-        with self._working_on([state.session.id for state, _ in batch]):
-            chunks = self.stage.process([ready.unit for _, ready in batch])
+        units = [ready.unit for state, ready in batch if not state.faults.given_up]
+        with self._working_on([unit.session for unit in units]):
+            outcome = process(self.stage, units)
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
         if idle:
             self._meter.passed(len(batch))
         else:
             self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
-        for chunk in chunks:
-            self._send(self._open[chunk.session], chunk)
-        saying = {chunk.session for chunk in chunks if not chunk.is_control}
+        outcome.send(lambda chunk: self._send(self._open[chunk.session], chunk))
+        saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
         for state, ready in batch:
+            if (error := outcome.failed.get(state.session.id)) is not None:
+                state.faults.failed("process", error)
+            else:
+                state.faults.succeeded("process")
             is_quiet = ready.unit.is_afterword and state.session.id not in saying
             state.num_quiet = state.num_quiet + 1 if is_quiet else 0
-            self._leave(state, ready, started_ns)
+            has_failed = error is not None or bool(state.faults.given_up)
+            self._leave(state, ready, started_ns, has_failed=has_failed)
 
     def _marked(self, state: _Open, unit: Unit) -> Unit:
         """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
@@ -595,24 +667,24 @@ class StageRunner:
             kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk))
         return replace(unit, chunks=kept)
 
-    def _leave(self, state: _Open, ready: _Ready, started_ns: int) -> None:
-        """The unit is done: its chunks' credit goes back, its watermark goes on with its trace.
+    def _leave(self, state: _Open, ready: _Ready, started_ns: int, *, has_failed: bool) -> None:
+        """The unit is done, or has failed: its chunks' credit goes back, its watermark goes on with its trace.
 
         started_ns: monotonic.
         """
         unit = ready.unit
         for chunks in unit.chunks.values():
             for chunk in chunks:
-                self._settle(state, chunk, None)
+                self._settle(state, chunk, "failed" if has_failed else None)
         state.num_units += 1
         state.num_processed += 1
         self.num_units += 1
         self._meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.since_ns)
         span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
-        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns))
-        if self._ends_here(state):
-            self._window_done(state, unit, received_ns, trace)
+        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=state.faults.take())
+        if state.sink is not None:
+            self._send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
         for stream in self.stage.outputs:
             self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
 
@@ -629,54 +701,6 @@ class StageRunner:
         """The stage from which a stream comes."""
         return next(edge.partition(".")[0] for edge in self._receivers if f".{port_of(stream)}->" in edge)
 
-    def _ends_here(self, state: _Open) -> bool:
-        """Is this the last stage that a window passes? (The LLM is, where nothing speaks.)"""
-        return not any(self._edges_of(state, stream) for stream in self.stage.outputs)
-
-    def _window_done(self, state: _Open, unit: Unit, received_ns: int, trace: Trace) -> None:
-        """At the sink: say how long the window took, and where. One that only says the rest is none of the camera's."""
-        if trace.digest == AFTERWORD:
-            return
-        state.num_windows += 1
-        before = [span for span in trace.spans if span.stage != self.name]
-        parts = waterfall(unit.end_ns, max(received_ns, unit.end_ns), before, self.name)
-        latency_ns = max(received_ns - unit.end_ns, 0)
-        paced = state.session.paced
-        late = paced and latency_ns > state.session.window_ns
-        state.num_late += late
-        late_stage = slowest_stage(parts) if late else ""
-        self._meter.window(state.session, latency_ns / NS_PER_S, late_stage, trace.missing)
-        playback = state.session.playback.latest  # told by this stage, after it took the window's speech
-        attrs: dict[str, Scalar] = {
-            "type": WINDOW_EVENT,
-            "index": unit.index,
-            "start_s": unit.start_ns / NS_PER_S,
-            "end_s": unit.end_ns / NS_PER_S,
-            "digest": trace.digest,
-            "missing": ",".join(trace.missing),
-            "latency_s": round(latency_ns / NS_PER_S, 6) if paced else None,
-            "on_time": not late if paced else None,
-            "late_stage": late_stage,
-            "level": state.session.level.num_steps,
-            "lead_s": round((playback.received_ns - playback.heard_ns) / NS_PER_S, 6),
-            "stages": json.dumps(stage_seconds(parts) if paced else {}),
-            "compute": json.dumps(_work_seconds(before)),
-        }
-        self._send(state, Chunk(unit.session, EVENTS, unit.start_ns, attrs=attrs))
-        if state.ladder is not None and state.ladder.window(state.now_ns(), latency_ns, len(self._open)):
-            self._tell_level(state, state.ladder)
-
-    def _tell_level(self, state: _Open, ladder: Ladder) -> None:
-        """A step of the ladder was taken, or given back: the other stages hear of it with the listener's news."""
-        before, level = state.session.level.num_steps, ladder.level
-        now_ns = state.now_ns()
-        state.session.level.told(now_ns, level)
-        self._meter.moved(state.session, level)
-        step = ladder.steps[min(before, level)]
-        attrs: dict[str, Scalar] = {"type": "shed" if level > before else "restored", "step": step, "level": level}
-        self._send(state, Chunk(state.session.id, EVENTS, now_ns, attrs=attrs))
-        self._send(state, ack_chunk(state.session.id, state.session.playback.latest, level))
-
     def _finish(self, state: _Open) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
         if not state.ending and self._may_end(state):
@@ -688,14 +712,28 @@ class StageRunner:
     def _may_end(self, state: _Open) -> bool:
         if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._goes_on(state):
             return False
-        return self.stage.finished(state.session.id)
+        if state.faults.given_up:
+            return True
+        with state.faults.within("finished"):
+            return self.stage.finished(state.session.id)
+        return False
 
     def _say_goodbye(self, state: _Open) -> None:
-        if self.stage.goes_on(state.session.id):
+        if self._has_more_to_say(state):
             logging.warning("%s: %s: its listener hears nothing: what waits is not said", self.name, state.session.id)
-        self._send_all(state, self.stage.drain(state.session.id))
-        end_ns = state.num_units * state.session.window_ns
-        for stream in dict.fromkeys([*self.stage.outputs, *([EVENTS] if self._edges_of(state, EVENTS) else [])]):
+        if not state.faults.given_up:
+            with state.faults.within("drain"):
+                self._send_all(state, self.stage.drain(state.session.id))
+        self._tell_failures(state)
+        window_ns = state.session.window_ns
+        end_ns, streams = (
+            state.num_units * window_ns,
+            [*self.stage.outputs, *([EVENTS] if EVENTS in state.edges else [])],
+        )
+        if state.join is None and state.faults.given_up:  # it can't say any more where its streams end
+            streams += state.plan.makes
+            end_ns = -(-max(state.now_ns(), 0) // window_ns) * window_ns if state.session.paced else 0
+        for stream in dict.fromkeys(streams):
             self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
 
     def _inputs_ended(self, state: _Open) -> bool:
@@ -708,16 +746,11 @@ class StageRunner:
             self._send(state, chunk)
 
     def _send(self, state: _Open, chunk: Chunk) -> None:
+        """Raises StageError for a chunk that nobody would take; then nothing has changed."""
         if not chunk.is_control:
-            seq = state.seqs.get(chunk.stream, state.first_seq)
-            state.seqs[chunk.stream] = seq + 1
-            chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
-            self._meter.made(state.session, chunk)
-            if port_of(chunk.stream) == "frames" and sheds_picture(state.session.taken, chunk.session, seq):
-                for edge in self._edges_of(state, chunk.stream):
-                    state.lanes[edge].shed(chunk)
-                return
-        elif chunk.kind is Kind.PLAYBACK:
+            self._send_data(state, chunk)
+            return
+        if chunk.kind is Kind.PLAYBACK:
             ack = ack_of(chunk)
             state.session.playback.ack(ack)
             self._meter.played(state.session, ack)
@@ -725,7 +758,25 @@ class StageRunner:
             state.fence.raise_to(chunk.epoch)
         for edge in self._edges_of(state, chunk.stream):
             if chunk.kind is not Kind.PLAYBACK or self._is_news(state, edge):
-                state.lanes[edge].send(chunk)
+                self._send_on(state.lanes[edge], chunk)
+
+    def _send_data(self, state: _Open, chunk: Chunk) -> None:
+        seq, edges = state.seqs.get(chunk.stream, state.first_seq), self._edges_of(state, chunk.stream)
+        chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
+        is_shed = port_of(chunk.stream) == "frames" and sheds_picture(state.session.taken, chunk.session, seq)
+        for edge in edges:
+            if is_shed:
+                state.lanes[edge].shed(chunk)
+            else:
+                self._send_on(state.lanes[edge], chunk)
+        state.seqs[chunk.stream] = seq + 1
+        self._meter.made(state.session, chunk)
+
+    def _send_on(self, lane: Sender, chunk: Chunk) -> None:
+        try:
+            lane.send(chunk)
+        except CodecError as error:
+            raise StageError(f"stage {self.name}, port {port_of(chunk.stream)}: {error}") from error
 
     def _is_news(self, state: _Open, edge: str) -> bool:
         """A camera asks nothing of the listener but the level: a new one, and in each window the last once more."""
@@ -770,11 +821,6 @@ class ActorLoop:
 
     def _runner_of(self, edge: str) -> StageRunner:
         return self._runners[edge.partition("->")[2].partition(".")[0]]
-
-
-def _work_seconds(spans: Iterable[Span]) -> dict[str, float]:
-    """How long each stage worked, on the critical path or beside it."""
-    return {span.stage: round((span.finished_ns - span.started_ns) / NS_PER_S, 6) for span in spans}
 
 
 def _single(state: _Open, chunk: Chunk) -> Unit:

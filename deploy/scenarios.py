@@ -65,7 +65,8 @@ class Scenario:
     nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
     times slower it is for so long. drift_ppm: of each actor's clock, at most.
     deaths: how often on average each actor that computes dies. replicas: of stages; else as described.
-    returns: how likely each session is closed by force and comes again under its name.
+    returns: how likely each session is closed by force and comes again under its name. spoils: how likely a unit of a
+    stage that computes is one at which it raises.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Scenario:
     deaths: float = 0.0
     replicas: Mapping[str, int] = field(default_factory=dict)
     returns: float = 0.0
+    spoils: float = 0.0
 
     def priced(self, profile: Profile) -> Scenario:
         """The same where stages cost what was measured. Raises ProfileError where a stage of ours was not."""
@@ -224,6 +226,15 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 stalls=0.5,
                 returns=0.8,
                 drift_ppm=200,
+            ),
+            replace(
+                _STEADY,
+                name="bad-units",
+                about="one unit in twenty is one at which a stage raises; some sessions are given up",
+                num_windows=20,
+                network=Network(100_000, 5 * NS_PER_MS),
+                barges_in=0.3,
+                spoils=0.05,
             ),
             Scenario(
                 "overload",

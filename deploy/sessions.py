@@ -33,7 +33,7 @@ class Placement:
     opened: stages that were asked to open it. is_open: all have.
     absent: stages at which it is open nowhere, since its replica has died. in_hand: those for which somebody is looking
     for another one.
-    since: only reports that were asked for later know all of it.
+    since: only reports that were asked for later know all of it. is_given_up: a stage has failed at it too often.
     """
 
     session: Session
@@ -46,6 +46,7 @@ class Placement:
     absent: set[str] = field(default_factory=set)
     in_hand: set[str] = field(default_factory=set)
     since: int = 0
+    is_given_up: bool = False
 
 
 class SessionTable:

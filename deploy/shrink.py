@@ -100,6 +100,7 @@ _USUAL: Final[dict[str, object]] = {
     "deaths": 0.0,
     "replicas": {},
     "returns": 0.0,
+    "spoils": 0.0,
     "drift_ppm": 0,
     "stagger_ns": 0,
     "credit": None,

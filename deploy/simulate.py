@@ -29,6 +29,7 @@ from deploy.virtual_returns import Returns
 from deploy.virtual_stages import (
     Costly,
     OutOfOrder,
+    Spoilt,
     VirtualAudio,
     VirtualCamera,
     VirtualEvents,
@@ -137,6 +138,11 @@ class VirtualMeter:
     def made(self, session: Session, chunk: Chunk) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def moved(self, session: Session, level: int) -> None: ...
+
+    def failed(self, session: Session, error: Exception) -> None:
+        """Nothing of ours may raise, but for what a scenario spoils."""
+        if not isinstance(error, Spoilt):
+            raise error
 
     def played(self, session: Session, ack: Ack) -> None:
         unheard_ns = ack.received_ns - ack.heard_ns
@@ -304,6 +310,12 @@ class Simulation:
         if name == "events":
             return self._events
         device = self._devices[scenario.on.get(name, next(iter(self._devices)))]
+        stage = self._costly(name, device, rng)
+        stage.spoils = scenario.spoils
+        return stage
+
+    def _costly(self, name: str, device: Device, rng: Random) -> Costly:
+        scenario = self._scenario
         cost = scenario.costs[name]
         if name == "llm":
             self._llms.append(VirtualLlm(cost, scenario.token_ns, scenario.picture_ns, device, rng))
@@ -522,7 +534,8 @@ class Simulation:
         for edge, account in self.accounts().items():
             if account.in_flight:
                 self._violated("ledger", f"{edge}: {account.in_flight} chunks are neither delivered nor dropped")
-        cut_off = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") == "cut_off"}
+        cuts = ("cut_off", "unit_failed")
+        cut_off = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") in cuts}
         for name, runner in self._runners():
             unsaid = runner.stage.unsaid if isinstance(runner.stage, Costly) else []
             for session in (each for each in unsaid if each not in cut_off | self.returns.closed):

@@ -36,6 +36,10 @@ class OutOfOrder(AssertionError):
     """A unit came twice, or not after the one before it."""
 
 
+class Spoilt(ValueError):
+    """A unit at which its stage raises."""
+
+
 class Costly(Stage):
     """A stage that computes on a device, and sees that units come as 0, 1, 2 …"""
 
@@ -43,6 +47,7 @@ class Costly(Stage):
         self._cost, self._device, self._rng = cost, device, rng
         self._next: dict[SessionId, int | None] = {}  # None: any
         self.slow_down = 1.0
+        self.spoils = 0.0  # how likely a unit is one at which it raises
         self.unsaid: list[SessionId] = []  # sessions that were closed with something left to say
 
     def open_session(self, session: Session) -> None:
@@ -57,6 +62,8 @@ class Costly(Stage):
             self.unsaid.append(session)
 
     def process(self, units: list[Unit]) -> list[Chunk]:
+        if spoilt := [unit for unit in units if self._is_spoilt(unit)]:
+            self._spoil(spoilt, units)
         for unit in units:
             awaited = self._next[unit.session]
             if awaited is not None and unit.index != awaited:
@@ -67,6 +74,16 @@ class Costly(Stage):
             cost_ns = self._cost.batch_ns(num_items) * (1 + self._cost.spread * self._rng.random())
             self._device.work(round(cost_ns * self.slow_down))
         return made
+
+    def _is_spoilt(self, unit: Unit) -> bool:
+        """The same each time that it is tried."""
+        return Random(f"{type(self).__name__} {unit.session} {unit.index}").random() < self.spoils
+
+    def _spoil(self, spoilt: list[Unit], units: list[Unit]) -> None:
+        if spoilt == units:  # else those beside it are tried again
+            for unit in spoilt:
+                self._next[unit.session] = unit.index + 1
+        raise Spoilt(f"{spoilt[0].session}: unit {spoilt[0].index}")
 
     def make(self, unit: Unit) -> list[Chunk]:
         return []

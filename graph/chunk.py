@@ -46,6 +46,8 @@ class Failure:
 
 
 AFTERWORD = "afterword"
+MAX_IN_TRACE = 256
+"""Spans, missing streams and failures of a trace, each; more than stages on any way."""
 
 
 @dataclass(frozen=True, slots=True)

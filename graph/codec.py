@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 
-from graph.chunk import Array, Chunk, Failure, Kind, SessionId, Span, Trace
+from graph.chunk import MAX_IN_TRACE, Array, Chunk, Failure, Kind, SessionId, Span, Trace
 from graph.errors import GraphError
 
 VERSION: Final = 2
@@ -27,7 +27,6 @@ MAX_DIMENSIONS = 4
 MAX_ARRAY_BYTES = 256 * 1024 * 1024  # the embeddings of a 9-cell picture at 4096 wide are 10 MB
 MAX_NAME_CHARS = 128
 MAX_ATTRS = 64
-MAX_IN_TRACE = 256  # spans, missing streams, failures; graph/trace.py keeps to it
 DTYPES = frozenset({"uint8", "int16", "uint16", "int32", "int64", "float32"})
 _DTYPE_OF = {name: np.dtype(name) for name in DTYPES}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}  # numpy makes dtype.name anew each time: 1 us and more

@@ -63,6 +63,7 @@ TABLE: Final[tuple[Declaration, ...]] = (
     _histogram(STAGE_BUCKETS_S, "omni_stage_seconds", "Time of a batch, queued and computed.", "stage", "phase"),
     _histogram(COUNT_BUCKETS, "omni_stage_batch_units", "Units in a batch.", "stage"),
     _counter("omni_units_total", "Units a stage has processed.", "stage"),
+    _counter("omni_stage_failures_total", "Units and hooks of sessions at which the stage has raised.", "stage"),
     _counter("omni_stage_carried_total", "Chunks too late for their window, taken into the next unit.", "stage"),
     #
     _counter("omni_edge_accepted_total", "Chunks an edge took over from its sender.", "edge"),
@@ -131,6 +132,7 @@ class StageMetrics:
         self._batch_units = metrics.histogram("omni_stage_batch_units", stage)
         self._units = metrics.counter("omni_units_total", stage)
         self._carried = metrics.counter("omni_stage_carried_total", stage)
+        self._failures = metrics.counter("omni_stage_failures_total", stage)
 
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
         """A batch left the stage. queue_s: from the arrival of its oldest unit to the start of compute_s."""
@@ -142,6 +144,10 @@ class StageMetrics:
     def passed(self, num_units: int) -> None:
         """Units went through for which there was nothing to compute."""
         self._units.inc(num_units)
+
+    def failed(self) -> None:
+        """The stage has raised at a session's unit, or at another of its hooks."""
+        self._failures.inc()
 
     def carried(self, num_chunks: int) -> None:
         """Chunks came after their window had left."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from graph.chunk import AFTERWORD, Chunk, Span, Trace
+from graph.chunk import AFTERWORD, MAX_IN_TRACE, Chunk, Failure, Span, Trace
 from graph.epoch import FENCED_STREAMS
 from graph.streams import is_raw
 from graph.window import Unit
@@ -21,11 +21,13 @@ class Part:
     duration_ns: int
 
 
-def leave_stage(unit: Unit, *spans: Span) -> Trace:
-    """The trace of a unit that has been processed: what came with it, and this stage's spans.
+def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> Trace:
+    """The trace of a unit that has been processed: what came with it, and this stage's spans and failures.
 
-    Of a window that was given up, what was awaited is missing, too: nobody knows what would have been in it.
+    Of a window that was given up, what was awaited is missing, too: nobody knows what would have been in it. Where the
+    way is longer than a trace may be, its end counts.
     """
+    inherited_failures = (failure for trace in unit.traces.values() for failure in trace.failures)
     all_spans = {s for trace in unit.traces.values() for s in trace.spans} | {*spans}
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
     # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say).
@@ -34,7 +36,8 @@ def leave_stage(unit: Unit, *spans: Span) -> Trace:
     return Trace(
         digest=digest_of(unit),
         missing=tuple(sorted(unit.awaited.union(sensed_missing or (inherited if _is_said(unit) else ())))),
-        spans=tuple(sorted(all_spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))),
+        spans=tuple(sorted(all_spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))[-MAX_IN_TRACE:]),
+        failures=tuple(dict.fromkeys([*inherited_failures, *failures]))[-MAX_IN_TRACE:],
     )
 
 

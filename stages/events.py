@@ -23,8 +23,8 @@ class Events(Stage):
     """Sink of `events`.
 
     events.jsonl    one line per event: session, time_s (event time), type, and its fields
-    windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, latency_s, on_time,
-                    lead_s (speech received and not yet heard), stages
+    windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, failed (stages that raised
+                    at it), latency_s, on_time, lead_s (speech received and not yet heard), stages
     transcript.txt  one line per word chunk: when it was heard, of which session, what was said
                     (where nothing speaks: when it was written)
 
@@ -100,9 +100,10 @@ class Events(Stage):
 
 
 def window_row(attrs: Mapping[str, Scalar]) -> dict[str, object]:
-    """A row of windows.jsonl from the attrs of a window event (deploy/runner.py makes them)."""
+    """A row of windows.jsonl from the attrs of a window event (deploy/sink.py makes them)."""
     row: dict[str, object] = {key: value for key, value in attrs.items() if key != "type"}
-    row["missing"] = [name for name in str(attrs.get("missing", "")).split(",") if name]
+    for name in ("missing", "failed"):
+        row[name] = [each for each in str(attrs.get(name, "")).split(",") if each]
     for name in ("stages", "compute"):
         row[name] = json.loads(str(attrs.get(name, "{}")))
     return row

@@ -25,6 +25,13 @@ class StageError(Exception):
     """A stage can't do what it is asked to; says what, where and what instead."""
 
 
+class BatchLost(StageError):
+    """A stage has failed at a batch after the state of its sessions had moved: the units can't be tried again.
+
+    Raised from what it failed of; the sessions can go on with their next units.
+    """
+
+
 class MissingDependency(StageError):
     """A stage needs something that is not installed here."""
 
@@ -106,7 +113,11 @@ class Stage:
         """Free what the session holds. May be called twice."""
 
     def process(self, units: list[Unit]) -> list[Chunk]:
-        """Work on one unit each of several sessions, as one batch; returns what leaves, in order per session."""
+        """Work on one unit each of several sessions, as one batch; returns what leaves, in order per session.
+
+        What it raises costs the session whose unit it was: each unit is tried again alone, for which every session must
+        be as it was before. Raises BatchLost where that can't be.
+        """
         return []
 
     def is_idle(self, unit: Unit) -> bool:

@@ -384,3 +384,35 @@ def test_one_that_comes_while_others_run_is_in_its_first_window_at_once(coordina
     ends_after_ns = origin_ns + NS_PER_S - now_ns
     assert FIRST_WINDOW_NS <= ends_after_ns <= FIRST_WINDOW_NS + NS_PER_S + 250 * NS_PER_MS
     assert cluster.actors["io.0"].num_batches - before <= 6
+
+
+def test_a_session_at_which_a_stage_has_failed_too_often_is_reported_once_and_its_sources_end(
+    cluster: FakeCluster, tmp_path: Path
+):
+    told: list[str] = []
+    coordinator = started(cluster, tmp_path, told=told)
+    coordinator.open_sessions(sessions("a", "b"))
+    reason = "stage vision_encoder failed three times in a row: ValueError: no such picture"
+    cluster.actors["vision_encoder.0"].given_up = {SessionId("a"): reason}
+    for _ in range(3):
+        look(coordinator)
+    assert told.count(f"camera a: closed: {reason}") == 1
+    ended = [(stage, session) for _, stage, (session,) in of(cluster.calls, "end_session")]
+    assert sorted(ended) == [("camera", "a"), ("microphone", "a")]
+    (event,) = [arguments for _, stage, arguments in of(cluster.calls, "tell")]
+    assert event[:3] == ("a", "session_closed", {"reason": reason})
+
+
+def test_sessions_are_closed_downstream_and_each_has_its_own_incarnation(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    for _ in range(2):
+        coordinator.open_sessions(sessions("a"))
+        coordinator.close_session(SessionId("a"))
+        look(coordinator)
+    plans = [plan for _, _, (here,) in of(cluster.calls, "open_sessions") for plan in here]
+    assert {plan.incarnation for plan in plans} == {1, 2}
+    closed = [stage for _, stage, _ in of(cluster.calls, "close_session")]
+    assert closed.index("camera") < closed.index("speaker") < closed.index("events"), (
+        "calls to one actor keep their order"
+    )

@@ -274,8 +274,8 @@ def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClo
     house.runners["llm"].step()
     assert echo.batches == [[("door", 3)]]
     assert house.account(SOUND).dropped["late"] == 1
-    (arrival, *_) = house.bus.wait(1.0)
-    assert arrival.chunk.epoch == 2, "what was said before the last barge-in stays stale"
+    (chunk, *_) = house.arrivals(2)
+    assert chunk.epoch == 2, "what was said before the last barge-in stays stale"
 
 
 def test_it_knows_the_listener_as_the_others_do(build, clock: ManualClock):
@@ -294,7 +294,7 @@ def test_numbers_of_chunks_never_come_twice(build, clock: ManualClock):
         clock.advance(second)
         house.window("door", int(clock.now_ns // NS_PER_S) - 1)
         house.runners["llm"].step()
-        seqs += [arrival.chunk.seq for arrival in house.bus.wait(1.0) if not arrival.chunk.is_control]
+        seqs += [chunk.seq for chunk in house.arrivals(2) if not chunk.is_control]
         house.runners["llm"].close_session(DOOR)
         go_on(house, edges=(SPOKEN,), mic="drop")
     assert len(seqs) == len(set(seqs)) == 2
@@ -307,7 +307,8 @@ def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
     house.window("door", 3)
     house.take(end_of_stream(DOOR, MIC, 4 * NS_PER_S))
     runner.step()
-    (end,) = [a.chunk for a in house.bus.wait(1.0) if a.chunk.kind is Kind.END]
+    (*_, end) = house.arrivals(3)
+    assert end.kind is Kind.END
     assert end.start_ns == 4 * NS_PER_S
 
 

@@ -164,6 +164,14 @@ def test_whoever_dies_while_sessions_come_and_go_what_must_hold_does(spec: Pipel
     assert report.violations == ()
 
 
+def test_bad_units_are_failed_windows_of_their_sessions_and_cost_nobody_else_anything(spec: PipelineSpec):
+    report = run(spec, "bad-units")
+    assert report.violations == ()
+    assert report.figures.drops["failed"] > 0
+    whole = NUM_SEEDS * SCENARIOS["bad-units"].num_sessions * SCENARIOS["bad-units"].num_windows
+    assert report.figures.num_windows >= whole
+
+
 def test_where_sessions_of_one_name_are_taken_for_one_another_that_is_seen(
     spec: PipelineSpec, broken: pytest.MonkeyPatch
 ):

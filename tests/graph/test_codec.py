@@ -11,14 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graph.chunk import Chunk, Failure, Kind, SessionId, Span, Trace, watermark
+from graph.chunk import MAX_IN_TRACE, Chunk, Failure, Kind, SessionId, Span, Trace, watermark
 from graph.codec import (
     DTYPES,
     MAX_ARRAYS,
     MAX_ATTRS,
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
-    MAX_IN_TRACE,
     MAX_NAME_CHARS,
     CodecError,
     Frame,

@@ -87,7 +87,13 @@ def test_every_metric_is_exported_at_zero_as_soon_as_it_is_bound(registry: Colle
 def test_a_process_exports_nothing_that_it_has_not_bound(registry: CollectorRegistry, metrics: Metrics) -> None:
     metrics.stage("tts")
     families = {family.name for family in Exposition(registry).collect()}
-    assert families == {"omni_stage_seconds", "omni_stage_batch_units", "omni_stage_carried", "omni_units"}
+    assert families == {
+        "omni_stage_seconds",
+        "omni_stage_batch_units",
+        "omni_stage_carried",
+        "omni_stage_failures",
+        "omni_units",
+    }
 
 
 def test_created_series_are_left_out(registry: CollectorRegistry, metrics: Metrics) -> None:

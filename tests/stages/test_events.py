@@ -122,6 +122,7 @@ def test_a_window_row_names_what_is_missing():
     assert window_row({"type": "window", "index": 3, "missing": ""}) == {
         "index": 3,
         "missing": [],
+        "failed": [],
         "stages": {},
         "compute": {},
     }

@@ -50,6 +50,7 @@ class FakeActor:
         self.is_dead = self.is_stopped = False
         self.is_up = True
         self.full_at = self.faulty_at = ""
+        self.given_up: dict[SessionId, str] = {}
         self.ahead_ns = AHEAD_NS if node != "here" else 0
         self.num_batches = 0
         self.works: Any = None  # what it works on when it dies
@@ -68,7 +69,7 @@ class FakeActor:
                 return Answer(error=KeyError("a fault"))
             case "report":
                 seen = dict.fromkeys(self.sessions, SessionSnapshot(0, 0))
-                return Answer(Report(dict.fromkeys(self.stages, StageSnapshot(0, 0, seen)), self.ends))
+                return Answer(Report(dict.fromkeys(self.stages, self._snapshot(seen)), self.ends))
             case "listener":
                 return Answer(HEARD)
             case "bury" | "reconnect":
@@ -81,6 +82,9 @@ class FakeActor:
                 self.calls.append((method, arguments[0], arguments[1:]))
                 return self._opened(method, *arguments)
         return Answer()
+
+    def _snapshot(self, seen: Mapping[SessionId, SessionSnapshot]) -> StageSnapshot:
+        return StageSnapshot(0, 0, seen, given_up=self.given_up)
 
     def _opened(self, method: str, stage: str, what: Any, *_: object) -> Answer:
         if stage == self.full_at:

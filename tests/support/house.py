@@ -191,6 +191,7 @@ class House:
         max_units: int = 8,
         wait_ns: int = 0,
         late: Late = "drop",
+        ends_windows: str | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
@@ -206,7 +207,7 @@ class House:
             self.senders[edge] = self.bus.connect(rule, endpoint)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
-        self.late = late
+        self.late, self.ends_windows = late, ends_windows
         self.runners = {
             name: self._runner(name, stage, tuple(stages), Gathering(max_units, wait_ns))
             for name, stage in stages.items()
@@ -239,10 +240,18 @@ class House:
             named = {"sound": MIC, "frames": camera_stream(name)}
             streams = {named.get(port, port): self.late for port in map(_port, inputs) if port != "events"}
             peers = {edge: 0 for edge in self.edges if _ends(edge)[0] == stage}
-            self.runners[stage].open_session(SessionPlan(opened, streams, len(inputs), peers))
+            ends = not [edge for edge in peers if _port(edge) not in ("playback", "events")]
+            ends = ends if self.ends_windows is None else stage == self.ends_windows
+            plan = SessionPlan(opened, streams, len(inputs), peers, ends_windows=ends, makes=self._makes(stage, name))
+            self.runners[stage].open_session(plan)
         for runner in self.runners.values():
             runner.begin_session(opened.id, origin_ns)
         return opened
+
+    def _makes(self, stage: str, name: str) -> tuple[str, ...]:
+        named = {"sound": MIC, "frames": camera_stream(name)}
+        ports = [_port(edge) for edge in self.edges if _ends(edge)[0] == stage and _port(edge) != "playback"]
+        return tuple(named.get(port, port) for port in ports)
 
     def take(self, chunk: Chunk, edge: str = SOUND) -> None:
         """A chunk comes in on an edge, as from the bus."""
@@ -254,6 +263,15 @@ class House:
         """A whole window of sound comes in."""
         self.take(heard(SessionId(name), index, epoch))
         self.take(watermark(SessionId(name), MIC, (index + 1) * NS_PER_S))
+
+    def arrivals(self, num_chunks: int) -> list[Chunk]:
+        """So many chunks that came where no stage of this house takes them, however long they were under way."""
+        came: list[Chunk] = []
+        deadline_s = monotonic() + PATIENCE_S
+        while len(came) < num_chunks:
+            assert monotonic() < deadline_s, f"came: {came}"
+            came += [arrival.chunk for arrival in self.bus.wait(0.05)]
+        return came
 
     def turn(self) -> None:
         """As the actor's loop does."""
