@@ -204,12 +204,17 @@ class LiveCameras:
         with self._lock:
             asked, self._asked = list(self._asked), deque()
         for each in asked:
-            if each.done.set_running_or_notify_cancel():
+            if not each.done.set_running_or_notify_cancel():
+                continue
+            try:
                 if each.camera is None:
                     end_camera(each.name)
                     each.done.set_result(None)
                 else:
                     self._opening.append((each, open_camera(each.name, each.camera)))
+            except BaseException as error:  # a fault of ours, or the second Ctrl-C: nobody is left without an answer
+                each.done.set_exception(Refused(503, f"camera {each.name}: {error}"))
+                raise
         done = [(each, reply) for each, reply in self._opening if reply.is_done]
         self._opening = [(each, reply) for each, reply in self._opening if not reply.is_done]
         for each, reply in done:

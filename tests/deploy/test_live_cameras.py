@@ -42,7 +42,7 @@ class Pipeline:
     def run(self) -> None:
         while not self.is_over:
             try:
-                self.live.answer(self._open, self.ended.append)
+                self.live.answer(self._open, lambda name: self.ended.append(name))
             except Exception as error:
                 self.raised = error
                 return
@@ -244,6 +244,14 @@ def test_an_actor_that_dies_meanwhile_is_told_to_who_asked_and_costs_nobody_else
     pipeline.fails_with = None
     pipeline.live.add("yard", PATTERN)
     assert pipeline.raised is None
+
+
+def test_a_fault_of_the_pipelines_own_thread_leaves_nobody_without_an_answer(start):
+    pipeline = start()
+    pipeline.ended = None  # type: ignore[assignment]
+    with pytest.raises(Refused, match="camera door: "):
+        pipeline.live.remove("door")
+    assert pipeline.raised is not None
 
 
 def test_while_one_camera_waits_for_a_stage_another_one_is_added():
