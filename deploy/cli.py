@@ -46,10 +46,11 @@ def main() -> None:
     """Entry point of the `pipeline` command."""
     prepare_standard_files()
     leave_out_current_folder()
-    from deploy.masked_output import mask_stderr
+    from deploy.masked_output import hide_arguments, mask_stderr
     from deploy.packages import PackageCollision, check_packages
 
     mask_stderr(sys.argv[1:])
+    hide_arguments()
     try:
         check_packages()
         app()

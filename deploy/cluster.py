@@ -23,6 +23,7 @@ from deploy.actor import Actor
 from deploy.calls import ActorDied, CallError, CoordinatorError
 from deploy.children import descendants, no_descendants_left
 from deploy.interrupts import ENDING_SIGNALS
+from deploy.masked_output import environment_without_secrets
 from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
 from deploy.plan import ActorPlan, Answer, Call
 from deploy.ray_errors import ray_reason
@@ -157,7 +158,7 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
         return Cluster(folder=None, groups=[])
     cluster = Cluster(folder, groups=[], others=descendants())
     try:
-        with _as_children_shall_be(folder.parent):
+        with _as_children_shall_be(folder.parent), environment_without_secrets():
             ray.init(
                 address="local",
                 num_cpus=num_cpus_for(processes, os.cpu_count() or 1),

@@ -138,6 +138,7 @@ def _keep_secret() -> None:
             KNOWN.add_source(value)
         if variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             KNOWN.add(value.strip())
+            KNOWN.variables.add(variable)
     from huggingface_hub import get_token
 
     if token := get_token():

@@ -74,6 +74,7 @@ def _resolved(reference: str, environment: Mapping[str, str]) -> str:
         value, where = _read_secret(Path(name)), f"secret file {name}"
     elif environment.get(name):
         value, where = environment[name], f"environment variable {name}"
+        KNOWN.variables.add(name)
     else:
         raise ValueError(f"environment variable {name} is not set (or empty)")
     if "://" in value:

@@ -130,6 +130,7 @@ class KnownSecrets:
     MAX_KNOWN: Final = 8192
 
     def __init__(self) -> None:
+        self.variables: set[str] = set()  # of the environment, which hold some of them
         self._lock = Lock()
         self._known: dict[str, None] = {}
         self._pattern: re.Pattern[str] | None = None
@@ -157,14 +158,23 @@ class KnownSecrets:
 
     def hide(self, text: str) -> str:
         """The text without the secrets known so far."""
+        pattern = self._known_pattern()
+        return text if pattern is None else pattern.sub(MASK, text)
+
+    def star(self, text: bytes) -> bytes:
+        """The same, of the same length."""
+        pattern, decoded = self._known_pattern(), text.decode(errors="surrogateescape")
+        if pattern is None:
+            return text
+        starred = pattern.sub(lambda match: "*" * len(match[0].encode(errors="surrogateescape")), decoded)
+        return starred.encode(errors="surrogateescape")
+
+    def _known_pattern(self) -> re.Pattern[str] | None:
         with self._lock:
-            if not self._known:
-                return text
-            if self._pattern is None:
+            if self._known and self._pattern is None:
                 longest_first = sorted(self._known, key=len, reverse=True)
                 self._pattern = re.compile("|".join(map(re.escape, longest_first)))
-            pattern = self._pattern
-        return pattern.sub(MASK, text)
+            return self._pattern
 
 
 KNOWN: Final = KnownSecrets()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from deploy.masked_output import MaskedStream, MaskingFormatter
+from deploy.masked_output import MaskedStream, MaskingFormatter, environment_without_secrets
 from deploy.sources import check_sources
 from graph.errors import GraphError
+from graph.reference import resolve
 from graph.secret import KNOWN, hide
 from graph.spec import parse_spec
 
@@ -121,3 +124,35 @@ def test_a_masked_stream_is_the_stream_in_all_else() -> None:
     stream.writelines(["Hunter2/xyzzy\n", "c"])
     stream.flush()
     assert stream.getvalue() == "a *** b***\nc"
+
+
+def test_an_argument_with_a_password_is_starred_while_its_process_runs(tmp_path: Path) -> None:
+    source = f"door={SOURCES[5]}"  # nobody answers there for 12 s
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy", "up", "--camera", source.replace("10.0.0.7", "127.0.0.1:9")],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    arguments = Path(f"/proc/{process.pid}/cmdline")
+    try:
+        while b"****" not in arguments.read_bytes():
+            assert process.poll() is None, "it ended first"
+            time.sleep(0.05)
+        written = arguments.read_bytes()
+    finally:
+        process.kill()
+        process.wait()
+    assert_masked(written.decode())
+    assert b"door=rtsp://" in written
+    assert b"@127.0.0.1:9/live" in written
+
+
+def test_what_is_started_inherits_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOOR_PASSWORD", "Hunter2/xyzzy")
+    resolve("rtsp://me:${env:DOOR_PASSWORD}@10.0.0.7/${env:HOME}", os.environ)
+    with environment_without_secrets():
+        inherited = subprocess.run(["env"], capture_output=True, text=True, check=True).stdout
+    assert_masked(inherited)
+    assert "HOME=" in inherited
+    assert os.environ["DOOR_PASSWORD"] == "Hunter2/xyzzy"
