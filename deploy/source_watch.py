@@ -35,7 +35,7 @@ class SourceWatch:
             self._tell(f"camera {session}: delivers again")
 
     @property
-    def untold(self) -> Mapping[SessionId, str]:
+    def unreported(self) -> Mapping[SessionId, str]:
         """The sessions that never had a picture or a sound, of which nothing was told yet, and why."""
         silent = {name: report.problem for name, report in self._latest.items() if not report.has_delivered}
         return {name: problem for name, problem in silent.items() if name not in self._lost}

@@ -176,7 +176,7 @@ class _Run:
                 ledger = coordinator.end(self._ending)  # also of a run that breaks
                 self._write_ledger(ledger)
             self._tell("stopping")
-        for session, problem in self._sources.untold.items():
+        for session, problem in self._sources.unreported.items():
             self._tell(f"camera {session}: {problem or 'gave neither picture nor sound'}")
         in_vain = self._sources.is_all_silent and not self._interrupts.count
         return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out)

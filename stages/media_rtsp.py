@@ -123,10 +123,10 @@ def _refusal_of_login(order: Order) -> MediaError | None:
     """Says so where the camera wants a kind of login that libav does not know."""
     if _scheme(order) != "rtsp":
         return None
-    wanted = list(read_challenges(*_address(order)))
-    if not wanted or {"Basic", "Digest MD5"} & set(wanted):
+    kinds = list(read_challenges(*_address(order)))
+    if not kinds or {"Basic", "Digest MD5"} & set(kinds):
         return None
-    names = " or ".join(dict.fromkeys(wanted))
+    names = " or ".join(dict.fromkeys(kinds))
     return MediaError("refused", f"wants a login by {names}, which is not done here: let it take Digest MD5 or Basic")
 
 

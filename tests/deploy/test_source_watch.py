@@ -11,7 +11,7 @@ DOOR, YARD = SessionId("door"), SessionId("yard")
 UP = SourceReport(has_delivered=True, is_up=True)
 
 
-class Told:
+class Console:
     """A watch with what it has told."""
 
     def __init__(self) -> None:
@@ -25,13 +25,13 @@ class Told:
 
 
 def test_a_loss_is_told_when_it_happens_and_once_until_it_is_over():
-    told = Told()
-    told.see(door=UP)
+    console = Console()
+    console.see(door=UP)
     for num_lost in (1, 1, 2, 3):
-        told.see(door=SourceReport(has_delivered=True, num_lost=num_lost, problem="rtsp://door broke off"))
-    told.see(door=SourceReport(has_delivered=True, is_up=True, num_lost=3))
-    told.see(door=SourceReport(has_delivered=True, num_lost=4, problem="rtsp://door is gone"))
-    assert told.lines == [
+        console.see(door=SourceReport(has_delivered=True, num_lost=num_lost, problem="rtsp://door broke off"))
+    console.see(door=SourceReport(has_delivered=True, is_up=True, num_lost=3))
+    console.see(door=SourceReport(has_delivered=True, num_lost=4, problem="rtsp://door is gone"))
+    assert console.lines == [
         "camera door: lost: rtsp://door broke off",
         "camera door: delivers again",
         "camera door: lost: rtsp://door is gone",
@@ -39,19 +39,19 @@ def test_a_loss_is_told_when_it_happens_and_once_until_it_is_over():
 
 
 def test_a_run_in_which_nothing_ever_came_is_in_vain():
-    told = Told()
-    told.see(door=SourceReport(problem="gave neither picture nor sound"), yard=SourceReport())
-    assert told.watch.is_all_silent
-    assert told.watch.untold == {DOOR: "gave neither picture nor sound", YARD: ""}
+    console = Console()
+    console.see(door=SourceReport(problem="gave neither picture nor sound"), yard=SourceReport())
+    assert console.watch.is_all_silent
+    assert console.watch.unreported == {DOOR: "gave neither picture nor sound", YARD: ""}
 
 
 def test_one_source_that_gave_something_is_a_run():
-    told = Told()
-    told.see(door=SourceReport(), yard=UP)
-    told.see(door=SourceReport(num_lost=1, problem="junk/ has no image"))
-    assert not told.watch.is_all_silent
-    assert told.lines == ["camera door: lost: junk/ has no image"]
-    assert told.watch.untold == {}, "its loss was told"
+    console = Console()
+    console.see(door=SourceReport(), yard=UP)
+    console.see(door=SourceReport(num_lost=1, problem="junk/ has no image"))
+    assert not console.watch.is_all_silent
+    assert console.lines == ["camera door: lost: junk/ has no image"]
+    assert console.watch.unreported == {}, "its loss was told"
 
 
 def test_a_run_without_a_source_is_not_in_vain():

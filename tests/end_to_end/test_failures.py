@@ -64,6 +64,18 @@ def test_a_camera_that_dies_is_an_event_and_no_error(with_a_dead_decoder: Run) -
     assert "SIGKILL" in lost["message"]
 
 
+def test_a_run_of_which_the_only_camera_gave_nothing_is_in_vain(fresh: Place) -> None:
+    photographs = fresh.folder / "photographs"
+    photographs.mkdir()
+    for number in range(2):
+        (photographs / f"{number}.png").write_bytes(os.urandom(5000))
+    run = fresh.up("--camera", f"door={photographs}")
+    assert run.returncode == 1, run.stderr
+    (line,) = [line for line in run.stderr.splitlines() if "camera door" in line]
+    assert str(photographs) in line
+    assert fresh.leftovers() == []
+
+
 def test_a_dead_camera_costs_its_own_windows(with_a_dead_decoder: Run) -> None:
     windows = with_a_dead_decoder.windows("door")
     assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))

@@ -251,7 +251,7 @@ def test_a_camera_that_refuses_is_told_with_the_way_out(mode, message):
     assert "canary" not in last.message and "user" not in last.message.replace("user name", "")
 
 
-class Asked:
+class LoginDesk:
     """A camera which is asked for its kinds of login: one answer, and what it was asked."""
 
     def __init__(self, answer: bytes) -> None:
@@ -290,10 +290,10 @@ class Asked:
     ],
 )
 def test_what_kinds_of_login_a_camera_takes_is_asked_without_one(answer, kinds):
-    asked = Asked(answer)
-    assert asked.challenges() == kinds
-    assert asked.heard.startswith(f"DESCRIBE rtsp://127.0.0.1:{asked.port}/ RTSP/1.0\r\n".encode())
-    assert b"Authorization" not in asked.heard
+    counter = LoginDesk(answer)
+    assert counter.challenges() == kinds
+    assert counter.heard.startswith(f"DESCRIBE rtsp://127.0.0.1:{counter.port}/ RTSP/1.0\r\n".encode())
+    assert b"Authorization" not in counter.heard
 
 
 def test_a_camera_that_can_not_be_asked_offers_nothing():
