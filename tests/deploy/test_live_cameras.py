@@ -131,6 +131,22 @@ def test_what_credentials_a_source_holds_is_not_told(start):
         assert "secret" not in str(error)
 
 
+def test_a_source_is_shown_as_it_was_written_where_it_was_resolved(start):
+    written = "rtsp://me:${env:PW}@127.0.0.1:9/${env:KEY}/live"
+    source = "rtsp://me:Hunter2@127.0.0.1:9/xyzzy/live"
+    pipeline = start()
+    added = pipeline.live.add("yard", {"source": source, "masked_source": written})
+    assert added.source == written
+    assert "xyzzy" not in "".join(added.warnings)
+    assert pipeline.opened["yard"].source.reveal() == source
+
+
+@pytest.mark.parametrize("template", [7, None, "two\nlines", "rtsp://me:Hunter2@127.0.0.1:9/live"])
+def test_what_is_to_be_shown_in_its_place_holds_no_password_either(start, template: object):
+    wanted = {"source": "rtsp://me:Hunter2@127.0.0.1:9/live", "masked_source": template}
+    assert start().live.add("yard", wanted).source == "rtsp://***@127.0.0.1:9/live"
+
+
 def test_a_live_camera_that_does_not_answer_is_told_and_looked_for(start):
     pipeline = start()
     added = pipeline.live.add("yard", {"source": "rtsp://127.0.0.1:9/live"})
