@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,12 @@ from graph.errors import GraphError
 from graph.secret import mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.media import Ended, Failed, MediaError, MediaReader, MediaRequest, Warned, check_source
-from stages.media_wire import LIVE_KINDS
+from stages.media import Ended, Failed, MediaError, MediaItem, MediaReader, MediaRequest, Progress, Warned, check_source
+from stages.media_wire import FOREVER_NS, LIVE_KINDS
 
 PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
 PROBE_AGAIN_S = 1.0  # between two tries where `up` waits for cameras
+PROBE_DECODE_S = 5.0  # for the first picture or sound of a file; a large one on a busy machine takes longer
 PROBE_LOOK_S = 0.2  # between two looks whether that is enough
 MAX_LIVE_AT_ONCE = 64
 MAX_FILES_AT_ONCE = 8  # a decoder takes a core 0.2 s to start, and a file that waits for one is not broken
@@ -96,17 +98,33 @@ def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], boo
             masked=camera.source.masked,
         )
         with MediaReader(request) as reader:
-            while not is_over():
-                item = reader.read(PROBE_LOOK_S)
-                if isinstance(item, Failed):
-                    return item.message, reader.is_live
-                if isinstance(item, Ended):
-                    return "holds neither picture nor sound", False
-                if item is not None and not isinstance(item, Warned):
-                    return "", reader.is_live
-            return f"gave nothing within {PROBE_S:g} s", reader.is_live
+            return _look(reader, is_over)
     except MediaError as error:
         return str(error), error.kind != "blocked" and _is_live(camera)
+
+
+def _look(reader: MediaReader, is_over: Callable[[], bool]) -> Probed:
+    """Why nothing comes of a source, or "". Of a file something must come; a live one is left at that it opens."""
+    opened: Progress | None = None
+    patience_s = math.inf
+    while not is_over():
+        item = reader.read(PROBE_LOOK_S)
+        if isinstance(item, Failed):
+            return item.message, reader.is_live
+        if isinstance(item, Ended) and opened is None:
+            return "holds neither picture nor sound", False
+        if isinstance(item, Progress) and opened is None and not reader.is_live:
+            opened, patience_s = item, time.monotonic() + PROBE_DECODE_S
+        elif _gives(item, opened) or time.monotonic() >= patience_s:
+            return "", reader.is_live
+    return ("" if opened else f"gave nothing within {PROBE_S:g} s"), reader.is_live
+
+
+def _gives(item: MediaItem | None, opened: Progress | None) -> bool:
+    """Whether a source that has opened so gives something, or has come to its end without a fault."""
+    if isinstance(item, Progress) and opened is not None:  # FOREVER_NS: a track has ended
+        return opened.video_ns < item.video_ns < FOREVER_NS or opened.audio_ns < item.audio_ns < FOREVER_NS
+    return item is not None and not isinstance(item, Warned)
 
 
 def probe_all(

@@ -14,6 +14,7 @@ from deploy.sources import MAX_FILES_AT_ONCE, Probed, SourceError, check_cameras
 from graph.secret import Secret
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
+from tests.support.media import Clip, damaged, times
 
 SILENT = ("gave nothing", True)
 PATIENCE_S = 60.0
@@ -179,3 +180,12 @@ def test_pictures_of_which_none_can_be_read_are_told_before_anything_starts(tmp_
         False,
     )
     assert probe(None, single, lambda: False) == (f"{tmp_path}/a.jpg is no picture", False)
+
+
+def test_a_film_of_which_nothing_can_be_decoded_is_told_before_anything_starts(tmp_path: Path):
+    whole = Clip(tmp_path / "whole.mp4").video(times(3)).write()
+    assert probe(None, CameraSpec(source=Secret(str(whole))), lambda: False) == ("", False)
+    noise = damaged(whole, tmp_path / "noise.mp4", lambda kind, number: True)
+    why, is_live = probe(None, CameraSpec(source=Secret(str(noise))), lambda: False)
+    assert "of which nothing can be decoded" in why or "holds nothing which could be decoded" in why
+    assert not is_live
