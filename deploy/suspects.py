@@ -38,10 +38,8 @@ class WorkNote:
         names = "\n".join(sessions).encode()[: NOTE_BYTES - LENGTH_BYTES]
         self._bytes[LENGTH_BYTES : LENGTH_BYTES + len(names)] = names
         self._bytes[:LENGTH_BYTES] = len(names).to_bytes(LENGTH_BYTES, "little")
-        try:
-            yield
-        finally:
-            self._bytes[:LENGTH_BYTES] = bytes(LENGTH_BYTES)
+        yield
+        self._bytes[:LENGTH_BYTES] = bytes(LENGTH_BYTES)  # not where an error has passed that ends the process
 
 
 def note_path(directory: Path, peer: str) -> Path:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from deploy.runner import SessionPlan
 from deploy.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
 from graph.chunk import SessionId
@@ -15,6 +17,8 @@ from tests.support.units import session
 DIES = """
 import os, signal, sys
 from pathlib import Path
+
+import pytest
 from deploy.suspects import WorkNote
 with WorkNote(Path(sys.argv[1])).of(["door", "ya rd"]):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -32,6 +36,16 @@ def test_what_is_done_is_no_ones_fault(tmp_path: Path) -> None:
     note = WorkNote(tmp_path / "note")
     with note.of([A, B]):
         assert read_note(tmp_path / "note") == {A, B}
+    assert read_note(tmp_path / "note") == frozenset()
+
+
+def test_an_error_that_ends_the_process_is_like_a_death(tmp_path: Path) -> None:
+    note = WorkNote(tmp_path / "note")
+    with pytest.raises(MemoryError), note.of([A]):
+        raise MemoryError
+    assert read_note(tmp_path / "note") == {A}
+    with note.of([B]):
+        pass
     assert read_note(tmp_path / "note") == frozenset()
 
 
