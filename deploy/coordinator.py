@@ -18,6 +18,7 @@ from typing import Any
 from deploy.accounts import Accounts
 from deploy.calls import CoordinatorError, Lines, NowS, Procedures, Reply
 from deploy.deadline import Deadline
+from deploy.ending import last_ledger, ledger_of, take_reports
 from deploy.fleet import Cluster, Fleet, Living
 from deploy.opening import Openings
 from deploy.placement import Process, processes_of
@@ -25,7 +26,7 @@ from deploy.plan import ActorPlan, Address
 from deploy.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
 from deploy.routing import SOURCES
 from deploy.runner import StageSnapshot
-from deploy.sessions import Placement, SessionTable
+from deploy.sessions import SessionTable
 from deploy.wiring import Wiring
 from graph.chunk import NS_PER_S, SessionId
 from graph.ledger import Account
@@ -35,7 +36,6 @@ from stages.stage import Session
 LOOK_S = 0.2  # a poll takes at most so long, whoever does not answer
 OPEN_TIMEOUT_S = 10.0  # for a camera that comes while others run: somebody waits for the answer
 ENDS_S = 10.0  # to end an orderly run, in which nobody is in a batch any more
-LAST_REPORT_S = 1.5  # to close what is open and say the last word; whoever takes longer hangs
 STOP_S = 1.0
 
 
@@ -134,17 +134,9 @@ class Coordinator:
 
         deadline: until when; whoever has not answered by then has died for it. What he reported last stands.
         """
-        deadline = deadline or Deadline(ENDS_S, self._now_s)
-        living = self._tools.fleet.living
         for session in self.sessions:
             self.close_session(session)
-        self._give_up([each for each in living.values() if each.line.silent_s > LAST_REPORT_S])  # they had their time
-        self._ask_for_last_reports(deadline)
-        silent = [each for each in living.values() if each.asked is not None or each.line.error is not None]
-        if silent:
-            self._give_up(silent)
-            self._ask_for_last_reports(deadline)
-        return self.ledger()
+        return last_ledger(self._tools, deadline or Deadline(ENDS_S, self._now_s))
 
     def stop(self, deadline: Deadline | None = None) -> None:
         """Stop every actor; one that is gone already, or does not answer, is no error."""
@@ -199,7 +191,7 @@ class Coordinator:
             if all(report.is_done for report in reports) or deadline.is_over:
                 break
         self._end_given_up()
-        for placement in [placement for placement in self._table.placements.values() if self._has_ended(placement)]:
+        for placement in [each for each in self._table.placements.values() if self._tools.fleet.has_ended(each)]:
             del self._table.placements[placement.session.id]
         return dict(self._tools.fleet.snapshots)
 
@@ -210,14 +202,14 @@ class Coordinator:
 
     def ledger(self) -> dict[str, Account]:
         """The account of every edge, both ends and all replicas put together, as reported last."""
-        return self._tools.accounts.of(edge.id for edge in self._spec.edges)
+        return ledger_of(self._tools)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _look(self, timeout_s: float) -> None:
         """Take what has come, see who has died, and go on with what is under way."""
         self._tools.lines.look(timeout_s)
-        self._take_reports()
+        take_reports(self._tools)
         for living in [living for living in self._tools.fleet.living.values() if living.line.error is not None]:
             self._restarts.lost(living, living.line.error or CoordinatorError(""))
         self._restarts.look()
@@ -226,10 +218,6 @@ class Coordinator:
         paced = all(placement.session.paced for placement in self._table.placements.values())
         for living in self._tools.fleet.living.values():
             living.line.limit_s = STALL_S if paced else START_TIMEOUT_S
-
-    def _take_reports(self) -> None:
-        for peer, ends in self._tools.fleet.take_reports().items():
-            self._tools.accounts.told(peer, ends)
 
     def _end_given_up(self) -> None:
         """Where a stage has failed at a session too often, its sources end; what is under way is gone through."""
@@ -244,41 +232,6 @@ class Coordinator:
                     self._tools.tell(f"camera {placement.session.camera}: closed: {reason}")
                     self._restarts.announce(placement, "session_closed", {"reason": reason})
                     self.end_session(session)
-
-    def _has_ended(self, placement: Placement) -> bool:
-        """Has everybody reported, of a time when it was open, that it is not any more?"""
-        fleet, session = self._tools.fleet, placement.session.id
-        if not placement.is_open:
-            return False
-        replicas = [fleet.replica(stage, n) for stage, n in placement.replicas.items() if stage not in placement.absent]
-        there = [living for living in replicas if living is not None]
-        for living in there:
-            stages = fleet.snapshots.get(living.process.name, {})
-            if living.reported_at <= placement.since or any(session in stage.sessions for stage in stages.values()):
-                return False
-        return bool(there)
-
-    def _give_up(self, silent: Sequence[Living]) -> None:
-        """At the end: actors that do not answer are dead, and those who sent to them count it so."""
-        fleet, accounts = self._tools.fleet, self._tools.accounts
-        for living in silent:
-            fleet.remove(living)
-            accounts.died(living.peer, ())
-            living.line.fail(CoordinatorError(f"{living.process.name} did not answer at the end"))
-        for other in fleet.living.values():
-            for living in silent:
-                if ends := [end[:2] for end in self._tools.wiring.between(other.process, living.process)]:
-                    other.line.post("bury", ends)
-                    accounts.died(living.peer, [other.peer])
-
-    def _ask_for_last_reports(self, deadline: Deadline) -> None:
-        """Reports that were asked for from now on; who gives none in time stays asked."""
-        deadline = deadline.share(LAST_REPORT_S)
-        for _ in range(2):  # one that is under way already does not know the last of it
-            reports = self._tools.fleet.ask_for_reports()
-            while not (all(report.is_done for report in reports) or deadline.is_over):
-                self._tools.lines.look(deadline.left_s)
-            self._take_reports()
 
     def _wait_for(
         self, replies: Mapping[str, Reply[Any]], is_there: Callable[[str], None] = lambda name: None

@@ -12,6 +12,7 @@ from deploy.clock import NodeClocks
 from deploy.placement import Process
 from deploy.plan import ActorPlan, Address, Report
 from deploy.runner import StageSnapshot
+from deploy.sessions import Placement
 
 
 class Cluster(Transport, Protocol):
@@ -120,3 +121,16 @@ class Fleet:
                     living.line.fail(CoordinatorError(str(living.asked.error)))
                 living.asked = None
         return ends
+
+    def has_ended(self, placement: Placement) -> bool:
+        """Has everybody reported, of a time when the session was open, that it is not any more?"""
+        if not placement.is_open:
+            return False
+        replicas = [self.replica(stage, n) for stage, n in placement.replicas.items() if stage not in placement.absent]
+        there = [living for living in replicas if living is not None]
+        return bool(there) and all(self._has_left(placement, living) for living in there)
+
+    def _has_left(self, placement: Placement, living: Living) -> bool:
+        stages = self.snapshots.get(living.process.name, {})
+        is_there = any(placement.session.id in stage.sessions for stage in stages.values())
+        return living.reported_at > placement.since and not is_there
