@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent  # where our packages lie
+from deploy.search_path import ROOT, is_current_folder
+
 # Of the variables that steer an interpreter these change no result.
 KEPT = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE")
 
@@ -40,20 +41,8 @@ def environment_for_children(of: Mapping[str, str]) -> dict[str, str]:
 def _search_path(theirs: str) -> str:
     """An empty or relative entry means the current folder, whichever that is then."""
     ours = [str(ROOT), sysconfig.get_path("purelib")]
-    added = [entry for entry in theirs.split(os.pathsep) if Path(entry).is_absolute() and not _is_current(entry)]
+    added = [entry for entry in theirs.split(os.pathsep) if Path(entry).is_absolute() and not is_current_folder(entry)]
     return os.pathsep.join(dict.fromkeys([*ours, *added]))
-
-
-def leave_out_current_folder() -> None:
-    """What is imported from now on is not taken from the user's folder (`python -m`, an empty entry in PYTHONPATH)."""
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() == ROOT or (entry and not _is_current(entry))]
-
-
-def _is_current(entry: str) -> bool:
-    try:
-        return Path(entry).samefile(".")
-    except OSError:  # one of them is not there: nothing is imported from it
-        return False
 
 
 def descendants() -> frozenset[psutil.Process]:

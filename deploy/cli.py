@@ -7,13 +7,16 @@ Rule: nothing heavy is imported at the top; `--help` answers at once.
 
 from __future__ import annotations
 
+# First: whatever comes next is not taken from the user's folder.
+import deploy.search_path  # noqa: F401
+
+# isort: split
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deploy.children import leave_out_current_folder
 from deploy.cli_common import (
     EXIT_DEPENDENCY,
     EXIT_VIOLATED,
@@ -45,7 +48,6 @@ app.add_typer(nano, name="nano")
 def main() -> None:
     """Entry point of the `pipeline` command."""
     prepare_standard_files()
-    leave_out_current_folder()
     from deploy.masked_output import hide_arguments, mask_stderr
     from deploy.packages import PackageCollision, check_packages
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.children import ROOT, descendants, environment_for_children, no_descendants_left, python
+from deploy.children import descendants, environment_for_children, no_descendants_left, python
+from deploy.search_path import ROOT
 
 THEIRS = ("deploy", "graph", "stages", "model_shards", "ray", "numpy", "torch", "av", "psutil", "sitecustomize")
 SLEEP = "import time; time.sleep(1000)"

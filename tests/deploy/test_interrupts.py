@@ -4,8 +4,10 @@ import signal
 import time
 
 import pytest
+from typer import Exit
 
-from deploy.interrupts import Interrupts
+from deploy.cli_common import clear_errors
+from deploy.interrupts import Interrupted, Interrupts
 
 PRESS_CTRL_C = compile("signal.raise_signal(signal.SIGINT)", "<frozen importlib._bootstrap>", "exec")
 
@@ -41,3 +43,34 @@ def test_who_has_taken_the_signals_since_loses_them_again():
         interrupts.listen()
         signal.raise_signal(signal.SIGTERM)
         assert interrupts.count == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_all_that_ends_a_run_asks_for_the_same_end(number: signal.Signals):
+    with Interrupts() as interrupts:
+        interrupts.graceful = True
+        signal.raise_signal(number)
+        assert interrupts.count == 1
+        with pytest.raises(Interrupted) as second:
+            signal.raise_signal(signal.SIGINT)
+    assert second.value.number == number, "the first one says how it ended"
+    assert interrupts.is_ctrl_c == (number == signal.SIGINT)
+
+
+def test_under_nohup_the_terminal_may_go():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupts() as interrupts:
+        interrupts.listen()
+        signal.raise_signal(signal.SIGHUP)
+        interrupts.ignore()
+    assert interrupts.count == 0
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)], ids=lambda value: str(value)
+)
+def test_a_start_that_is_stopped_is_no_mistake_and_one_that_is_interrupted_is_told(number: signal.Signals, code: int):
+    with pytest.raises(Exit) as end, clear_errors(), Interrupts():
+        signal.raise_signal(number)
+    assert end.value.exit_code == code

@@ -1,0 +1,127 @@
+"""deploy/cli.py and its kin as a process: odd arguments, odd folders, odd outputs, and never a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PIPELINE = Path(sys.executable).parent / "pipeline"
+DESCRIPTION = """
+version: 1
+model: tiny
+cameras:
+  yard:
+    source: 门.mp4
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "t").mkdir()
+    (tmp_path / "project" / "pipeline.yaml").write_text(DESCRIPTION, encoding="utf-8")
+    return tmp_path / "project"
+
+
+def pipeline(project: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    result = subprocess.run(
+        [PIPELINE, *arguments],
+        cwd=project,
+        env=os.environ | {"TMPDIR": str(project.parent / "t")} | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+def test_names_that_the_terminal_lacks_are_printed_all_the_same(project: Path, encoding: str):
+    result = pipeline(project, "validate", PYTHONIOENCODING=encoding)
+    assert result.returncode == 0
+    assert "?.mp4" in result.stdout
+
+
+def test_a_mistake_is_told_in_an_encoding_that_lacks_its_letters(project: Path):
+    result = pipeline(project, "up", "--camera", "门=x", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr.startswith("pipeline: ")) == (2, True)
+
+
+NOTHING_RUNS = "pipeline: no pipeline of this folder is running; `pipeline up -d` starts one\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ps"], ["ps", "--json"], ["down"], ["camera", "remove", "yard"], ["camera", "add", "a=test://pattern"]],
+    ids=" ".join,
+)
+def test_what_needs_a_pipeline_that_runs_says_that_there_is_none(project: Path, arguments: list[str]):
+    result = pipeline(project, *arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", NOTHING_RUNS)
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "*", "[", "llm.0\n", "", "x" * 5000])
+def test_logs_of_what_is_no_process_are_refused_in_one_line(project: Path, name: str):
+    result = pipeline(project, "logs", name)
+    assert (result.returncode, result.stderr) == (1, "pipeline: no logs here; `pipeline up` makes them\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["logs", "--tail", "-1"], ["logs", "--tail", "x"], ["down", "--timeout", "-1"], ["down", "--timeout", "x"]],
+    ids=" ".join,
+)
+def test_numbers_that_are_none_are_a_wrong_command(project: Path, arguments: list[str]):
+    result = pipeline(project, *arguments)
+    assert result.returncode == 2
+    assert "Invalid value" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--for=0s", "--for=-1s", "--for=", "--listener=paused", "--barge-in=never", "-f."])
+def test_values_of_up_that_mean_nothing_are_told_in_one_line(project: Path, option: str):
+    result = pipeline(project, "up", option)
+    assert result.returncode == 2
+    assert [line[:10] for line in result.stderr.splitlines()] == ["pipeline: "]
+
+
+def test_a_folder_that_has_gone_is_told(project: Path):
+    script = f'rmdir "$PWD" && exec "{PIPELINE}" ps'
+    (project / "gone").mkdir()
+    result = subprocess.run(["sh", "-c", script], cwd=project / "gone", capture_output=True, text=True)
+    assert result.returncode == 1
+    assert [line[:10] for line in result.stderr.splitlines()] == ["pipeline: "]
+
+
+def test_a_reader_that_has_read_enough_is_no_news(project: Path):
+    script = f'"{PIPELINE}" validate | head -1'
+    result = subprocess.run(["sh", "-c", script], cwd=project, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_a_full_disk_behind_stdout_is_told(project: Path):
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([PIPELINE, "validate"], cwd=project, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "pipeline: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_files_are_no_mistake(project: Path, closed: str):
+    result = subprocess.run(["sh", "-c", f'exec "{PIPELINE}" validate {closed}'], cwd=project, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_temporary_folder_that_can_hold_no_socket_gives_way(project: Path):
+    long = project.parent / ("x" * 100)
+    long.mkdir()
+    assert pipeline(project, "ps", TMPDIR=str(long)).stderr == NOTHING_RUNS
+
+
+def test_nothing_is_imported_from_the_users_folder(project: Path):
+    """With an empty entry in PYTHONPATH, as `PYTHONPATH=$PYTHONPATH:/opt/site` leaves it."""
+    for name in ("typer", "psutil", "ruamel", "pydantic", "numpy", "graph", "stages"):
+        (project / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    assert pipeline(project, "ps", PYTHONPATH=":/opt/site").stderr == NOTHING_RUNS
+    assert pipeline(project, "validate", PYTHONPATH=":/opt/site").returncode == 0
