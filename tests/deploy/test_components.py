@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graph.chunk import NS_PER_S
+from graph.chunk import NS_PER_S, SessionId
 from graph.credit import Limit
 from stages.camera import Camera
 from stages.events import Events
@@ -16,6 +16,7 @@ from stages.microphone import Microphone
 from stages.speaker import Speaker
 from stages.stage import ListenerAction
 from tests.support.house import House
+from tests.support.media import Clip, times
 from tests.support.media_script import FakeMedia, FakeReader, source
 from tests.support.tiny import Tiny
 
@@ -39,7 +40,10 @@ SECONDS = 20
 
 def run(tiny: Tiny, out: Path, *readers: FakeReader, limit: int = 8, **fields: object) -> House:
     """One session per reader, to their ends."""
-    feeds = Feeds(FakeMedia(*readers))
+    return run_feeds(tiny, out, Feeds(FakeMedia(*readers)), len(readers), limit, **fields)
+
+
+def run_feeds(tiny: Tiny, out: Path, feeds: Feeds, num_sessions: int, limit: int, **fields: object) -> House:
     stages = {
         "camera": Camera(feeds),
         "microphone": Microphone(feeds),
@@ -52,7 +56,7 @@ def run(tiny: Tiny, out: Path, *readers: FakeReader, limit: int = 8, **fields: o
         "events": Events(),
     }
     with House(stages, EDGES, limit=Limit(limit)) as house:
-        for index in range(len(readers)):
+        for index in range(num_sessions):
             house.open(f"cam{index}", out=out, **fields)
         house.run()
     return house
@@ -110,6 +114,18 @@ def test_another_run_says_the_same_whatever_the_credit(tiny: Tiny, plain: tuple[
         heard, before = (speech(out, name).astype(int) for out in (tmp_path, plain[1]))
         assert len(heard) == len(before)
         assert np.abs(heard - before).max() <= 2
+
+
+def test_a_file_whose_sound_comes_late_ends_by_itself_with_a_window_per_second(tiny: Tiny, tmp_path: Path):
+    # Given: more seconds without sound than there is credit for pictures.
+    clip = Clip(tmp_path / "late.mkv").video(times(26, 5)).sound(4, start_s=22).write()
+    house = run_feeds(tiny, tmp_path, Feeds(), 1, limit=8, source=str(clip))
+    rows = windows(tmp_path, "cam0")
+    assert [row["missing"] for row in rows] == [["audio"]] * 22 + [[]] * 4
+    assert {house.account(edge).in_flight for edge in EDGES} == {0}
+    # Then: how the source did is in the report of its stage also when its session is over.
+    report = house.runners["camera"].snapshot().sources[SessionId("cam0")]
+    assert (report.has_delivered, report.problem) == (True, "")
 
 
 def test_a_barge_in_ends_the_speech_at_once(tiny: Tiny, plain: tuple[House, Path], tmp_path: Path):

@@ -15,7 +15,8 @@ DOOR = SessionId("door")
 
 def session(name: str = "door", **fields: object) -> Session:
     """A session in virtual time with nothing to write to, unless told otherwise."""
-    return Session(SessionId(name), name, f"test://pattern?name={name}", **({"paced": False} | fields))
+    usual = {"source": f"test://pattern?name={name}", "paced": False}
+    return Session(SessionId(name), name, **(usual | fields))
 
 
 def unit(name: str, index: int, *chunks: Chunk) -> Unit:
