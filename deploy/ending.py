@@ -14,13 +14,14 @@ from deploy.fleet import Living
 from deploy.restarts import Tools
 from graph.ledger import Account
 
-LAST_REPORT_S = 1.5  # to close what is open and say the last word; whoever takes longer hangs
+HANGS_S = 3.0  # who has not answered for so long when it ends is not asked any more
 
 
 def last_ledger(tools: Tools, deadline: Deadline) -> dict[str, Account]:
-    """Once all sessions were closed. Takes as long as actors take to answer, and twice LAST_REPORT_S at most."""
+    """Once all sessions were closed. Takes as long as actors take to answer, and most of the time that is left at most:
+    on a busy machine that is long, and who is killed in it leaves files that are not whole."""
     living = tools.fleet.living
-    _give_up(tools, [each for each in living.values() if each.line.silent_s > LAST_REPORT_S])  # they had their time
+    _give_up(tools, [each for each in living.values() if each.line.silent_s > HANGS_S])
     _ask_for_last_reports(tools, deadline)
     silent = [each for each in living.values() if each.asked is not None or each.line.error is not None]
     if silent:
@@ -54,7 +55,7 @@ def _give_up(tools: Tools, silent: Sequence[Living]) -> None:
 
 def _ask_for_last_reports(tools: Tools, deadline: Deadline) -> None:
     """Reports that were asked for from now on; who gives none in time stays asked."""
-    deadline = deadline.share(LAST_REPORT_S)
+    deadline = deadline.share(deadline.left_s / 2)
     for _ in range(2):  # one that is under way already does not know the last of it
         reports = tools.fleet.ask_for_reports()
         while not (all(report.is_done for report in reports) or deadline.is_over):

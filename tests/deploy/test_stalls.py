@@ -1,6 +1,6 @@
 """deploy/coordinator.py: actors that hang, restarts that take long, data that kill: who pays, and that nobody waits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from deploy.suspects import NUM_ALONE, WorkNote, note_path
 from graph.chunk import SessionId
 from graph.ledger import Account
 from stages.stage import StageError
-from tests.support.actors import FakeActor, FakeCluster, of, replicas_at, sessions, started
+from tests.support.actors import Batch, FakeActor, FakeCluster, of, replicas_at, sessions, started
 
 
 @pytest.fixture
@@ -360,6 +360,23 @@ def test_the_end_has_an_end_whatever_hangs_and_its_ledger_is_exact(coordinator: 
     assert (ledger[edge].accepted, ledger[edge].delivered, dict(ledger[edge].dropped)["crash"]) == (5, 3, 2)
     assert all(account.in_flight == 0 for account in ledger.values())
     assert {actor for actor in cluster.actors.values() if actor not in cluster.killed} == set()
+
+
+def test_who_is_slow_at_the_end_is_waited_for_while_there_is_time(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a"))
+    coordinator.poll()
+    slow, finished = cluster.actors["io.0"], cluster.finished
+    slow.is_stopped = True
+
+    def after_a_while(references: Sequence[Batch], timeout_s: float) -> Sequence[Batch]:
+        slow.is_stopped = cluster.clock.now_s < began_s + 2.0
+        return finished(references, min(timeout_s, 0.1))
+
+    cluster.finished = after_a_while  # type: ignore[method-assign]
+    began_s = cluster.clock.now_s
+    coordinator.end(Deadline(10.0, cluster.clock))
+    assert cluster.killed == []
+    assert slow.sessions == set()
 
 
 def test_an_end_for_which_no_time_is_left_still_has_what_was_reported(coordinator: Coordinator, cluster: FakeCluster):
