@@ -27,6 +27,7 @@ from deploy.masked_output import environment_without_secrets
 from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
 from deploy.plan import ActorPlan, Answer, Call
 from deploy.ray_errors import ray_reason
+from graph.secret import mask_urls
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
 PLACEMENT_TIMEOUT_S = 60.0
@@ -154,7 +155,9 @@ def connect(processes: Iterable[Process], address: str | None, folder: Path) -> 
             with _as_children_shall_be(folder.parent):
                 ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises what it likes, also none but `Exception`
-            raise PlacementError(f"no Ray cluster can be joined at {address}: {ray_reason(error)}") from error
+            raise PlacementError(
+                f"no Ray cluster can be joined at {mask_urls(address)}: {ray_reason(error)}"
+            ) from error
         return Cluster(folder=None, groups=[])
     cluster = Cluster(folder, groups=[], others=descendants())
     try:

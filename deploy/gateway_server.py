@@ -88,6 +88,7 @@ class GatewayServer:
             uvicorn.Config(
                 app,
                 log_config=None,  # logging belongs to the program, not to its server
+                log_level="error",  # what strangers send is no news to the user
                 access_log=False,
                 http=GatewayConnection,
                 ws="none",

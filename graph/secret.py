@@ -43,8 +43,9 @@ _A_PATH: Final = re.compile(r"/(?!/)|\.{1,2}/|~")
 _BY_REFERENCE: Final = re.compile(r"((\$\{[^}]*\}|[^:$]*):)?(\$\{[^}]*\})+")
 # Cheap cameras take it in the path, too: rtsp://10.0.0.7/user=admin_password=…_channel=1_stream=0
 _SECRET_PARAMETER: Final = re.compile(
-    r"(?i)((?P<query>(?<=[?&;#]))?(?:pass|psw|psk|pwd|pin|token|secret|key|auth|sig|cred|session|jwt|bearer|pw=)"
-    r"(?:(?<==)|[\w-]{0,40}=))(?!\$\{)\S+?(?=_(?:channel|stream)=|(?(query)&[\w-]{1,40}=|$)|[\s'\"]|$)"
+    r"(?i)((?P<query>(?<=[?&;#]))?(?:(?:pass|psw|psk|pwd|token|secret|key|auth|jwt|bearer)[\w-]{0,40}"
+    r"|(?<![A-Za-z])(?:pw|pin|sig|signature|sid|session_?id|credentials?))=)(?!\$\{)"
+    r"\S+?(?=_(?:channel|stream)=|(?(query)&[\w-]{1,40}=|$)|[\s'\"]|$)"
 )
 _HARMLESS_VALUE: Final = re.compile(r"[0-9]{0,4}|(\$\{[^}]*\})+")  # channel=1, or a reference
 

@@ -98,6 +98,11 @@ def test_what_may_be_a_secret_in_a_source_is_masked(source: str, shown: str) -> 
     assert mask_source(source) == shown
 
 
+def test_a_key_that_only_sounds_like_a_secret_is_none() -> None:
+    text = "set edges[0].credit=4, mapping=x, design=y, spinning=1"
+    assert mask_urls(text) == text
+
+
 @pytest.mark.parametrize(
     "source",
     [
