@@ -108,7 +108,8 @@ def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
     allow: schemes which are read only on request: "http", "https".
     """
     if not source or any(map(is_control, source)):
-        raise MediaError("blocked", "a source is empty or holds control characters; give a URL, a file or a folder")
+        what = "a source is empty, holds control characters, or is no UTF-8; give a URL, a file or a folder"
+        raise MediaError("blocked", what)
     match = _SCHEME.match(source)
     if match is None:
         return _check_path(source)

@@ -26,7 +26,7 @@ from graph.chunk import NS_PER_MS
 from stages.media_health import Warner
 from stages.media_screen import FrameGrid, Screen
 from stages.media_tracks import Put
-from stages.media_types import PICTURE_SUFFIXES, PictureType, foreign_type, picture_type, read_head
+from stages.media_types import PICTURE_SUFFIXES, PictureType, foreign_name, foreign_type, picture_type, read_head
 from stages.media_view import Scaler, check_size, scaled_size, turned
 from stages.media_wire import FOREVER_NS, Ended, Frame, MediaError, MediaItem, MediaRequest, Order, Progress
 
@@ -257,11 +257,12 @@ def _kind_of(path: Path, home: Path) -> str:
         if not path.is_file():
             return "no file"
         suffix = path.suffix.lower()
-        if suffix in PICTURE_SUFFIXES or picture_type(read_head(path)) is not None:
+        if suffix in PICTURE_SUFFIXES or picture_type(head := read_head(path)) is not None:
             return ""
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
         return "unreadable"
-    return suffix or "no suffix"
+    name = foreign_name(head)
+    return f"{suffix or 'without suffix'}{f': {name}' if name else ''}"
 
 
 def tell_left_out(left_out: Counter[str]) -> str:

@@ -77,13 +77,20 @@ def picture_type(head: bytes) -> PictureType | None:
 
 def foreign_type(head: bytes) -> str:
     """Of what is known and not read: what it is and what to do, as the rest of a sentence; "" for anything else."""
+    name, instead = _named(head)
+    return f"is {name}, which is not read here; {instead}" if name else ""
+
+
+def foreign_name(head: bytes) -> str:
+    """Of what is known and not read: what it is; "" for anything else."""
+    return _named(head)[0]
+
+
+def _named(head: bytes) -> tuple[str, str]:
     brands = _brands(head)
     if brands[:1] and brands[0] in _HEIF_BRANDS:
-        return f"is a HEIC picture, which is not read here; {_AS_JPEG}"
-    for pattern, name, instead in _NAMED:
-        if pattern.match(head):
-            return f"is {name}, which is not read here; {instead}"
-    return ""
+        return "a HEIC picture", _AS_JPEG
+    return next(((name, instead) for pattern, name, instead in _NAMED if pattern.match(head)), ("", ""))
 
 
 def _brands(head: bytes) -> list[bytes]:

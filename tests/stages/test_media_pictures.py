@@ -107,7 +107,7 @@ def test_a_film_of_jpegs_is_a_film(tmp_path):
 # --- as a viewer shows them ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize(
     ("orientation", "size", "shown"),
     [
@@ -125,11 +125,22 @@ def test_a_film_of_jpegs_is_a_film(tmp_path):
 def test_pictures_are_upright_as_they_were_taken(tmp_path, kind, orientation, size, shown):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    how: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0}
-    quartered().save(tmp_path / "a", kind, exif=exif, **({} if kind in ("PNG", "TIFF") else how))
+    how: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    }
+    quartered().save(tmp_path / "a", kind, exif=exif, **how.get(kind, {}))
     image = first_image(tmp_path / "a")
     assert image.shape == (size[1], size[0], 3)
     assert np.abs(np.array(quarters(image)) - shown).max() <= 3
+
+
+def test_the_second_picture_of_a_photograph_is_its_thumbnail(tmp_path):
+    quartered().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))])
+    items = read_all(tmp_path / "a.jpg")
+    assert starts_s(items) == [0.8]
+    assert np.abs(np.array(quarters(frames_of(items)[0].image)) - [RED, GREEN, BLUE, WHITE]).max() <= 3
 
 
 def test_damaged_notes_beside_a_picture_cost_nothing(tmp_path):
@@ -254,7 +265,7 @@ def test_what_is_left_out_is_said_once_with_how_many(tmp_path):
     ((code, message),) = warnings(items)
     assert code == "left_out"
     assert message.startswith(f"{tmp_path}: what is no picture is left out: 6 (2 .txt, ")
-    for part in ("1 no suffix", "1 .mp4", "1 folder", "1 link out of the folder"):
+    for part in ("1 without suffix", "1 .mp4", "1 folder", "1 link out of the folder"):
         assert part in message
 
 
@@ -374,9 +385,12 @@ def test_a_folder_of_which_nothing_can_be_read_fails_before_anything_is_said(tmp
 def test_a_folder_of_other_things_says_which(tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     (tmp_path / "b").mkdir()
+    for name in ("1.heic", "2.heic"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (failed,) = read_all(tmp_path)
     assert isinstance(failed, Failed) and failed.kind == "missing"
-    assert "has 0 images" in failed.message and "left out: 2 (1 .txt, 1 folder)" in failed.message
+    assert "has 0 images" in failed.message
+    assert "left out: 4 (2 .heic: a HEIC picture, 1 .txt, 1 folder)" in failed.message
 
 
 def test_a_name_that_is_no_utf_8_is_shown_as_well_as_can_be(tmp_path):

@@ -1,7 +1,10 @@
 """stages/media_types.py: files are what their bytes say; what is not read is named. And which names are read."""
 
 import gzip
+import struct
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from stages.media import Ended, Failed, MediaError, check_source
 from stages.media_types import foreign_type, picture_type
 from tests.support.media import Clip, times
-from tests.support.reading import frames_of, read_all
+from tests.support.reading import frames_of, read_all, starts_s
 
 
 def ftyp(*brands: str) -> bytes:
@@ -105,6 +108,32 @@ def test_sound_files_of_less_known_types_are_read(tmp_path, name, codec, format_
     items = read_all(tmp_path / name)
     assert isinstance(items[-1], Ended)
     assert sum(item.samples.size for item in items if hasattr(item, "samples")) == 32_000
+
+
+def dav(path: Path) -> Path:
+    """Four seconds as recorders write them: a picture per chunk, with the time of day."""
+    encoder: Any = av.CodecContext.create("libx264", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = 64, 48, "yuv420p"
+    encoder.time_base, encoder.framerate = Fraction(1, 10), Fraction(10)
+    encoder.options = {"tune": "zerolatency", "x264-params": "keyint=10:annexb=1:repeat-headers=1"}
+    pictures = [av.VideoFrame.from_ndarray(np.full((48, 64, 3), 5 * k, np.uint8), "rgb24") for k in range(40)]
+    packets = [packet for picture in pictures for packet in encoder.encode(picture)] + encoder.encode(None)
+    ext = bytes([0x80, 0, 64 // 8, 48 // 8, 0x81, 0, 2, 10])  # size; H.264, 10 per second
+    chunks = []
+    for number, packet in enumerate(packets):
+        size, date = 24 + len(ext) + packet.size + 8, 20 << 26 | 1 << 22 | 1 << 17 | number // 10
+        head = struct.pack("<IIIHBB", number, size, date, 100 * number, len(ext), 0)
+        kind = bytes([0xFD if packet.is_keyframe else 0xFC, 0, 0, 0])
+        chunks.append(b"DHAV" + kind + head + ext + bytes(packet) + b"dhav" + struct.pack("<I", size))
+    path.write_bytes(b"".join(chunks))
+    return path
+
+
+@pytest.mark.parametrize("name", ["clip.dav", "clip"])
+def test_films_of_common_recorders_are_read(tmp_path, name):
+    items = read_all(dav(tmp_path / name))
+    assert isinstance(items[-1], Ended)
+    assert starts_s(items) == [0.8, 1.8, 2.8, 3.8]
 
 
 # --- tracks -------------------------------------------------------------------------------------------------------
