@@ -110,7 +110,8 @@ EDGE_DEFAULTS: Final[Mapping[StreamKind, EdgeDefaults]] = {
     "codes": EdgeDefaults(_EIGHT_SECONDS, "wait", "carry"),
     "speech": EdgeDefaults(_EIGHT_SECONDS, "wait", "carry"),
     "playback": EdgeDefaults(Limit(64), "wait", "carry"),
-    "events": EdgeDefaults(Limit(256), "wait", "carry"),
+    # Whoever speaks or sees waits for no teller: it takes what comes at once, and if it can't, the oldest is counted.
+    "events": EdgeDefaults(Limit(256), "drop_oldest", "carry"),
 }
 
 

@@ -258,14 +258,18 @@ class Vocoder(nn.Module):
         mel, speaker = (tensor.to(weight.device, weight.dtype) for tensor in (voice.prompt_mel, voice.spk_emb))
         return Voice(voice.prompt_tokens.to(weight.device), mel, speaker)
 
-    def _check_windows(self, windows: Iterable[Window]) -> None:
+    def check(self, codes: Sequence[int]) -> None:
+        """Raises ModelError where one of them is no speech code."""
         num_codes = self.config.flow.vocab_size
+        if codes and not 0 <= min(codes) <= max(codes) < num_codes:
+            raise ModelError(f"vocoder: {tuple(codes)} are not all speech codes, 0 to {num_codes - 1}")
+
+    def _check_windows(self, windows: Iterable[Window]) -> None:
         for window in windows:
             least = 1 if window.last else LOOKAHEAD_CODES + MIN_WINDOW_CODES
             if len(window.codes) < least:
                 raise ModelError(f"vocoder: a window of {len(window.codes)} codes; it needs {least}")
-            if min(window.codes) < 0 or max(window.codes) >= num_codes:
-                raise ModelError(f"vocoder: {window.codes} are not all speech codes, 0 to {num_codes - 1}")
+            self.check(window.codes)
 
 
 def _release_of(config: VocoderConfig) -> Release:

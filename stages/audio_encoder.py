@@ -13,7 +13,7 @@ from graph.window import Unit
 from model_shards.audio import AudioEncoder as AudioModel
 from model_shards.audio import AudioState
 from model_shards.mel import MelChunk, StreamingMel, offline_mel
-from stages.stage import Session, Stage
+from stages.stage import Session, Stage, moving
 from stages.tensors import to_arrays
 
 VOICE_ROLE = "voice"
@@ -53,20 +53,33 @@ class AudioEncoder(Stage):
 
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
-        batch = [(unit, mel) for unit in units for mel in self._hear(unit)]
-        embeds = self._model.encode([(self._open[unit.session].state, mel) for unit, mel in batch])
+        heard = [self._heard(unit) for unit in units]
+        with moving(lambda: self._start_anew(units)):
+            batch = [
+                (unit, mel) for unit, samples in zip(units, heard, strict=True) for mel in self._push(unit, samples)
+            ]
+            embeds = self._model.encode([(self._open[unit.session].state, mel) for unit, mel in batch])
         chunks = [self._voice_chunk(unit) for unit in units if self._voice is not None]
         chunks += [_encoded(unit, e) for (unit, _), e in zip(batch, embeds, strict=True) if unit.of(MIC)]
         return [chunk for chunk in chunks if chunk is not None]
 
-    def _hear(self, unit: Unit) -> list[MelChunk]:
+    def _start_anew(self, units: list[Unit]) -> None:
+        """What was heard before is forgotten."""
+        for unit in units:
+            state = self._open[unit.session]
+            state.mel, state.state = StreamingMel(), AudioState()
+
+    def _push(self, unit: Unit, samples: np.ndarray) -> list[MelChunk]:
+        return self._open[unit.session].mel.push(samples, max_chunks=1)
+
+    def _heard(self, unit: Unit) -> np.ndarray:
         state = self._open[unit.session]
         samples = np.zeros(state.window_samples, np.float32)
         for chunk in unit.of(MIC):
             first = (chunk.start_ns - unit.start_ns) * SOUND_RATE_HZ // NS_PER_S
             piece = chunk.arrays["samples"][max(-first, 0) : state.window_samples - first]
             samples[max(first, 0) : max(first, 0) + len(piece)] = piece
-        return state.mel.push(samples, max_chunks=1)
+        return samples
 
     def _voice_chunk(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]

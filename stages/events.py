@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,7 +13,8 @@ from typing import TextIO
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.streams import EVENTS
 from graph.window import Unit
-from stages.stage import Session, Stage
+from stages.disk import Disk
+from stages.stage import Session, Stage, StageError
 
 WINDOW_EVENT = "window"
 SAID_EVENT = "said"  # by the model, at its window's end
@@ -29,61 +31,91 @@ class Events(Stage):
                     (where nothing speaks: when it was written)
 
     out: the folder they are written to, None: nowhere (a session may run without).
-    A file that can't be written to (disk full) is given up, and the session goes on; `lost` counts its lines since.
+    A file that can't be written to (disk full) is given up, and the session goes on; `lost` counts its lines since, and
+    those for which the disk was too slow.
     """
 
     windowed = False
+
+    def __init__(self, disk: Disk | None = None) -> None:
+        self._disk = disk or Disk()
+        self._lines = _Lines()  # the disk's thread has it, and nobody else
+        self._too_slow: Counter[Path] = Counter()
+        self._open: dict[SessionId, Session] = {}
+
+    @property
+    def lost(self) -> Counter[Path]:
+        """Lines that were not written, by file."""
+        return self._lines.lost + self._too_slow
+
+    def open_session(self, session: Session) -> None:
+        """Raises StageError when the files can't be made."""
+        out = session.out
+        if out is not None:
+            try:
+                self._disk.call(lambda: self._lines.begin(out))
+            except OSError as error:
+                self._close_folder(out)
+                reason = error.strerror or str(error)
+                raise StageError(f"events: {out} can't be written to: {reason}; name another --out") from error
+        self._open[session.id] = session
+
+    def close_session(self, session: SessionId) -> None:
+        """Close the files with the last session that writes to their folder. The last of all waits for the disk."""
+        state = self._open.pop(session, None)
+        if state is None or state.out is None:
+            return
+        self._close_folder(state.out)
+        if not self._open and not self._disk.drain():
+            logging.error("events: the disk is too slow for what was left to write")
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        for unit in units:
+            session = self._open[unit.session]
+            for chunk in unit.of(EVENTS) if session.out is not None else ():
+                for name, line in _written(session, chunk):
+                    self._append(session, session.out / name, line)  # type: ignore[operator]
+        return []
+
+    def _append(self, session: Session, path: Path, line: str) -> None:
+        if not self._disk.put(lambda: self._lines.append(path, line), len(line), wait=not session.paced):
+            if path not in self._too_slow:
+                logging.error("events: the disk is too slow: lines of %s are lost", path)
+            self._too_slow[path] += 1
+
+    def _close_folder(self, out: Path) -> None:
+        if out not in [session.out for session in self._open.values()]:
+            self._disk.put(lambda: self._lines.close(out))
+
+
+class _Lines:
+    """Files that lines are appended to."""
 
     def __init__(self) -> None:
         self.lost: Counter[Path] = Counter()
         self._files: dict[Path, TextIO] = {}
         self._begun: set[Path] = set()  # a session may open when another of the same folder has ended already
-        self._out: dict[SessionId, Path | None] = {}
-        self._spoken: dict[SessionId, str] = {}  # the event that the transcript tells of
 
-    def open_session(self, session: Session) -> None:
-        self._out[session.id] = session.out
-        self._spoken[session.id] = HEARD_EVENT if session.speech else SAID_EVENT
-        if session.out is not None:
-            session.out.mkdir(parents=True, exist_ok=True)
-            for name in ("events.jsonl", "windows.jsonl", "transcript.txt"):
-                self._write(session.out / name, "")
+    def begin(self, out: Path) -> None:
+        """Raises OSError."""
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("events.jsonl", "windows.jsonl", "transcript.txt"):
+            self._write(out / name, "")
 
-    def close_session(self, session: SessionId) -> None:
-        """Close the files with the last session that writes to their folder."""
-        out = self._out.pop(session, None)
-        self._spoken.pop(session, None)
-        if out is None or out in self._out.values():
-            return
-        for path in [path for path in self._files if path.parent == out]:
-            self._close(path)
-
-    def process(self, units: list[Unit]) -> list[Chunk]:
-        for unit in units:
-            out = self._out.get(unit.session)
-            for chunk in unit.of(EVENTS) if out is not None else ():
-                self._record(out, chunk)  # type: ignore[arg-type]
-        return []
-
-    def _record(self, out: Path, chunk: Chunk) -> None:
-        kind = chunk.attrs.get("type")
-        if kind == WINDOW_EVENT:
-            self._append(out / "windows.jsonl", _json_line(chunk.session, window_row(chunk.attrs)))
-            return
-        row: dict[str, object] = {"time_s": chunk.start_ns / NS_PER_S, **chunk.attrs}
-        self._append(out / "events.jsonl", _json_line(chunk.session, row))
-        if kind == self._spoken[chunk.session] and chunk.attrs.get("text"):
-            self._append(out / "transcript.txt", _spoken_line(chunk))
-
-    def _append(self, path: Path, line: str) -> None:
+    def append(self, path: Path, line: str) -> None:
         if path in self.lost:
             self.lost[path] += 1
             return
         try:
             self._write(path, line)
-        except OSError:
+        except OSError as error:
+            logging.error("events: %s is given up: %s", path, error)
             self._close(path)
             self.lost[path] += 1
+
+    def close(self, out: Path) -> None:
+        for path in [path for path in self._files if path.parent == out]:
+            self._close(path)
 
     def _close(self, path: Path) -> None:
         file = self._files.pop(path, None)
@@ -97,6 +129,18 @@ class Events(Stage):
             self._begun.add(path)
         self._files[path].write(text)
         self._files[path].flush()
+
+
+def _written(session: Session, chunk: Chunk) -> list[tuple[str, str]]:
+    """What an event is in which file."""
+    kind = chunk.attrs.get("type")
+    if kind == WINDOW_EVENT:
+        return [("windows.jsonl", _json_line(chunk.session, window_row(chunk.attrs)))]
+    row: dict[str, object] = {"time_s": chunk.start_ns / NS_PER_S, **chunk.attrs}
+    written = [("events.jsonl", _json_line(chunk.session, row))]
+    if kind == (HEARD_EVENT if session.speech else SAID_EVENT) and chunk.attrs.get("text"):
+        written.append(("transcript.txt", _spoken_line(chunk)))
+    return written
 
 
 def window_row(attrs: Mapping[str, Scalar]) -> dict[str, object]:

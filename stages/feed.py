@@ -455,7 +455,12 @@ class FeedStage(Stage, Generic[R]):
         self._open: dict[SessionId, R] = {}
 
     def open_session(self, session: Session) -> None:
-        self._open[session.id] = self._begin(session, self._feeds.open(session))
+        feed = self._feeds.open(session)
+        try:
+            self._open[session.id] = self._begin(session, feed)
+        except Exception:
+            self._feeds.close(session.id)
+            raise
 
     def close_session(self, session: SessionId) -> None:
         if self._open.pop(session, None) is not None:

@@ -17,7 +17,7 @@ from model_shards.kv_cache import KvCache
 from model_shards.tokenizer import Tokenizer
 from stages.audio_encoder import VOICE_ROLE
 from stages.events import SAID_EVENT
-from stages.stage import Session, Stage, StageError, session_seed
+from stages.stage import BatchLost, Session, Stage, StageError, session_seed
 from stages.tensors import Runtime, to_arrays, to_tensor
 
 MAX_VOICE_TOKENS = 320  # 30 s of reference voice at 10 per second, and the prompt's own control tokens
@@ -36,6 +36,11 @@ class _Open:
     num_skipped: int = 0  # pictures of the last window for which the unit had no room
     held: tuple[UnitInput, ...] = ()  # windows that go with the next one
     seen: tuple[list[torch.Tensor], ...] = ()  # the last picture
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """How far its context has come."""
+        return self.duplex.sequence.length, self.duplex.num_units
 
 
 class Llm(Stage):
@@ -107,11 +112,28 @@ class Llm(Stage):
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         self._begin([unit for unit in units if not self._open[unit.session].begun])
-        going = [(unit, window) for unit in units if (window := self._input(unit)) is not None]
-        outputs = self._engine.step([(self._open[unit.session].duplex, window) for unit, window in going])
+        before = {unit.session: (replace(state := self._open[unit.session]), state.mark) for unit in units}
+        try:
+            going = [(unit, window) for unit in units if (window := self._input(unit)) is not None]
+            outputs = self._engine.step([(self._open[unit.session].duplex, window) for unit, window in going])
+        except Exception as error:
+            self._open |= {session: state for session, (state, _) in before.items()}
+            moved = [session for session, (state, mark) in before.items() if state.mark != mark]
+            if not moved:  # the engine refuses a unit before it begins any
+                raise
+            self._start_anew(moved)
+            raise BatchLost(str(error)) from error
         told = [chunk for unit in units for chunk in self._tell_skipped(unit)]
         said = [chunk for (unit, _), output in zip(going, outputs, strict=True) for chunk in self._say(unit, output)]
         return told + said
+
+    def _start_anew(self, sessions: list[SessionId]) -> None:
+        """Nobody knows what of a unit is in their context: it is forgotten, and they begin with the system prompt."""
+        for session in sessions:
+            state = self._open[session]
+            self._engine.end(state.duplex)
+            duplex = self._engine.new_session(session_seed(self._seed, session))
+            self._open[session] = _Open(state.session, duplex, state.budget)
 
     def text_budget(self, session: SessionId) -> int:
         """Tokens that were allowed in the session's last window."""

@@ -6,6 +6,7 @@ on the session's time axis. `--speaker device` plays it on a sound device as wel
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, SessionId
 from graph.streams import EVENTS, PLAYBACK, SPEECH, SPEECH_RATE_HZ
 from graph.tail import Heard, Player, ack_chunk
 from graph.window import Unit
-from stages.stage import TICK_NS, ListenerAction, Session, Stage
-from stages.wav import Output, OutputEvent, WavOutput
+from stages.disk import Disk
+from stages.stage import TICK_NS, ListenerAction, Session, Stage, StageError
+from stages.wav import Output, OutputEvent, QueuedOutput
 
 ACK_PERIOD_NS = 100 * NS_PER_MS
 """How often the listener is heard of while there is speech to hear, beside every event and window: the TTS spends
@@ -56,14 +58,26 @@ class Speaker(Stage):
     open_device: makes the second output of a session, for a real sound device; None: the virtual listener only.
     """
 
-    def __init__(self, open_device: Callable[[], Output] | None = None) -> None:
+    def __init__(self, open_device: Callable[[], Output] | None = None, disk: Disk | None = None) -> None:
         self._open_device = open_device
+        self._disk = disk or Disk()
         self._open: dict[SessionId, _Open] = {}
 
     def open_session(self, session: Session) -> None:
-        outputs: list[Output] = [] if session.out is None else [WavOutput(session.out / f"{session.id}.wav")]
-        if self._open_device is not None:
-            outputs.append(self._open_device())
+        outputs: list[Output] = []
+        try:
+            if session.out is not None:
+                path = session.out / f"{session.id}.wav"
+                outputs.append(QueuedOutput(self._disk, path, lossless=not session.paced))
+            if self._open_device is not None:
+                outputs.append(self._open_device())
+        except Exception as error:
+            for output in outputs:
+                output.close(0)
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+                raise StageError(f"speaker: {session.out} can't be written to: {reason}; name another --out") from error
+            raise
         actions = deque(sorted(session.listener, key=lambda action: action.at_ns))
         self._open[session.id] = _Open(session, Player(delay_ns=session.delay_ns), outputs, actions)
 
@@ -71,6 +85,8 @@ class Speaker(Stage):
         state = self._open.pop(session, None)
         for output in state.outputs if state else ():
             output.close(max(state.end_ns, state.player.now_ns) if state else 0)
+        if state is not None and not self._open and not self._disk.drain():
+            logging.error("speaker: the disk is too slow for what was left to write")
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         """Queue each unit's speech; in virtual time, let the listener hear up to the end of the next window.

@@ -7,7 +7,8 @@ it hands in units and times and sends on what comes back.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,19 @@ class BatchLost(StageError):
 
     Raised from what it failed of; the sessions can go on with their next units.
     """
+
+
+@contextmanager
+def moving(start_anew: Callable[[], None]) -> Iterator[None]:
+    """While the state of a batch's sessions moves: what raises in it is a BatchLost.
+
+    start_anew: brings the sessions into a state from which they can go on.
+    """
+    try:
+        yield
+    except Exception as error:
+        start_anew()
+        raise BatchLost(str(error)) from error
 
 
 class MissingDependency(StageError):

@@ -12,7 +12,7 @@ from graph.streams import CODES, TEXT
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from model_shards.tts import Talker, TalkerInput, TalkerState
-from stages.stage import Session, Stage, session_seed
+from stages.stage import Session, Stage, moving, session_seed
 from stages.tensors import Runtime, to_tensor
 
 
@@ -64,10 +64,19 @@ class Tts(Stage):
 
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
-        speaking = [(unit, text) for unit in units if (text := self._next_text(unit)) is not None]
-        batch = [(self._open[unit.session].talker, self._input(text)) for unit, text in speaking]
-        codes = self._model.generate(batch)
+        for unit in units:  # one that can't be used is refused before anything has moved
+            for said in unit.of(TEXT):
+                self._input(said)
+        with moving(lambda: self._start_anew(units)):
+            speaking = [(unit, text) for unit in units if (text := self._next_text(unit)) is not None]
+            batch = [(self._open[unit.session].talker, self._input(text)) for unit, text in speaking]
+            codes = self._model.generate(batch)
         return [self._say(unit, text, said) for (unit, text), said in zip(speaking, codes, strict=True)]
+
+    def _start_anew(self, units: list[Unit]) -> None:
+        """The turns that were being said end here."""
+        for unit in units:
+            self._open[unit.session].talker.end_turn()
 
     def _next_text(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]

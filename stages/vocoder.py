@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,9 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from graph.streams import CODES, CODES_PER_S, SPEECH, SPEECH_RATE_HZ
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
+from model_shards.vocoder import LOOKAHEAD_CODES, VocoderInput, VocoderState, VoiceCache
 from model_shards.vocoder import Vocoder as VocoderModel
-from model_shards.vocoder import VocoderInput, VocoderState, VoiceCache
-from stages.stage import Session, Stage, session_seed
+from stages.stage import Session, Stage, moving, session_seed
 
 HELD_BACK_NS = 280 * NS_PER_MS
 """What the end of a turn adds to its last codes: 3 codes of look-ahead (120 ms) and 8 mel frames (160 ms)."""
@@ -61,17 +62,28 @@ class Vocoder(Stage):
 
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
-        speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]
-        batch = [(self._open[unit.session].vocoder, _input(codes)) for unit, codes in speaking]
-        waves = self._model.stream(batch)
+        for unit in units:  # codes that can't sound are refused before anything has moved
+            for said in unit.of(CODES):
+                self._model.check(said.arrays["codes"].tolist())
+        with moving(lambda: self._start_anew(units)):
+            speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]
+            batch = [(self._open[unit.session].vocoder, _input(codes)) for unit, codes in speaking]
+            waves = self._model.stream(batch)
         chunks = [self._say(unit, codes, wave) for (unit, codes), wave in zip(speaking, waves, strict=True)]
         return [chunk for chunk in chunks if chunk is not None]
+
+    def _start_anew(self, units: list[Unit]) -> None:
+        """The turns that were sounding end here."""
+        for unit in units:
+            state = self._open[unit.session]
+            state.text = ""
+            self._model.reset(state.vocoder)
 
     def _next_codes(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]
         for codes in unit.of(CODES):
             state.queue.put(codes)
-        return state.queue.take(_longest_ns, unit.end_ns)
+        return state.queue.take(lambda codes: _longest_ns(state.vocoder.codes, codes), unit.end_ns)
 
     def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk | None:
         state = self._open[unit.session]
@@ -90,9 +102,12 @@ def _input(codes: Chunk) -> VocoderInput:
     return VocoderInput(codes.arrays["codes"].tolist(), bool(codes.attrs.get("end_of_turn")))
 
 
-def _longest_ns(codes: Chunk) -> int:
-    """What these codes can sound for: a whole second where the turn goes on, since silence fills it up."""
-    num_codes = len(codes.arrays["codes"])
+def _longest_ns(held: Sequence[int], codes: Chunk) -> int:
+    """What these codes can sound for: a whole second where the turn goes on, since silence fills it up.
+
+    held: codes of an earlier call that have not sounded. Those looked ahead at are in HELD_BACK_NS already.
+    """
+    num_codes = len(codes.arrays["codes"]) + max(len(held) - LOOKAHEAD_CODES, 0)
     if not codes.attrs.get("end_of_turn"):
         return max(num_codes * NS_PER_S // CODES_PER_S, NS_PER_S)
     return num_codes * NS_PER_S // CODES_PER_S + HELD_BACK_NS

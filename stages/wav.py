@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from graph.chunk import NS_PER_S
 from graph.streams import SPEECH_RATE_HZ
+from stages.disk import Disk
 
 MAX_PART_S = 12 * 3600  # 2.07 GB: below 2 GiB, which is as far as some readers of RIFF count
 
@@ -111,6 +113,58 @@ class WavOutput:
         with suppress(OSError):  # what could not be written has been told of
             if file is not None:
                 file.close()
+
+
+class QueuedOutput:
+    """An output whose disk waits for nobody's loop: what is heard is handed to a thread, what it tells comes later.
+
+    What the disk is too slow for is silence in it, of which `recording_lost` tells once: file, seconds until then.
+    """
+
+    def __init__(self, disk: Disk, path: Path, *, lossless: bool) -> None:
+        """lossless: in virtual time who writes waits. Raises OSError when the file can't be made, or not in time."""
+        self._disk, self._path, self._lossless = disk, path, lossless
+        self._opened: list[WavOutput] = []  # the thread's
+        self._told: deque[OutputEvent] = deque()
+        self._lost_samples = 0
+        self._has_told = False
+        self._advanced_s = 0  # silence is written by whole seconds
+        try:
+            disk.call(lambda: self._opened.append(WavOutput(path)))
+        except OSError:
+            self.close(0)  # where it is made after all
+            raise
+
+    def write(self, at_ns: int, samples: np.ndarray) -> list[OutputEvent]:
+        if not self._put(lambda output: self._told.extend(output.write(at_ns, samples)), samples.nbytes):
+            self._lost_samples += len(samples)
+        return self._news()
+
+    def advance(self, now_ns: int) -> list[OutputEvent]:
+        if now_ns // NS_PER_S > self._advanced_s:
+            self._advanced_s = now_ns // NS_PER_S
+            self._put(lambda output: self._told.extend(output.advance(now_ns)))
+        return self._news()
+
+    def close(self, end_ns: int) -> None:
+        self._put(lambda output: output.close(end_ns))
+
+    def _put(self, job: Callable[[WavOutput], object], num_bytes: int = 0) -> bool:
+        def work() -> None:
+            for output in self._opened:
+                job(output)
+
+        return self._disk.put(work, num_bytes, wait=self._lossless)
+
+    def _news(self) -> list[OutputEvent]:
+        news: list[OutputEvent] = []
+        while self._told:
+            news.append(self._told.popleft())
+        if self._lost_samples and not self._has_told:
+            self._has_told = True
+            seconds = self._lost_samples / SPEECH_RATE_HZ
+            news.append(OutputEvent("recording_lost", {"file": self._path.name, "seconds": seconds}))
+        return news
 
 
 def _open_wav(path: Path) -> wave.Wave_write:

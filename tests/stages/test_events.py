@@ -10,6 +10,8 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from stages.events import Events, clock, window_row
 from tests.support.units import session, unit
 
+PATIENCE_S = 60.0
+
 
 def event(at_s: float, kind: str, name: str = "door", **attrs: object) -> Chunk:
     return Chunk(SessionId(name), "events", round(at_s * NS_PER_S), attrs={"type": kind, **attrs})
@@ -23,6 +25,7 @@ def window(index: int, name: str = "door", **attrs: object) -> Chunk:
 def record(stage: Events, *chunks: Chunk) -> None:
     for chunk in chunks:
         assert stage.process([unit(chunk.session, 0, chunk)]) == []
+    assert stage._disk.drain(PATIENCE_S)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Chunk
 from graph.streams import SPEECH_RATE_HZ
 from graph.tail import Player
 from stages.stage import Session
-from stages.vocoder import HELD_BACK_NS, Vocoder
+from stages.vocoder import HELD_BACK_NS, Vocoder, _longest_ns
 from tests.support.batching import assert_batches
 from tests.support.listeners import HearsAtOnce
 from tests.support.tiny import Tiny
@@ -127,6 +127,25 @@ def test_no_piece_is_longer_than_was_asked_for(tiny: Tiny, num_codes: int):
     stage.process([unit("door", 0, voice("door", 0))])
     (last,) = stage.process([unit("door", 1, voice("door", 1, num_codes, end=True))])
     assert last.duration_ns <= num_codes * NS_PER_S // 25 + HELD_BACK_NS
+
+
+@pytest.mark.parametrize("num_held", [1, 2, 3, 4])
+def test_codes_that_an_earlier_window_left_count_in_what_the_last_one_sounds_for(tiny: Tiny, num_held: int):
+    plain = tiny.vocoder(seed=4)
+    asked_ns: list[int] = []
+
+    class Asked(Free):
+        def _next_codes(self, unit):
+            state = self._open[unit.session]
+            for chunk in unit.chunks["codes"]:
+                asked_ns.append(_longest_ns(state.vocoder.codes, chunk))
+            return super()._next_codes(unit)
+
+    stage = Asked(plain._model, plain._voice, 4)
+    opened(stage)
+    stage.process([unit("door", 0, voice("door", 0, num_held))])
+    (last,) = stage.process([unit("door", 1, voice("door", 1, 25, end=True))])
+    assert last.duration_ns <= asked_ns[-1]
 
 
 class Listener:
