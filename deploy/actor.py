@@ -6,6 +6,7 @@ are control only: wiring, opening and closing sessions, asking. No chunk ever tr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -176,7 +177,11 @@ def _node_ip() -> str:
 
 
 def _log_to(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    """A disk that is full costs the log, and nothing else."""
+    logging.raiseExceptions = False
+    handler: logging.Handler = logging.NullHandler()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

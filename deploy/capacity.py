@@ -159,11 +159,18 @@ def most_cameras(spec: PipelineSpec, profile: Profile) -> int:
     return low
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~nobody: no such file, then
+        return Path(path)
+
+
 def admit(spec: PipelineSpec, num_cameras: int) -> None:
     """Raises CapacityError when `admission.profile` says that so many can't be served on time, or ProfileError."""
     if spec.admission.profile is None:
         return
-    profile = read_profile(Path(spec.admission.profile).expanduser())
+    profile = read_profile(_expanded(spec.admission.profile))
     asked = reckon(spec, profile, num_cameras)
     if asked.problems:
         raise CapacityError(

@@ -136,8 +136,18 @@ def tell_differences(config: ModelConfig, tell: Callable[[str], None]) -> None:
 
 
 def cache_folder() -> Path:
-    """Where made checkpoints are kept: $XDG_CACHE_HOME/omni-pipeline."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni-pipeline"
+    """Where made checkpoints are kept: $XDG_CACHE_HOME/omni-pipeline, by default in ~/.cache.
+
+    Raises CheckpointError where there is no home.
+    """
+    theirs = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if theirs.is_absolute():  # a relative one means nothing, says the specification
+        return theirs / "omni-pipeline"
+    try:
+        return Path.home() / ".cache" / "omni-pipeline"
+    except RuntimeError:
+        told = f"HOME is not set, and user {os.getuid()} has no home; set XDG_CACHE_HOME to a folder for checkpoints"
+        raise CheckpointError(told) from None
 
 
 def shipped() -> Path:

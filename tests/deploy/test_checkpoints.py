@@ -178,3 +178,21 @@ def test_a_checkpoint_that_claims_to_be_the_released_one_is_compared_with_it(tin
     ]
     assert len(told) == 1 + MAX_DIFFERENCES_TOLD + 1
     assert re.fullmatch(r"not as released: \d+ more", told[-1])
+
+
+def test_without_a_home_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyPatch):
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)  # as in a container that runs under another user's number
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(CheckpointError, match=r"HOME is not set.* set XDG_CACHE_HOME to a folder"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("value", ["", "relative", "~/cache"])
+def test_a_cache_that_is_no_whole_path_is_the_home_s(monkeypatch: pytest.MonkeyPatch, value: str):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/omni-pipeline")

@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from deploy.cli import app
+from deploy.state import StateFolder
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 DESCRIPTION = """
@@ -25,6 +30,15 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
+@pytest.fixture
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project, of this process."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("tempfile.tempdir", str(project.parent / "t"))
+    monkeypatch.setattr("deploy.state.SOCKET_PATH_BYTES", 1000)  # pytest's folders have long names
+    return project
+
+
 def pipeline(project: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     result = subprocess.run(
         [PIPELINE, *arguments],
@@ -38,7 +52,12 @@ def pipeline(project: Path, *arguments: str, **environment: str) -> "subprocess.
     return result
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+def invoke(*arguments: str) -> Result:
+    """The same without a process of its own, where only the arguments matter."""
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_names_that_the_terminal_lacks_are_printed_all_the_same(project: Path, encoding: str):
     result = pipeline(project, "validate", PYTHONIOENCODING=encoding)
     assert result.returncode == 0
@@ -55,18 +74,47 @@ NOTHING_RUNS = "pipeline: no pipeline of this folder is running; `pipeline up -d
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ps"], ["ps", "--json"], ["down"], ["camera", "remove", "yard"], ["camera", "add", "a=test://pattern"]],
+    [["ps"], ["ps", "--json"], ["down"], ["camera", "remove", "\udcff"], ["camera", "add", "a=test://pattern"]],
     ids=" ".join,
 )
-def test_what_needs_a_pipeline_that_runs_says_that_there_is_none(project: Path, arguments: list[str]):
-    result = pipeline(project, *arguments)
-    assert (result.returncode, result.stdout, result.stderr) == (1, "", NOTHING_RUNS)
+def test_what_needs_a_pipeline_that_runs_says_that_there_is_none(here: Path, arguments: list[str]):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.output) == (1, NOTHING_RUNS)
 
 
 @pytest.mark.parametrize("name", ["/tmp/x", "../x", "*", "[", "llm.0\n", "", "x" * 5000])
-def test_logs_of_what_is_no_process_are_refused_in_one_line(project: Path, name: str):
-    result = pipeline(project, "logs", name)
-    assert (result.returncode, result.stderr) == (1, "pipeline: no logs here; `pipeline up` makes them\n")
+def test_logs_of_what_is_no_process_are_refused_in_one_line(here: Path, name: str):
+    assert invoke("logs", name).output == "pipeline: no logs here; `pipeline up` makes them\n"
+    state = StateFolder(here)
+    state.create()
+    (state.logs / "llm.0.log").write_text("one\ntwo\n")
+    result = invoke("logs", name)
+    assert (result.exit_code, result.output) == (1, f"pipeline: no logs here of {name!r}; there are: llm.0\n")
+
+
+@pytest.mark.parametrize(("tail", "lines"), [("0", 0), ("1", 1), ("2", 2), ("50", 2)])
+def test_so_many_lines_of_a_log_are_printed(here: Path, tail: str, lines: int):
+    state = StateFolder(here)
+    state.create()
+    (state.logs / "llm.0.log").write_bytes(b"one\ntwo \xff\n")
+    assert len(invoke("logs", "--tail", tail).output.splitlines()) == lines
+
+
+def test_a_log_that_is_a_folder_is_told_in_one_line(here: Path):
+    state = StateFolder(here)
+    state.create()
+    (state.logs / "llm.0.log").mkdir()
+    result = invoke("logs")
+    assert (result.exit_code, result.output) == (1, f"pipeline: {state.logs}/llm.0.log: Is a directory\n")
+
+
+def test_one_that_ends_while_it_is_stopped_is_stopped(here: Path, monkeypatch: pytest.MonkeyPatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    holders = iter([gone.pid, None])
+    monkeypatch.setattr(StateFolder, "holder", lambda self: next(holders))
+    result = invoke("down")
+    assert (result.exit_code, result.output) == (0, "stopped\n")
 
 
 @pytest.mark.parametrize(
@@ -74,17 +122,17 @@ def test_logs_of_what_is_no_process_are_refused_in_one_line(project: Path, name:
     [["logs", "--tail", "-1"], ["logs", "--tail", "x"], ["down", "--timeout", "-1"], ["down", "--timeout", "x"]],
     ids=" ".join,
 )
-def test_numbers_that_are_none_are_a_wrong_command(project: Path, arguments: list[str]):
-    result = pipeline(project, *arguments)
-    assert result.returncode == 2
-    assert "Invalid value" in result.stderr
+def test_numbers_that_are_none_are_a_wrong_command(here: Path, arguments: list[str]):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
 
 
 @pytest.mark.parametrize("option", ["--for=0s", "--for=-1s", "--for=", "--listener=paused", "--barge-in=never", "-f."])
-def test_values_of_up_that_mean_nothing_are_told_in_one_line(project: Path, option: str):
-    result = pipeline(project, "up", option)
-    assert result.returncode == 2
-    assert [line[:10] for line in result.stderr.splitlines()] == ["pipeline: "]
+def test_values_of_up_that_mean_nothing_are_told_in_one_line(here: Path, option: str):
+    result = invoke("up", option)
+    assert result.exit_code == 2
+    assert [line[:10] for line in result.output.splitlines()] == ["pipeline: "]
 
 
 def test_a_folder_that_has_gone_is_told(project: Path):
