@@ -66,6 +66,7 @@ class Feed:
         self._sides = Sides()
         self._health = Health()
         self._delivers: set[TrackName] = set()
+        self._frozen: set[TrackName] = set()  # told, and nothing has come since
         self._report = SourceReport()
         self._pumped_ns: int | None = None
         self._pause_ns = 0  # a file's media are so much later than it says
@@ -242,6 +243,10 @@ class Feed:
         behind_ns = self._session.lateness_ns + max(STOPPED_NS, 2 * self._session.window_ns)
         return self._live and self._session.paced and end_ns < now_ns - behind_ns
 
+    @property
+    def _shown_name(self) -> str:
+        return self._session.masked_source or mask_source(self._session.source)
+
     # ---- the connection ----------------------------------------------------------------------------------------------
 
     def _connect(self, now_ns: int) -> None:
@@ -251,8 +256,7 @@ class Feed:
             at_ns = time.monotonic_ns()
             self._opening = Opening(self._opener(lambda: self._open_and_start(now_ns, at_ns)), now_ns)
         if self._opening.becomes_overdue(now_ns):
-            shown = self._session.masked_source or mask_source(self._session.source)
-            why = f"{shown} could not be opened in time: its storage does not answer; it is waited for"
+            why = f"{self._shown_name} could not be opened in time: its storage does not answer; it is waited for"
             self._sides.notices.append(Notice("camera_lost", now_ns, "timeout", why))
         if not self._opening.done:
             return
@@ -307,6 +311,8 @@ class Feed:
             self._sides.notices.append(Notice("camera_warning", at_ns, item.code, item.message, item.track))
         if item.code in ("track_frozen", "track_given_up"):
             self._delivers.discard(item.track)
+        if item.code == "track_frozen":
+            self._frozen.add(item.track)
         if item.code == "track_frozen" and self._live and self._retries.may_renew(now_ns):
             self._lose(Failed("timeout", f"{item.message}: it is opened anew"), now_ns)
 
@@ -349,6 +355,9 @@ class Feed:
             self._sides.notices.append(Notice("camera_up", at_ns))
         self._report = replace(self._report, has_delivered=True)
         self._delivers.add(track)
+        if track in self._frozen:
+            self._frozen.discard(track)
+            self._warn(Warned(track, "track_back", f"{self._shown_name} gives {track} again"), at_ns)
         self._retries.delivers()
 
     def _lose(self, failed: Failed, now_ns: int) -> None:

@@ -320,8 +320,13 @@ def test_a_frozen_track_costs_the_connection_and_a_new_one_is_made():
         subject.pump(now_s * NS_PER_S)
         subject.take_frames(now_s * NS_PER_S), subject.take_sound((now_s + 1) * NS_PER_S)
     notices = subject.take_notices()
-    assert [n.type for n in notices] == ["camera_up", "camera_warning", "camera_lost", "camera_up"]
-    assert [(n.reason, n.track) for n in notices[1:3]] == [("track_frozen", "audio"), ("timeout", "")]
+    assert [(n.type, n.reason, n.track) for n in notices] == [
+        ("camera_up", "", ""),
+        ("camera_warning", "track_frozen", "audio"),
+        ("camera_lost", "timeout", ""),
+        ("camera_up", "", ""),
+        ("camera_warning", "track_back", "audio"),
+    ]
     assert len(media.requests) == 2
     assert subject.delivers == {"video", "audio"}
 
@@ -336,6 +341,16 @@ def test_a_camera_that_came_back_without_its_track_goes_on_with_what_there_is():
         subject.take_frames(now_s * NS_PER_S)
     assert len(media.requests) == 2
     assert subject.delivers == {"video"}
+
+
+def test_every_freeze_is_told_also_one_that_costs_no_connection():
+    again = FakeReader(*seconds(3, 5), FROZEN, live=True)
+    subject = Feed(session(), FakeMedia(FakeReader(*seconds(0, 2), FROZEN, live=True), again))
+    for now_s in range(9):
+        subject.pump(now_s * NS_PER_S)
+        subject.take_frames(now_s * NS_PER_S), subject.take_sound((now_s + 1) * NS_PER_S)
+    changes = [notice.reason for notice in subject.take_notices() if notice.track == "audio"]
+    assert changes == ["track_frozen", "track_back", "track_frozen"]
 
 
 def test_connections_are_given_up_for_a_track_ever_less_often():
