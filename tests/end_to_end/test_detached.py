@@ -31,7 +31,7 @@ def started(place: Place) -> Run:
         (place.folder / f"{name}.py").write_text("raise SystemExit('the wrong one')")
     (place.folder / "here.yaml").write_text("version: 1\ncameras: {hall: {source: 'test://pattern'}}\n")
     options = ("--set", "admission.profile=four.json", "--out", "run")
-    run = place.run("up", "-dfhere.yaml", *cameras, *options, PYTHONPATH=":")
+    run = place.run("up", "-dfhere.yaml", *cameras, *options)
     place.watch(place.state()["pid"])
     return run
 
