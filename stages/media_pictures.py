@@ -6,6 +6,7 @@ Rule: a bad picture costs itself: its period stays empty, it is counted and name
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import struct
@@ -219,15 +220,15 @@ def ticking(tick: Callable[[int], None]) -> Iterator[None]:
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sorts names as file managers do: img2 before img10, without regard to case."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", path.name.casefold())
-    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], path.name
+    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
 
 
-def is_hidden(path: Path) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a file manager shows no such file."""
-    return path.name.startswith(".") or path.name.casefold() in _HIDDEN
+    return name.startswith(".") or name.casefold() in _HIDDEN
 
 
 def list_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -235,26 +236,25 @@ def list_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
 
     A name that promises a picture is believed until its turn comes; other files are pictures if their bytes say so.
     """
-    home, pictures, left_out = folder.resolve(), [], Counter[str]()
-    for path in folder.iterdir():
-        if is_hidden(path):
-            continue
-        kind = _kind_of(path, home)
-        if kind:
-            left_out[kind] += 1
-        else:
-            pictures.append(path)
-    return sorted(pictures, key=natural_key), left_out
+    home, names, left_out = folder.resolve(), [], Counter[str]()
+    with os.scandir(folder) as entries:
+        for entry in (entry for entry in entries if not is_hidden(entry.name)):
+            if kind := _kind_of(entry, home):
+                left_out[kind] += 1
+            else:
+                names.append(entry.name)
+    return [folder / name for name in sorted(names, key=natural_key)], left_out
 
 
-def _kind_of(path: Path, home: Path) -> str:
+def _kind_of(entry: os.DirEntry[str], home: Path) -> str:
     """What a folder's entry is that is no picture; "" for a picture."""
+    path = Path(entry)
     try:
-        if not path.resolve().is_relative_to(home):
+        if entry.is_symlink() and not path.resolve().is_relative_to(home):
             return "link out of the folder"
-        if path.is_dir():
+        if entry.is_dir():
             return "folder"
-        if not path.is_file():
+        if not entry.is_file():
             return "no file"
         suffix = path.suffix.lower()
         if suffix in PICTURE_SUFFIXES or picture_type(head := read_head(path)) is not None:
