@@ -18,6 +18,7 @@ from deploy.cli import app
 from deploy.cli_common import clear_errors
 from deploy.sources import probe
 from deploy.state import StateFolder
+from deploy.up import Outcome
 from graph.costs import Profile, StageCost
 from graph.secret import Secret
 from graph.sections import CameraSpec
@@ -78,6 +79,13 @@ def test_a_wrong_command_is_told_in_one_line_and_exits_with_2(arguments: list[st
     assert result.exit_code == 2
     (line,) = told(result)
     assert message in line
+
+
+@pytest.mark.parametrize(("in_vain", "code"), [(True, 1), (False, 0)])
+def test_a_run_in_vain_exits_with_1(monkeypatch: pytest.MonkeyPatch, in_vain: bool, code: int) -> None:
+    outcome = Outcome(interrupted=False, in_vain=in_vain, ledger={}, out=None)
+    monkeypatch.setattr("deploy.up.run_up", lambda *_: outcome)
+    assert up(*PATTERN).exit_code == code
 
 
 def test_an_unknown_option_exits_with_2() -> None:
