@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from deploy.accounts import EdgeEnds
+from deploy.loop import ActorLoop
 from deploy.plan import ActorPlan, Address, Report
-from deploy.runner import ActorLoop, SessionPlan, StageRunner
+from deploy.runner import StageRunner
+from deploy.session_plan import SessionPlan
 from graph.bus import Bus
 from graph.chunk import Scalar, SessionId
 from graph.edge import EdgeRule, Receiver, Sender

@@ -25,7 +25,7 @@ from deploy.placement import Process, processes_of
 from deploy.plan import ActorPlan, Address
 from deploy.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
 from deploy.routing import SOURCES
-from deploy.runner import StageSnapshot
+from deploy.session_plan import StageSnapshot
 from deploy.sessions import SessionTable
 from deploy.wiring import Wiring
 from graph.chunk import NS_PER_S, SessionId

@@ -11,7 +11,7 @@ from deploy.calls import CoordinatorError, Line, Reply, Transport
 from deploy.clock import NodeClocks
 from deploy.placement import Process
 from deploy.plan import ActorPlan, Address, Report
-from deploy.runner import StageSnapshot
+from deploy.session_plan import StageSnapshot
 from deploy.sessions import Placement
 
 

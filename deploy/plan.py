@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.accounts import EdgeEnds
-from deploy.runner import StageSnapshot
+from deploy.session_plan import StageSnapshot
 from graph.sections import StageSpec
 from graph.spec import EdgeSpec
 

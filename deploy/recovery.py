@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from deploy.calls import Reply, Steps, answered
 from deploy.routing import session_plan, stages_of
-from deploy.runner import Listener, SessionPlan
+from deploy.session_plan import Listener, SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.spec import EdgeSpec, PipelineSpec
 from graph.tail import Ack

@@ -22,7 +22,7 @@ from deploy.fleet import Cluster, Fleet, Living
 from deploy.placement import LOCAL_STAGES, Process
 from deploy.plan import ActorPlan
 from deploy.recovery import Going, announce, redirect, reopen, tell
-from deploy.runner import Listener, SessionPlan
+from deploy.session_plan import Listener, SessionPlan
 from deploy.sessions import Placement, SessionTable
 from deploy.suspects import NUM_ALONE, Suspects, note_path, read_note
 from deploy.wiring import Wiring

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from deploy.placement import LOCAL_STAGES
-from deploy.runner import SessionPlan
+from deploy.session_plan import SessionPlan
 from graph.sections import WindowSpec
 from graph.spec import EdgeSpec, PipelineSpec
 from graph.streams import camera_stream

@@ -6,14 +6,15 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Protocol
 
 from deploy.isolation import Faults, breaks_process, process, reason_of
+from deploy.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
+from deploy.session_state import OpenSession, ReadyUnit
 from deploy.sink import WindowEnd, WindowMeter, usual_level
 from graph.chunk import (
     NS_PER_MS,
@@ -29,15 +30,14 @@ from graph.chunk import (
 from graph.clock import Clock
 from graph.codec import CodecError
 from graph.edge import Arrival, Receiver, Sender
-from graph.epoch import EpochFence
-from graph.gather import Gathering, Waiting
+from graph.gather import Gathering
 from graph.ladder import Ladder, sheds_picture
 from graph.ledger import Reason
 from graph.streams import EVENTS, is_raw, port_of
 from graph.tail import Ack, ack_of
 from graph.trace import leave_stage
-from graph.window import Joined, Late, Unit, WindowJoin
-from stages.stage import TICK_NS, Session, SourceReport, Stage, StageError
+from graph.window import Joined, Unit, WindowJoin
+from stages.stage import TICK_NS, Session, Stage, StageError
 
 WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
@@ -47,120 +47,6 @@ MAX_CHUNKS_PER_WINDOW = 1 << 16
 """Of one stream; by far."""
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """What was last heard of a session's listener, and how far down the shedding ladder it is."""
-
-    ack: Ack
-    level: int
-
-
-@dataclass(frozen=True, slots=True)
-class SessionPlan:
-    """How one stage replica takes part in a session.
-
-    streams:        what the join waits for, with what happens to late chunks; empty for a source.
-    num_inputs:     input edges; a stage without windows ends with the last of them.
-    peers:          per output edge the replica that this session goes to.
-    incarnation:    tells it from other sessions of its name, on every edge.
-    ends_windows:   its windows end here.
-    makes:          the streams that leave here, but for the listener's news.
-    goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
-    alone_for:      so many of its units go without others, since an actor died of one of several (deploy/suspects.py).
-    """
-
-    session: Session
-    streams: Mapping[str, Late] = field(default_factory=dict)
-    num_inputs: int = 0
-    peers: Mapping[str, int] = field(default_factory=dict)
-    incarnation: int = 0
-    ends_windows: bool = False
-    makes: tuple[str, ...] = ()
-    goes_on: Listener | None = None
-    alone_for: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSnapshot:
-    """A session at one stage: windows that are through, and how many of them came late (known at the sink only)."""
-
-    num_windows: int
-    num_late: int
-
-
-@dataclass(frozen=True, slots=True)
-class StageSnapshot:
-    """What a stage replica has done and has before it. given_up: the sessions that fail here, and why."""
-
-    num_units: int
-    num_ready: int
-    sessions: Mapping[SessionId, SessionSnapshot]
-    sources: Mapping[SessionId, SourceReport] = field(default_factory=dict)
-    given_up: Mapping[SessionId, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Ready:
-    """A unit that is complete, with the chunks' arrivals, whose credit goes back when it has been processed."""
-
-    unit: Unit
-    since_ns: int  # monotonic
-
-
-@dataclass(slots=True)
-class _Open:
-    """A session, at this stage."""
-
-    plan: SessionPlan
-    join: WindowJoin | None
-    lanes: dict[str, Sender]
-    edges: Mapping[str, list[str]]  # outgoing, by the port they leave from
-    clock: Clock
-    ladder: Ladder | None
-    faults: Faults
-    sink: WindowEnd | None  # where its windows end
-    begun: bool = False
-    offset_ns: int = 0  # session time = monotonic + this, once it has begun
-    traced: frozenset[str] = frozenset()  # the streams that bring a trace of each window
-    fence: EpochFence = field(default_factory=EpochFence)
-    ready: deque[_Ready] = field(default_factory=deque)
-    arrivals: dict[int, Arrival] = field(default_factory=dict)  # not settled, by the id() of their chunk
-    seqs: dict[str, int] = field(default_factory=dict)
-    first_seq: int = 0  # of each stream
-    ended: set[str] = field(default_factory=set)  # the edges that have, of a stage without windows
-    ending: bool = False  # the last words are said; they may still wait for credit
-    num_units: int = 0
-    num_processed: int = 0  # of them here
-    told_level: int = 0  # to the camera, and when
-    told_ns: int = 0
-    num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
-    look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
-
-    @property
-    def session(self) -> Session:
-        return self.plan.session
-
-    @property
-    def goes_alone(self) -> bool:
-        return self.num_processed < self.plan.alone_for
-
-    def now_ns(self) -> int:
-        return self.session_ns(self.clock.monotonic_ns())
-
-    def session_ns(self, monotonic_ns: int) -> int:
-        return monotonic_ns + self.offset_ns
-
-    def monotonic_ns(self, event_ns: int) -> int:
-        return event_ns - self.offset_ns
-
-    def waiting(self) -> Waiting:
-        """The unit that is next, for `Gathering`."""
-        ready = self.ready[0]
-        end_ns = self.monotonic_ns(ready.unit.end_ns)
-        deadline_ns = end_ns + self.session.window_ns if self.session.paced else None
-        return Waiting(self.session.id, ready.since_ns, end_ns, deadline_ns)
 
 
 class Meter(WindowMeter, Protocol):
@@ -204,10 +90,10 @@ class StageRunner:
         self._clock = clock
         self._working_on = working_on
         self.num_units = 0
-        self._open: dict[SessionId, _Open] = {}
-        self._ready: dict[SessionId, _Open] = {}  # those which have a unit that is complete
+        self._open: dict[SessionId, OpenSession] = {}
+        self._ready: dict[SessionId, OpenSession] = {}  # those which have a unit that is complete
         self._touched: dict[SessionId, None] = {}  # to be looked at in the next step; in order
-        self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom, monotonic; see _Open.look_ns
+        self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom; see OpenSession.look_ns
         self._follows_clock = type(stage).advance is not Stage.advance
         self._has_files = type(stage).wakes is not Stage.wakes  # which don't say whom they wake
         self._look_at_all_ns: int | None = None  # monotonic; where there are files
@@ -238,7 +124,7 @@ class StageRunner:
         traced = frozenset(stream for stream in plan.streams if not is_raw(stream))
         faults = Faults(self.name, lambda error: self._meter.failed(session, error))
         sink = WindowEnd(self.name, session, ladder, self._meter) if plan.ends_windows else None
-        self._open[session.id] = _Open(
+        self._open[session.id] = OpenSession(
             plan, self._join(plan), lanes, edges, self._clock, ladder, faults, sink, traced=traced
         )
         self._touch(session.id)
@@ -265,7 +151,7 @@ class StageRunner:
             self._go_on(state, state.plan.goes_on)
         self._touch(session)
 
-    def _go_on(self, state: _Open, listener: Listener) -> None:
+    def _go_on(self, state: OpenSession, listener: Listener) -> None:
         """With the window that it is in now. Numbers of chunks leave room for those of the replica that has died."""
         index = max(state.now_ns(), 0) // state.session.window_ns
         _of(state.join).begin_at(index)
@@ -377,7 +263,7 @@ class StageRunner:
         if state.arrivals.pop(id(chunk), None) is not None:
             self._receivers[arrival.edge].drop(arrival, "failed")
 
-    def _take(self, state: _Open, arrival: Arrival) -> None:
+    def _take(self, state: OpenSession, arrival: Arrival) -> None:
         chunk = arrival.chunk
         if chunk.is_control:
             self._control(state, chunk, arrival.edge)
@@ -389,7 +275,7 @@ class StageRunner:
             state.arrivals[id(chunk)] = arrival
             self._joined(state, _of(state.join).add(chunk))
 
-    def _process_single(self, state: _Open, arrival: Arrival) -> None:
+    def _process_single(self, state: OpenSession, arrival: Arrival) -> None:
         """Of a stage without windows."""
         if not state.faults.given_up:
             with state.faults.within("process"):
@@ -398,7 +284,7 @@ class StageRunner:
                 return
         self._receivers[arrival.edge].drop(arrival, "failed")
 
-    def _control(self, state: _Open, chunk: Chunk, edge: str) -> None:
+    def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
         if chunk.kind is Kind.WATERMARK:
             self._joined(state, _of(state.join).advance(chunk.stream, chunk.start_ns, chunk.trace))
         elif chunk.kind is Kind.END and state.join is not None:
@@ -411,11 +297,11 @@ class StageRunner:
                 state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
             self._raise_epoch(state, chunk.epoch)
 
-    def _is_stale(self, state: _Open, chunk: Chunk) -> bool:
+    def _is_stale(self, state: OpenSession, chunk: Chunk) -> bool:
         self._raise_epoch(state, chunk.epoch)
         return state.fence.is_stale(chunk)
 
-    def _raise_epoch(self, state: _Open, epoch: int) -> None:
+    def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
         if state.fence.raise_to(epoch):
             self._touch(state.session.id)
@@ -423,16 +309,16 @@ class StageRunner:
                 with state.faults.within("interrupt"):
                     self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
 
-    def _joined(self, state: _Open, joined: Joined) -> None:
+    def _joined(self, state: OpenSession, joined: Joined) -> None:
         for chunk in joined.late:
             self._settle(state, chunk, "late")
         self._meter.carried(len(joined.carried))
         now_ns = self._clock.monotonic_ns()
-        state.ready.extend(_Ready(unit, now_ns) for unit in joined.units)
+        state.ready.extend(ReadyUnit(unit, now_ns) for unit in joined.units)
         if joined.units:
             self._ready[state.session.id] = state
 
-    def _settle(self, state: _Open, chunk: Chunk, reason: Reason | None) -> None:
+    def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason."""
         arrival = state.arrivals.pop(id(chunk))
         if reason is None:
@@ -441,7 +327,7 @@ class StageRunner:
             self._receivers[arrival.edge].drop(arrival, reason)
 
     @staticmethod
-    def _age_s(state: _Open, chunk: Chunk) -> float:
+    def _age_s(state: OpenSession, chunk: Chunk) -> float:
         return max(state.now_ns() - chunk.end_ns, 0) / NS_PER_S
 
     # ---- what goes out -----------------------------------------------------------------------------------------------
@@ -485,7 +371,7 @@ class StageRunner:
     def _touch(self, session: SessionId) -> None:
         self._touched[session] = None
 
-    def _due(self) -> dict[SessionId, _Open]:
+    def _due(self) -> dict[SessionId, OpenSession]:
         """The sessions to look at now."""
         if self._has_files:
             self._touched = dict.fromkeys(self._open)
@@ -502,7 +388,7 @@ class StageRunner:
         state = self._open.get(session)
         return state is not None and state.look_ns == look_ns
 
-    def _plan_looks(self, looked_at: Mapping[SessionId, _Open]) -> None:
+    def _plan_looks(self, looked_at: Mapping[SessionId, OpenSession]) -> None:
         """When to look at them again if nothing comes."""
         if self._has_files:
             now_ns = self._clock.monotonic_ns()
@@ -514,7 +400,7 @@ class StageRunner:
             if name in self._open:
                 self._look_again(name, state)
 
-    def _look_again(self, session: SessionId, state: _Open) -> None:
+    def _look_again(self, session: SessionId, state: OpenSession) -> None:
         if state.ending or not self._has_room(state):
             self._touch(session)  # its lanes drain in silence: look whenever there is a step
         due_ns: list[int] = []
@@ -534,24 +420,24 @@ class StageRunner:
             if look_ns is not None:
                 heappush(self._looks, (look_ns, session))
 
-    def _due_in_ns(self, session: SessionId, state: _Open) -> int:
+    def _due_in_ns(self, session: SessionId, state: OpenSession) -> int:
         with state.faults.within("due_in_ns"):
             return self.stage.due_in_ns(session, state.now_ns())
         return TICK_NS
 
-    def _tell_failures(self, state: _Open) -> None:
+    def _tell_failures(self, state: OpenSession) -> None:
         """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
         if state.join is None and state.faults.are_new:
             for failure in state.faults.take():
                 attrs: dict[str, Scalar] = {"type": "unit_failed", "stage": failure.stage, "reason": failure.reason}
                 self._send(state, Chunk(state.session.id, EVENTS, state.now_ns(), attrs=attrs))
 
-    def _goes_on(self, state: _Open) -> bool:
+    def _goes_on(self, state: OpenSession) -> bool:
         """Is a window more wanted, after the last of the inputs?"""
         over = state.join is not None and state.join.finished and not state.ready and not state.ending
         return over and state.num_quiet < MAX_QUIET and self._has_more_to_say(state)
 
-    def _has_more_to_say(self, state: _Open) -> bool:
+    def _has_more_to_say(self, state: OpenSession) -> bool:
         if state.faults.given_up:
             return False
         with state.faults.within("goes_on"):
@@ -559,31 +445,31 @@ class StageRunner:
         return False
 
     @staticmethod
-    def _afterword_ns(state: _Open, join: WindowJoin) -> int:
+    def _afterword_ns(state: OpenSession, join: WindowJoin) -> int:
         """When that window leaves: at its end, so that the listener has heard on meanwhile. In virtual time at once."""
         return join.next_end_ns if state.session.paced else 0
 
-    def _advance(self, state: _Open) -> None:
+    def _advance(self, state: OpenSession) -> None:
         if self._follows_clock and self._may_advance(state):
             with state.faults.within("advance"):
                 self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
 
-    def _may_advance(self, state: _Open) -> bool:
+    def _may_advance(self, state: OpenSession) -> bool:
         return state.begun and not state.ending and not state.faults.given_up and self._has_room(state)
 
-    def _idle(self) -> list[tuple[_Open, _Ready]]:
+    def _idle(self) -> list[tuple[OpenSession, ReadyUnit]]:
         """Units which cost nothing: they go at once."""
         states = [state for state in self._ready.values() if self._is_idle(state)]
         return [(state, state.ready[0]) for state in states if self._may_go(state)]
 
-    def _is_idle(self, state: _Open) -> bool:
+    def _is_idle(self, state: OpenSession) -> bool:
         if state.faults.given_up:
             return True
         with state.faults.within("is_idle"):
             return self.stage.is_idle(state.ready[0].unit)
         return False
 
-    def _gather(self) -> list[tuple[_Open, _Ready]]:
+    def _gather(self) -> list[tuple[OpenSession, ReadyUnit]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
         going = [state.waiting() for state in self._ready.values() if self._may_go(state)]
         if not going:
@@ -600,7 +486,7 @@ class StageRunner:
             batch = batch[:1] if batch[0].goes_alone else together
         return [(state, state.ready[0]) for state in batch]
 
-    def _may_go(self, state: _Open) -> bool:
+    def _may_go(self, state: OpenSession) -> bool:
         if not self._has_room(state):
             return False
         if state.session.paced or not (self.stage.paced_by_listener and state.session.speech):
@@ -609,14 +495,14 @@ class StageRunner:
         return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
 
     @staticmethod
-    def _has_room(state: _Open) -> bool:
+    def _has_room(state: OpenSession) -> bool:
         session = state.plan.session.id
         for sender in state.lanes.values():  # noqa: SIM110 - asked at every step: a generator takes twice as long
             if not sender.has_room(session):
                 return False
         return True
 
-    def _process(self, batch: list[tuple[_Open, _Ready]], *, idle: bool = False) -> None:
+    def _process(self, batch: list[tuple[OpenSession, ReadyUnit]], *, idle: bool = False) -> None:
         for state, ready in batch:
             state.ready.popleft()
             if not state.ready:
@@ -645,7 +531,7 @@ class StageRunner:
             has_failed = error is not None or bool(state.faults.given_up)
             self._leave(state, ready, started_ns, has_failed=has_failed)
 
-    def _marked(self, state: _Open, unit: Unit) -> Unit:
+    def _marked(self, state: OpenSession, unit: Unit) -> Unit:
         """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
         session = state.session
         if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
@@ -657,7 +543,7 @@ class StageRunner:
         kept = {stream: chunks for stream, chunks in unit.chunks.items() if stream not in pictures}
         return replace(unit, chunks=kept, missing=unit.missing | pictures, overdue=True)
 
-    def _without_stale(self, state: _Open, unit: Unit) -> Unit:
+    def _without_stale(self, state: OpenSession, unit: Unit) -> Unit:
         """A barge-in may have come after the unit was complete."""
         kept: dict[str, tuple[Chunk, ...]] = {}
         for stream, chunks in unit.chunks.items():
@@ -667,7 +553,7 @@ class StageRunner:
             kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk))
         return replace(unit, chunks=kept)
 
-    def _leave(self, state: _Open, ready: _Ready, started_ns: int, *, has_failed: bool) -> None:
+    def _leave(self, state: OpenSession, ready: ReadyUnit, started_ns: int, *, has_failed: bool) -> None:
         """The unit is done, or has failed: its chunks' credit goes back, its watermark goes on with its trace.
 
         started_ns: monotonic.
@@ -688,7 +574,7 @@ class StageRunner:
         for stream in self.stage.outputs:
             self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
 
-    def _awaited(self, state: _Open, unit: Unit, given_up_ns: int) -> list[Span]:
+    def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
         """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
         known here, with the stages which it had not left."""
         untold = state.traced - unit.traces.keys()
@@ -701,7 +587,7 @@ class StageRunner:
         """The stage from which a stream comes."""
         return next(edge.partition(".")[0] for edge in self._receivers if f".{port_of(stream)}->" in edge)
 
-    def _finish(self, state: _Open) -> None:
+    def _finish(self, state: OpenSession) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
         if not state.ending and self._may_end(state):
             state.ending = True
@@ -709,7 +595,7 @@ class StageRunner:
         if state.ending and all(sender.is_drained(state.session.id) for sender in state.lanes.values()):
             self.close_session(state.session.id)
 
-    def _may_end(self, state: _Open) -> bool:
+    def _may_end(self, state: OpenSession) -> bool:
         if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._goes_on(state):
             return False
         if state.faults.given_up:
@@ -718,7 +604,7 @@ class StageRunner:
             return self.stage.finished(state.session.id)
         return False
 
-    def _say_goodbye(self, state: _Open) -> None:
+    def _say_goodbye(self, state: OpenSession) -> None:
         if self._has_more_to_say(state):
             logging.warning("%s: %s: its listener hears nothing: what waits is not said", self.name, state.session.id)
         if not state.faults.given_up:
@@ -736,16 +622,16 @@ class StageRunner:
         for stream in dict.fromkeys(streams):
             self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
 
-    def _inputs_ended(self, state: _Open) -> bool:
+    def _inputs_ended(self, state: OpenSession) -> bool:
         if state.join is not None:
             return state.join.finished
         return len(state.ended) >= state.plan.num_inputs
 
-    def _send_all(self, state: _Open, chunks: Iterable[Chunk]) -> None:
+    def _send_all(self, state: OpenSession, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
             self._send(state, chunk)
 
-    def _send(self, state: _Open, chunk: Chunk) -> None:
+    def _send(self, state: OpenSession, chunk: Chunk) -> None:
         """Raises StageError for a chunk that nobody would take; then nothing has changed."""
         if not chunk.is_control:
             self._send_data(state, chunk)
@@ -760,7 +646,7 @@ class StageRunner:
             if chunk.kind is not Kind.PLAYBACK or self._is_news(state, edge):
                 self._send_on(state.lanes[edge], chunk)
 
-    def _send_data(self, state: _Open, chunk: Chunk) -> None:
+    def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
         seq, edges = state.seqs.get(chunk.stream, state.first_seq), self._edges_of(state, chunk.stream)
         chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
         is_shed = port_of(chunk.stream) == "frames" and sheds_picture(state.session.taken, chunk.session, seq)
@@ -778,7 +664,7 @@ class StageRunner:
         except CodecError as error:
             raise StageError(f"stage {self.name}, port {port_of(chunk.stream)}: {error}") from error
 
-    def _is_news(self, state: _Open, edge: str) -> bool:
+    def _is_news(self, state: OpenSession, edge: str) -> bool:
         """A camera asks nothing of the listener but the level: a new one, and in each window the last once more."""
         if edge.partition("->")[2] != "camera.playback":
             return True
@@ -789,41 +675,11 @@ class StageRunner:
         return True
 
     @staticmethod
-    def _edges_of(state: _Open, stream: str) -> list[str]:
+    def _edges_of(state: OpenSession, stream: str) -> list[str]:
         return state.edges.get(port_of(stream), [])
 
 
-class ActorLoop:
-    """One turn of an actor process after the other, for the stages that live in it."""
-
-    def __init__(self, runners: list[StageRunner]) -> None:
-        self._runners = {runner.name: runner for runner in runners}
-        self._has_more = False
-
-    def due_in_ns(self) -> int | None:
-        """How long this may sleep if nothing comes; None: as long as nothing comes."""
-        if self._has_more:
-            return 0
-        due_ns = [due for runner in self._runners.values() if (due := runner.due_in_ns()) is not None]
-        return min(due_ns, default=None)
-
-    def files(self) -> frozenset[int]:
-        """File descriptors that become readable when there is something to do."""
-        return frozenset(descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes())
-
-    def turn(self, arrivals: Iterable[Arrival]) -> None:
-        """Take what has come, and do what is due: a batch per stage, so that one which falls behind still takes what
-        comes, and its actor what it is told."""
-        for arrival in sorted(arrivals, key=lambda a: a.chunk.kind < Kind.PLAYBACK):  # what overtakes, overtakes
-            self._runner_of(arrival.edge).take(arrival)
-        more = [runner.step() for runner in self._runners.values()]  # each takes its step
-        self._has_more = any(more)
-
-    def _runner_of(self, edge: str) -> StageRunner:
-        return self._runners[edge.partition("->")[2].partition(".")[0]]
-
-
-def _single(state: _Open, chunk: Chunk) -> Unit:
+def _single(state: OpenSession, chunk: Chunk) -> Unit:
     window_ns = state.session.window_ns
     index = chunk.start_ns // window_ns
     return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={chunk.stream: (chunk,)})

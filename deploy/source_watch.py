@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from deploy.runner import StageSnapshot
+from deploy.session_plan import StageSnapshot
 from graph.chunk import SessionId
 from stages.stage import SourceReport
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from deploy.exposition import Target
 from deploy.placement import Process
 from deploy.plan import Address
-from deploy.runner import SessionSnapshot, StageSnapshot
+from deploy.session_plan import SessionSnapshot, StageSnapshot
 from graph.ledger import Account
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from deploy.runner import ActorLoop, StageRunner
+from deploy.loop import ActorLoop
+from deploy.runner import StageRunner
 from graph.chunk import NS_PER_MS, Chunk, Kind, SessionId
 from graph.credit import Grant
 from graph.edge import Arrival, Receiver, Sender

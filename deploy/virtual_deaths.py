@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 from deploy.calls import Reply, answered, at_once
 from deploy.placement import LOCAL_STAGES, Process
 from deploy.recovery import Going, announce, inputs_of, redirect, reopen
-from deploy.runner import Listener, SessionPlan, StageRunner
+from deploy.runner import StageRunner
+from deploy.session_plan import Listener, SessionPlan
 from deploy.virtual import Actor
 from deploy.virtual_stages import Costly, own_of
 from graph.chunk import NS_PER_MS, NS_PER_S, Scalar, SessionId

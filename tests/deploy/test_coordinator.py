@@ -9,7 +9,7 @@ from deploy.accounts import EdgeEnds
 from deploy.clock import clock_ahead_ns
 from deploy.coordinator import Coordinator, CoordinatorError
 from deploy.restarts import MAX_DEATHS
-from deploy.runner import SessionPlan
+from deploy.session_plan import SessionPlan
 from deploy.sessions import DECODER_START_NS, FIRST_WINDOW_NS, HEAD_START_NS
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.ledger import Account

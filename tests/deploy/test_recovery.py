@@ -9,7 +9,7 @@ import pytest
 
 from deploy.calls import ActorDied, Reply, answered, at_once, failed
 from deploy.recovery import Going, announce, redirect, reopen
-from deploy.runner import Listener, SessionPlan
+from deploy.session_plan import Listener, SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.spec import PipelineSpec, default_spec_path, load_spec
 from graph.tail import Ack

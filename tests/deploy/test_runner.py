@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy.runner import Listener, SessionPlan, StageRunner
+from deploy.runner import StageRunner
+from deploy.session_plan import Listener, SessionPlan
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival, Sender, SilentObserver

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from deploy.runner import StageSnapshot
+from deploy.session_plan import StageSnapshot
 from deploy.source_watch import SourceWatch
 from graph.chunk import SessionId
 from stages.stage import SourceReport

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.runner import SessionPlan
+from deploy.session_plan import SessionPlan
 from deploy.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
 from graph.chunk import SessionId
 from graph.streams import MIC

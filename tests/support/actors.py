@@ -10,7 +10,7 @@ from deploy.calls import ActorDied
 from deploy.coordinator import Coordinator
 from deploy.plan import ActorPlan, Address, Answer, Report
 from deploy.plan import Call as Posted
-from deploy.runner import Listener, SessionSnapshot, StageSnapshot
+from deploy.session_plan import Listener, SessionSnapshot, StageSnapshot
 from graph.chunk import NS_PER_S, SessionId
 from graph.spec import default_spec_path, load_spec
 from graph.tail import Ack
