@@ -25,7 +25,7 @@ types: .venv/installed-dev
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 E2E = tests/end_to_end/test_
 WITH_CAMERAS = $(E2E)dashboards.py $(E2E)nano.py
-WITH_REST = $(E2E)detached.py $(E2E)cluster.py
+WITH_REST = $(E2E)detached.py $(E2E)cluster.py $(E2E)ends.py
 HEARS_CLOCK = $(E2E)tail.py $(E2E)up.py
 PIPELINES = $(HEARS_CLOCK) $(filter-out $(HEARS_CLOCK) $(WITH_CAMERAS) $(WITH_REST),$(wildcard $(E2E)*.py))
 DECODERS = $(wildcard tests/stages/test_media*.py)

@@ -6,6 +6,7 @@ process's arguments are everybody's to read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import typer
 
 from deploy.children import environment_for_children, python
 from deploy.cli_common import EXIT_RUNTIME, clear_errors, fail
+from deploy.interrupts import Interrupted, Interrupts
 from deploy.masked_output import mask_stderr
 from deploy.terminal import prepare_standard_files, tell
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from deploy.cli_up import UpArguments
 
 POLL_S = 0.2
+ENDED_S = 15.0  # from SIGTERM on it takes 10 s at most
 
 
 def run_in_background(arguments: UpArguments) -> None:
@@ -38,9 +41,16 @@ def run_in_background(arguments: UpArguments) -> None:
     with clear_errors():
         with state.hold():
             state.create()
-        with (state.logs / "up.log").open("w+b") as log:
+        with (state.logs / "up.log").open("w+b") as log, Interrupts():
             process = _start(arguments, log)
-            if not _wait_until_ready(process, state):
+            try:
+                is_ready = _wait_until_ready(process, state)
+            except Interrupted:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDED_S)
+                raise
+            if not is_ready:
                 log.seek(0)
                 sys.stderr.write(log.read().decode(errors="replace"))
                 _exit_as(process)
@@ -67,9 +77,12 @@ def _start(arguments: UpArguments, log: Any) -> subprocess.Popen[bytes]:
 def _wait_until_ready(process: subprocess.Popen[bytes], state: Any) -> bool:
     """False when it has ended instead."""
     from deploy.cli_running import is_ready
+    from deploy.state import StateError
 
     while process.poll() is None:
-        running = state.read()
+        running = None
+        with contextlib.suppress(StateError):  # it is busy
+            running = state.read()
         if running is not None and running.pid == process.pid and is_ready(running.url):
             tell(f"running in the background (pid {running.pid}), {running.url}; pipeline ps | logs | down")
             return True

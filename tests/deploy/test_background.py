@@ -1,14 +1,19 @@
 """deploy/background.py: what the command line says travels whole, however it is spelled."""
 
 import json
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from deploy import background
 from deploy.background import decode, encode
+from deploy.children import descendants
 from deploy.cli import app
 from deploy.cli_up import UpArguments
+from deploy.state import StateFolder
 
 SPELLINGS = [
     ["-d", "-f", "here.yaml"],
@@ -68,6 +73,25 @@ def test_values_that_look_like_options_are_values(sent: list[UpArguments]):
 def test_without_the_option_nothing_is_sent_to_the_background(sent: list[UpArguments]):
     result = CliRunner().invoke(app, ["up", "--out", "-d", "--speed", "no"])
     assert (result.exit_code, sent) == (2, [])
+
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(1000)"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_who_interrupts_the_start_in_the_background_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("deploy.state.SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr(background, "python", lambda module: SLEEP)
+    looks = iter([None, signal.raise_signal])  # the second one comes while it is waited for
+    monkeypatch.setattr(StateFolder, "read", lambda self: (look := next(looks)) and look(number))
+    before = descendants()
+    result = CliRunner().invoke(app, ["up", "-d"])
+    assert (result.exit_code, result.output) == (code, "pipeline: interrupted\n")
+    assert descendants() == before
 
 
 @pytest.mark.parametrize("text", ["门=test://pattern", "a b\n\t'\"$HOME", "\udcff.mp4", "", "x" * 100_000])

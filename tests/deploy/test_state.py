@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,15 @@ def test_a_file_counts_as_nothing_and_is_replaced(state: StateFolder, text: str)
     with state.hold():
         state.write(mine(state))
         assert json.loads(state.file.read_text())["pid"] == os.getpid()
+
+
+def test_no_clock_decides_whether_it_runs(state: StateFolder, monkeypatch: pytest.MonkeyPatch):
+    with state.hold():
+        state.write(mine(state))
+        an_hour_later = time.time() + 3600
+        monkeypatch.setattr("time.time", lambda: an_hour_later)
+        os.utime(state.file, (0, 0))
+        assert state.read() == mine(state)
 
 
 def test_a_run_is_found_though_all_its_files_are_gone_and_they_are_written_again(state: StateFolder, tmp_path: Path):
