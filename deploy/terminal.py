@@ -44,10 +44,15 @@ def flush_standard_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        _give_up(1)
         if not isinstance(error, BrokenPipeError):
             tell(f"pipeline: standard output: {error.strerror}")
         sys.exit(1)
+
+
+def _give_up(number: int) -> None:
+    """The interpreter flushes once more at its end, and would exit with 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _opened(number: int) -> TextIO:
@@ -56,8 +61,12 @@ def _opened(number: int) -> TextIO:
 
 def tell(line: str) -> None:
     """One line on stderr, if it can be written."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(2)
+    except ValueError:  # it is closed
+        pass
 
 
 class Teller:

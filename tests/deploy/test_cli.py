@@ -149,6 +149,14 @@ def test_a_reader_that_has_read_enough_is_no_news(project: Path):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("nowhere", ["/dev/full", "a pipe that nobody reads"])
+def test_who_can_be_told_nothing_still_gets_the_exit_code(project: Path, nowhere: str):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") if nowhere != "/dev/full" else Path(nowhere).open("w") as stderr:
+        assert subprocess.run([PIPELINE, "up", "--for=0s"], cwd=project, stderr=stderr).returncode == 2
+
+
 def test_a_full_disk_behind_stdout_is_told(project: Path):
     with Path("/dev/full").open("w") as full:
         result = subprocess.run([PIPELINE, "validate"], cwd=project, stdout=full, stderr=subprocess.PIPE, text=True)
