@@ -264,13 +264,11 @@ class Stopped:
 
 @pytest.fixture(scope="module")
 def with_stopped_actors(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Stopped]:
-    """One of two LLMs hangs, then a camera comes that would go there; when another has its place the TTS hangs, and the
-    run is ended."""
-    replicas = ("--set", "stages.llm.replicas=2", "--set", "stages.llm.kv_memory=128MiB")
+    """The LLM hangs, then a camera comes; when another LLM has its place the TTS hangs, and the run is ended."""
     with new_place(tmp_path_factory.mktemp("stopped"), cache) as place:
-        process = place.start("up", *YARD, *replicas, "--out", "run")
-        place.wait_for_window(2)
-        stop(place, process.pid, "llm.1")
+        process = place.start("up", *YARD, "--out", "run")
+        place.wait_for_window(1)
+        stop(place, process.pid, "llm.0")
         added = place.run("camera", "add", "door=test://pattern?seed=6")
         wait_for(lambda: problem(place))
         wait_for(lambda: not problem(place))
@@ -286,17 +284,17 @@ def stop(place: Place, pid: int, name: str) -> None:
 
 def test_a_camera_that_would_go_to_an_actor_that_hangs_is_refused_with_the_reason(with_stopped_actors: Stopped) -> None:
     assert with_stopped_actors.added.returncode == 1
-    assert "llm.1 has not answered for 10 s" in with_stopped_actors.added.stderr
+    assert "llm.0 has not answered for 10 s" in with_stopped_actors.added.stderr
 
 
-def test_an_actor_that_hangs_is_replaced_and_nobody_else_waits(with_stopped_actors: Stopped) -> None:
+def test_an_actor_that_hangs_is_replaced_and_the_run_goes_on(with_stopped_actors: Stopped) -> None:
     run = with_stopped_actors.run
-    assert "llm.1 has not answered for 30 s" in run.stderr
-    assert "  llm.1 ready again" in run.stderr
+    assert "llm.0 has not answered for 30 s" in run.stderr
+    assert "  llm.0 ready again" in run.stderr
     windows = run.windows("yard")
     assert [window["index"] for window in windows] == list(range(len(windows)))
-    assert len(windows) >= 30, "as long as it took to take llm.1 for dead"
-    assert [window["missing"] for window in windows[:30]] == [[]] * 30
+    assert [event["actor"] for event in run.events("yard", "recovered")] == ["llm.0"]
+    assert {row["session"] for row in run.rows("windows.jsonl")} == {"yard"}
 
 
 def test_a_run_in_which_an_actor_hangs_ends_in_order_with_its_ledger(with_stopped_actors: Stopped) -> None:
