@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy import cli
+from deploy.cli_common import EXIT_USAGE, EXIT_VIOLATED
 from deploy.routing import session_plan
 from deploy.runner import StageRunner
 from deploy.scenarios import COSTS, SCENARIOS, Scenario, SimulateError
@@ -233,7 +234,7 @@ def test_a_scenario_can_have_more_sessions_and_windows():
 
 def test_sessions_that_come_and_go_are_as_many_as_they_are():
     result = CliRunner().invoke(cli.app, ["simulate", "overload", "--sessions", "7"])
-    assert result.exit_code == cli.EXIT_USAGE
+    assert result.exit_code == EXIT_USAGE
     assert "sessions come and go" in result.output
 
 
@@ -250,7 +251,7 @@ def test_a_seed_that_fails_is_made_as_simple_as_it_can_be(spec: PipelineSpec, br
 def test_what_fails_is_told_with_the_simplest_run_in_which_it_does(broken: pytest.MonkeyPatch):
     broken.setattr(SendCredit, "fits", lambda self, duration_ns: True)
     result = CliRunner().invoke(cli.app, ["simulate", "tight", "--seeds", "0:1"])
-    assert result.exit_code == cli.EXIT_VIOLATED
+    assert result.exit_code == EXIT_VIOLATED
     assert "the simplest that fails: 1 session(s)" in result.stdout
 
 
