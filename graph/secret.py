@@ -201,9 +201,9 @@ def _forms(secret: str) -> Iterator[str]:
 def _secrets_of(source: str) -> Iterator[str]:
     _, login, rest = split_login(source)
     if login:
-        user, colon, password = login.partition(":")
-        yield login
-        yield from _with_pieces(password if colon else user)
+        colon = REFERENCE.sub(lambda match: "$" * len(match[0]), login).find(":")  # a reference may hold one itself
+        yield from _with_pieces(login[colon + 1 :])
+        yield from () if REFERENCE.search(login) else (login,)
     for match in _SECRET_PARAMETER.finditer(rest):
         yield from _with_pieces(match[0][len(match[1]) :])
     _, _, query = _split_query(rest) if "://" in rest else _split_query(f"://{rest}")
@@ -212,8 +212,13 @@ def _secrets_of(source: str) -> Iterator[str]:
 
 
 def _with_pieces(secret: str) -> Iterable[str]:
-    """The secret, and what a parser of URLs or YAML may make of it, which cuts where the next part seems to begin."""
-    return secret, *re.split(r"[/?#@:&,;\s'\"{}\[\]]+", REFERENCE.sub(" ", secret))
+    """The secret, and what a parser of URLs or YAML may make of it, which cuts where the next part seems to begin.
+
+    The text of a reference is none: its name and path are what a user has to be told.
+    """
+    written = REFERENCE.sub(" ", secret)
+    pieces = re.split(r"[/?#@:&,;\s'\"{}\[\]]+", written)
+    return pieces if written != secret else (secret, *pieces)
 
 
 class Secret:

@@ -167,3 +167,26 @@ def test_sources_in_a_text_that_is_not_understood_are_known() -> None:
     known = KnownSecrets()
     known.add_text("cameras: {door: {source: rtsp://admin:Hunter2,xyzzy@10.0.0.7/live}}")
     assert known.hide("unknown key 'xyzzy@10.0.0.7/live'") == "unknown key '***@10.0.0.7/live'"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "rtsp://${env:DOOR_LOGIN}@10.0.0.7/stream",
+        "rtsp://${file:/run/secrets/camera}@10.0.0.7/stream",
+        "rtsp://me:${file:secrets/camera}@10.0.0.7/stream?token=${env:DOOR_TOKEN}",
+        "rtsp://${file:C:/secrets/camera}@10.0.0.7/${env:DOOR_TOKEN}",
+    ],
+)
+def test_the_text_of_a_reference_is_no_secret(source: str):
+    known = KnownSecrets()
+    known.add_source(source)
+    known.add_text(f"--camera a={source}")
+    text = "camera a: environment variable DOOR_LOGIN is not set; DOOR_TOKEN; /run/secrets/camera: no such file; me"
+    assert known.hide(text) == text
+
+
+def test_what_stands_beside_a_reference_is_a_secret():
+    known = KnownSecrets()
+    known.add_source("rtsp://me:Hunter2${env:REST}@10.0.0.7/stream")
+    assert known.hide("Hunter2 REST") == "*** REST"
