@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from deploy.interrupts import signals_blocked
+
 ANSWER_S: Final = 10.0  # a busy machine takes its time; a process that is stopped never answers
 MAX_ANSWER_BYTES: Final = 64 << 10
 LISTENING_S: Final = 1.0  # from the binding of a name to the listening pass two system calls
@@ -55,7 +57,8 @@ class Claim:
             self._close()
             raise
         self._thread = threading.Thread(target=self._serve, name="claim", daemon=True)
-        self._thread.start()
+        with signals_blocked():
+            self._thread.start()
 
     def release(self) -> None:
         self._ending.close()

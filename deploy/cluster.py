@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from deploy.actor import Actor
 from deploy.calls import ActorDied, CallError, CoordinatorError
 from deploy.children import descendants, no_descendants_left
-from deploy.interrupts import ENDING_SIGNALS
+from deploy.interrupts import signals_blocked
 from deploy.masked_output import environment_without_secrets
 from deploy.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
 from deploy.plan import ActorPlan, Answer, Call
@@ -186,12 +185,8 @@ def _as_children_shall_be(folder: Path) -> Iterator[None]:
     They inherit which signals are blocked, too. What ends `up` comes to the whole group from a terminal, to every
     process from systemd, and Ray dies of it within a second, before anything could be brought to its end.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-    try:
-        with contextlib.chdir(folder):
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with signals_blocked(), contextlib.chdir(folder):
+        yield
 
 
 def _mute() -> None:

@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deploy.interrupts import signals_blocked
 from graph.errors import GraphError
 
 PATIENCE_S = 5.0
@@ -108,7 +109,8 @@ class GatewayServer:
         listener = self._listen()
         self.port = listener.getsockname()[1]
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="gateway", daemon=True)
-        self._thread.start()
+        with signals_blocked():
+            self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():
                 raise GatewayError(f"the gateway on {self.url} ended while it started; its log says why")

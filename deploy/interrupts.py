@@ -5,13 +5,34 @@ Rule: they all mean the same, an end in order, and they are for `up` alone: its 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S = 0.02
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """What is started in here, threads and processes, takes none of the signals: the main thread does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        _take_back()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _take_back() -> None:
+    """The handlers that Python knows of count again: Ray, too, takes SIGTERM while it starts, and dies of it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING_SIGNALS:
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,9 +65,17 @@ class Interrupts:
         for number in self._before:
             signal.signal(number, self._on_signal)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, of_type: object, error: BaseException | None, traceback: object) -> None:
+        """What was cut off by a signal may say so in its own way, as Ray does: the first signal stands."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is not None and not isinstance(error, Interrupted):
+            self.check(isinstance(error, KeyboardInterrupt))
+
+    def check(self, is_cut_off: bool = True) -> None:
+        """Raise Interrupted where a signal came that somebody has swallowed while the pipeline started."""
+        if self.count and (is_cut_off or not self.graceful):
+            raise Interrupted(self._first)
 
     @property
     def is_ctrl_c(self) -> bool:

@@ -17,6 +17,7 @@ import time
 from types import TracebackType
 from typing import Final, Self, TextIO
 
+from deploy.interrupts import signals_blocked
 from graph.secret import hide
 
 MAX_WAITING: Final = 1000  # lines
@@ -84,7 +85,8 @@ class Teller:
         self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        with signals_blocked():
+            self._thread.start()
         return self
 
     def tell(self, line: str) -> None:

@@ -152,6 +152,7 @@ class _Run:
             cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
             stack.callback(cluster.close)
             self._interrupts.listen()
+            self._interrupts.check()
             path = self._checkpoint.path.absolute()
             coordinator = Coordinator(self._spec, path, self._state.path, cluster, self._tell)
             stack.callback(lambda: coordinator.stop(self._ending))

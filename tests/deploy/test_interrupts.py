@@ -1,14 +1,18 @@
 """deploy/interrupts.py: Ctrl-C, whatever it cuts into."""
 
+import ctypes
+import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 from typer import Exit
 
 from deploy.cli_common import clear_errors
-from deploy.interrupts import Interrupted, Interrupts
+from deploy.interrupts import Interrupted, Interrupts, signals_blocked
 
+LIBC = ctypes.CDLL(None)
 PRESS_CTRL_C = compile("signal.raise_signal(signal.SIGINT)", "<frozen importlib._bootstrap>", "exec")
 
 
@@ -74,3 +78,30 @@ def test_a_start_that_is_stopped_is_no_mistake_and_one_that_is_interrupted_is_to
     with pytest.raises(Exit) as end, clear_errors(), Interrupts():
         signal.raise_signal(number)
     assert end.value.exit_code == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_a_library_that_makes_an_error_of_its_own_of_a_signal_changes_no_exit_code(number: signal.Signals, code: int):
+    with pytest.raises(Exit) as end, clear_errors(), Interrupts():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray does, which knows one of them only
+    assert end.value.exit_code == code
+
+
+def test_a_signal_that_was_swallowed_while_the_pipeline_started_is_not_lost():
+    with pytest.raises(Interrupted) as end, Interrupts() as interrupts:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        interrupts.check()
+    assert end.value.number == signal.SIGTERM
+
+
+def test_who_takes_a_signal_while_children_are_started_loses_it_before_it_can_come():
+    with Interrupts() as interrupts:
+        interrupts.graceful = True
+        with signals_blocked():
+            os.kill(os.getpid(), signal.SIGTERM)  # to the process: whichever thread takes it
+            LIBC.signal(signal.SIGTERM, 0)  # below Python, as libraries in C do: its default ends the process
+        assert interrupts.count == 1
