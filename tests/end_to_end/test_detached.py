@@ -88,7 +88,7 @@ def test_logs_are_printed_per_process(place: Place, url: str) -> None:
 def test_logs_of_an_unknown_process_are_an_error(place: Place, url: str) -> None:
     run = place.run("logs", "gramophone")
     assert run.returncode == 1
-    assert "none of 'gramophone'" in run.stderr
+    assert "no logs here of 'gramophone'; there are: audio_encoder.0, " in run.stderr
 
 
 def test_one_page_shows_the_metrics_of_all_processes(url: str) -> None:
