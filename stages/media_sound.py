@@ -21,6 +21,9 @@ from stages.media_tracks import to_ns as stamp_ns
 from stages.media_wire import FOREVER_NS, MIN_HOLE_SAMPLES, MediaRequest, Sound
 
 MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000  # at 1 Hz one packet would become gigabytes
+# Coefficients whose sum is 1, as players mix: what is not clipped in any channel is not in their mix either. Without
+# it libswresample adds stereo up to +3 dB where it makes floats, and 5.1 to more.
+MIX_OPTIONS: Final = {"rematrix_maxval": "1"}
 
 GAP_NS: Final = 50 * NS_PER_MS  # how far count and stamps of a steady stream may be apart
 DRIFT_NS: Final = 40 * NS_PER_MS  # on one side for DRIFT_OVER_NS: corrected, before it comes to GAP_NS
@@ -151,7 +154,7 @@ class SoundTrack:
             by_ns = self._judge.correction_ns(time_ns - expected_ns, frame.samples * NS_PER_S // frame.sample_rate)
             self._count_correction(by_ns, expected_ns)
         if by_ns > 0 or self._source_format != source_format:
-            self._start_stretch(expected_ns + max(by_ns, 0))
+            self._start_stretch(expected_ns + max(by_ns, 0), frame.layout.nb_channels)
             self._source_format = source_format
         if by_ns < 0:
             self._num_to_cut += -by_ns * SOUND_RATE_HZ // NS_PER_S
@@ -166,13 +169,14 @@ class SoundTrack:
             self._num_holes += at_ns - self._corrected_ns >= NS_PER_S
             self._corrected_ns = at_ns + max(by_ns, 0)
 
-    def _start_stretch(self, time_ns: int) -> None:
+    def _start_stretch(self, time_ns: int, num_channels: int) -> None:
         """Zeros up to time_ns, and a fresh resampler: the old one's tail belongs before them."""
         self._drain()
         self._skip_to(_samples(time_ns))
         self._anchor_ns = max(time_ns, self._num_samples * NS_PER_S // SOUND_RATE_HZ)
         self._num_source_samples = 0
-        self._resampler = AudioResampler(format="flt", layout="mono", rate=SOUND_RATE_HZ)
+        mix = MIX_OPTIONS if num_channels > 1 else None
+        self._resampler = AudioResampler(format="flt", layout="mono", rate=SOUND_RATE_HZ, options=mix)
 
     def _resample(self, frame: AudioFrame | None) -> None:
         if frame is not None:

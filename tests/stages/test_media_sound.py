@@ -168,3 +168,46 @@ def test_whatever_the_stamps_say_pieces_follow_each_other_or_leave_a_second(step
     for sound in (item for item in recorder.items if isinstance(item, Sound)):
         assert sound.first_sample == end or sound.first_sample >= end + RATE_HZ
         end = sound.first_sample + sound.samples.size
+
+
+def tone_in_all_channels(layout: str, kind: str, amplitude: float) -> av.AudioFrame:
+    """A second of 440 Hz at 48 kHz, the same in every channel, in this sample format."""
+    wave = amplitude * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    samples = np.tile(wave, (av.AudioLayout(layout).nb_channels, 1))
+    packed = samples.T.reshape(1, -1)
+    whole = packed.astype(np.float32) if kind == "flt" else np.round(packed * 32767).astype(np.int16)
+    frame = av.AudioFrame.from_ndarray(whole, kind, layout)
+    frame.rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
+    return frame
+
+
+@pytest.mark.parametrize("kind", ["s16", "flt"])
+@pytest.mark.parametrize("layout", ["mono", "stereo", "2.1", "quad", "5.0", "5.1", "6.1", "7.1"])
+def test_sound_that_is_not_clipped_in_its_channels_is_not_clipped_in_their_mix(layout, kind):
+    # Given: music as loud as it is usually mastered, alike in all channels.
+    recorder = Recorder()
+    recorder.track.add(tone_in_all_channels(layout, kind, 0.95), 0)
+    heard = recorder.heard()
+    assert np.abs(heard).max() == pytest.approx(0.95, abs=0.001)
+    assert np.sqrt((heard**2).mean()) == pytest.approx(0.95 / np.sqrt(2), abs=0.01)
+
+
+def test_a_tone_in_one_of_two_channels_has_half_its_height_in_the_mix():
+    frame = tone_in_all_channels("stereo", "flt", 0.8)
+    samples = frame.to_ndarray()
+    samples[:, 1::2] = 0
+    one_sided = av.AudioFrame.from_ndarray(samples, "flt", "stereo")
+    one_sided.rate, one_sided.pts, one_sided.time_base = 48_000, 0, frame.time_base
+    recorder = Recorder()
+    recorder.track.add(one_sided, 0)
+    assert np.abs(recorder.heard()).max() == pytest.approx(0.4, abs=0.001)
+
+
+def test_sound_that_turns_from_mono_to_stereo_keeps_its_loudness():
+    recorder = Recorder()
+    recorder.track.add(tone_in_all_channels("mono", "s16", 0.9), 0)
+    later = tone_in_all_channels("stereo", "s16", 0.9)
+    later.pts = 48_000
+    recorder.track.add(later, NS_PER_S)
+    heard = recorder.heard()
+    assert [np.abs(heard[at : at + 8000]).max() for at in (4000, 20_000)] == pytest.approx([0.9, 0.9], abs=0.001)
