@@ -32,7 +32,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from graph.chunk import NS_PER_S
 from graph.secret import mask_source, split_login
-from stages.media_types import FILM_SUFFIXES, PICTURE_SUFFIXES, picture_type, read_head
+from stages.media_types import FILM_SUFFIXES, picture_type, read_head
 from stages.media_wire import (
     FOREVER_NS,
     LIVE_KINDS,
@@ -184,14 +184,12 @@ def _check_path(source: str) -> SourceKind:
 
 
 def _kind_of_file(path: Path) -> SourceKind:
-    suffix = path.suffix.lower()
-    if suffix in FILM_SUFFIXES:
-        return "file"
     try:
-        is_picture = suffix in PICTURE_SUFFIXES or picture_type(read_head(path)) is not None
+        picture = picture_type(read_head(path))
     except OSError as error:
         raise MediaError("unreadable", f"{path}: {error.strerror}") from error
-    return "images" if is_picture else "file"
+    is_film = picture is None or (picture == "JPEG" and path.suffix.lower() in FILM_SUFFIXES)
+    return "file" if is_film else "images"
 
 
 def _suggestion(path: Path) -> str:

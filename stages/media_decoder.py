@@ -41,7 +41,7 @@ from stages.media_rtsp import open_camera
 from stages.media_screen import FrameGrid
 from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, to_ns
-from stages.media_types import FILM_SUFFIXES, foreign_type, read_head
+from stages.media_types import foreign_type, is_jpeg_film, read_head, unreadable_type
 from stages.media_view import MAX_PICTURE_PIXELS, check_size
 from stages.media_wire import (
     FOREVER_NS,
@@ -78,6 +78,18 @@ _FILE_FORMATS: Final = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,ogg,wav,w64,aiff,au,mp3,flac,aac,ac3,eac3,caf,amr,"
     "h264,hevc,vvc,m4v,mpegvideo,mjpeg,ivf,obu,asf,nut,mxf,dv,gif,yuv4mpegpipe,"
     "dhav,wv,tta,ape,mpc,mpc8,dsf,voc,dts,truehd,wtv"
+)
+# What is made for some listeners, or is heard and seen beside the film.
+_BESIDE: Final = (
+    Disposition.comment
+    | Disposition.karaoke
+    | Disposition.hearing_impaired
+    | Disposition.visual_impaired
+    | Disposition.clean_effects
+    | Disposition.timed_thumbnails
+    | Disposition.non_diegetic
+    | Disposition.descriptions
+    | Disposition.dependent
 )
 _PROTOCOLS: Final = {
     "http": "http,tcp",
@@ -131,11 +143,7 @@ def open_all(order: Order, warner: Warner) -> list[InputContainer]:
     num_wanted = order.request.want_video + order.request.want_audio
     match order.kind:
         case "file":
-            if foreign := foreign_type(read_head(Path(source))):
-                raise MediaError("unreadable", foreign)
-            # What is one JPEG behind the other libav takes for one JPEG.
-            format_name = "mjpeg" if Path(source).suffix.lower() in FILM_SUFFIXES else None
-            return [open_container(order, source, format_name, _file_options("file")) for _ in range(num_wanted)]
+            return open_file(order, num_wanted)
         case "http":
             protocols = _PROTOCOLS[urlsplit(source).scheme.lower()]
             return [open_container(order, source, None, _file_options(protocols)) for _ in range(num_wanted)]
@@ -147,6 +155,21 @@ def open_all(order: Order, warner: Warner) -> list[InputContainer]:
             return [open_container(order, graph, "lavfi", {}) for graph in pattern_graphs(source, order.request.fps)]
         case _:
             raise AssertionError(f"a {order.kind} has no container")
+
+
+def open_file(order: Order, num_wanted: int) -> list[InputContainer]:
+    """A file, once per stream; MediaError "unreadable" for what is no film and has a name."""
+    source = order.request.source
+    head = read_head(Path(source))
+    if foreign := foreign_type(head):
+        raise MediaError("unreadable", foreign)
+    format_name = "mjpeg" if is_jpeg_film(head) else None  # libav takes it for one JPEG
+    try:
+        return [open_container(order, source, format_name, _file_options("file")) for _ in range(num_wanted)]
+    except (av.error.InvalidDataError, av.error.ArgumentError, BlockingIOError):
+        if named := unreadable_type(Path(source)):
+            raise MediaError("unreadable", named) from None
+        raise
 
 
 def _file_options(protocols: str) -> dict[str, str]:
@@ -170,13 +193,13 @@ def pattern_graphs(source: str, fps: float) -> list[str]:
 
 
 def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, warner: Warner) -> list[Feed]:
-    """The first video and audio stream which can be decoded, if wanted; sound from the second connection of two."""
+    """The video and audio stream which a player takes, if wanted; sound from the second connection of two."""
     request = order.request
     video = [s for c in containers for s in c.streams.video if not s.disposition & Disposition.attached_pic]
     audio = [s for c in containers[::-1] for s in c.streams.audio]
     streams: list[VideoStream | AudioStream] = [
-        *list(filter(_is_known, video))[: request.want_video],
-        *list(filter(_is_known, audio))[: request.want_audio],
+        *sorted(filter(_is_known, video), key=_is_second_choice)[: request.want_video],
+        *sorted(filter(_is_known, audio), key=_is_second_choice)[: request.want_audio],
     ]
     starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
     origin_ns = min(starts, default=None)
@@ -214,6 +237,11 @@ def media_end_ns(stream: VideoStream, origin_ns: int | None) -> int | None:
         return None
     start_ns = 0 if container.start_time is None or origin_ns is None else 1000 * container.start_time - origin_ns
     return start_ns + 1000 * container.duration  # both in microseconds
+
+
+def _is_second_choice(stream: Stream) -> tuple[bool, bool]:
+    """Sorts tracks as players choose: those made for everybody, of them the one marked as default, then the first."""
+    return bool(stream.disposition & _BESIDE), not stream.disposition & Disposition.default
 
 
 def _is_known(stream: Stream) -> bool:
@@ -352,17 +380,23 @@ _REASONS: Final[tuple[tuple[type[BaseException], FailKind, str], ...]] = (
 )
 
 
+# What libav's own word would mislead about.
+_OF_FILES: Final[tuple[tuple[type[BaseException], str], ...]] = (
+    (av.error.ArgumentError, "is of a type which is not read here; save it as MP4 or WAV"),
+    (BlockingIOError, "is not a media file which can be read: damaged, or of another type"),
+    (EOFError, "is cut off: it ends before its first picture or sound"),
+)
+
+
 def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     """The failure in the owner's words; libav's own text would show the URL with its password."""
     kind, what = next((kind, what) for of_type, kind, what in _REASONS if isinstance(error, of_type))
-    if kind == "closed" and order.kind not in LIVE_KINDS:
-        kind = "unreadable"
     detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
-    if isinstance(error, av.error.ArgumentError) and order.kind in (
-        "file",
-        "http",
-    ):  # libav's word for what is forbidden
-        kind, what, detail = "unreadable", "is of a type which is not read here; save it as MP4 or WAV", ""
+    if order.kind not in LIVE_KINDS:
+        kind = "unreadable" if kind == "closed" else kind
+    if order.kind in ("file", "http"):
+        plain = next((plain for of_type, plain in _OF_FILES if isinstance(error, of_type)), "")
+        what, detail = (plain, "") if plain else (what, detail)
     return Failed(kind, f"{order.request.masked} {what}{detail}")
 
 

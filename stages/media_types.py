@@ -28,6 +28,7 @@ _HEIF_BRANDS: Final = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"
 
 _AS_JPEG: Final = "save it as JPEG or PNG"
 _AS_FILM: Final = "give the film itself"
+_AS_ANY: Final = "give a film, a picture or a folder of pictures"
 _NAMED: Final[tuple[tuple[re.Pattern[bytes], str, str], ...]] = (
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "a JPEG XL picture", _AS_JPEG),
     (re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), "a JPEG 2000 picture", _AS_JPEG),
@@ -39,26 +40,40 @@ _NAMED: Final[tuple[tuple[re.Pattern[bytes], str, str], ...]] = (
     (re.compile(rb"P[1-7]\s"), "a PNM picture", _AS_JPEG),
     (re.compile(rb"\xc5\xd0\xd3\xc6|%!PS"), "a PostScript file", _AS_JPEG),
     (re.compile(rb"%PDF-"), "a PDF document", "save its pages as JPEG or PNG"),
-    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", re.DOTALL | re.I),
-     "an SVG drawing", _AS_JPEG),
-    (re.compile(rb"\s*#EXTM3U.*#EXT-X-", re.DOTALL), "an HLS playlist", _AS_FILM),
-    (re.compile(rb"\s*#EXTM3U"), "an M3U playlist", _AS_FILM),
-    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<MPD[\s>]", re.DOTALL), "a DASH playlist", _AS_FILM),
-    (re.compile(rb"\s*ffconcat version"), "a concat script", _AS_FILM),
-    (re.compile(rb"\s*\[playlist\]", re.I), "a PLS playlist", _AS_FILM),
-    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?<playlist[\s>]", re.DOTALL | re.I), "an XSPF playlist", _AS_FILM),
-    (re.compile(rb"\s*<asx[\s>]", re.I), "an ASX playlist", _AS_FILM),
-    (re.compile(rb"v=0\r?\no="), "an SDP description", "give the rtsp:// address"),
-    (re.compile(rb"\s*(<!doctype html|<html)[\s>]", re.I), "a web page", "give the address of the film"),
+    (re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|word/|xl/|ppt/|"
+                rb"mimetypeapplication/vnd\.oasis)|\{\\rtf", re.DOTALL),
+     "an office document", "save its pages as JPEG or PNG"),
+    (re.compile(rb"(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", re.I), "an SVG drawing", _AS_JPEG),
+    (re.compile(rb"#EXTM3U.*#EXT-X-", re.DOTALL), "an HLS playlist", _AS_FILM),
+    (re.compile(rb"#EXTM3U"), "an M3U playlist", _AS_FILM),
+    (re.compile(rb"<MPD[\s>]"), "a DASH playlist", _AS_FILM),
+    (re.compile(rb"(#[^\n]*\n\s*)*(ffconcat version|file\s+('[^'\n]*'|\S+)\s*(\n|$))"), "a concat script", _AS_FILM),
+    (re.compile(rb"\[playlist\]", re.I), "a PLS playlist", _AS_FILM),
+    (re.compile(rb"<playlist[\s>]", re.I), "an XSPF playlist", _AS_FILM),
+    (re.compile(rb"<asx[\s>]", re.I), "an ASX playlist", _AS_FILM),
+    (re.compile(rb"([a-z]=[^\n]*\n){0,9}v=0\s*\n"), "an SDP description", "give the rtsp:// address"),
+    (re.compile(rb"(<!doctype html|<html)[\s>]", re.I), "a web page", "give the address of the film"),
     (re.compile(rb"MThd"), "a MIDI file", "save it as WAV"),
     (re.compile(rb"\.RMF\0|\.ra\xfd"), "a RealMedia file", "save it as MP4"),
     (re.compile(rb"[FCZ]WS[\x03-\x40]"), "a Flash film", "save it as MP4"),
-    (re.compile(rb"PK\x03\x04|Rar!\x1a\x07|7z\xbc\xaf\x27\x1c|\x1f\x8b\x08|\xfd7zXZ\0|\x28\xb5\x2f\xfd|BZh[1-9]1AY"),
+    (re.compile(rb"PK\x03\x04|Rar!\x1a\x07|7z\xbc\xaf\x27\x1c|\x1f\x8b\x08|\xfd7zXZ\0|\x28\xb5\x2f\xfd|BZh[1-9]1AY|"
+                rb".{257}ustar", re.DOTALL),
      "an archive", "unpack it"),
-    (re.compile(rb"SQLite format 3\0"), "a database", "give a film, a picture or a folder of pictures"),
-    (re.compile(rb"\x7fELF|#!"), "a program", "give a film, a picture or a folder of pictures"),
-    (re.compile(rb"\{\\rtf"), "a text document", "give a film, a picture or a folder of pictures"),
+    (re.compile(rb"SQLite format 3\0"), "a database", _AS_ANY),
+    # A script names its interpreter's path; "#!AMR" begins sound.
+    (re.compile(rb"\x7fELF|MZ.{58}..\0\0|#![ \t]*/", re.DOTALL), "a program", _AS_ANY),
 )  # fmt: skip
+# What may begin as nearly any film does, or what a film may stand in: named when libav has found none in it.
+_UNREADABLE: Final[tuple[tuple[re.Pattern[bytes], str, str], ...]] = (
+    (re.compile(rb"\d+\s*\n\d\d:\d\d:\d\d[,.]\d{3} -->|WEBVTT|\[Script Info\]"), "a file of subtitles", _AS_FILM),
+    (re.compile(rb"[\[{]\s*[\[{\"\]}\d]"), "a JSON file", _AS_ANY),
+    (re.compile(rb"<[?!a-z]", re.I), "an XML or HTML file", _AS_ANY),
+    (re.compile(rb"[\t\n\r -~\x80-\xff]+\Z"), "a text file", _AS_ANY),
+)
+_PROLOGUE: Final = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*", re.DOTALL)
+_MULTIPART: Final = re.compile(rb"\s*--[^\r\n]+\r?\n(.+\r?\n)*?content-type:\s*image/jpe?g", re.I)
+_DISC_AT: Final = 32_769  # ISO 9660 and UDF leave the first 16 sectors to the computer
+_DISC_MARKS: Final = frozenset((b"CD001", b"BEA01"))
 
 
 def read_head(path: Path) -> bytes:
@@ -75,10 +90,27 @@ def picture_type(head: bytes) -> PictureType | None:
     return next((name for pattern, name in _PICTURES if pattern.match(head)), None)
 
 
+def is_jpeg_film(head: bytes) -> bool:
+    """Whether it begins as one JPEG behind the other does; a single one begins alike."""
+    return picture_type(head) == "JPEG" or _MULTIPART.match(head) is not None
+
+
 def foreign_type(head: bytes) -> str:
     """Of what is known and not read: what it is and what to do, as the rest of a sentence; "" for anything else."""
-    name, instead = _named(head)
-    return f"is {name}, which is not read here; {instead}" if name else ""
+    return _sentence(*_named(head))
+
+
+def unreadable_type(path: Path) -> str:
+    """Of a file in which libav has found no film: as by foreign_type, "" also for one which can't be opened again."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(_DISC_AT)
+            if file.read(5) in _DISC_MARKS:
+                return _sentence("a disc image", "give the film that is on it")
+    except OSError:
+        return ""
+    return _sentence(*_first_match(_UNREADABLE, _as_text(head)))
 
 
 def foreign_name(head: bytes) -> str:
@@ -86,11 +118,30 @@ def foreign_name(head: bytes) -> str:
     return _named(head)[0]
 
 
+def _sentence(name: str, instead: str) -> str:
+    return f"is {name}, which is not read here; {instead}" if name else ""
+
+
 def _named(head: bytes) -> tuple[str, str]:
     brands = _brands(head)
     if brands[:1] and brands[0] in _HEIF_BRANDS:
         return "a HEIC picture", _AS_JPEG
-    return next(((name, instead) for pattern, name, instead in _NAMED if pattern.match(head)), ("", ""))
+    name, instead = _first_match(_NAMED, head)
+    return (name, instead) if name else _first_match(_NAMED, _as_text(head))
+
+
+def _first_match(table: tuple[tuple[re.Pattern[bytes], str, str], ...], head: bytes) -> tuple[str, str]:
+    return next(((name, instead) for pattern, name, instead in table if pattern.match(head)), ("", ""))
+
+
+def _as_text(head: bytes) -> bytes:
+    """UTF-8 without what may stand before the first word: a byte order mark, an XML declaration, comments."""
+    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        if head.startswith(mark):
+            head = head[2:].decode(encoding, "ignore").encode()
+    head = head.removeprefix(b"\xef\xbb\xbf")
+    prologue = _PROLOGUE.match(head)
+    return head[prologue.end() :] if prologue else head
 
 
 def _brands(head: bytes) -> list[bytes]:

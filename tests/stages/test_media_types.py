@@ -1,6 +1,8 @@
 """stages/media_types.py: files are what their bytes say; what is not read is named. And which names are read."""
 
+import errno
 import gzip
+import io
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -9,11 +11,15 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
+from PIL import Image
 
-from stages.media import Ended, Failed, MediaError, check_source
+from stages.media import Ended, Failed, MediaError, Sound, check_source
+from stages.media_decoder import explain
 from stages.media_types import foreign_type, picture_type
+from stages.media_wire import Order
 from tests.support.media import Clip, times
-from tests.support.reading import frames_of, read_all, starts_s
+from tests.support.reading import first_image, frames_of, read_all, request, starts_s
 
 
 def ftyp(*brands: str) -> bytes:
@@ -67,13 +73,28 @@ def test_pictures_are_known_by_their_first_bytes(head, kind):
         (b".RMF\0\0\0\x12", "a RealMedia file"),
         (b"FWS\x06", "a Flash film"),
         (b"#!/bin/sh\n", "a program"),
+        (b"#! /usr/bin/env python\n", "a program"),
+        (b"\xef\xbb\xbf#EXTM3U\n#EXT-X-TARGETDURATION:2\n", "an HLS playlist"),
+        ("\ufeff#EXTM3U\na.mp3\n".encode("utf-16-le"), "an M3U playlist"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- made by hand -->\n<MPD xmlns="urn">', "a DASH playlist"),
+        (b"s=Door\r\nv=0\r\no=- 0 0 IN IP4 127.0.0.1", "an SDP description"),
+        (b"file 'a.mp4'\nfile 'b.mp4'\n", "a concat script"),
+        (b"# my holiday\nfile a.mp4", "a concat script"),
+        (b"<!-- saved from url=(0014)about:internet -->\n<html lang=en>", "a web page"),
+        (b"film.mp4".ljust(257, b"\0") + b"ustar\x0000", "an archive"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document"),
+        (b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml", "an office document"),
+        (b"PK\x03\x04" + bytes(26) + b"mimetypeapplication/vnd.oasis.opendocument.text", "an office document"),
     ],
 )
 def test_what_is_not_read_is_named_with_what_to_do(head, name):
     assert foreign_type(head).startswith(f"is {name}, which is not read here; ")
 
 
-@pytest.mark.parametrize("head", [b"", ftyp("isom"), b"\x1aE\xdf\xa3", b"ID3\x04", b"dear reader", b"\0" * 100])
+@pytest.mark.parametrize(
+    "head",
+    [b"", ftyp("isom"), b"\x1aE\xdf\xa3", b"ID3\x04", b"dear reader", b"\0" * 100, b"#!AMR\n", b"#!AMR-WB\n"],
+)
 def test_nothing_else_is_named(head):
     assert foreign_type(head) == ""
 
@@ -86,11 +107,64 @@ def test_a_playlist_is_called_a_playlist_whatever_its_name(tmp_path, name):
     assert failed.message == f"{tmp_path / name} is an HLS playlist, which is not read here; give the film itself"
 
 
-def test_subtitles_are_of_a_type_which_is_not_read(tmp_path):
-    (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nhello\n\n")
-    (failed,) = read_all(tmp_path / "a.srt")
-    assert isinstance(failed, Failed)
-    assert "is of a type which is not read here" in failed.message and "Invalid argument" not in failed.message
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"1\n00:00:01,000 --> 00:00:02,000\nhello\n\n", "a file of subtitles, which is not read here; give the film"),
+        (b"WEBVTT\n\n00:01.000 --> 00:02.000\nhello\n", "a file of subtitles, which is not read here; give the film"),
+        (b"Dear reader,\nthe film is elsewhere.\n", "a text file, which is not read here; give a film, a picture"),
+        (b'\xef\xbb\xbf{"camera": "door"}', "a JSON file, which is not read here; give a film, a picture"),
+        (b'<?xml version="1.0"?>\n<camera name="door"/>', "an XML or HTML file, which is not read here; give a film"),
+        (bytes(32_768) + b"\x01CD001\x01" + bytes(9000), "a disc image, which is not read here; give the film"),
+        (b"OggS", "cut off: it ends before its first picture or sound"),
+        (b"\x07" * 3000, "not a media file which can be read: damaged, or of another type"),
+    ],
+)
+def test_what_holds_no_film_is_named(tmp_path, data, named):
+    (tmp_path / "a").write_bytes(data)
+    (failed,) = read_all(tmp_path / "a")
+    assert isinstance(failed, Failed) and failed.kind == "unreadable"
+    assert failed.message.startswith(f"{tmp_path / 'a'} is {named}")
+
+
+def test_a_demuxer_that_has_nothing_yet_is_not_called_a_busy_resource():
+    order = Order("file", request("a.ts"), 1.0, 1.0, origin_ns=0)
+    failed = explain(BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), order)
+    assert failed.message == "a.ts is not a media file which can be read: damaged, or of another type"
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.jpg", "clip.mjpg", "clip"])
+@pytest.mark.parametrize("format_", ["mp4", "avi", "matroska", "mpegts"])
+def test_a_film_is_a_film_whatever_its_name(tmp_path, name, format_):
+    path = Clip(tmp_path / name, format=format_).video(times(2, 5)).write()
+    assert check_source(str(path)) == "file"
+    items = read_all(path)
+    assert isinstance(items[-1], Ended) and len(frames_of(items)) == 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_a_picture_is_a_picture_though_its_name_is_a_films(tmp_path, kind):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.mjpg", kind)
+    assert check_source(str(tmp_path / "a.mjpg")) == "images"
+
+
+@pytest.mark.parametrize("name", ["cam.mjpg", "cam"])
+def test_a_film_of_jpegs_as_servers_send_it_is_read(tmp_path, name):
+    Image.new("RGB", (64, 48), "red").save(jpeg := io.BytesIO(), "JPEG")
+    head = b"--next\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg.getvalue())
+    (tmp_path / name).write_bytes((head + jpeg.getvalue() + b"\r\n") * 50)  # 2 s at 25 per second
+    assert len(frames_of(read_all(tmp_path / name))) == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "frame"),  # of 20 ms in the best quality
+    [(b"#!AMR\n", b"\x3c" + bytes(31)), (b"#!AMR-WB\n", b"\x44" + bytes(60))],
+)
+def test_sound_of_phones_is_no_program(tmp_path, head, frame):
+    (tmp_path / "a.amr").write_bytes(head + frame * 50)
+    items = read_all(tmp_path / "a.amr")
+    assert isinstance(items[-1], Ended)
+    assert sum(item.samples.size for item in items if isinstance(item, Sound)) == 16_000
 
 
 @pytest.mark.parametrize(("name", "codec", "format_"), [("a.wv", "wavpack", "wv"), ("a.tta", "tta", "tta")])
@@ -172,6 +246,71 @@ def test_a_film_with_many_tracks_is_read(tmp_path, name, num_sounds):
 def test_with_more_tracks_than_are_read_the_true_limit_is_named(tmp_path, name):
     (failed,) = read_all(film_with_tracks(tmp_path / name, 64))
     assert failed == Failed("limit", f"{tmp_path / name} has 65 tracks; at most 64 are read")
+
+
+BLACK, WHITE = [0, 0, 0], [255, 255, 255]
+
+
+def film_in_two_colours(path: Path, *dispositions: Disposition) -> Path:
+    """Two tracks of pictures: black, then white."""
+    with av.open(str(path), "w", format="matroska") as container:
+        streams: list[Any] = [container.add_stream("libx264rgb", rate=10) for _ in dispositions]
+        for stream, disposition in zip(streams, dispositions, strict=True):
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = 64, 48, "rgb24", disposition
+        for number in range(10):
+            for stream, shade in zip(streams, (0, 255), strict=True):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), "rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    return path
+
+
+NONE, DEFAULT, COMMENT = Disposition(0), Disposition.default, Disposition.comment
+
+
+@pytest.mark.parametrize(
+    ("dispositions", "colour"),
+    [
+        ((NONE, NONE), BLACK),
+        ((DEFAULT, NONE), BLACK),
+        ((NONE, DEFAULT), WHITE),
+        ((DEFAULT, DEFAULT), BLACK),
+        ((COMMENT, NONE), WHITE),
+        ((DEFAULT | COMMENT, NONE), WHITE),
+    ],
+)
+def test_of_two_tracks_the_one_is_seen_that_players_show(tmp_path, dispositions, colour):
+    image = first_image(film_in_two_colours(tmp_path / "a.mkv", *dispositions))
+    assert image[24, 32].tolist() == colour
+
+
+IMPAIRED = Disposition.visual_impaired
+
+
+def two_sounds(path: Path, *dispositions: Disposition) -> Path:
+    """Two tracks of sound of half a second: silence, then a tone."""
+    with av.open(str(path), "w", format="matroska") as container:
+        streams: list[Any] = [container.add_stream("pcm_s16le", rate=16_000, layout="mono") for _ in dispositions]
+        for stream, disposition in zip(streams, dispositions, strict=True):
+            stream.disposition = disposition
+        for stream, loudness in zip(streams, (0, 9000), strict=True):
+            wave = (np.sin(np.arange(8000) / 5)[None] * loudness).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(wave, "s16", "mono")
+            frame.rate, frame.pts = 16_000, 0
+            container.mux(stream.encode(frame))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dispositions", "is_loud"),
+    [((NONE, NONE), False), ((NONE, DEFAULT), True), ((IMPAIRED, NONE), True), ((DEFAULT | IMPAIRED, NONE), True)],
+)
+def test_of_two_tracks_the_one_is_heard_that_players_play(tmp_path, dispositions, is_loud):
+    items = read_all(two_sounds(tmp_path / "a.mka", *dispositions), want_video=False)
+    samples = np.concatenate([item.samples for item in items if isinstance(item, Sound)])
+    assert (np.abs(samples).max() > 0.1) == is_loud
 
 
 # --- names --------------------------------------------------------------------------------------------------------
