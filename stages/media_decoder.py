@@ -106,8 +106,10 @@ class Outlet:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self.has_media = False  # a picture or sound was sent
 
     def put(self, item: MediaItem) -> None:
+        self.has_media |= isinstance(item, (Frame, Sound))
         for part in to_bytes(item):
             view = memoryview(part)
             while view:
@@ -287,6 +289,8 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
         raise reasons[0]
     if not any(track.num_decoded for track in tracks):
         raise MediaError("unreadable", "holds nothing which could be decoded")
+    if not outlet.has_media and order.kind not in LIVE_KINDS:  # an end like this would not be heard of
+        raise MediaError("unreadable", "is at its end before there was a picture to take, or any sound")
     if finished:
         return Ended("the duration asked for is over")
     if order.kind in LIVE_KINDS:

@@ -84,6 +84,7 @@ class Screen(Generic[P]):
         self._live = live
         self._held: tuple[int, P] | None = None
         self._doubted = live
+        self._has_sampled = False
         self._distances = deque([usual_ns] if usual_ns else [], maxlen=9)
 
     @property
@@ -136,16 +137,24 @@ class Screen(Generic[P]):
             start_ns = time_ns if time_ns >= self._grid.first_ns(self._index) else self.next_ns
             shots.append(Shot(start_ns, self.next_ns, time_ns, picture))
             self._index += 1
+        self._has_sampled |= bool(shots)
         return shots
 
     def end(self, duration_ns: int, media_end_ns: int | None) -> list[Shot[P]]:
         """No more pictures come. The last one stands for its duration or a usual one, not beyond the end of the media.
+
+        Of a film that is over before any of its pictures was sampled, the last one stands until the next instant: it
+        is in one frame, as a picture that moves as shortly is.
 
         media_end_ns: None where the source does not say it.
         """
         if self._held is None:
             return []
         shown_ns, _ = self._held
+        until_ns = self._standing_end_ns(shown_ns, duration_ns, media_end_ns) - 1
+        return self.stand(until_ns if self._live or self._has_sampled else max(until_ns, self.next_ns))
+
+    def _standing_end_ns(self, shown_ns: int, duration_ns: int, media_end_ns: int | None) -> int:
         usual_end_ns = shown_ns + max(duration_ns, self.usual_ns)
         known_end_ns = FOREVER_NS if media_end_ns is None else max(media_end_ns, shown_ns + duration_ns)
-        return self.stand(min(usual_end_ns, known_end_ns) - 1)
+        return min(usual_end_ns, known_end_ns)

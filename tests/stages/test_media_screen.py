@@ -169,3 +169,39 @@ def test_the_last_picture_of_a_film_stands_for_one_period():
 @pytest.mark.parametrize(("fps", "grace_s"), [(0.1, 0.1), (1, 0.1), (5, 0.02), (50, 0.002)])
 def test_a_late_picture_is_waited_for_no_longer_than_a_tenth_of_its_period(fps, grace_s):
     assert FrameGrid(fps).grace_ns == ns(grace_s)
+
+
+# --- films that are over before the first instant -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times_s", [[0], [0, 0.04, 0.08], [0, 0.25, 0.5, 0.75]])
+@pytest.mark.parametrize("media_end_s", [None, 0.79])
+def test_a_film_that_is_over_before_the_first_instant_shows_its_last_picture(times_s, media_end_s):
+    subject = screen()
+    assert shown(subject, times_s) == []
+    (shot,) = subject.end(ns(0.04), None if media_end_s is None else ns(media_end_s))
+    assert shot == Shot(ns(times_s[-1]), ns(0.8), ns(times_s[-1]), len(times_s) - 1)
+
+
+def test_a_film_that_is_over_before_a_rare_first_instant_shows_its_last_picture_in_that_windows_time():
+    subject = screen(fps=0.3)
+    shown(subject, [0, 1.5, 2.5])
+    assert starts_s(subject.end(ns(0.04), ns(2.6))) == [2.5]
+
+
+def test_pictures_that_come_and_go_between_two_instants_late_in_a_film_are_shown_once():
+    subject = screen()
+    assert shown(subject, [3.85, 4.0, 4.2]) == []
+    assert starts_s(subject.end(ns(0.04), None)) == [4.2]
+
+
+def test_what_was_sampled_is_not_shown_beyond_the_end():
+    subject = screen()
+    assert starts_s(shown(subject, [0.5, 0.9, 1.1])) == [0.5]
+    assert subject.end(ns(0.04), None) == []
+
+
+def test_a_live_camera_that_goes_before_an_instant_leaves_no_picture_behind():
+    subject = screen(live=True)
+    shown(subject, [0.1, 0.2])
+    assert subject.end(ns(0.04), None) == []

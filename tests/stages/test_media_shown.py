@@ -11,9 +11,9 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from graph.chunk import NS_PER_S
-from stages.media import Ended, Frame, MediaItem, Sound
+from stages.media import Ended, Failed, Frame, MediaItem, Sound
 from stages.media_tracks import LiveAxis, VideoTrack
-from tests.support.media import Clip, times
+from tests.support.media import Clip, damaged, times
 from tests.support.reading import first_image, frames_of, quarters, read_all, request, starts_s
 
 RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
@@ -218,3 +218,38 @@ def test_a_frozen_camera_gives_no_more_pictures_after_two_seconds():
         show(track, time_s)
     sent = [track.hold(now * NS_PER_S) for now in range(2, 30)]
     assert sent == [True, True] + [False] * 26, "so that the parent's watchdog hears when nothing comes"
+
+
+# --- films that are shorter than a frame period -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["short.mp4", "short.mkv", "short.avi", "short.ts"])
+@pytest.mark.parametrize("with_sound", [False, True])
+def test_a_film_of_half_a_second_is_seen_once_with_its_last_picture(tmp_path, name, with_sound):
+    clip = Clip(tmp_path / name).video(times(0.5), codec="mpeg4")
+    clip = clip.sound(0.5) if with_sound else clip
+    items = read_all(clip.write())
+    assert isinstance(items[-1], Ended), items[-1]
+    (frame,) = frames_of(items)
+    assert 0.4 <= frame.start_ns / NS_PER_S < 0.6
+    assert frame.image.mean() == pytest.approx(4 * 14, abs=6)
+
+
+def test_a_film_of_one_picture_is_seen(tmp_path):
+    items = read_all(Clip(tmp_path / "one.mp4").video([0]).write())
+    assert isinstance(items[-1], Ended), items[-1]
+    assert starts_s(items) == [0]
+
+
+def test_a_film_that_is_shorter_than_a_rare_frames_period_is_seen_once(tmp_path):
+    items = read_all(Clip(tmp_path / "short.mp4").video(times(2.6)).write(), fps=0.3)
+    assert starts_s(items) == [2.57]
+
+
+def test_a_film_of_which_nothing_can_be_shown_before_its_end_says_so(tmp_path):
+    # Given: 3 s whose last pictures are damaged: nobody knows what would stand at the first instant, 8 s.
+    film = Clip(tmp_path / "whole.mkv").video(times(3), codec="mpeg4").write()
+    broken = damaged(film, tmp_path / "broken.mkv", lambda kind, number: number > 80)
+    items = read_all(broken, fps=0.1)
+    what = "is at its end before there was a picture to take, or any sound"
+    assert items[-1] == Failed("unreadable", f"{broken} {what}")
