@@ -40,7 +40,7 @@ from stages.media_play import Decoding, Feed, Lane, Teller, play, session_ns
 from stages.media_rtsp import open_camera
 from stages.media_screen import FrameGrid
 from stages.media_sound import SoundTrack
-from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, to_ns
+from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, period_ns, to_ns
 from stages.media_types import foreign_type, is_jpeg_film, read_head, unreadable_type
 from stages.media_view import MAX_PICTURE_PIXELS, check_size
 from stages.media_wire import (
@@ -223,9 +223,9 @@ def make_lane(order: Order, stream: VideoStream | AudioStream, origin_ns: int | 
     put = items.append if put is None else put
     is_live = order.kind in LIVE_KINDS
     start_ns = max(session_ns(order), 0) if is_live else 0
-    axis = LiveAxis() if is_live else FileAxis(origin_ns)
     if isinstance(stream, AudioStream):
-        return Lane(SoundTrack(order.request, axis, put, start_ns), items)
+        return Lane(SoundTrack(order.request, LiveAxis() if is_live else FileAxis(origin_ns), put, start_ns), items)
+    axis = LiveAxis() if is_live else FileAxis(origin_ns, period_ns(stream.average_rate))
     stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
     end_ns = None if is_live else media_end_ns(stream, origin_ns)
     return Lane(VideoTrack(stream, order.request, axis, put, start_ns, live=is_live, media_end_ns=end_ns), items)

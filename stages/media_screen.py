@@ -73,12 +73,21 @@ class Screen(Generic[P]):
     A picture stands until the next one. Where nothing vouches for that, as with a live camera, or behind damage
     (`doubt()`), it is trusted for `trust_ns` only; the instants behind have no picture.
 
-    start_ns: nothing is shown before. live: nothing vouches for a picture. usual_ns: the distance between pictures by
-    the source's own account; 0: it has none.
+    start_ns, until_ns: nothing is shown before, and no instant is sampled from then on. live: nothing vouches for a
+    picture. usual_ns: the distance between pictures by the source's own account; 0: it has none.
     """
 
-    def __init__(self, grid: FrameGrid, start_ns: int = 0, *, live: bool = False, usual_ns: int = 0) -> None:
+    def __init__(
+        self,
+        grid: FrameGrid,
+        start_ns: int = 0,
+        *,
+        until_ns: int = FOREVER_NS,
+        live: bool = False,
+        usual_ns: int = 0,
+    ) -> None:
         self._grid = grid
+        self._until_ns = until_ns
         self._index = grid.index_at(start_ns)
         self._start_ns = start_ns
         self._live = live
@@ -131,6 +140,7 @@ class Screen(Generic[P]):
         if self._held is None:
             return []
         time_ns, picture = self._held
+        until_ns = min(until_ns, self._until_ns - 1)
         until_ns = min(until_ns, time_ns + self.trust_ns) if self._doubted else until_ns
         shots = []
         while self.next_ns <= until_ns:
@@ -141,7 +151,11 @@ class Screen(Generic[P]):
         return shots
 
     def end(self, duration_ns: int, media_end_ns: int | None) -> list[Shot[P]]:
-        """No more pictures come. The last one stands for its duration or a usual one, not beyond the end of the media.
+        """No more pictures come: what the last one makes, which stands until last_ns()."""
+        return self.stand(self.last_ns(duration_ns, media_end_ns))
+
+    def last_ns(self, duration_ns: int, media_end_ns: int | None) -> int:
+        """Until when the last picture stands: for its duration or a usual one, not beyond the end of the media.
 
         Of a film that is over before any of its pictures was sampled, the last one stands until the next instant: it
         is in one frame, as a picture that moves as shortly is.
@@ -149,10 +163,10 @@ class Screen(Generic[P]):
         media_end_ns: None where the source does not say it.
         """
         if self._held is None:
-            return []
+            return self._start_ns
         shown_ns, _ = self._held
         until_ns = self._standing_end_ns(shown_ns, duration_ns, media_end_ns) - 1
-        return self.stand(until_ns if self._live or self._has_sampled else max(until_ns, self.next_ns))
+        return until_ns if self._live or self._has_sampled else max(until_ns, self.next_ns)
 
     def _standing_end_ns(self, shown_ns: int, duration_ns: int, media_end_ns: int | None) -> int:
         usual_end_ns = shown_ns + max(duration_ns, self.usual_ns)

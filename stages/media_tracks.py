@@ -23,6 +23,8 @@ from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaReq
 MAX_SOURCE_FPS: Final = 1000
 DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea
 MAX_RATED_NS: Final = 10 * NS_PER_S  # no camera's own account of its rate is believed beyond
+MAX_PERIOD_NS: Final = 24 * 3600 * NS_PER_S  # no file's own account of it is: slow motion of a year has a picture a day
+STAND_NS: Final = 60 * NS_PER_S  # a picture that stands for long is sent piece by piece
 
 LIVE_DRIFT_NS: Final = 300 * NS_PER_MS  # more than Wi-Fi jitters, less than a third of a window
 LIVE_CHECK_NS: Final = 5 * NS_PER_S  # a delay is drift, and no jitter, when it has not been less for so long
@@ -46,10 +48,15 @@ class Axis(Protocol):
 
 
 class FileAxis:
-    """PTS minus the file's start. A jump which no recording makes (a day, or back) continues seamlessly instead."""
+    """PTS minus the file's start. A jump which no recording makes (a day, or back) continues seamlessly instead.
 
-    def __init__(self, origin_ns: int | None) -> None:
+    step_ns: what lies between the media before a jump and that behind it: for pictures, which last, their period.
+    """
+
+    def __init__(self, origin_ns: int | None, step_ns: int = 0) -> None:
         self._origin_ns = origin_ns
+        self._step_ns = step_ns
+        self._ahead_ns = max(FILE_AHEAD_NS, 2 * step_ns)
         self.num_jumps = 0
 
     def place(self, pts_ns: int | None, expected_ns: int, arrival_ns: int) -> int:
@@ -58,11 +65,11 @@ class FileAxis:
         if self._origin_ns is None:
             self._origin_ns = pts_ns
         time_ns = pts_ns - self._origin_ns
-        if expected_ns - FILE_BACK_NS <= time_ns <= expected_ns + FILE_AHEAD_NS:
+        if expected_ns - FILE_BACK_NS <= time_ns <= expected_ns + self._ahead_ns:
             return time_ns
-        self._origin_ns += time_ns - expected_ns
+        self._origin_ns += time_ns - expected_ns - self._step_ns
         self.num_jumps += 1
-        return expected_ns
+        return expected_ns + self._step_ns
 
 
 class LiveAxis:
@@ -100,6 +107,12 @@ class LiveAxis:
         self._least_delay_ns = FOREVER_NS
 
 
+def period_ns(rate: Fraction | None) -> int:
+    """How long a picture stands at this rate, by a file's own account as far as it is believed, else by the default."""
+    period = NS_PER_S // rate if rate else 0
+    return period if 0 < period <= MAX_PERIOD_NS else NS_PER_S // DEFAULT_FPS
+
+
 def to_ns(count: int | None, time_base: Fraction | None) -> int | None:
     if count is None or time_base is None:
         return None
@@ -131,15 +144,19 @@ class VideoTrack:
         self.num_decoded = 0
         self.ended = False
         self._put = put
-        self._period_ns = NS_PER_S / (stream.average_rate or DEFAULT_FPS)  # for pictures without PTS
+        self._period_ns = period_ns(stream.average_rate)  # for pictures without PTS
         self._grid = FrameGrid(request.fps, request.window_ns)
         rated_ns = NS_PER_S // stream.average_rate if stream.average_rate else 0
+        self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
         self._screen: Screen[VideoFrame] = Screen(
-            self._grid, start_ns, live=live, usual_ns=min(rated_ns, MAX_RATED_NS) if live else 0
+            self._grid,
+            start_ns,
+            until_ns=self._until_ns,
+            live=live,
+            usual_ns=min(rated_ns, MAX_RATED_NS) if live else 0,
         )
         self._scaler = Scaler(request.max_pixels, stream.sample_aspect_ratio)
         self._converted: tuple[VideoFrame, npt.NDArray[np.uint8]] | None = None  # the last picture sent, and as RGB
-        self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
         self._media_end_ns = media_end_ns
         self._start_ns = self._time_ns = start_ns
         self._duration_ns = 0  # of the last picture
@@ -171,7 +188,7 @@ class VideoTrack:
     def add(self, frame: VideoFrame, arrival_ns: int) -> None:
         pts_ns = to_ns(frame.dts if frame.pts is None else frame.pts, frame.time_base)
         if pts_ns is None:
-            expected_ns = self._anchor_ns + int(self._num_since * self._period_ns)
+            expected_ns = self._anchor_ns + self._num_since * self._period_ns
         else:  # the average period says little about the next picture of an uneven stream
             expected_ns = self._time_ns
         self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
@@ -179,10 +196,12 @@ class VideoTrack:
             self._anchor_ns, self._num_since = self._time_ns, 0
         self._num_since += 1
         self.num_decoded += 1
-        self._duration_ns = to_ns(frame.duration, frame.time_base) or int(self._period_ns)
+        duration_ns = to_ns(frame.duration, frame.time_base) or 0
+        self._duration_ns = duration_ns if 0 < duration_ns <= MAX_PERIOD_NS else self._period_ns
         check_size(frame.width, frame.height)
         if self.num_decoded > MAX_SOURCE_FPS * ((self._time_ns - self._start_ns) // NS_PER_S + 1):
             raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
+        self._stand(self._time_ns - 1)
         self._send(self._screen.show(self._time_ns, frame))
 
     def hold(self, now_ns: int) -> bool:
@@ -195,14 +214,18 @@ class VideoTrack:
 
     def finish(self) -> None:
         if not self.ended:
-            self._send(self._screen.end(self._duration_ns, self._media_end_ns))
+            self._stand(self._screen.last_ns(self._duration_ns, self._media_end_ns))
         self.ended = True
 
+    def _stand(self, until_ns: int) -> None:
+        """Send what stays on the screen until then, a piece at a time, however long that is."""
+        while self._send(self._screen.stand(min(until_ns, self._screen.next_ns + STAND_NS))):
+            pass
+
     def _send(self, shots: list[Shot[VideoFrame]]) -> bool:
-        due = [shot for shot in shots if shot.instant_ns < self._until_ns]
-        for shot in due:
+        for shot in shots:
             self._put(Frame(shot.start_ns, self._to_rgb(shot.picture), shot.age_ns))
-        return bool(due)
+        return bool(shots)
 
     def _to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
         """Converted once, however often it is sent."""
