@@ -23,6 +23,7 @@ from deploy.cli_common import (
     File,
     Json,
     Set,
+    check_folder,
     clear_errors,
     load,
     usage,
@@ -55,6 +56,7 @@ def main() -> None:
     hide_arguments()
     try:
         check_packages()
+        check_folder()
         app()
     except PackageCollision as error:
         tell(f"pipeline: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,15 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     print()
 
 
+def check_folder() -> None:
+    """A pipeline belongs to the folder that it is started in: end with exit code 1 where that has been removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        tell("pipeline: the folder that this was started in has been removed: change to one that is there")
+        sys.exit(EXIT_RUNTIME)
+
+
 @contextmanager
 def usage() -> Iterator[None]:
     """What goes wrong in here is the user's command or description."""
@@ -51,7 +61,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except (GraphError, UpError, ValueError) as error:
-        fail(str(error), EXIT_USAGE)
+        fail(_said(error), EXIT_USAGE)
 
 
 @contextmanager
@@ -74,6 +84,8 @@ def clear_errors() -> Iterator[None]:
 def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"this locale can't write {error.object!a}: run with LC_ALL=C.UTF-8, or with PYTHONUTF8=1"
     return str(error)
 
 

@@ -34,7 +34,11 @@ def is_own_host(host: str | None, local_address: str) -> bool:
 
 def is_same_origin(origin: str, host: str | None) -> bool:
     """Whether the page which asks was served by the host that it asks."""
-    return origin != "null" and host is not None and urlsplit(origin).netloc.lower() == host.strip().lower()
+    try:
+        page = urlsplit(origin).netloc.lower()
+    except ValueError:  # no URL is none of ours
+        return False
+    return origin != "null" and host is not None and page == host.strip().lower()
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

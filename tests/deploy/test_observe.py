@@ -359,7 +359,7 @@ def test_http_1_0_needs_no_host(server: GatewayServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://127.0.0.1:3000", "https://127.0.0.1.evil.example"]
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:3000", "https://127.0.0.1.evil.example", "http://[::1"]
 )
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 def test_a_page_of_another_origin_changes_nothing(gateway: TestClient, method: str, origin: str) -> None:
