@@ -193,8 +193,11 @@ def _kind_of_file(path: Path) -> SourceKind:
 
 
 def _suggestion(path: Path) -> str:
+    """What may have been meant, of what is there: the rest of a sentence which says that the path is not."""
+    if path.is_symlink():
+        return f"; it is a link to '{path.readlink()}', which is not there"
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in path.parent.iterdir() if entry.exists()]
     except OSError:
         return f"; the folder {path.parent} can't be read either"
     close = difflib.get_close_matches(path.name, names, n=1)

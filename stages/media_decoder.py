@@ -390,6 +390,12 @@ _OF_FILES: Final[tuple[tuple[type[BaseException], str], ...]] = (
     (BlockingIOError, "is not a media file which can be read: damaged, or of another type"),
     (EOFError, "is cut off: it ends before its first picture or sound"),
 )
+# The system's words for files are none for what a server or a camera answers: libav has EPERM for a late 401.
+_OF_NETWORK: Final[tuple[tuple[type[BaseException], str], ...]] = (
+    (PermissionError, "refused to play: check user name and password, and what they may see"),
+    (FileNotFoundError, "does not exist on this server: check the path"),
+)
+_PLAIN: Final = {"file": _OF_FILES, "http": (*_OF_NETWORK, *_OF_FILES), "rtsp": _OF_NETWORK}
 
 
 def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
@@ -398,9 +404,8 @@ def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
     if order.kind not in LIVE_KINDS:
         kind = "unreadable" if kind == "closed" else kind
-    if order.kind in ("file", "http"):
-        plain = next((plain for of_type, plain in _OF_FILES if isinstance(error, of_type)), "")
-        what, detail = (plain, "") if plain else (what, detail)
+    plain = next((plain for of_type, plain in _PLAIN.get(order.kind, ()) if isinstance(error, of_type)), "")
+    what, detail = (plain, "") if plain else (what, detail)
     return Failed(kind, f"{order.request.masked} {what}{detail}")
 
 

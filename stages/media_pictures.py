@@ -41,6 +41,7 @@ FIRST_WORD_S: Final = 5  # later the parent takes the source for one which does 
 MIN_SHOWN_MS, USUAL_SHOWN_MS = 20, 100  # browsers show what is to go faster than 50 per second 10 times a second
 
 _HIDDEN: Final = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx"))  # and whatever begins with a dot
+_BACKUPS: Final = ("~", ".bak", ".old", "#")  # of editors: a picture would be shown twice
 _MOVING: Final[tuple[PictureType, ...]] = ("GIF", "WEBP", "PNG", "AVIF")
 _BACKGROUND: Final = "white"  # of see-through pictures: drawings and diagrams are made for paper
 # What Pillow raises of bytes which are no such picture; its plugins are not strict about it.
@@ -228,7 +229,7 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
 
 def is_hidden(name: str) -> bool:
     """Whether a file manager shows no such file."""
-    return name.startswith(".") or name.casefold() in _HIDDEN
+    return name.startswith(".") or name.endswith(_BACKUPS) or name.casefold() in _HIDDEN
 
 
 def list_folder(folder: Path) -> tuple[list[Path], Counter[str]]:

@@ -24,8 +24,10 @@ _PICTURES: Final[tuple[tuple[re.Pattern[bytes], PictureType], ...]] = (
     (re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL), "BMP"),
     (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
 )
+_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50_706  # tags of TIFF
 _HEIF_BRANDS: Final = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 
+_RAW: Final = "a camera's raw picture"
 _AS_JPEG: Final = "save it as JPEG or PNG"
 _AS_FILM: Final = "give the film itself"
 _AS_ANY: Final = "give a film, a picture or a folder of pictures"
@@ -34,7 +36,8 @@ _NAMED: Final[tuple[tuple[re.Pattern[bytes], str, str], ...]] = (
     (re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), "a JPEG 2000 picture", _AS_JPEG),
     (re.compile(rb"8BPS"), "a Photoshop picture", _AS_JPEG),
     (re.compile(rb"v/1\x01"), "an OpenEXR picture", _AS_JPEG),
-    (re.compile(rb"FUJIFILMCCD-RAW|\0MRM"), "a camera's raw picture", _AS_JPEG),
+    (re.compile(rb"FUJIFILMCCD-RAW|\0MRM|II\x1a\0\0\0HEAPCCDR|IIR[OS]|IIU\0|FOVb", re.DOTALL), _RAW, _AS_JPEG),
+    (re.compile(rb"\0\0[\x02\x03\x0a\x0b]\0{5}.{8}[\x08\x0f\x10\x18\x20]", re.DOTALL), "a Targa picture", _AS_JPEG),
     (re.compile(rb"gimp xcf"), "a GIMP picture", _AS_JPEG),
     (re.compile(rb"\0\0[\x01\x02]\0[^\0]\0"), "an icon", _AS_JPEG),
     (re.compile(rb"P[1-7]\s"), "a PNM picture", _AS_JPEG),
@@ -87,12 +90,30 @@ def picture_type(head: bytes) -> PictureType | None:
     brands = _brands(head)
     if b"avif" in brands or b"avis" in brands:
         return "AVIF"
-    return next((name for pattern, name in _PICTURES if pattern.match(head)), None)
+    kind = next((name for pattern, name in _PICTURES if pattern.match(head)), None)
+    return None if kind == "TIFF" and is_raw(head) else kind
 
 
 def is_jpeg_film(head: bytes) -> bool:
     """Whether it begins as one JPEG behind the other does; a single one begins alike."""
     return picture_type(head) == "JPEG" or _MULTIPART.match(head) is not None
+
+
+def is_raw(head: bytes) -> bool:
+    """Whether what begins as a TIFF is a camera's raw picture (CR2, DNG, NEF, ARW …), of which that shows a thumbnail.
+
+    It is one when it has the tag of a DNG, or when its first picture is a smaller one and the others lie beside it.
+    """
+    if not re.match(rb"II\*\0|MM\0\*", head):
+        return False
+    if head[8:10] == b"CR":
+        return True
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    at = int.from_bytes(head[4:8], order)
+    count = int.from_bytes(head[at : at + 2], order)
+    entries = [head[at + 2 + 12 * k : at + 14 + 12 * k] for k in range(min(count, HEAD_BYTES // 12))]
+    tags = {int.from_bytes(e[:2], order): int.from_bytes(e[8:], order) for e in entries if len(e) == 12}
+    return _DNG_VERSION in tags or (tags.get(_SUBFILE_TYPE) == 1 and _SUB_IFDS in tags)
 
 
 def foreign_type(head: bytes) -> str:
@@ -126,6 +147,8 @@ def _named(head: bytes) -> tuple[str, str]:
     brands = _brands(head)
     if brands[:1] and brands[0] in _HEIF_BRANDS:
         return "a HEIC picture", _AS_JPEG
+    if is_raw(head):
+        return _RAW, _AS_JPEG
     name, instead = _first_match(_NAMED, head)
     return (name, instead) if name else _first_match(_NAMED, _as_text(head))
 

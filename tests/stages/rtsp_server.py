@@ -90,6 +90,8 @@ def answer(mode: str, method: str, url: str, cseq: str, port: int) -> bytes:
         return reply(cseq, "", "302 Found", Location=f"rtsp://127.0.0.1:{port}/live")
     if mode == "login":
         return reply(cseq, "", "401 Unauthorized", WWW_Authenticate='Basic realm="camera"')
+    if mode == "late_login" and method == "PLAY":
+        return reply(cseq, "", "401 Unauthorized", WWW_Authenticate='Basic realm="camera"')
     if mode == "sha256":
         wants = 'Digest realm="camera", nonce="f00d", algorithm=SHA-256, qop="auth"'
         return reply(cseq, "", "401 Unauthorized", WWW_Authenticate=wants)

@@ -34,7 +34,8 @@ from stages.media import (
     check_source,
     mask_source,
 )
-from stages.media_wire import HEADER, MAGIC, ItemParser, WireError, to_bytes
+from stages.media_decoder import explain
+from stages.media_wire import HEADER, MAGIC, ItemParser, Order, WireError, to_bytes
 from stages.reaper import REAPER
 
 MIB = 1 << 20
@@ -144,6 +145,25 @@ def test_a_missing_file_is_named_with_the_one_which_was_meant(tmp_path):
     with pytest.raises(MediaError, match=r"garag\.mp4: No such file.*Did you mean 'garage\.mp4'\?") as refusal:
         check_source(str(tmp_path / "garag.mp4"))
     assert refusal.value.kind == "missing"
+
+
+def test_a_link_to_nothing_says_where_it_leads_and_does_not_suggest_itself(tmp_path):
+    (tmp_path / "garage.jpg").symlink_to("gone.jpg")
+    with pytest.raises(MediaError, match=r"it is a link to 'gone\.jpg', which is not there$") as refusal:
+        check_source(str(tmp_path / "garage.jpg"))
+    assert refusal.value.kind == "missing"
+    with pytest.raises(MediaError, match=r"garag\.jpg: No such file or directory$"):
+        check_source(str(tmp_path / "garag.jpg"))
+
+
+@pytest.mark.parametrize("source", ["rtsp://camera/live", "http://server/film.mp4"])
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_what_a_server_answers_is_not_told_in_the_words_of_a_file_system(source, error):
+    asked = request(source)
+    order = Order(check_source(source, ["http"]), asked, 10.0, 4.0, origin_ns=0)
+    told = explain(error(1, "Operation not permitted"), order)
+    assert told.kind in ("refused", "missing")
+    assert "permi" not in told.message.lower() and told.message.startswith(source)
 
 
 def test_an_empty_file_a_pipe_and_a_socket_are_refused(tmp_path):

@@ -244,7 +244,7 @@ def test_names_of_digits_only_and_of_other_scripts_are_sorted_too():
 
 def test_what_a_file_manager_hides_is_not_there(tmp_path):
     grey(tmp_path / "a.png")
-    for name in (".hidden.png", "._a.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+    for name in (".hidden.png", "._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", "a.png~", "a.png.bak", "#a.png#"):
         grey(tmp_path / name, kind="PNG")
     grey(tmp_path / "__MACOSX" / "._a.png")
     items = read_all(tmp_path)

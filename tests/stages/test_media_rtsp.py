@@ -240,6 +240,7 @@ def test_a_camera_whose_keyframes_are_far_apart_is_no_damaged_one():
         ("sha256", "wants a login by Digest SHA-256, which is not done here: let it take Digest MD5 or Basic"),
         ("no_tcp", "refuses RTP over TCP and over UDP (461): allow one of both there"),
         ("login", "refused the login: check user name and password"),
+        ("late_login", "refused to play: check user name and password, and what they may see"),
     ],
 )
 def test_a_camera_that_refuses_is_told_with_the_way_out(mode, message):

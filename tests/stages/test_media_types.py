@@ -27,6 +27,12 @@ def ftyp(*brands: str) -> bytes:
     return (len(body) + 8).to_bytes(4) + b"ftyp" + body
 
 
+def tiff(byte_order: str, tags: dict[int, int]) -> bytes:
+    entries = b"".join(struct.pack(byte_order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    magic = b"II*\0" if byte_order == "<" else b"MM\0*"
+    return magic + struct.pack(byte_order + "IH", 8, len(tags)) + entries + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("head", "kind"),
     [
@@ -39,6 +45,10 @@ def ftyp(*brands: str) -> bytes:
         (b"BM, an old firm", None),
         (b"II*\0", "TIFF"),
         (b"MM\0*", "TIFF"),
+        (tiff("<", {254: 0, 256: 640}), "TIFF"),
+        (tiff(">", {254: 1, 256: 160}), "TIFF"),  # whose first page is a small one
+        (tiff("<", {256: 640, 330: 900}), "TIFF"),
+        (b"II*\0\xff\xff\xff\xff", "TIFF"),
         (ftyp("avif", "mif1", "miaf"), "AVIF"),
         (ftyp("mif1", "avif"), "AVIF"),
         (ftyp("heic", "mif1"), None),
@@ -55,6 +65,12 @@ def test_pictures_are_known_by_their_first_bytes(head, kind):
     [
         (ftyp("heic", "mif1"), "a HEIC picture"),
         (ftyp("mif1", "heic"), "a HEIC picture"),
+        (b"II*\0\x10\0\0\0CR\x02\0", "a camera's raw picture"),  # CR2
+        (tiff("<", {254: 1, 256: 160, 330: 900}), "a camera's raw picture"),  # ARW
+        (tiff(">", {254: 1, 256: 160, 330: 900}), "a camera's raw picture"),  # NEF
+        (tiff("<", {254: 0, 256: 4000, 50_706: 0x0401}), "a camera's raw picture"),  # DNG
+        (b"IIRO\x08\0\0\0", "a camera's raw picture"),
+        (b"\0\0\x02" + bytes(9) + b"\x40\0\x40\0\x18\0", "a Targa picture"),
         (b"\xff\x0a\xfa", "a JPEG XL picture"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
         (b"8BPS\0\x01", "a Photoshop picture"),
