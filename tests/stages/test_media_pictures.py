@@ -15,7 +15,8 @@ from PIL import Image
 
 from graph.chunk import NS_PER_S
 from stages.media import FOREVER_NS, Ended, Failed, MediaItem, Progress, Warned, check_source
-from stages.media_pictures import OutOfTime, limited_processor_time, natural_key, ticking
+from stages.media_pictures import natural_key, ticking
+from stages.media_still import OutOfTime, limited_processor_time
 from tests.support.media import Clip, times
 from tests.support.reading import first_image, frames_of, quarters, read_all, starts_s
 
@@ -212,6 +213,51 @@ def test_a_short_moving_picture_is_repeated_until_it_has_been_seen(tmp_path):
     assert starts_s(items) == [0.8]
 
 
+@pytest.mark.parametrize(
+    ("name", "num_shown", "num_lost"),
+    [("a.gif", 1, 1), ("a.gif", 2, 1), ("a.gif", 3, 1), ("a.png", 1, 3), ("a.png", 2, 2), ("a.png", 3, 1)],
+)
+def test_of_a_moving_picture_that_is_cut_off_what_is_whole_is_shown(tmp_path, name, num_shown, num_lost):
+    pictures = [noise(seed, (64, 48)) for seed in range(4)]
+    pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=1000)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * (2 * num_shown + 1) // 8])  # the middle of the next one
+    items = read_all(tmp_path / name)
+    assert isinstance(items[-1], Ended)
+    assert len(frames_of(items)) == num_shown
+    assert num_bad(items) == num_lost
+    ((code, message),) = warnings(items)
+    assert code == "bad_picture" and f"its picture {num_shown + 1} can't be decoded" in message
+
+
+def test_a_gif_that_ends_within_a_header_is_shown_as_far_as_it_is(tmp_path):
+    path = moving(tmp_path / "a.gif", [1000, 1000, 1000])
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"\x21\xf9\x04") + 5])
+    items = read_all(path)
+    assert isinstance(items[-1], Ended) and len(frames_of(items)) == 2 and num_bad(items) == 1
+
+
+def test_one_damaged_picture_of_a_moving_one_costs_itself(tmp_path):
+    pictures = [noise(seed, (64, 48)) for seed in range(4)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=1000)
+    data = bytearray((tmp_path / "a.gif").read_bytes())
+    at = len(data) * 3 // 8  # within the second one
+    data[at : at + 60] = b"\xff" * 60
+    (tmp_path / "a.gif").write_bytes(data)
+    items = read_all(tmp_path / "a.gif")
+    assert isinstance(items[-1], Ended)
+    assert (starts_s(items)[-2:], num_bad(items)) == ([2.0, 3.0], 1)
+
+
+def test_a_picture_for_programs_that_can_not_play_is_no_part_of_what_is_played(tmp_path):
+    pictures = [Image.new("RGB", (64, 48), (shade, 0, 0)) for shade in (50, 100, 150)]
+    pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:], default_image=True, duration=1000)
+    items = read_all(tmp_path / "a.png")
+    assert starts_s(items) == [0.0, 1.0]
+    assert [int(frame.image[9, 9, 0]) for frame in frames_of(items)] == [100, 150]
+
+
 def test_a_moving_picture_which_says_no_speed_is_played_as_browsers_do(tmp_path):
     items = read_all(moving(tmp_path / "a.gif", [0] * 12))
     assert starts_s(items) == [0.8]
@@ -300,10 +346,10 @@ def truncated(kind: str) -> bytes:
 BAD = {
     "huge.png": (bomb(30_000, 30_000), "is 30000x30000, 900 Mpixel; at most 64 Mi are read"),
     "wide.png": (bomb(65_535, 16), "is 65535x16"),
-    "cut.jpg": (truncated("JPEG"), "can't be decoded"),
-    "cut.png": (truncated("PNG"), "can't be decoded"),
+    "cut.jpg": (truncated("JPEG")[:600], "can't be decoded"),
+    "cut.png": (truncated("PNG")[:60], "can't be decoded"),
     "cut.webp": (truncated("WEBP"), "can't be decoded"),
-    "cut.tif": (truncated("TIFF"), "can't be decoded"),
+    "cut.tif": (truncated("TIFF")[:60], "can't be decoded"),
     "empty.jpg": (b"", "is empty"),
     "text.jpg": (b"dear reader, " * 100, "is no picture"),
     "header.png": (b"\x89PNG\r\n\x1a\n and then nothing", "can't be decoded"),
@@ -327,7 +373,7 @@ def test_a_bad_picture_leaves_its_period_empty_and_is_named(tmp_path, name):
     assert isinstance(items[-1], Ended)
 
 
-@pytest.mark.parametrize("name", BAD.keys() - {"text.jpg"})  # by its bytes that one is a file of another kind
+@pytest.mark.parametrize("name", [name for name in BAD if name != "text.jpg"])  # which is of another kind
 def test_a_single_bad_picture_fails_with_its_reason(tmp_path, name):
     data, why = BAD[name]
     (tmp_path / name).write_bytes(data or b"\xff\xd8\xff")
