@@ -43,6 +43,7 @@ from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, period_ns, to_ns
 from stages.media_types import foreign_type, is_jpeg_film, read_head, unreadable_type
 from stages.media_view import MAX_PICTURE_PIXELS, check_size
+from stages.media_why import explaining
 from stages.media_wire import (
     FOREVER_NS,
     GOODBYE_SIGNAL,
@@ -147,10 +148,12 @@ def open_all(order: Order, warner: Warner) -> list[InputContainer]:
         case "file":
             return open_file(order, num_wanted)
         case "http":
-            protocols = _PROTOCOLS[urlsplit(source).scheme.lower()]
-            return [open_container(order, source, None, _file_options(protocols)) for _ in range(num_wanted)]
+            options = _file_options(_PROTOCOLS[urlsplit(source).scheme.lower()])
+            with explaining(order):
+                return [open_container(order, source, None, options) for _ in range(num_wanted)]
         case "rtsp":
-            return [open_camera(order, partial(open_container, order, source, "rtsp"), warner)]
+            with explaining(order):
+                return [open_camera(order, partial(open_container, order, source, "rtsp"), warner)]
         case "webcam":
             return [open_container(order, source, "v4l2", {"protocol_whitelist": "file"})]
         case "test":
@@ -402,6 +405,7 @@ def explain(error: FFmpegError | OSError | MemoryError, order: Order) -> Failed:
     """The failure in the owner's words; libav's own text would show the URL with its password."""
     kind, what = next((kind, what) for of_type, kind, what in _REASONS if isinstance(error, of_type))
     detail = f" ({error.strerror})" if isinstance(error, (FFmpegError, OSError)) and error.strerror else ""
+    detail = "" if "XX" in detail else detail  # "4XX Client Error, but not one of 40{0,1,3,4}"
     if order.kind not in LIVE_KINDS:
         kind = "unreadable" if kind == "closed" else kind
     plain = next((plain for of_type, plain in _PLAIN.get(order.kind, ()) if isinstance(error, of_type)), "")

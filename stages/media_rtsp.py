@@ -67,7 +67,7 @@ def _open_in_time(order: Order, open_with: OpenWith, options: dict[str, str]) ->
 
 def _open_over_udp(order: Order, open_with: OpenWith, warner: Warner) -> InputContainer:
     """Packets are taken at the one address that leads to the camera, and from the camera only."""
-    host, port = _address(order)
+    host, port = rtsp_address(order)
     options = {
         "rtsp_transport": "udp",
         "protocol_whitelist": "rtsp,rtp,tcp,udp",
@@ -103,7 +103,7 @@ def _scheme(order: Order) -> str:
     return urlsplit(order.request.source).scheme.lower()
 
 
-def _address(order: Order) -> tuple[str, int]:
+def rtsp_address(order: Order) -> tuple[str, int]:
     url = urlsplit(order.request.source)
     return url.hostname or "", url.port or RTSP_PORT
 
@@ -123,7 +123,7 @@ def _refusal_of_login(order: Order) -> MediaError | None:
     """Says so where the camera wants a kind of login that libav does not know."""
     if _scheme(order) != "rtsp":
         return None
-    kinds = list(read_challenges(*_address(order)))
+    kinds = list(read_challenges(*rtsp_address(order)))
     if not kinds or {"Basic", "Digest MD5"} & set(kinds):
         return None
     names = " or ".join(dict.fromkeys(kinds))
@@ -132,7 +132,7 @@ def _refusal_of_login(order: Order) -> MediaError | None:
 
 def read_challenges(host: str, port: int) -> Iterator[str]:
     """The kinds of login a camera offers, like "Basic" or "Digest SHA-256"; none when it does not say."""
-    for scheme, rest in _CHALLENGE.findall(_ask(host, port)):
+    for scheme, rest in _CHALLENGE.findall(_rtsp_answer(host, port)):
         name, algorithm = scheme.decode().capitalize(), _ALGORITHM.search(rest.decode(errors="replace"))
         if name == "Digest":
             yield f"Digest {algorithm[1].upper() if algorithm else 'MD5'}"
@@ -140,20 +140,25 @@ def read_challenges(host: str, port: int) -> Iterator[str]:
             yield name[:32]
 
 
-def _ask(host: str, port: int) -> bytes:
-    """The head of what a camera answers to who is nobody; b"" when it does not."""
-    where = f"[{host}]" if ":" in host else host
-    request = f"DESCRIBE rtsp://{where}:{port}/ RTSP/1.0\r\nCSeq: 1\r\nAccept: application/sdp\r\n\r\n"
-    deadline_s, answer = time.monotonic() + ASK_S, b""
+def _rtsp_answer(host: str, port: int) -> bytes:
     try:
-        with socket.create_connection((host, port), timeout=ASK_S) as camera:
-            camera.sendall(request.encode())
-            while b"\r\n\r\n" not in answer and len(answer) < MAX_ANSWER_BYTES:
-                camera.settimeout(max(deadline_s - time.monotonic(), 0.001))
-                part = camera.recv(4096)
-                if not part:
-                    break
-                answer += part
+        answer = ask(host, port)
     except (OSError, UnicodeError):
         return b""
     return answer if answer.startswith(b"RTSP/") else b""
+
+
+def ask(host: str, port: int) -> bytes:
+    """The head of what a camera answers to who is nobody; b"" when it says nothing. OSError, UnicodeError."""
+    where = f"[{host}]" if ":" in host else host
+    request = f"DESCRIBE rtsp://{where}:{port}/ RTSP/1.0\r\nCSeq: 1\r\nAccept: application/sdp\r\n\r\n"
+    deadline_s, answer = time.monotonic() + ASK_S, b""
+    with socket.create_connection((host, port), timeout=ASK_S) as camera:
+        camera.sendall(request.encode())
+        while b"\r\n\r\n" not in answer and len(answer) < MAX_ANSWER_BYTES:
+            camera.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            part = camera.recv(4096)
+            if not part:
+                break
+            answer += part
+    return answer
