@@ -83,8 +83,9 @@ class Interrupts:
         return self._first == signal.SIGINT
 
     def ignore(self) -> None:
+        """By doing nothing: of one that is under way already Python prints a traceback where it finds SIG_IGN."""
         for number in self._before:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _do_nothing)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -96,3 +97,7 @@ class Interrupts:
         if self.count > 1 or not self.graceful:
             self.ignore()
             raise Interrupted(self._first)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    pass

@@ -105,3 +105,13 @@ def test_who_takes_a_signal_while_children_are_started_loses_it_before_it_can_co
             os.kill(os.getpid(), signal.SIGTERM)  # to the process: whichever thread takes it
             LIBC.signal(signal.SIGTERM, 0)  # below Python, as libraries in C do: its default ends the process
         assert interrupts.count == 1
+
+
+def test_of_two_signals_at_once_the_second_says_nothing(monkeypatch: pytest.MonkeyPatch):
+    said: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    with Interrupts(), pytest.raises(Interrupted), signals_blocked():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(0)  # what is pending is taken by now
+    assert said == []
