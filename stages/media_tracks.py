@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_MS, NS_PER_S
 from stages.media_screen import FrameGrid, Screen, Shot
-from stages.media_view import Scaler, check_size
+from stages.media_view import PixelAspect, Scaler, check_size
 from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest
 
 MAX_SOURCE_FPS: Final = 1000
@@ -33,6 +33,8 @@ FILE_BACK_NS: Final = NS_PER_S // 2  # recordings joined without care begin anew
 FILE_AHEAD_NS: Final = 3600 * NS_PER_S  # a screen recording may stand still for so long
 
 Put: TypeAlias = Callable[[MediaItem], None]  # where items go; may block
+
+Picture: TypeAlias = tuple[VideoFrame, Fraction | None]  # and the aspect of its pixels
 
 # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -148,15 +150,16 @@ class VideoTrack:
         self._grid = FrameGrid(request.fps, request.window_ns)
         rated_ns = NS_PER_S // stream.average_rate if stream.average_rate else 0
         self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
-        self._screen: Screen[VideoFrame] = Screen(
+        self._screen: Screen[Picture] = Screen(
             self._grid,
             start_ns,
             until_ns=self._until_ns,
             live=live,
             usual_ns=min(rated_ns, MAX_RATED_NS) if live else 0,
         )
-        self._scaler = Scaler(request.max_pixels, stream.sample_aspect_ratio)
-        self._converted: tuple[VideoFrame, npt.NDArray[np.uint8]] | None = None  # the last picture sent, and as RGB
+        self._scaler = Scaler(request.max_pixels)
+        self._pixel_aspect = PixelAspect(stream)
+        self._converted: tuple[Picture, npt.NDArray[np.uint8]] | None = None  # the last picture sent, and as RGB
         self._media_end_ns = media_end_ns
         self._start_ns = self._time_ns = start_ns
         self._duration_ns = 0  # of the last picture
@@ -202,7 +205,7 @@ class VideoTrack:
         if self.num_decoded > MAX_SOURCE_FPS * ((self._time_ns - self._start_ns) // NS_PER_S + 1):
             raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
         self._stand(self._time_ns - 1)
-        self._send(self._screen.show(self._time_ns, frame))
+        self._send(self._screen.show(self._time_ns, (frame, self._pixel_aspect.now())))
 
     def hold(self, now_ns: int) -> bool:
         """Send what is still on the screen though nothing came until now, as far as that is trusted; whether it did."""
@@ -222,13 +225,13 @@ class VideoTrack:
         while self._send(self._screen.stand(min(until_ns, self._screen.next_ns + STAND_NS))):
             pass
 
-    def _send(self, shots: list[Shot[VideoFrame]]) -> bool:
+    def _send(self, shots: list[Shot[Picture]]) -> bool:
         for shot in shots:
             self._put(Frame(shot.start_ns, self._to_rgb(shot.picture), shot.age_ns))
         return bool(shots)
 
-    def _to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
+    def _to_rgb(self, picture: Picture) -> npt.NDArray[np.uint8]:
         """Converted once, however often it is sent."""
         if self._converted is None or self._converted[0] is not picture:
-            self._converted = (picture, self._scaler.to_rgb(picture))
+            self._converted = (picture, self._scaler.to_rgb(*picture))
         return self._converted[1]

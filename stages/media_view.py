@@ -12,6 +12,7 @@ import numpy.typing as npt
 from av.buffer import Buffer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 
 from stages.media_wire import MediaError
 
@@ -32,23 +33,22 @@ _MATRICES: Final = {
 
 
 class Scaler:
-    """Pictures to RGB of at most max_pixels: as a player shows them, with even sizes.
-
-    pixel_aspect: width of a pixel by its height, where the container or codec says so.
-    """
+    """Pictures to RGB of at most max_pixels: as a player shows them, with even sizes."""
 
     # Bit-exact: frames of one file are the same bytes on every CPU.
     HOW = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
-    def __init__(self, max_pixels: int, pixel_aspect: Fraction | None = None) -> None:
+    def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
-        self._pixel_aspect = _sane_aspect(pixel_aspect)
         self._reformatter = VideoReformatter()
 
-    def to_rgb(self, picture: VideoFrame) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3]; MediaError "limit" for a picture which nobody filmed."""
+    def to_rgb(self, picture: VideoFrame, pixel_aspect: Fraction | None = None) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3]; MediaError "limit" for a picture which nobody filmed.
+
+        pixel_aspect: width of a pixel by its height, where the container or codec says so.
+        """
         check_size(picture.width, picture.height)
-        shown = shown_size(picture.width, picture.height, self._pixel_aspect)
+        shown = shown_size(picture.width, picture.height, _sane_aspect(pixel_aspect))
         has_alpha = any(component.is_alpha for component in picture.format.components)
         rgb = self._reformatter.reformat(
             picture,
@@ -61,6 +61,24 @@ class Scaler:
         )
         image = np.asarray(rgb.to_ndarray(), np.uint8)
         return np.ascontiguousarray(turned(over_black(image) if has_alpha else image, _display_matrix(picture)))
+
+
+class PixelAspect:
+    """Of a film's pixels, as players take it: the container's word, until the codec changes its own in mid stream."""
+
+    def __init__(self, stream: VideoStream) -> None:
+        self._codec = stream.codec_context
+        self._shown = stream.sample_aspect_ratio
+        self._coded: Fraction | None = None
+        self._has_begun = False
+
+    def now(self) -> Fraction | None:
+        """Of the picture that was decoded last; None: nobody says it."""
+        coded = self._codec.sample_aspect_ratio
+        if self._has_begun and coded and coded != self._coded:
+            self._shown = coded
+        self._coded, self._has_begun = coded or self._coded, True
+        return self._shown
 
 
 def _sane_aspect(aspect: Fraction | None) -> Fraction:

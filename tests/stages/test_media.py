@@ -454,7 +454,8 @@ def test_check_source_tells_the_kinds_apart(tmp_path):
 @given(st.integers(0, 10**10), st.integers(1, 33))
 def test_a_camera_has_one_frame_in_every_window_whenever_it_is_opened(start_ns, delay_ms):
     # Given: 30 pictures per second, the first so long after the camera was opened, until a window begins.
-    fake: Any = SimpleNamespace(average_rate=Fraction(30), sample_aspect_ratio=None)
+    codec: Any = SimpleNamespace(sample_aspect_ratio=None)
+    fake: Any = SimpleNamespace(average_rate=Fraction(30), sample_aspect_ratio=None, codec_context=codec)
     wanted, frames = request("rtsp://door", duration_ns=20 * NS_PER_S, want_audio=False), []
     track = VideoTrack(fake, wanted, LiveAxis(), frames.append, start_ns, live=True)
     first_ns = start_ns + delay_ms * NS_PER_MS

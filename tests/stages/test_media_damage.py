@@ -158,7 +158,8 @@ class FakePacket:
 
 
 def video(sent: list[MediaItem]) -> Decoding:
-    stream: Any = SimpleNamespace(average_rate=Fraction(25), sample_aspect_ratio=None)
+    codec: Any = SimpleNamespace(sample_aspect_ratio=None)
+    stream: Any = SimpleNamespace(average_rate=Fraction(25), sample_aspect_ratio=None, codec_context=codec)
     asked = request("rtsp://user:canary@door/live")
     return Decoding(Lane(VideoTrack(stream, asked, FileAxis(0), sent.append)), asked.masked, Warner(sent.append))
 

@@ -13,6 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from graph.chunk import NS_PER_S
 from stages.media import Ended, Failed, Frame, MediaItem, Sound
 from stages.media_tracks import LiveAxis, VideoTrack
+from stages.media_view import PixelAspect
 from tests.support.media import Clip, damaged, times
 from tests.support.reading import first_image, frames_of, quarters, read_all, request, starts_s
 
@@ -184,8 +185,37 @@ def test_films_near_the_sampling_rate_have_one_picture_per_window(tmp_path, fps)
     assert len(windows) >= 10
 
 
+def test_an_aspect_that_changes_in_mid_stream_is_shown_from_there_on(tmp_path):
+    parts = [
+        film(tmp_path / f"{number}.ts", quartered(64, 48), codec="mpeg2video", pix_fmt="yuv420p", aspect=aspect)
+        for number, aspect in enumerate((Fraction(1), Fraction(4, 3)))
+    ]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    shapes = [frame.image.shape for frame in frames_of(read_all(tmp_path / "both.ts", fps=5.0))]
+    assert (shapes[0], shapes[-1]) == ((48, 64, 3), (48, 84, 3))
+
+
+@pytest.mark.parametrize(
+    ("container", "coded", "shown"),
+    [
+        (Fraction(4, 3), [Fraction(1), Fraction(1)], [Fraction(4, 3), Fraction(4, 3)]),  # the container's word is first
+        (Fraction(4, 3), [Fraction(1), None, Fraction(1)], [Fraction(4, 3)] * 3),  # silence is no change
+        (Fraction(1), [Fraction(1), Fraction(4, 3), Fraction(1)], [Fraction(1), Fraction(4, 3), Fraction(1)]),
+        (None, [None, Fraction(4, 3)], [None, Fraction(4, 3)]),
+    ],
+)
+def test_the_pixels_aspect_is_the_containers_until_the_codec_changes_its_own(container, coded, shown):
+    codec: Any = SimpleNamespace(sample_aspect_ratio=None)
+    stream: Any = SimpleNamespace(sample_aspect_ratio=container, codec_context=codec)
+    aspect, seen = PixelAspect(stream), []
+    for codec.sample_aspect_ratio in coded:
+        seen.append(aspect.now())
+    assert seen == shown
+
+
 def live_track(frames: list[MediaItem], **changes: Any) -> VideoTrack:
-    fake: Any = SimpleNamespace(average_rate=None, sample_aspect_ratio=None)
+    codec: Any = SimpleNamespace(sample_aspect_ratio=None)
+    fake: Any = SimpleNamespace(average_rate=None, sample_aspect_ratio=None, codec_context=codec)
     return VideoTrack(
         fake, request("rtsp://door", want_audio=False, **changes), LiveAxis(), frames.append, 0, live=True
     )
