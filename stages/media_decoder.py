@@ -133,9 +133,10 @@ def open_container(order: Order, source: str, format_name: str | None, options: 
         metadata_errors="replace",
         timeout=(order.open_timeout_s, order.silence_timeout_s),
     )
-    if (num_streams := len(container.streams)) > MAX_STREAMS:
+    num_tracks = len(container.streams.video) + len(container.streams.audio)  # subtitles and fonts cost nothing
+    if num_tracks > MAX_STREAMS:
         container.close()
-        raise MediaError("limit", f"has {num_streams} tracks; at most {MAX_STREAMS} are read")
+        raise MediaError("limit", f"has {num_tracks} tracks of pictures and sound; at most {MAX_STREAMS} are read")
     return container
 
 

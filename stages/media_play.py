@@ -20,7 +20,7 @@ from av.packet import Packet
 
 from graph.chunk import NS_PER_S
 from stages.media_health import Warner
-from stages.media_sound import SoundTrack
+from stages.media_sound import OddSound, SoundTrack
 from stages.media_tracks import Put, VideoTrack, to_ns
 from stages.media_wire import (
     FOREVER_NS,
@@ -90,6 +90,9 @@ class Decoding:
 
     def decode(self, packet: Packet[Any], arrival_ns: int) -> None:
         """Decode one packet into the track; the last, empty one flushes and finishes it."""
+        if packet.has_sidedata("encryption_info") and not self.track.done:  # it would decode to grey and noise
+            self._give_up(MediaError("unreadable", f"holds {self._what} that can't be read: encrypted, copy-protected"))
+            return
         is_last = packet.size == 0 and packet.pts is None and packet.dts is None
         if self.track.done or (packet.size == 0 and not is_last):  # AVI writes empty packets for dropped pictures
             return
@@ -151,7 +154,12 @@ class Decoding:
 
 
 def _text(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or type(error).__name__)
+    """In the owner's words."""
+    if isinstance(error, OddSound):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return str(getattr(error, "strerror", None) or "its data are not as its type has them")
 
 
 Feed: TypeAlias = tuple[InputContainer, dict[int, Decoding]]  # one connection, its tracks by stream index

@@ -34,6 +34,10 @@ NUM_DRIFTED: Final = 16
 UNKNOWN_NS: Final = 250 * NS_PER_MS  # the span of stamps which stray by 100 ms either way, and GAP_NS
 
 
+class OddSound(ValueError):
+    """Sound that can't be resampled; its text is for the source's owner."""
+
+
 class StampJudge:
     """Whether sound whose stamp differs from its sample count is where it belongs."""
 
@@ -141,9 +145,9 @@ class SoundTrack:
         self._judge.lose(duration_ns)
 
     def add(self, frame: AudioFrame, arrival_ns: int) -> None:
-        """ValueError when its rate is none of sound, or it can't be resampled."""
+        """OddSound when its rate is none of sound, ValueError when it can't be resampled."""
         if not MIN_RATE_HZ <= frame.sample_rate <= MAX_RATE_HZ:
-            raise ValueError(f"sound of {frame.sample_rate} Hz")
+            raise OddSound(f"it has {frame.sample_rate} Hz; {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz are read")
         source_format = (frame.sample_rate, frame.layout.name, frame.format.name)
         rate_hz = self._source_format[0] if self._source_format is not None else frame.sample_rate
         expected_ns = self._anchor_ns + self._num_source_samples * NS_PER_S // rate_hz

@@ -156,6 +156,9 @@ class FakePacket:
             raise self._result
         return list(self._result)
 
+    def has_sidedata(self, name: str) -> bool:
+        return False
+
 
 def video(sent: list[MediaItem]) -> Decoding:
     codec: Any = SimpleNamespace(sample_aspect_ratio=None)

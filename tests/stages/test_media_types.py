@@ -4,6 +4,7 @@ import errno
 import gzip
 import io
 import struct
+import wave
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from stages.media import Ended, Failed, MediaError, Sound, check_source
+from stages.media import Ended, Failed, MediaError, Sound, Warned, check_source
 from stages.media_decoder import explain
 from stages.media_types import foreign_type, picture_type
 from stages.media_wire import Order
@@ -261,7 +262,7 @@ def test_a_film_with_many_tracks_is_read(tmp_path, name, num_sounds):
 @pytest.mark.parametrize("name", ["many.mkv", "many.mp4"])
 def test_with_more_tracks_than_are_read_the_true_limit_is_named(tmp_path, name):
     (failed,) = read_all(film_with_tracks(tmp_path / name, 64))
-    assert failed == Failed("limit", f"{tmp_path / name} has 65 tracks; at most 64 are read")
+    assert failed == Failed("limit", f"{tmp_path / name} has 65 tracks of pictures and sound; at most 64 are read")
 
 
 BLACK, WHITE = [0, 0, 0], [255, 255, 255]
@@ -327,6 +328,45 @@ def test_of_two_tracks_the_one_is_heard_that_players_play(tmp_path, dispositions
     items = read_all(two_sounds(tmp_path / "a.mka", *dispositions), want_video=False)
     samples = np.concatenate([item.samples for item in items if isinstance(item, Sound)])
     assert (np.abs(samples).max() > 0.1) == is_loud
+
+
+@pytest.mark.parametrize("num_fonts", [63, 70, 200])
+def test_a_film_with_many_fonts_beside_its_tracks_is_read(tmp_path, num_fonts):
+    with av.open(str(tmp_path / "fonts.mkv"), "w") as container:
+        video = container.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for number in range(num_fonts):
+            container.add_attachment(f"{number}.ttf", "font/ttf", b"font")
+        for _ in range(20):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 120, np.uint8), "rgb24")))
+        container.mux(video.encode(None))
+    items = read_all(tmp_path / "fonts.mkv")
+    assert isinstance(items[-1], Ended), items[-1]
+    assert len(frames_of(items)) == 2
+
+
+# --- what can't be decoded, in the owner's words ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate_hz", [1, 900, 4_000_000])
+def test_a_rate_that_no_sound_has_is_named(tmp_path, rate_hz):
+    with wave.open(str(tmp_path / "odd.wav"), "wb") as file:
+        file.setparams((1, 2, rate_hz, 0, "NONE", ""))
+        file.writeframes(b"\x00\x10" * 40_000)
+    messages = [item.message for item in read_all(tmp_path / "odd.wav") if isinstance(item, (Warned, Failed))]
+    named = [message for message in messages if f"{rate_hz} Hz; 1000 to 768000 Hz are read" in message]
+    assert named
+    assert not [message for message in messages if "Error" in message]
+
+
+@pytest.mark.parametrize("with_sound", [False, True])
+def test_an_encrypted_film_is_named_so_and_not_shown_as_grey_pictures(tmp_path, with_sound):
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76" * 16, "encryption_kid": "a7" * 16}
+    clip = Clip(tmp_path / "film.mp4", options=key).video(times(3, 10))
+    items = read_all((clip.sound(3) if with_sound else clip).write())
+    assert frames_of(items) == []
+    assert isinstance(items[-1], Failed) and items[-1].kind == "unreadable"
+    assert "encrypted" in items[-1].message
 
 
 # --- names --------------------------------------------------------------------------------------------------------
