@@ -66,9 +66,12 @@ class Interrupts:
             signal.signal(number, self._on_signal)
 
     def __exit__(self, of_type: object, error: BaseException | None, traceback: object) -> None:
-        """What was cut off by a signal may say so in its own way, as Ray does: the first signal stands."""
+        """What was cut off by a signal may say so in its own way, as Ray does: the first signal stands.
+
+        A process that was asked to end is about to: another signal does nothing any more.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, _do_nothing if self.count else handler)
         if error is not None and not isinstance(error, Interrupted):
             self.check(isinstance(error, KeyboardInterrupt))
 

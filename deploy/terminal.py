@@ -22,6 +22,7 @@ from graph.secret import hide
 
 MAX_WAITING: Final = 1000  # lines
 STALLED_S: Final = 1.0  # how long the end waits for a terminal that takes nothing
+PART_CHARS: Final = 1000  # in UTF-8 no more than a pipe takes that has room, PIPE_BUF
 
 
 def prepare_standard_files() -> None:
@@ -61,13 +62,29 @@ def _opened(number: int) -> TextIO:
 
 
 def tell(line: str) -> None:
-    """One line on stderr, if it can be written."""
+    """One line on stderr, if it can be written within STALLED_S."""
+    text = hide(line) + "\n"
     try:
-        print(line, file=sys.stderr, flush=True)
+        for start in range(0, len(text), PART_CHARS):
+            if not _has_room(sys.stderr):
+                _give_up(2)
+                return
+            sys.stderr.write(text[start : start + PART_CHARS])
+            sys.stderr.flush()
     except OSError:
         _give_up(2)
     except ValueError:  # it is closed
         pass
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Whether it takes a part, now or soon: a pipe that nobody reads would hold us up for ever."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # it is no file, or closed
+        return True
+    return bool(poll.poll(STALLED_S * 1000))
 
 
 class Teller:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,18 @@ def test_who_can_be_told_nothing_still_gets_the_exit_code(project: Path, nowhere
     os.close(reading)
     with os.fdopen(writing, "w") if nowhere != "/dev/full" else Path(nowhere).open("w") as stderr:
         assert subprocess.run([PIPELINE, "up", "--for=0s"], cwd=project, stderr=stderr).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["up", "--for=0s"], ["validate", f"--set={'x' * 9000}"]], ids=["short", "long"])
+def test_a_pipe_that_is_full_and_not_read_holds_no_end_up(project: Path, arguments: list[str]):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while os.write(writing, bytes(4096)):
+            pass
+    os.set_blocking(writing, True)
+    with os.fdopen(reading), os.fdopen(writing, "w") as stderr:
+        assert subprocess.run([PIPELINE, *arguments], cwd=project, stderr=stderr, timeout=300).returncode == 2
 
 
 def test_a_full_disk_behind_stdout_is_told(project: Path):

@@ -4,15 +4,27 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 from typer import Exit
 
 from deploy.cli_common import clear_errors
-from deploy.interrupts import Interrupted, Interrupts, signals_blocked
+from deploy.interrupts import ENDING_SIGNALS, Interrupted, Interrupts, signals_blocked
 
 LIBC = ctypes.CDLL(None)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """After a signal they stay without effect, which is right for a process that ends."""
+    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 PRESS_CTRL_C = compile("signal.raise_signal(signal.SIGINT)", "<frozen importlib._bootstrap>", "exec")
 
 
@@ -115,3 +127,17 @@ def test_of_two_signals_at_once_the_second_says_nothing(monkeypatch: pytest.Monk
         signal.raise_signal(signal.SIGTERM)
     time.sleep(0)  # what is pending is taken by now
     assert said == []
+
+
+def test_until_the_process_has_ended_a_second_signal_does_nothing():
+    with suppress(Interrupted), Interrupts():
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)  # by default it would end us here
+
+
+def test_who_was_asked_for_no_end_gives_the_signals_back():
+    before = [signal.getsignal(number) for number in ENDING_SIGNALS]
+    with Interrupts():
+        assert [signal.getsignal(number) for number in ENDING_SIGNALS] != before
+    assert [signal.getsignal(number) for number in ENDING_SIGNALS] == before
