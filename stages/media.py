@@ -132,11 +132,16 @@ def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
 
 
 def _check_url(source: str) -> None:
-    shown, (_, login, _) = mask_source(source), split_login(source)
+    shown, (_, login, after) = mask_source(source), split_login(source)
+    if login and not after:  # no "@" follows
+        raise MediaError(
+            "blocked", f"{shown}: what follows the ':' is no port, and a login needs its '@'; {_ENCODE_IT}"
+        )
     # What a URL parser takes for the login's end; before a "/" there may be a host, which has no name before a ":".
     cut = re.search(r"[/?#]", login) if ":" in login else re.search(r"[\[\]\\]", login)
     if cut:
-        raise MediaError("blocked", f"{shown}: there is a {cut[0]!r} before its last '@'; {_ENCODE_IT}")
+        what = f"a {cut[0]!r} stands before its last '@', which may end a login or belong to the path"
+        raise MediaError("blocked", f"{shown}: {what}: write an '@' of the path as %40; {_ENCODE_IT}")
     if len(login.encode()) > MAX_LOGIN_BYTES:
         raise MediaError("blocked", f"{shown}: its login takes more than {MAX_LOGIN_BYTES} bytes, percent-encoded")
     try:

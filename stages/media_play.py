@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+import av
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
@@ -46,8 +47,9 @@ MIN_LOOK_S: Final = 0.02  # a picture is due, and libav is being read: look agai
 SIGN_OF_LIFE_NS: Final = NS_PER_S  # 0.1 fps without sound has nothing else to send; the parent's patience is 6 s
 FIRST_PATIENCE_NS: Final = 8 * NS_PER_S  # for a track whose pace is not known yet
 NUM_GAPS_KNOWN: Final = 8  # its last so many distances say what a track's pace is
-NAMES: Final[Mapping[type[Track], TrackName]] = {VideoTrack: "video", SoundTrack: "audio"}
 _WORDS: Final[Mapping[TrackName, str]] = {"video": "pictures", "audio": "sound"}
+MAX_HOLE_READS: Final = 10_000  # in vain, one behind the other; MPEG-TS takes 64 kB of what is no media with each
+_HOLES: Final = (av.error.InvalidDataError, BlockingIOError)  # what is read next is no media; a demuxer says EAGAIN too
 _DECODER_ERRORS: Final = (FFmpegError, ValueError, OverflowError, NotImplementedError, MemoryError)
 
 
@@ -81,8 +83,9 @@ class Decoding:
     def __init__(self, lane: Lane, source: str, warner: Warner) -> None:
         self.lane = lane
         self.track = track = lane.track
-        self.name = NAMES[type(track)]
+        self.name: TrackName = "audio" if isinstance(track, SoundTrack) else "video"
         self.given_up: MediaError | None = None
+        self.num_packets = 0
         self.num_alive = 0  # signs of life: what was decoded, and packets while a keyframe is awaited
         self._source = source
         self._warner = warner
@@ -96,24 +99,59 @@ class Decoding:
         is_last = packet.size == 0 and packet.pts is None and packet.dts is None
         if self.track.done or (packet.size == 0 and not is_last):  # AVI writes empty packets for dropped pictures
             return
+        self.num_packets += not is_last
         if packet.is_keyframe:
             self._num_before_key = None
         num_jumps = self.track.axis.num_jumps
+        with self._guard(packet):
+            for frame in self._frames_of(packet, is_last):
+                if not self.track.done:
+                    self.track.add(frame, arrival_ns)
+        if self.track.axis.num_jumps > num_jumps:
+            what = f"has {self._what} whose clock jumps or stands still; what follows goes on beside the rest"
+            self.warn("clock_jump", what)
+        if is_last:
+            self.finish()
+
+    def _frames_of(self, packet: Packet[Any], is_last: bool) -> list[Any]:
+        """What it decodes to, of the track's own kind."""
         try:
-            frames: list[Any] = packet.decode()  # of the track's own kind
-            for frame in frames:
-                self.track.add(frame, arrival_ns)
+            frames: list[Any] = packet.decode()
+        except _DECODER_ERRORS:
+            if is_last:
+                return []  # a decoder which was given nothing that is whole
+            raise
+        self.num_alive += bool(frames)
+        if self._num_before_key is None and (packet.is_corrupt or any(frame.is_corrupt for frame in frames)):
+            self.damage("not all of it is there; the rest goes on")
+        return frames
+
+    def hold(self, now_ns: int) -> bool:
+        """Send the picture that is still on the screen when its instant has passed; whether there was one."""
+        with self._guard():
+            return isinstance(self.track, VideoTrack) and self.track.hold(now_ns)
+        return False
+
+    def finish(self) -> None:
+        """No more packets come: what is left is sent. A track of which nothing was decoded counts as lost."""
+        if self.track.ended:
+            return
+        with self._guard():
+            self.track.finish()
+        if self.num_packets and not self.track.num_decoded and self.given_up is None:
+            self.track.num_bad = max(self.track.num_bad, self.num_packets)
+            why = "; it has no keyframe" if self._num_before_key else ""
+            self._give_up(MediaError("unreadable", f"holds {self._what} of which nothing can be decoded{why}"))
+
+    @contextlib.contextmanager
+    def _guard(self, packet: Packet[Any] | None = None) -> Iterator[None]:
+        """All calls into the decoder and the track are made in here: what they raise costs the packet, or the track."""
+        try:
+            yield
         except MediaError as error:
             self._give_up(error)
         except _DECODER_ERRORS as error:
-            if not is_last:
-                self._lose(packet, error)
-        else:
-            self.num_alive += bool(frames)
-        if self.track.axis.num_jumps > num_jumps:
-            self.warn("clock_jump", f"has {self._what} whose clock jumps; what follows goes on beside the rest")
-        if is_last:
-            self.track.finish()
+            self._lose(packet, error)
 
     @property
     def _what(self) -> str:
@@ -123,16 +161,26 @@ class Decoding:
         """what: the rest of a sentence which begins with the source."""
         self._warner.warn(self.name, code, f"{self._source} {what}")
 
-    def _lose(self, packet: Packet[Any], error: BaseException) -> None:
+    def damage(self, how: str) -> None:
+        """Count something which is damaged, and tell of the first."""
+        self.track.num_bad += 1
+        self.warn("damaged", f"has damaged {self._what}: {how}")
+
+    def lose_place(self, error: BaseException) -> None:
+        """There is a hole in the file, of unknown length."""
+        if isinstance(self.track, VideoTrack):
+            self.track.doubt()
+        self.damage(f"a part of it can't be read ({_reading_text(error)}); what is behind goes on")
+
+    def _lose(self, packet: Packet[Any] | None, error: BaseException) -> None:
         if self._awaits_keyframe():
             return
         track = self.track
-        track.num_bad += 1
-        if isinstance(track, SoundTrack):
-            track.lose(to_ns(packet.duration or 0, packet.time_base) or 0)
-        else:
+        if isinstance(track, VideoTrack):
             track.doubt()
-        self.warn("damaged", f"has damaged {self._what}: some can't be decoded ({_text(error)}); the rest goes on")
+        elif packet is not None:
+            track.lose(to_ns(packet.duration or 0, packet.time_base) or 0)
+        self.damage(f"some can't be decoded ({_text(error)}); the rest goes on")
         if track.num_bad >= MAX_BAD_AT_START and not track.num_decoded:
             kind: FailKind = "limit" if isinstance(error, MemoryError) else "unreadable"
             self._give_up(MediaError(kind, f"holds {self._what} of which nothing can be decoded ({_text(error)})"))
@@ -150,7 +198,12 @@ class Decoding:
     def _give_up(self, error: MediaError) -> None:
         self.given_up = error
         self.warn("track_given_up", f"{error.message}; it goes on without its {self._what}")
-        self.track.finish()
+        self.finish()
+
+
+def _reading_text(error: BaseException) -> str:
+    """A demuxer's EAGAIN has nothing to do with a resource."""
+    return "no media there" if isinstance(error, BlockingIOError) else _text(error)
 
 
 def _text(error: BaseException) -> str:
@@ -165,11 +218,27 @@ def _text(error: BaseException) -> str:
 Feed: TypeAlias = tuple[InputContainer, dict[int, Decoding]]  # one connection, its tracks by stream index
 
 
-def packets(feed: Feed) -> Iterator[tuple[Decoding, Packet[Any]]]:
-    """The packets of one connection as they come; the last one per track is empty and flushes it."""
+def packets(feed: Feed, *, over_holes: bool = False) -> Iterator[tuple[Decoding, Packet[Any]]]:
+    """The packets of one connection as they come; the last one per track is empty and flushes it.
+
+    over_holes: go on behind what is no media, as players do; the error is raised when nothing else comes.
+    """
     container, tracks = feed
-    for packet in container.demux([container.streams[index] for index in tracks]):
-        yield tracks[packet.stream.index], packet
+    streams = [container.streams[index] for index in tracks]
+    num_in_vain = 0
+    while True:
+        try:
+            for packet in container.demux(streams):
+                num_in_vain = 0
+                yield tracks[packet.stream.index], packet
+            return
+        except _HOLES as error:
+            num_in_vain += 1
+            if not over_holes or num_in_vain > MAX_HOLE_READS:
+                raise
+            if num_in_vain == 1:
+                for decoding in tracks.values():
+                    decoding.lose_place(error)
 
 
 class Teller:
@@ -242,6 +311,10 @@ class Pulse:
         self._gaps: deque[int] = deque(maxlen=NUM_GAPS_KNOWN)
         self._alive_ns = 0
 
+    @property
+    def has_lived(self) -> bool:
+        return bool(self._gaps)
+
     def beat(self, now_ns: int) -> None:
         """A sign of life."""
         self._gaps.append(now_ns - self._alive_ns)
@@ -268,13 +341,20 @@ class PulseWatch:
             what = _WORDS[decoding.name]
             if decoding.num_alive > self._num_alive[decoding]:
                 self._num_alive[decoding] = decoding.num_alive
-                pulse.beat(now_ns)
                 if decoding in self._still:
                     self._still.discard(decoding)
-                    decoding.warn("track_back", f"gives {what} again")
+                    decoding.warn("track_back", f"gives {what} again" if pulse.has_lived else f"gives {what} now")
+                pulse.beat(now_ns)
             elif decoding not in self._still and not decoding.track.done and pulse.is_still(now_ns):
                 self._still.add(decoding)
-                decoding.warn("track_frozen", f"gives no {what} any more, while the rest goes on")
+                self._tell(decoding, pulse)
+
+    def _tell(self, decoding: Decoding, pulse: Pulse) -> None:
+        what = _WORDS[decoding.name]
+        if pulse.has_lived:
+            decoding.warn("track_frozen", f"gives no {what} any more, while the rest goes on")
+        else:
+            decoding.warn("track_late", f"announces {what} and has sent none yet; the rest goes on without until then")
 
 
 def play(order: Order, feeds: Sequence[Feed], put: Put, teller: Teller) -> bool:
@@ -290,13 +370,13 @@ def play_side_by_side(feeds: Sequence[Feed], put: Put, teller: Teller) -> bool:
     So a track which has nothing for long says soon where it goes on, and none is ahead of the other by more than one of
     its packets makes.
     """
-    readers = {decoding: packets(feed) for feed in feeds for decoding in feed[1].values()}
+    readers = {decoding: packets(feed, over_holes=True) for feed in feeds for decoding in feed[1].values()}
     while open_decodings := [decoding for decoding in readers if not decoding.lane.done]:
         behind = min(open_decodings, key=lambda decoding: decoding.lane.position_ns)
         if behind.lane.items:
             put(behind.lane.items.popleft())
         elif (following := next(readers[behind], None)) is None:
-            behind.track.finish()
+            behind.finish()
         else:
             behind.decode(following[1], arrival_ns=0)
         teller.tell()
@@ -309,7 +389,7 @@ def play_connection(order: Order, feed: Feed, teller: Teller) -> bool:
     watch = LiveWatch(order, session_ns(order))
     pulses = PulseWatch(order, decodings if order.kind in LIVE_KINDS else [])
     with keep_showing(order, decodings, teller) as lock:
-        for decoding, packet in packets(feed):
+        for decoding, packet in packets(feed, over_holes=order.kind not in LIVE_KINDS):
             arrival_ns = session_ns(order)
             over = watch.is_over(arrival_ns)
             with lock:
@@ -330,15 +410,15 @@ def keep_showing(order: Order, decodings: Sequence[Decoding], teller: Teller) ->
     no longer sent, so that a source that hangs falls silent, which the parent notices.
     """
     lock, over = threading.Lock(), threading.Event()
-    pictures = [d.track for d in decodings if isinstance(d.track, VideoTrack)]
+    pictures = [(d, d.track) for d in decodings if isinstance(d.track, VideoTrack)]
 
-    def watch_clock(track: VideoTrack) -> None:
+    def watch_clock(decoding: Decoding, track: VideoTrack) -> None:
         while not over.wait(max((track.due_ns - session_ns(order)) / NS_PER_S, MIN_LOOK_S)):
             with lock:
-                if track.hold(session_ns(order)):
+                if decoding.hold(session_ns(order)):
                     teller.tell()
 
-    threads = [threading.Thread(target=watch_clock, args=(track,), daemon=True) for track in pictures]
+    threads = [threading.Thread(target=watch_clock, args=pair, daemon=True) for pair in pictures]
     threads = threads if order.kind in LIVE_KINDS else []
     for thread in threads:
         thread.start()

@@ -19,7 +19,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 
 from stages.media_health import Warner
-from stages.media_wire import MediaError, Order
+from stages.media_wire import MediaError, Order, TrackName
 
 RTSP_PORT: Final = 554
 MAX_ANSWER_BYTES: Final = 16_384
@@ -37,10 +37,13 @@ def open_camera(order: Order, open_with: OpenWith, warner: Warner) -> InputConta
 
     open_with: opens the source with these options.
     """
+    start = time.monotonic()
     try:
         return _open_in_time(order, open_with, _options(order))
     except av.error.HTTPUnauthorizedError as error:
         raise _refusal_of_login(order) or error from error
+    except (av.error.HTTPNotFoundError, av.error.HTTPClientError) as error:
+        return _open_one_track(order, open_with, warner, error, time.monotonic() - start)
     except FFmpegError as error:
         if error.errno != errno.EPROTONOSUPPORT:
             raise
@@ -63,6 +66,27 @@ def _open_in_time(order: Order, open_with: OpenWith, options: dict[str, str]) ->
     if time.monotonic() - start >= patience_s:
         raise TimeoutError
     return container
+
+
+def _open_one_track(
+    order: Order, open_with: OpenWith, warner: Warner, refusal: FFmpegError, took_s: float
+) -> InputContainer:
+    """A camera that announces two tracks may refuse one of them, which libav takes for a refusal of the whole."""
+    request = order.request
+    if not (request.want_video and request.want_audio) or 3 * took_s > order.open_timeout_s:  # the parent waits
+        raise refusal
+    tracks: dict[TrackName, TrackName] = {"video": "audio", "audio": "video"}  # what is read, and what is not
+    for track, refused in tracks.items():
+        try:
+            container = _open_in_time(order, open_with, _options(order) | {"allowed_media_types": track})
+        except FFmpegError:
+            continue
+        if container.streams:
+            what = f"refuses its {'pictures' if refused == 'video' else 'sound'} ({refusal.strerror}); the rest is read"
+            warner.warn(refused, "track_given_up", f"{request.masked} {what}")
+            return container
+        container.close()
+    raise refusal
 
 
 def _open_over_udp(order: Order, open_with: OpenWith, warner: Warner) -> InputContainer:

@@ -20,6 +20,7 @@ from stages.media_tracks import Axis, Put
 from stages.media_tracks import to_ns as stamp_ns
 from stages.media_wire import FOREVER_NS, MIN_HOLE_SAMPLES, MediaRequest, Sound
 
+MAX_PLACED: Final = 8  # of so many channels libswresample knows where they belong, though nothing says it
 MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000  # at 1 Hz one packet would become gigabytes
 # Coefficients whose sum is 1, as players mix: what is not clipped in any channel is not in their mix either. Without
 # it libswresample adds stereo up to +3 dB where it makes floats, and 5.1 to more.
@@ -164,7 +165,7 @@ class SoundTrack:
             self._num_to_cut += -by_ns * SOUND_RATE_HZ // NS_PER_S
             self._anchor_ns += by_ns
         self._num_source_samples += frame.samples
-        self._resample(frame)
+        self._resample(_mean_of_channels(frame) if _has_no_places(frame) else frame)
         self.num_decoded += 1
 
     def _count_correction(self, by_ns: int, at_ns: int) -> None:
@@ -193,8 +194,9 @@ class SoundTrack:
                 self._append(samples[num_cut:])
 
     def _drain(self) -> None:
-        if self._resampler is not None:
+        try:
             self._resample(None)
+        finally:  # one which has failed has nothing more to give
             self._resampler = None
 
     def _skip_to(self, sample: int) -> None:
@@ -241,9 +243,25 @@ class SoundTrack:
             self._num_sent, self._parts = self._num_samples, []
 
     def finish(self) -> None:
-        self._drain()
-        self._send()
-        self.ended = True
+        try:
+            self._drain()
+        finally:
+            self._send()
+            self.ended = True
+
+
+def _has_no_places(frame: AudioFrame) -> bool:
+    """Many channels, and nothing says where they belong: libswresample refuses to mix them."""
+    num_channels = frame.layout.nb_channels
+    return num_channels > MAX_PLACED and frame.layout.name == f"{num_channels} channels" and frame.format.is_packed
+
+
+def _mean_of_channels(frame: AudioFrame) -> AudioFrame:
+    samples = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+    mono = samples.mean(axis=1, dtype=np.float64).astype(samples.dtype).reshape(1, -1)
+    mixed = AudioFrame.from_ndarray(mono, format=frame.format.name, layout="mono")
+    mixed.sample_rate = frame.sample_rate
+    return mixed
 
 
 def _samples(time_ns: int) -> int:

@@ -78,33 +78,52 @@ class LiveAxis:
     """PTS moved onto the clock of arrival, with the least delay seen as zero.
 
     PTS keeps the distances between pictures, which jitter of the network doesn't. Its clock is not ours: where media
-    comes before its time, or never closer than LIVE_DRIFT_NS to it for a while, the clock is set anew.
+    comes before its time, or never closer than LIVE_DRIFT_NS to it for a while, the clock is set anew. What arrives now
+    has not been before, so stamps that go back or stand still are no times: it follows what was there.
     """
 
     def __init__(self) -> None:
         self._shift_ns: int | None = None
         self._least_delay_ns = FOREVER_NS
-        self._set_ns = 0  # arrival time at which the clock was last set
+        self._set_ns = 0  # arrival time at which the clock was last looked at
+        self._jumped_ns = 0  # and at which it was last found to be another one
+        self._pts_ns: int | None = None  # the last one, and the arrival of the first media which had it
+        self._pts_since_ns = 0
+        self._is_stuck = False
         self.num_jumps = 0
 
     def place(self, pts_ns: int | None, expected_ns: int, arrival_ns: int) -> int:
-        if pts_ns is None:
-            return max(expected_ns, arrival_ns)
+        if pts_ns is None or self._stands_still(pts_ns, arrival_ns):
+            return _following_ns(expected_ns, arrival_ns)
         if self._shift_ns is None:
             self._shift_ns = arrival_ns - pts_ns
-            self._set_ns = arrival_ns
+            self._set_ns = self._jumped_ns = arrival_ns
         delay_ns = arrival_ns - pts_ns - self._shift_ns
         self._least_delay_ns = min(self._least_delay_ns, delay_ns)
-        if not -LIVE_DRIFT_NS <= delay_ns <= LIVE_LOST_NS:
+        if pts_ns + self._shift_ns < min(expected_ns, arrival_ns) - LIVE_DRIFT_NS:
+            self._set_anew(_following_ns(expected_ns, arrival_ns) - pts_ns, arrival_ns)
+        elif not -LIVE_DRIFT_NS <= delay_ns <= LIVE_LOST_NS:
             self._set_anew(self._shift_ns + delay_ns, arrival_ns)
         elif arrival_ns >= self._set_ns + LIVE_CHECK_NS:
             drift_ns = self._least_delay_ns if self._least_delay_ns > LIVE_DRIFT_NS else 0
             self._set_anew(self._shift_ns + drift_ns, arrival_ns)
-        return pts_ns + self._shift_ns
+        return max(pts_ns + self._shift_ns, min(expected_ns, arrival_ns))
+
+    def _stands_still(self, pts_ns: int, arrival_ns: int) -> bool:
+        """Whether this is the stamp of before: of a camera which stamps in groups, or gives no times at all."""
+        if pts_ns != self._pts_ns:
+            self._pts_ns, self._pts_since_ns, self._is_stuck = pts_ns, arrival_ns, False
+            return False
+        is_stuck = arrival_ns - self._pts_since_ns > LIVE_DRIFT_NS
+        self.num_jumps += is_stuck and not self._is_stuck
+        self._is_stuck = is_stuck
+        return True
 
     def _set_anew(self, shift_ns: int, arrival_ns: int) -> None:
-        # A backlog sets it with every packet: that is one jump, or none when it comes with the connection.
-        self.num_jumps += shift_ns != self._shift_ns and arrival_ns - self._set_ns >= NS_PER_S
+        if shift_ns != self._shift_ns:
+            # A backlog sets it with every packet: that is one jump, or none when it comes with the connection.
+            self.num_jumps += arrival_ns - self._jumped_ns >= NS_PER_S
+            self._jumped_ns = arrival_ns
         self._shift_ns, self._set_ns = shift_ns, arrival_ns
         self._least_delay_ns = FOREVER_NS
 
@@ -113,6 +132,11 @@ def period_ns(rate: Fraction | None) -> int:
     """How long a picture stands at this rate, by a file's own account as far as it is believed, else by the default."""
     period = NS_PER_S // rate if rate else 0
     return period if 0 < period <= MAX_PERIOD_NS else NS_PER_S // DEFAULT_FPS
+
+
+def _following_ns(expected_ns: int, arrival_ns: int) -> int:
+    """The time of what arrives now without one: right behind what was before, unless there was a pause."""
+    return expected_ns if abs(arrival_ns - expected_ns) <= LIVE_DRIFT_NS else arrival_ns
 
 
 def to_ns(count: int | None, time_base: Fraction | None) -> int | None:
@@ -216,9 +240,11 @@ class VideoTrack:
         self._screen.doubt()
 
     def finish(self) -> None:
-        if not self.ended:
-            self._stand(self._screen.last_ns(self._duration_ns, self._media_end_ns))
-        self.ended = True
+        try:
+            if not self.ended:
+                self._stand(self._screen.last_ns(self._duration_ns, self._media_end_ns))
+        finally:
+            self.ended = True
 
     def _stand(self, until_ns: int) -> None:
         """Send what stays on the screen until then, a piece at a time, however long that is."""

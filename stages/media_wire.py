@@ -47,7 +47,8 @@ WarnCode: TypeAlias = Literal[
     "left_out",  # something which is there and is not read
     "track_given_up",  # nothing of it can be decoded: the other one goes on alone
     "track_frozen",  # a live track has stopped, and the other one goes on
-    "track_back",  # and has come again
+    "track_late",  # a live track that is announced has not come yet, and the other one goes on
+    "track_back",  # and has come, or come again
     "clock_jump",  # a track's stamps leap by more than any recording does; it goes on beside the other one
     "no_keyframe",  # pictures wait for one
     "over_udp",  # the camera refuses RTP over TCP

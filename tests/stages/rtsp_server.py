@@ -13,6 +13,7 @@ no_tcp    refuses RTP over TCP with 461, and RTP over UDP too
 garbage   answers with bytes which are no RTSP
 novideo   the camera, but no pictures are sent after SECONDS of each connection
 nosound   the same with the sound
+refuses   the camera, but SETUP of its track number SECONDS is answered with 404
 noise     the same, but what is sent as pictures then is noise
 slow      the camera, with a picture every SECONDS only, each a keyframe, and its sound
 gop       the camera, with a keyframe every SECONDS, the first one so long after the client has come
@@ -43,7 +44,7 @@ def main() -> None:
         serve_with_gstreamer(*sys.argv[2:])
         return
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1e9
-    is_camera = mode in ("camera", "cut", "stall", "burst", "novideo", "nosound", "noise", "slow", "gop")
+    is_camera = mode in ("camera", "cut", "stall", "burst", "novideo", "nosound", "noise", "slow", "gop", "refuses")
     num_frames = int(seconds * FPS) if mode == "gop" else NUM_FRAMES
     pictures = encode_pictures(num_frames) if is_camera else []
     if mode == "gop":
@@ -60,7 +61,9 @@ def serve(connection: socket.socket, mode: str, seconds: float, pictures: list[l
     with connection:
         try:
             for method, url, cseq in requests(connection):
-                connection.sendall(answer(mode, method, url, cseq, port))
+                is_refused = mode == "refuses" and method == "SETUP" and url.endswith(f"track{seconds:.0f}")
+                reply_to = reply(cseq, "", "404 Not Found") if is_refused else answer(mode, method, url, cseq, port)
+                connection.sendall(reply_to)
                 if method == "PLAY":
                     stream(connection, mode, seconds, pictures)
                     return

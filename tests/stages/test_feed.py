@@ -343,6 +343,17 @@ def test_a_camera_that_came_back_without_its_track_goes_on_with_what_there_is():
     assert subject.delivers == {"video"}
 
 
+def test_a_track_that_has_not_come_yet_costs_no_connection():
+    late = Warned("audio", "track_late", "rtsp://door announces sound and has sent none yet")
+    media = FakeMedia(FakeReader(*seconds(0, 2, sounds=False), late, *seconds(2, 4), live=True))
+    subject = Feed(session(), media)
+    for now_s in range(5):
+        subject.pump(now_s * NS_PER_S)
+        subject.take_frames(now_s * NS_PER_S), subject.take_sound((now_s + 1) * NS_PER_S)
+    assert [(n.type, n.reason) for n in subject.take_notices()] == [("camera_up", ""), ("camera_warning", "track_late")]
+    assert (len(media.requests), subject.delivers) == (1, {"video", "audio"})
+
+
 def test_every_freeze_is_told_also_one_that_costs_no_connection():
     again = FakeReader(*seconds(3, 5), FROZEN, live=True)
     subject = Feed(session(), FakeMedia(FakeReader(*seconds(0, 2), FROZEN, live=True), again))

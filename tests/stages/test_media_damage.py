@@ -1,21 +1,30 @@
 """stages/media_play.py: what is damaged costs itself, and tracks live and die apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 
-from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.chunk import NS_PER_S
 from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound, Warned
+from stages.media_decoder import explain
 from stages.media_health import Warner
-from stages.media_play import FIRST_PATIENCE_NS, MAX_NO_KEYFRAME, Decoding, Lane, Pulse
+from stages.media_play import (
+    MAX_HOLE_READS,
+    MAX_NO_KEYFRAME,
+    Decoding,
+    Lane,
+    packets,
+)
 from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, VideoTrack
-from tests.support.media import Clip, damaged, times
+from stages.media_wire import Order
+from tests.support.media import Clip, damaged, picture, times
 
 RATE_HZ = 16_000
 Hit = Callable[[str, int], bool]
@@ -140,6 +149,78 @@ def test_pictures_which_change_their_size_on_the_way_are_seen_to_the_end(tmp_pat
     ]
 
 
+def with_many_channels(path: Path, num_channels: int, *, pictures: bool) -> Path:
+    """3 s; in each channel but the first there is silence."""
+    with av.open(str(path), "w") as container:
+        sound: Any = container.add_stream("pcm_s16le", rate=RATE_HZ, layout=f"{num_channels} channels")
+        video: Any = container.add_stream("mpeg4", rate=10) if pictures else None
+        for index in range(30):
+            samples = np.zeros((RATE_HZ // 10, num_channels), np.int16)
+            samples[:, 0] = 32_000
+            frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), "s16", f"{num_channels} channels")
+            frame.rate, frame.pts, frame.time_base = RATE_HZ, index * RATE_HZ // 10, Fraction(1, RATE_HZ)
+            container.mux(sound.encode(frame))
+            if pictures:
+                container.mux(video.encode(picture(index, 640, 480)))
+        container.mux(sound.encode(None) + (video.encode(None) if pictures else []))
+    return path
+
+
+@pytest.mark.parametrize("num_channels", [13, 64])
+def test_sound_of_many_channels_is_heard_as_their_mean(tmp_path, num_channels):
+    items = read_all(with_many_channels(tmp_path / "many.wav", num_channels, pictures=False))
+    assert isinstance(items[-1], Ended), items[-1]
+    samples = np.concatenate([item.samples for item in items if isinstance(item, Sound)])
+    assert (samples.size, warnings(items)) == (3 * RATE_HZ, [])
+    assert np.allclose(samples, 32_000 / 32_768 / num_channels, atol=1 / 16_384)
+
+
+def test_pictures_beside_sound_of_many_channels_are_seen(tmp_path):
+    items = read_all(with_many_channels(tmp_path / "many.mov", 64, pictures=True))
+    assert isinstance(items[-1], Ended), items[-1]
+    assert (seen(items), heard(items), warnings(items)) == ([0, 1, 2], {0, 1, 2}, [])
+
+
+def test_pictures_without_a_keyframe_are_told_and_counted_at_the_end(tmp_path):
+    # Given: a recording which begins behind its only keyframe.
+    whole = Clip(tmp_path / "whole.ts").video(times(4, 25)).sound(4).write().read_bytes()
+    (tmp_path / "nokey.ts").write_bytes(whole[len(whole) // 4 // 188 * 188 :])
+    items = read_all(tmp_path / "nokey.ts")
+    assert isinstance(items[-1], Ended), items[-1]
+    assert (seen(items), warnings(items)) == ([], [("video", "track_given_up")])
+    assert heard(items) >= {1, 2}
+    assert last_progress(items).num_bad_video > 50
+    assert "no keyframe" in next(item.message for item in items if isinstance(item, Warned))
+
+
+def test_a_transport_stream_which_lost_packets_is_told_and_its_pictures_are_shown(tmp_path):
+    # Given: one of 50 packets is lost, as over a bad antenna; libav conceals what it can.
+    whole = Clip(tmp_path / "whole.ts").video(times(6, 25)).sound(6).write().read_bytes()
+    kept = [whole[at : at + 188] for at in range(0, len(whole), 188) if at // 188 % 50 != 49]
+    (tmp_path / "lossy.ts").write_bytes(b"".join(kept))
+    items = read_all(tmp_path / "lossy.ts")
+    assert isinstance(items[-1], Ended), items[-1]
+    assert sorted(warnings(items)) == [("audio", "damaged"), ("video", "damaged")]
+    assert last_progress(items).num_bad_video > 0
+    assert len(seen(items)) >= 5
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("ts", b"G"), ("ogg", b"OggS")])
+def test_what_stands_behind_a_hole_in_a_file_is_read(tmp_path, suffix, begin):
+    # Given: 300 kB of zeros in the middle, as a recorder leaves them which had reserved them.
+    clip = Clip(tmp_path / f"whole.{suffix}")
+    clip = clip.video(times(10, 10)) if suffix == "ts" else clip
+    whole = clip.sound(10, codec="aac" if suffix == "ts" else "flac").write().read_bytes()
+    middle = whole.index(begin, len(whole) // 2 // 188 * 188)
+    (tmp_path / f"hole.{suffix}").write_bytes(whole[:middle] + bytes(300_000) + whole[middle:])
+    items = read_all(tmp_path / f"hole.{suffix}")
+    assert isinstance(items[-1], Ended), items[-1]
+    assert heard(items) >= set(range(10))
+    assert ("audio", "damaged") in warnings(items)
+    assert last_progress(items).num_bad_audio >= 1
+    assert "temporarily" not in "".join(item.message for item in items if isinstance(item, Warned))
+
+
 # --- one packet after the other, without a file -------------------------------------------------------------------
 
 
@@ -148,7 +229,7 @@ class FakePacket:
 
     def __init__(self, result: list[Any] | Exception = (), *, key: bool = False, size: int = 100) -> None:  # type: ignore[assignment]
         self.size, self.pts, self.dts, self.duration = size, 0, 0, 20
-        self.time_base, self.is_keyframe = Fraction(1, 1000), key
+        self.time_base, self.is_keyframe, self.is_corrupt = Fraction(1, 1000), key, False
         self._result = result
 
     def decode(self) -> list[Any]:
@@ -272,33 +353,102 @@ def test_pictures_which_come_a_minute_late_are_missing_until_then(tmp_path):
     assert furthest_apart_s(items) <= 1.2
 
 
-# --- whether a live track goes on ---------------------------------------------------------------------------------
+# --- errors beside the packets ------------------------------------------------------------------------------------
 
 
-def still_after_s(pulse: Pulse, last_s: float) -> float:
-    """For how long after its last beat a pulse is taken to go on."""
-    steps = (tenth / 10 for tenth in range(2000))
-    return next(step for step in steps if pulse.is_still(round((last_s + step) * NS_PER_S)))
+class BrokenTrack(VideoTrack):
+    """Fails whatever it is given to do."""
+
+    def hold(self, now_ns: int) -> bool:
+        raise av.error.ArgumentError(22, "Invalid argument")
+
+    def finish(self) -> None:
+        self.ended = True
+        raise av.error.ArgumentError(22, "Invalid argument")
 
 
-@pytest.mark.parametrize(("fps", "at_most_s"), [(25, 4.2), (1, 4.2), (0.5, 6.2), (0.1, 30.2)])
-def test_a_track_is_frozen_after_a_few_of_its_own_periods(fps, at_most_s):
-    pulse = Pulse(4 * NS_PER_S)
-    beats_s = [index / fps for index in range(40)]
-    was_still = []
-    for beat_s in beats_s:
-        was_still.append(pulse.is_still(round(beat_s * NS_PER_S)))
-        pulse.beat(round(beat_s * NS_PER_S))
-    assert not any(was_still[2:]), "its pace is known"
-    assert 4 <= still_after_s(pulse, beats_s[-1]) <= at_most_s
+class BrokenSound(SoundTrack):
+    """Can't give what it still has."""
+
+    def finish(self) -> None:
+        self.ended = True
+        raise av.error.ArgumentError(22, "Invalid argument")
 
 
-def test_a_track_which_was_announced_and_never_comes_is_frozen_within_ten_seconds():
-    assert FIRST_PATIENCE_NS / NS_PER_S <= still_after_s(Pulse(4 * NS_PER_S), 0.0) <= 10
+def test_an_error_of_the_last_sound_is_the_sounds_own():
+    sent: list[MediaItem] = []
+    track = BrokenSound(request("clip.mp4"), FileAxis(0), sent.append)
+    decoding = Decoding(Lane(track), "clip.mp4", Warner(sent.append))
+    decoding.decode(last_packet(), 0)
+    assert (track.done, track.num_bad, warnings(sent)) == (True, 1, [("audio", "damaged")])
 
 
-def test_a_single_hiccup_is_forgotten():
-    pulse = Pulse(4 * NS_PER_S)
-    for beat_ms in [*range(0, 1000, 40), *range(21_000, 23_000, 40)]:
-        pulse.beat(beat_ms * NS_PER_MS)
-    assert still_after_s(pulse, 22.96) <= 4.2
+def test_a_picture_which_can_not_be_held_costs_itself():
+    sent: list[MediaItem] = []
+    codec: Any = SimpleNamespace(sample_aspect_ratio=None)
+    stream: Any = SimpleNamespace(average_rate=Fraction(25), sample_aspect_ratio=None, codec_context=codec)
+    track = BrokenTrack(stream, request("rtsp://door"), FileAxis(0), sent.append)
+    decoding = Decoding(Lane(track), "rtsp://door", Warner(sent.append))
+    decoding.decode(FakePacket([], key=True), 0)  # type: ignore[arg-type]
+    assert [decoding.hold(NS_PER_S), decoding.hold(2 * NS_PER_S)] == [False, False]
+    decoding.finish()
+    assert (track.done, warnings(sent)) == (True, [("video", "damaged"), ("video", "track_given_up")])
+
+
+def last_packet() -> Any:
+    packet = FakePacket([], size=0)
+    packet.pts = packet.dts = None  # type: ignore[assignment]
+    return packet
+
+
+def test_what_is_marked_as_corrupt_is_heard_counted_and_told_once():
+    sent: list[MediaItem] = []
+    decoding = audio(sent)
+    for index in range(50):
+        frame = av.AudioFrame.from_ndarray(np.full((1, 320), 0.5, np.float32), "flt", "mono")
+        frame.rate, frame.pts, frame.time_base = RATE_HZ, 320 * index, Fraction(1, RATE_HZ)
+        packet = FakePacket([frame])
+        packet.is_corrupt = index in (20, 30)
+        decoding.decode(packet, 0)  # type: ignore[arg-type]
+    decoding.decode(last_packet(), 0)
+    assert sum(item.samples.size for item in sent if isinstance(item, Sound)) == RATE_HZ
+    assert (decoding.track.num_bad, warnings(sent)) == (2, [("audio", "damaged")])
+
+
+class FailingContainer:
+    """Gives no packet, and the same error whenever it is read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.streams = [None]
+        self.num_reads = 0
+        self._error = error
+
+    def demux(self, _streams: object) -> Iterator[Any]:
+        self.num_reads += 1
+        raise self._error
+        yield
+
+
+@pytest.mark.parametrize(
+    ("error", "over_holes", "num_reads"),
+    [
+        (av.error.InvalidDataError(1, "Invalid data"), True, MAX_HOLE_READS + 1),
+        (av.error.BlockingIOError(11, "Resource temporarily unavailable"), True, MAX_HOLE_READS + 1),
+        (av.error.InvalidDataError(1, "Invalid data"), False, 1),
+        (av.error.OSError(5, "Input/output error"), True, 1),
+        (av.error.TimeoutError(110, "Timed out"), True, 1),
+    ],
+)
+def test_a_file_which_fails_for_ever_ends(error, over_holes, num_reads):
+    sent: list[MediaItem] = []
+    container: Any = FailingContainer(error)
+    with pytest.raises(type(error)):
+        list(packets((container, {0: audio(sent)}), over_holes=over_holes))
+    assert container.num_reads == num_reads
+    assert len(warnings(sent)) == (num_reads > 1)
+
+
+def test_a_demuxers_want_of_data_is_not_told_as_a_want_of_resources():
+    order = Order("file", request("clip.ts"), 10, 4, 0)
+    failed = explain(av.error.BlockingIOError(11, "Resource temporarily unavailable"), order)
+    assert failed == Failed("unreadable", "clip.ts is not a media file which can be read: damaged, or of another type")

@@ -76,6 +76,21 @@ def test_what_might_be_half_a_password_is_no_port(source: str) -> None:
     )
 
 
+@pytest.mark.parametrize("source", ["rtsp://127.0.0.1:/live", "rtsp://cam:abc/live", "rtsp://cam:55x4/"])
+def test_a_port_that_is_none_is_told_as_that(source: str) -> None:
+    with pytest.raises(MediaError, match="is no port") as caught:
+        check_source(source)
+    assert "before its last '@'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["rtsp://cam:554/x@y", "rtsp://admin:554/xyzzy@10.0.0.7"])
+def test_what_may_be_a_path_or_half_a_password_is_masked_and_told_with_both_ways_out(source: str) -> None:
+    with pytest.raises(MediaError, match="path as %40; percent-encode") as caught:
+        check_source(source)
+    assert not {"554", "x", "xyzzy"} & set(str(caught.value).replace("/", " ").replace(":", " ").split())
+    assert check_source("rtsp://cam:554/x%40y") == "rtsp"
+
+
 def test_a_login_that_libav_would_cut_off_is_refused() -> None:
     with pytest.raises(MediaError, match="more than 127 bytes"):
         check_source(f"rtsp://admin:{'p' * 122}@10.0.0.7/live")

@@ -219,6 +219,17 @@ def test_a_track_which_stops_while_the_other_goes_on_is_told_by_name(mode, track
     assert later.start_ns > begins_ns(items) + 4 * NS_PER_S, "the other one went on"
 
 
+@pytest.mark.parametrize(("number", "track", "other"), [("1", "video", Sound), ("2", "audio", Frame)])
+def test_a_camera_which_refuses_one_of_its_tracks_is_read_without_it(number, track, other):
+    with camera("refuses", number) as url:
+        items, _ = read_all(url, 4)
+    assert isinstance(items[-1], Ended), items[-1]
+    (warned,) = [item for item in items if isinstance(item, Warned)]
+    assert (warned.track, warned.code) == (track, "track_given_up")
+    assert "404" in warned.message and "canary" not in warned.message
+    assert {type(item) for item in items if isinstance(item, (Frame, Sound))} == {other}
+
+
 def test_a_camera_whose_keyframes_are_far_apart_is_no_damaged_one():
     # Given: the next keyframe comes 6 s after the client, which a decoder can't do anything before.
     with camera("gop", "6") as url:

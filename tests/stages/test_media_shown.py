@@ -221,9 +221,9 @@ def live_track(frames: list[MediaItem], **changes: Any) -> VideoTrack:
     )
 
 
-def show(track: VideoTrack, time_s: float) -> None:
+def show(track: VideoTrack, time_s: float, stamp_s: float | None = None) -> None:
     picture = av.VideoFrame(32, 32, "rgb24")
-    picture.pts, picture.time_base = round(time_s * 1000), Fraction(1, 1000)
+    picture.pts, picture.time_base = round((time_s if stamp_s is None else stamp_s) * 1000), Fraction(1, 1000)
     track.add(picture, round(time_s * NS_PER_S))
 
 
@@ -283,3 +283,36 @@ def test_a_film_of_which_nothing_can_be_shown_before_its_end_says_so(tmp_path):
     items = read_all(broken, fps=0.1)
     what = "is at its end before there was a picture to take, or any sound"
     assert items[-1] == Failed("unreadable", f"{broken} {what}")
+
+
+@pytest.mark.parametrize("back_s", [0.5, 4, 60])
+def test_live_pictures_whose_stamps_go_back_are_shown_when_they_arrive(back_s):
+    frames: list[MediaItem] = []
+    track = live_track(frames)
+    for time_s in times(20, 25):
+        show(track, time_s, 100 + time_s - back_s * (time_s >= 8))
+    assert [int(start) for start in starts_s(frames)] == list(range(20))
+    assert max(frame.age_ns for frame in frames_of(frames)) <= NS_PER_S // 25
+    assert track.num_gaps == 1
+
+
+def test_live_pictures_whose_stamps_stand_still_are_shown_when_they_arrive():
+    frames: list[MediaItem] = []
+    track = live_track(frames)
+    for time_s in times(20, 25):
+        show(track, time_s, 0)
+    assert [int(start) for start in starts_s(frames)] == list(range(20))
+    assert track.num_gaps == 1
+
+
+def test_pictures_which_come_late_and_all_at_once_keep_their_times():
+    # Given: the network stands for 3 s, and gives what it has held.
+    frames: list[MediaItem] = []
+    track = live_track(frames)
+    for index, time_s in enumerate(times(12, 25)):
+        late_s = 9 + index / 10_000 if 6 <= time_s < 9 else time_s
+        picture = av.VideoFrame(32, 32, "rgb24")
+        picture.pts, picture.time_base = round(time_s * 1000), Fraction(1, 1000)
+        track.add(picture, round(late_s * NS_PER_S))
+    assert [int(start) for start in starts_s(frames)] == list(range(12))
+    assert track.num_gaps == 0

@@ -211,3 +211,46 @@ def test_sound_that_turns_from_mono_to_stereo_keeps_its_loudness():
     recorder.track.add(later, NS_PER_S)
     heard = recorder.heard()
     assert [np.abs(heard[at : at + 8000]).max() for at in (4000, 20_000)] == pytest.approx([0.9, 0.9], abs=0.001)
+
+
+# --- a live camera whose stamps are no times: what arrives now has not been before --------------------------------
+
+
+@pytest.mark.parametrize("back_ms", [200, 350, 4_000, 9_000, 60_000])
+def test_live_sound_whose_stamps_go_back_is_heard_on(back_ms):
+    recorder = Recorder(live=True)
+    recorder.play([at + 100_000 - back_ms * (at >= 8_000) for at in on_time(1000)], on_time(1000))
+    assert np.array_equal(recorder.heard(), recorder.sent[: 1000 * FRAME])
+
+
+def test_live_sound_whose_stamps_go_back_is_told_with_the_first_of_them():
+    recorder = Recorder(live=True)
+    recorder.play([at + 100_000 - 4_000 * (at >= 8_000) for at in on_time(401)], on_time(401))
+    assert recorder.track.num_gaps == 1
+
+
+@pytest.mark.parametrize("late_ms", [0, 60])
+def test_live_sound_whose_stamps_stand_still_is_heard_by_its_arrival_and_told(late_ms):
+    # Given: a camera which stamps all with 0, over a network which delays some.
+    jitter = random.Random(1)
+    recorder = Recorder(live=True)
+    recorder.play([0.0] * 1000, [at + jitter.uniform(0, late_ms) for at in on_time(1000)])
+    assert (recorder.track.axis.num_jumps, recorder.track.num_gaps) == (1, 1)
+    heard = recorder.heard()
+    lead = int(np.flatnonzero(heard)[0])
+    assert np.array_equal(heard[lead:], recorder.sent[: 1000 * FRAME])
+
+
+def test_live_sound_whose_stamps_run_slow_is_not_cut():
+    # Given: a camera whose stamps count at half the rate of its samples.
+    recorder = Recorder(live=True)
+    recorder.play([at / 2 for at in on_time(1000)], on_time(1000))
+    heard = recorder.heard()
+    assert np.array_equal(heard[heard > 0], recorder.sent[: 1000 * FRAME])
+
+
+def test_a_pause_of_live_sound_whose_stamps_stand_still_is_silent():
+    recorder = Recorder(live=True)
+    recorder.play([0.0] * 200, [at + 900 * (at >= 2_000) for at in on_time(200)])
+    heard = recorder.heard()
+    assert (heard.size, int((heard == 0).sum())) == (200 * FRAME + 900 * 16, 900 * 16)
