@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from deploy.up import Outcome
     from graph.spec import PipelineSpec
     from stages.stage import ListenerAction
+
+OUT_FILES: Final = ("transcript.txt", "events.jsonl", "windows.jsonl", "ledger.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +132,12 @@ def _summary(outcome: Outcome) -> Iterator[str]:
             f"{dropped} + {account.in_flight} in flight"
         )
     if outcome.out is not None:
-        yield f"left in {outcome.out}: transcript.txt, events.jsonl, windows.jsonl, ledger.json, one WAV per session"
+        left = ", ".join(_left_in(outcome.out))
+        yield f"left in {outcome.out}: {left}" if left else f"nothing is left in {outcome.out}: its files were removed"
+
+
+def _left_in(out: Path) -> Iterator[str]:
+    """What is really there: somebody may have removed it during the run."""
+    yield from (name for name in OUT_FILES if (out / name).is_file())
+    if num_recordings := len(list(out.glob("*.wav"))):
+        yield f"{num_recordings} WAV" + ("s" if num_recordings > 1 else "")

@@ -55,9 +55,9 @@ def _machine_bytes(root: Path) -> int:
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except (OSError, ValueError, IndexError):  # none, or a line without its number
         pass
-    return int(psutil.virtual_memory().available)  # no Linux
+    return int(psutil.virtual_memory().available)
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:

@@ -14,15 +14,26 @@ class SourceWatch:
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
+        self._open: set[SessionId] = set()  # one that is refused has had sources for a while, and is not spoken of
         self._latest: dict[SessionId, SourceReport] = {}
         self._lost: set[SessionId] = set()  # told, and not back yet
+
+    def opened(self, session: SessionId) -> None:
+        """From now on its sources are watched; what was known of an earlier one of its name is over."""
+        self._open.add(session)
+        self._latest.pop(session, None)
+        self._lost.discard(session)
+
+    def ended(self, session: SessionId) -> None:
+        """Its last report has been seen, or it was refused."""
+        self._open.discard(session)
 
     def saw(self, snapshots: Mapping[str, Mapping[str, StageSnapshot]]) -> None:
         """What the actors are doing, by actor and stage. A loss is told once, however often it is found again."""
         for stages in snapshots.values():
             for stage in stages.values():
-                for session, report in stage.sources.items():
-                    self._saw(session, report)
+                for session in stage.sources.keys() & self._open:
+                    self._saw(session, stage.sources[session])
 
     def _saw(self, session: SessionId, report: SourceReport) -> None:
         before = self._latest.get(session, SourceReport())

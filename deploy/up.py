@@ -160,6 +160,8 @@ class _Run:
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
             coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
             self._begun_s = time.monotonic()
+            for session in coordinator.sessions:
+                self._sources.opened(session)
             meter = PipelineMeter(self._spec.model, self._status.trained, coordinator.processes)
             stack.callback(meter.stop)
             self._status.own_port = meter.port
@@ -220,6 +222,7 @@ class _Run:
         self._sources.saw(snapshots)
         for session in set(before) - set(coordinator.sessions):
             self._live.ended(session)
+            self._sources.ended(session)
         self._status.ledger = coordinator.ledger()
         self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
         meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
@@ -240,6 +243,7 @@ class _Run:
             ended = [other for other in self._status.sources if other not in running]
             kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
             self._status.sources = {**kept, name: camera.source.masked}
+            self._sources.opened(session.id)
             self._tell(f"camera {name}: added")
 
         return coordinator.begin_to_open(session, opened)
@@ -277,6 +281,7 @@ class _Run:
 
     def _write_ledger(self, ledger: Mapping[str, Account]) -> None:
         if self._options.out is not None:
+            self._options.out.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
             rows = {edge: account.as_dict() for edge, account in ledger.items()}
             (self._options.out / "ledger.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deploy.memory import ACTOR_BYTES, DECODER_BYTES, Available, available_memory, needed_memory
@@ -42,6 +43,13 @@ def test_a_machine_without_cgroups_has_what_is_free(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "")
     (tmp_path / "proc/self/cgroup").unlink()
     assert machine.available == Available(32 * GIB)
+
+
+@pytest.mark.parametrize("line", ["MemAvailable:", "MemAvailable: lots kB", "MemAvailable", ""])
+def test_what_the_system_does_not_say_is_looked_up_elsewhere(tmp_path: Path, line: str) -> None:
+    machine = Machine(tmp_path, "")
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 67108864 kB\n{line}\n")
+    assert 0 < machine.available.num_bytes <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize("folder", ["", "docker/ab"])  # with a namespace of its own, and without

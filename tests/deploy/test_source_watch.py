@@ -17,6 +17,7 @@ class Console:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.watch = SourceWatch(self.lines.append)
+        self.watch.opened(DOOR), self.watch.opened(YARD)
 
     def see(self, **sources: SourceReport) -> None:
         reports: Mapping[SessionId, SourceReport] = {SessionId(name): report for name, report in sources.items()}
@@ -52,6 +53,32 @@ def test_one_source_that_gave_something_is_a_run():
     assert not console.watch.is_all_silent
     assert console.lines == ["camera door: lost: junk/ has no image"]
     assert console.watch.unreported == {}, "its loss was told"
+
+
+def test_a_camera_that_was_refused_is_not_spoken_of():
+    console = Console()
+    console.see(door=UP, n1=SourceReport())
+    console.see(door=UP, n1=SourceReport(num_lost=1, problem="broke off"))
+    console.watch.ended(SessionId("n1"))
+    assert (console.lines, console.watch.unreported) == ([], {})
+
+
+def test_a_camera_that_is_refused_changes_nothing_of_an_earlier_one_of_its_name():
+    console = Console()
+    console.see(door=UP)
+    console.watch.ended(DOOR)
+    console.see(door=SourceReport())
+    assert console.watch.unreported == {}
+    assert not console.watch.is_all_silent
+
+
+def test_a_camera_that_is_added_again_is_a_new_one():
+    console = Console()
+    console.see(door=SourceReport(has_delivered=True, num_lost=3, problem="broke off"))
+    console.watch.ended(DOOR)
+    console.watch.opened(DOOR)
+    console.see(door=SourceReport(has_delivered=True, num_lost=1, problem="broke off again"))
+    assert console.lines == ["camera door: lost: broke off", "camera door: lost: broke off again"]
 
 
 def test_a_run_without_a_source_is_not_in_vain():
