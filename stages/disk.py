@@ -6,10 +6,11 @@ and goes on; what a disk is too slow for is dropped and counted by who had it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 T = TypeVar("T")
 MAX_WAITING_BYTES: Final = 32 * 1024 * 1024  # 10 minutes of speech, or 60 000 events
@@ -17,6 +18,11 @@ OPEN_S: Final = 2.0  # a disk that can't make a file within this is taken to be 
 CLOSE_S: Final = 2.0  # how long the last one waits for what is left
 
 Job = Callable[[], None]
+
+
+def is_removed(file: IO[Any]) -> bool:
+    """Whether an open file has lost its last name: what is still written to it, nobody will ever read."""
+    return os.fstat(file.fileno()).st_nlink == 0
 
 
 class Disk:

@@ -13,7 +13,7 @@ from typing import TextIO
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.streams import EVENTS
 from graph.window import Unit
-from stages.disk import Disk
+from stages.disk import Disk, is_removed
 from stages.stage import Session, Stage, StageError
 
 WINDOW_EVENT = "window"
@@ -31,6 +31,7 @@ class Events(Stage):
                     (where nothing speaks: when it was written)
 
     out: the folder they are written to, None: nowhere (a session may run without).
+    A file that is removed meanwhile is made anew, and goes on from there.
     A file that can't be written to (disk full) is given up, and the session goes on; `lost` counts its lines since, and
     those for which the disk was too slow.
     """
@@ -94,6 +95,7 @@ class _Lines:
     def __init__(self) -> None:
         self.lost: Counter[Path] = Counter()
         self._files: dict[Path, TextIO] = {}
+        self._removed: set[Path] = set()  # the folders of which files were; logged once
         self._begun: set[Path] = set()  # a session may open when another of the same folder has ended already
 
     def begin(self, out: Path) -> None:
@@ -124,11 +126,20 @@ class _Lines:
                 file.close()
 
     def _write(self, path: Path, text: str) -> None:
+        if path in self._files and is_removed(self._files[path]):
+            self._make_anew(path)
         if path not in self._files:
             self._files[path] = path.open("a" if path in self._begun else "w", encoding="utf-8")
             self._begun.add(path)
         self._files[path].write(text)
         self._files[path].flush()
+
+    def _make_anew(self, path: Path) -> None:
+        self._close(path)
+        if path.parent not in self._removed:
+            logging.error("events: %s was removed during the run: it is made anew, what it held is lost", path)
+            self._removed.add(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _written(session: Session, chunk: Chunk) -> list[tuple[str, str]]:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from graph.chunk import NS_PER_S
 from graph.streams import SPEECH_RATE_HZ
-from stages.disk import Disk
+from stages.disk import Disk, is_removed
 
 MAX_PART_S = 12 * 3600  # 2.07 GB: below 2 GiB, which is as far as some readers of RIFF count
 
@@ -42,14 +42,17 @@ class WavOutput:
 
     recording_continues  file, seconds: the next part, and where on the session's axis it begins
     recording_failed     file, reason: nothing more is written (disk full)
+    recording_lost       file, seconds, reason: somebody has removed a part, which held so much. It is made anew, and
+                         goes on from there (recording_continues)
 
+    One in which nothing came to be, not even silence, is taken away when it is closed.
     Raises OSError when the first file can't be made.
     """
 
     def __init__(self, path: Path, max_part_s: int = MAX_PART_S) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._first = self._path = path
-        self._file: wave.Wave_write | None = _open_wav(path)  # None: failed
+        self._file: _WavFile | None = _open_wav(path)  # None: failed
         self._part_samples = self._room = max_part_s * SPEECH_RATE_HZ
         self._num_parts = 1
         self._num_samples = 0  # of the axis, all parts
@@ -68,6 +71,9 @@ class WavOutput:
     def close(self, end_ns: int) -> None:
         self._pad(end_ns)
         self._close()
+        if not self._num_samples:
+            with suppress(OSError):
+                self._path.unlink()
 
     def _missing(self, at_ns: int) -> int:
         return at_ns * SPEECH_RATE_HZ // NS_PER_S - self._num_samples
@@ -89,8 +95,18 @@ class WavOutput:
             self._close()
             return [OutputEvent("recording_failed", {"file": self._path.name, "reason": str(error)})]
 
-    def _record(self, file: wave.Wave_write, pcm: np.ndarray) -> list[OutputEvent]:
+    def _record(self, file: _WavFile, pcm: np.ndarray) -> list[OutputEvent]:
         events: list[OutputEvent] = []
+        begin_s = (self._num_samples - len(pcm)) / SPEECH_RATE_HZ
+        if file.is_removed:
+            lost: dict[str, float | str] = {
+                "file": self._path.name,
+                "seconds": file.getnframes() / SPEECH_RATE_HZ,
+                "reason": "was removed",
+            }
+            file = self._begin_file()
+            events.append(OutputEvent("recording_lost", lost))
+            events.append(OutputEvent("recording_continues", {"file": self._path.name, "seconds": begin_s}))
         while len(pcm):
             if self._room == 0:
                 file = self._next_part()
@@ -101,12 +117,16 @@ class WavOutput:
             self._room -= len(block)
         return events
 
-    def _next_part(self) -> wave.Wave_write:
+    def _begin_file(self) -> _WavFile:
         self._close()
-        self._num_parts += 1
-        self._path = self._first.with_suffix(f".{self._num_parts}.wav")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._room = _open_wav(self._path), self._part_samples
         return self._file
+
+    def _next_part(self) -> _WavFile:
+        self._num_parts += 1
+        self._path = self._first.with_suffix(f".{self._num_parts}.wav")
+        return self._begin_file()
 
     def _close(self) -> None:
         file, self._file = self._file, None
@@ -167,8 +187,26 @@ class QueuedOutput:
         return news
 
 
-def _open_wav(path: Path) -> wave.Wave_write:
-    file = wave.open(str(path), "wb")  # noqa: SIM115 - closed by WavOutput
+class _WavFile(wave.Wave_write):
+    """Closes the file that it writes to."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._opened = file
+        super().__init__(file)
+
+    @property
+    def is_removed(self) -> bool:
+        return is_removed(self._opened)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._opened.close()
+
+
+def _open_wav(path: Path) -> _WavFile:
+    file = _WavFile(path.open("wb"))
     file.setnchannels(1)
     file.setsampwidth(2)
     file.setframerate(SPEECH_RATE_HZ)

@@ -1,6 +1,8 @@
 """stages/disk.py, and who writes by it: a slow or hung disk costs what is written, and never a loop."""
 
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +96,36 @@ def test_a_disk_that_hangs_holds_up_no_listener_and_what_is_lost_of_the_recordin
     told += speaker.advance(DOOR, 4 * NS_PER_S)
     kinds = [chunk.attrs.get("type") for chunk in told if not chunk.is_control]
     assert sorted(kinds) == ["heard", "recording_lost"]
+
+
+def test_files_that_are_removed_during_a_run_are_made_anew_and_that_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = tmp_path / "run"
+    stage = Events()
+    stage.open_session(session("door", out=out))
+    stage.process([unit("door", 0, event(0))])
+    assert stage._disk.drain(PATIENCE_S)
+    shutil.rmtree(out)
+    for index in (1, 2):
+        stage.process([unit("door", index, event(index))])
+    stage.close_session(DOOR)
+    rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [1, 2]
+    assert not stage.lost
+    assert caplog.messages == [
+        f"events: {out}/events.jsonl was removed during the run: it is made anew, what it held is lost"
+    ]
+
+
+def test_a_file_that_was_moved_away_goes_on_where_it_is_now(tmp_path: Path):
+    stage = Events()
+    stage.open_session(session("door", out=tmp_path))
+    assert stage._disk.drain(PATIENCE_S)
+    (tmp_path / "events.jsonl").rename(tmp_path / "moved.jsonl")
+    stage.process([unit("door", 0, event(0))])
+    stage.close_session(DOOR)
+    assert len((tmp_path / "moved.jsonl").read_text().splitlines()) == 1
 
 
 # ---- opening: all or nothing -----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """stages/wav.py: the recording, however long it gets."""
 
+import shutil
 import tracemalloc
 import wave
 from pathlib import Path
@@ -52,6 +53,40 @@ def test_no_file_is_begun_before_there_is_something_to_write(tmp_path: Path):
     assert output.advance(2 * NS_PER_S) == []
     output.close(2 * NS_PER_S)
     assert [path.name for path in tmp_path.iterdir()] == ["door.wav"]
+
+
+def test_a_recording_that_is_removed_is_told_of_made_anew_and_goes_on(tmp_path: Path):
+    out = tmp_path / "run"
+    output = WavOutput(out / "door.wav")
+    told = output.advance(2 * NS_PER_S)
+    shutil.rmtree(out)
+    told += output.advance(3 * NS_PER_S)
+    told += output.advance(4 * NS_PER_S)
+    output.close(5 * NS_PER_S)
+    assert told == [
+        OutputEvent("recording_lost", {"file": "door.wav", "seconds": 2.0, "reason": "was removed"}),
+        OutputEvent("recording_continues", {"file": "door.wav", "seconds": 2.0}),
+    ]
+    assert len(samples(out / "door.wav")) == 3 * SPEECH_RATE_HZ
+
+
+def test_a_later_part_that_is_removed_is_made_anew_by_its_name(tmp_path: Path):
+    output = WavOutput(tmp_path / "door.wav", max_part_s=2)
+    output.advance(3 * NS_PER_S)
+    (tmp_path / "door.2.wav").unlink()
+    told = output.advance(5 * NS_PER_S)
+    output.close(5 * NS_PER_S)
+    assert [(event.kind, event.attrs["file"], event.attrs["seconds"]) for event in told] == [
+        ("recording_lost", "door.2.wav", 1.0),
+        ("recording_continues", "door.2.wav", 3.0),
+    ]
+    assert [len(samples(tmp_path / name)) for name in ("door.wav", "door.2.wav")] == [2 * SPEECH_RATE_HZ] * 2
+
+
+def test_a_recording_closed_before_it_began_leaves_nothing(tmp_path: Path):
+    output = WavOutput(tmp_path / "n1.wav")
+    output.close(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_full_is_told_of_once(tmp_path: Path):
