@@ -13,14 +13,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
-from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
+from stages.media_colour import from_cmyk, in_srgb
 from stages.media_types import PictureType, foreign_type, picture_type, read_head
-from stages.media_view import Scaler, check_size, scaled_size, turned
-from stages.media_wire import MediaError
+from stages.media_view import MAX_PICTURE_PIXELS, Scaler, broken_limit, scaled_size, turned
 
 BLOCK_ROWS: Final = 18  # of a JPEG with halved colours: 16, and 2 which are smoothed with the next ones
+MAX_JPEG_PIXELS: Final = 4 * MAX_PICTURE_PIXELS  # as telephones take them; 1/64 of it is decoded
 MAX_PROCESSOR_S: Final = 15.0  # for one picture; 64 Mpixel of PNG take 2.4
 _MOVING: Final[tuple[PictureType, ...]] = ("GIF", "WEBP", "PNG", "AVIF")
 _BACKGROUND: Final = "white"  # of see-through pictures: drawings and diagrams are made for paper
@@ -50,7 +51,7 @@ _TURNS: Final[dict[int, tuple[int, int, int, int]]] = {
     8: (0, -1, 1, 0),
 }
 
-Image.MAX_IMAGE_PIXELS = None  # check_size decides, before anything is decoded
+Image.MAX_IMAGE_PIXELS = None  # _check_picture decides, before anything is decoded
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more buy memory only
 
 
@@ -79,6 +80,7 @@ class PictureReader:
                 if kind is None:
                     raise BadPicture(foreign_type(head) or ("is no picture" if head else "is empty"))
                 image = stack.enter_context(Image.open(path, formats=(kind,)))
+                self._draft(image)
                 _check_picture(image)
             yield image
 
@@ -130,12 +132,16 @@ class PictureReader:
     def to_rgb(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """uint8 [H, W, 3], turned upright, over white."""
         with self._guard():
-            if not moves(image):  # JPEGs are scaled down while they are decoded, to no less than twice the size
-                width, height = scaled_size(*image.size, self._max_pixels)
-                image.draft("RGB", (2 * width, 2 * height))
             pixels = np.ascontiguousarray(np.asarray(flattened(image), np.uint8))
-            upright = turned(self._scaler.to_rgb(VideoFrame.from_ndarray(pixels, "rgb24")), _turn(image))
-            return np.ascontiguousarray(upright)
+            small = in_srgb(self._scaler.to_rgb(VideoFrame.from_ndarray(pixels, "rgb24")), image)
+            return np.ascontiguousarray(turned(small, _turn(image)))
+
+    def _draft(self, image: Image.Image) -> None:
+        """Have a JPEG scaled down while it is decoded, to no less than twice the size; once, for it can't be undone."""
+        width, height = image.size
+        if width * height <= MAX_JPEG_PIXELS:
+            small_width, small_height = scaled_size(width, height, self._max_pixels)
+            image.draft("RGB", (2 * small_width, 2 * small_height))
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -183,11 +189,9 @@ def moves(image: Image.Image) -> bool:
 
 
 def _check_picture(image: Image.Image) -> None:
-    try:
-        check_size(*image.size)
-    except MediaError:
-        width, height = image.size
-        raise BadPicture(f"is {width}x{height}, {width * height / 1e6:.0f} Mpixel; at most 64 Mi are read") from None
+    width, height = image.size
+    if limit := broken_limit(width, height):
+        raise BadPicture(f"is {width}x{height}, {width * height / 1e6:.0f} Mpixel; {limit}")
 
 
 def _turn(image: Image.Image) -> tuple[int, int, int, int]:
@@ -204,6 +208,8 @@ def flattened(image: Image.Image) -> Image.Image:
     """The picture as RGB, over the background where it is see-through."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep(image)
+    if image.mode == "CMYK":
+        return from_cmyk(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
@@ -215,11 +221,18 @@ def flattened(image: Image.Image) -> Image.Image:
 def _from_deep(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits: integers are of the 16 bit range, floats of [0, 1] or of 8 bits."""
     values = np.nan_to_num(np.asarray(image, np.float32))
+    if image.mode.startswith("I;16") and _is_white_zero(image):
+        values = 65_535 - values
     if image.mode == "F":
         scale = 255.0 if values.max() <= 1.0 else 1.0
     else:
         scale = 255 / 65_535
     return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Of a TIFF whether 0 is white in it, which Pillow heeds up to 8 bits only."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(Tag.PhotometricInterpretation) == 0
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 
 from stages.media_wire import MediaError
 
-MAX_SIDE: Final = 16_384
+MAX_SIDE: Final = 65_535  # of a JPEG; a panorama is as wide
 MAX_PICTURE_PIXELS: Final = 1 << 26  # 64 Mpixel, twice 8K
 MAX_PIXEL_ASPECT: Final = 8  # films are squeezed by 2 at most; beyond this a header is wrong
 
@@ -122,10 +122,17 @@ def turned(image: npt.NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> n
 
 def check_size(width: int, height: int) -> None:
     """MediaError "limit" for a picture which nobody filmed."""
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PICTURE_PIXELS):
-        raise MediaError(
-            "limit", f"has pictures of {width}x{height}; at most {MAX_PICTURE_PIXELS >> 20} Mpixel are read"
-        )
+    if limit := broken_limit(width, height):
+        raise MediaError("limit", f"has pictures of {width}x{height}; {limit}")
+
+
+def broken_limit(width: int, height: int) -> str:
+    """Which limit a picture of this size breaks, as the end of a sentence; "" for one which is read."""
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        return f"sides of 1 to {MAX_SIDE} pixels are read"
+    if width * height > MAX_PICTURE_PIXELS:
+        return f"at most {MAX_PICTURE_PIXELS >> 20} Mi pixels are read"
+    return ""
 
 
 def shown_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:

@@ -344,8 +344,8 @@ def truncated(kind: str) -> bytes:
 
 
 BAD = {
-    "huge.png": (bomb(30_000, 30_000), "is 30000x30000, 900 Mpixel; at most 64 Mi are read"),
-    "wide.png": (bomb(65_535, 16), "is 65535x16"),
+    "huge.png": (bomb(30_000, 30_000), "is 30000x30000, 900 Mpixel; at most 64 Mi pixels are read"),
+    "wide.png": (bomb(65_536, 16), "is 65536x16, 1 Mpixel; sides of 1 to 65535 pixels are read"),
     "cut.jpg": (truncated("JPEG")[:600], "can't be decoded"),
     "cut.png": (truncated("PNG")[:60], "can't be decoded"),
     "cut.webp": (truncated("WEBP"), "can't be decoded"),
