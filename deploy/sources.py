@@ -36,23 +36,30 @@ def check_cameras(
     """Open every source once, before anything is started. What can never be read is an error. A live camera that does
     not answer is no more of one than later, while the pipeline runs: it is told, and looked for again then.
 
-    wait_s: wait so long for all live cameras, and take it for an error where one has not answered by then.
+    wait_s: wait so long for all live cameras together, their decoders' start included (0: look once), and take it for
+    an error where one has not answered by then.
     Raises SourceError with all that is wrong.
     """
     cameras, deadline_s = spec.cameras, time.monotonic() + (wait_s or 0.0)
+    within_s = min(wait_s or PROBE_S, PROBE_S)
     absent: dict[str, str] = {}
     while cameras:
-        probed = probe_all(cameras, partial(probe, duration_ns))
+        probed = probe_all(cameras, partial(probe, duration_ns, within_s=within_s), within_s)
+        is_over = time.monotonic() >= deadline_s
         broken = {name: why for name, (why, live) in probed.items() if why and not live}
-        absent = {name: why for name, (why, live) in probed.items() if why and live}
+        # Who is cut off now has said before what is the matter.
+        absent = {name: (is_over and absent.get(name)) or why for name, (why, live) in probed.items() if why and live}
         if broken:
             raise SourceError("\n".join(f"camera {name}: {why}" for name, why in (broken | absent).items()))
-        if not absent or time.monotonic() >= deadline_s:
+        if not absent or is_over:
             break
         for name in absent if cameras is spec.cameras else ():  # the first time
             tell(f"camera {name}: {absent[name]}; waiting for it")
         cameras = {name: spec.cameras[name] for name in absent}
         time.sleep(min(PROBE_AGAIN_S, max(deadline_s - time.monotonic(), 0.0)))
+        within_s = min(deadline_s - time.monotonic(), PROBE_S)
+        if within_s <= 0:
+            break
     if absent and wait_s is not None:
         waited = f" (waited for {wait_s:g} s)" if wait_s else ""
         raise SourceError("\n".join(f"camera {name}: {why}{waited}" for name, why in absent.items()))
@@ -84,8 +91,12 @@ Probed = tuple[str, bool]
 """Why a source can't be read, or ""; whether it is a live one."""
 
 
-def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
-    """Open a source once, as for a run of this duration, unless that is over before it answers."""
+def probe(
+    duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], bool], within_s: float | None = None
+) -> Probed:
+    """Open a source once, as for a run of this duration, unless that is over before it answers: after within_s."""
+    if is_over():
+        return _no_answer(within_s), _is_live(camera)
     try:
         request = MediaRequest(
             source=camera.source.reveal(),
@@ -98,13 +109,18 @@ def probe(duration_ns: int | None, camera: CameraSpec, is_over: Callable[[], boo
             masked=camera.source.masked,
         )
         with MediaReader(request) as reader:
-            return _look(reader, is_over)
+            return _look(reader, is_over) or (_no_answer(within_s), reader.is_live)
     except MediaError as error:
         return str(error), error.kind != "blocked" and _is_live(camera)
 
 
-def _look(reader: MediaReader, is_over: Callable[[], bool]) -> Probed:
-    """Why nothing comes of a source, or "". Of a file something must come; a live one is left at that it opens."""
+def _no_answer(within_s: float | None) -> str:
+    return f"gave nothing within {round(PROBE_S if within_s is None else within_s, 1):g} s"
+
+
+def _look(reader: MediaReader, is_over: Callable[[], bool]) -> Probed | None:
+    """Why nothing comes of a source, or ""; None where it is over before. Of a file something must come; a live one is
+    left at that it opens."""
     opened: Progress | None = None
     patience_s = math.inf
     while not is_over():
@@ -117,7 +133,7 @@ def _look(reader: MediaReader, is_over: Callable[[], bool]) -> Probed:
             opened, patience_s = item, time.monotonic() + PROBE_DECODE_S
         elif _gives(item, opened) or time.monotonic() >= patience_s:
             return "", reader.is_live
-    return ("" if opened else f"gave nothing within {PROBE_S:g} s"), reader.is_live
+    return ("", reader.is_live) if opened else None
 
 
 def _gives(item: MediaItem | None, opened: Progress | None) -> bool:
@@ -128,16 +144,18 @@ def _gives(item: MediaItem | None, opened: Progress | None) -> bool:
 
 
 def probe_all(
-    cameras: Mapping[str, CameraSpec], ask: Callable[[CameraSpec, Callable[[], bool]], Probed]
+    cameras: Mapping[str, CameraSpec],
+    ask: Callable[[CameraSpec, Callable[[], bool]], Probed],
+    within_s: float | None = None,
 ) -> dict[str, Probed]:
-    """What `ask` says of every camera. All live ones are asked at once, for `PROBE_S` in all.
+    """What `ask` says of every camera. All live ones are asked at once, for within_s (None: `PROBE_S`) in all.
 
     An interrupt does not wait for those which have not answered.
     """
     live = [name for name, camera in cameras.items() if _is_live(camera)]
     files = [name for name in cameras if name not in live]
     interrupted = threading.Event()
-    deadline_s = time.monotonic() + PROBE_S
+    deadline_s = time.monotonic() + (PROBE_S if within_s is None else within_s)
 
     def is_over() -> bool:
         return interrupted.is_set() or time.monotonic() >= deadline_s

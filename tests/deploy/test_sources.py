@@ -110,7 +110,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Probed]]:
     """What each camera says, try by try."""
     answers: dict[str, list[Probed]] = {}
 
-    def probe_all(cameras: Mapping[str, CameraSpec], _: object) -> dict[str, Probed]:
+    def probe_all(cameras: Mapping[str, CameraSpec], _: object, within_s: float) -> dict[str, Probed]:
         return {name: answers[name].pop(0) if len(answers[name]) > 1 else answers[name][0] for name in cameras}
 
     monkeypatch.setattr("deploy.sources.probe_all", probe_all)
@@ -159,6 +159,52 @@ def test_cameras_that_must_be_there_and_are_not_end_it(ask: dict[str, list[Probe
     ask.update(yard=[OFF], door=[THERE])
     with pytest.raises(SourceError, match=r"^camera yard: refused the connection \(waited for 0\.05 s\)$"):
         check_cameras(spec_of("yard", "door"), None, print, wait_s=0.05)
+
+
+class Rounds:
+    """Cameras that keep silent as long as they are let, and a clock that only they move."""
+
+    def __init__(self, first_s: float) -> None:
+        self.now_s, self.first_s = 1000.0, first_s
+        self.limits_s: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def probe_all(self, cameras: Mapping[str, CameraSpec], _: object, within_s: float) -> dict[str, Probed]:
+        self.limits_s.append(within_s)
+        refused_at_once = len(self.limits_s) == 1 and self.first_s < within_s
+        self.now_s += self.first_s if refused_at_once else within_s
+        return dict.fromkeys(cameras, OFF if refused_at_once else SILENT)
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "first_s", "limits_s", "why"),
+    [
+        (6.0, 60.0, [6.0], "gave nothing"),
+        (6.0, 2.0, [6.0, 3.0], "refused the connection"),  # what is known of it, and not that it was cut off
+        (6.0, 5.5, [6.0], "refused the connection"),
+        (30.0, 60.0, [12.0, 12.0, 4.0], "gave nothing"),
+        (0.0, 60.0, [12.0], "gave nothing"),  # one look
+    ],
+)
+def test_the_time_to_wait_for_cameras_holds_for_all_looks_together(
+    monkeypatch: pytest.MonkeyPatch, wait_s: float, first_s: float, limits_s: list[float], why: str
+):
+    rounds = Rounds(first_s)
+    monkeypatch.setattr("deploy.sources.time", rounds)
+    monkeypatch.setattr("deploy.sources.probe_all", rounds.probe_all)
+    with pytest.raises(SourceError, match=f"^camera yard: {why}"):
+        check_cameras(spec_of("yard", "door", "hall"), None, lambda line: None, wait_s=wait_s)
+    assert rounds.limits_s == limits_s
+    assert rounds.now_s - 1000.0 == (wait_s or 12.0)
+
+
+def test_a_camera_whose_time_is_over_says_what_it_had():
+    assert probe(None, live(1)["door0"], lambda: True, 6.0) == ("gave nothing within 6 s", True)
 
 
 def test_a_webcam_that_is_not_plugged_in_is_waited_for_like_any_live_camera():
