@@ -225,7 +225,10 @@ def test_pictures_of_which_none_can_be_read_are_told_before_anything_starts(tmp_
         f"{tmp_path} has no picture which can be read, of 2: a.jpg is no picture",
         False,
     )
-    assert probe(None, single, lambda: False) == (f"{tmp_path}/a.jpg is no picture", False)
+    assert probe(None, single, lambda: False) == (
+        f"{tmp_path}/a.jpg is a text file, which is not read here; give a film, a picture or a folder of pictures",
+        False,
+    )
 
 
 def test_a_film_of_which_nothing_can_be_decoded_is_told_before_anything_starts(tmp_path: Path):
