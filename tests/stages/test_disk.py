@@ -207,6 +207,15 @@ def test_a_folder_that_can_not_be_written_to_is_named(tmp_path: Path):
         Events().open_session(session("door", out=blocked(tmp_path / "bad")))
 
 
+def test_a_session_closed_before_it_began_leaves_no_recording(tmp_path: Path):
+    stage = Speaker()
+    stage.open_session(session("n1", out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["n1.wav"]
+    stage.close_session(SessionId("n1"))
+    assert stage._disk.drain(PATIENCE_S)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_session_closed_twice_is_closed_once():
     stage = Events()
     stage.open_session(session("door"))
