@@ -1,8 +1,8 @@
 """deploy/interrupts.py: Ctrl-C, whatever it cuts into."""
 
 import ctypes
-import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -114,7 +114,7 @@ def test_who_takes_a_signal_while_children_are_started_loses_it_before_it_can_co
     with Interrupts() as interrupts:
         interrupts.graceful = True
         with signals_blocked():
-            os.kill(os.getpid(), signal.SIGTERM)  # to the process: whichever thread takes it
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             LIBC.signal(signal.SIGTERM, 0)  # below Python, as libraries in C do: its default ends the process
         assert interrupts.count == 1
 
