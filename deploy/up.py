@@ -43,7 +43,7 @@ BUSY_S = 0.02  # between two looks while a camera opens
 CLOSING_S = 1.0  # after the last word
 # From the first signal to the end of the process, whatever hangs; most of it is for a listener who still hears. What is
 # left is for the last word of all actors, for stopping them, and for Ray.
-END_S, DRAIN_S = 10.0, 4.0
+END_S, DRAIN_S = 10.0, 5.0
 
 
 class UpError(GraphError):
@@ -186,8 +186,10 @@ class _Run:
 
     def _drain_s(self) -> float:
         """How long sessions may take to their end, after the first Ctrl-C: a listener has a lead and a window to hear,
-        after the last word is made. One who hears nothing is not waited for any longer."""
-        rest_ns = 2 * self._spec.window.length_ns + self._spec.tail.lead_ns
+        after the last word is made, which may be late by as much as a window may. One who hears nothing is not waited
+        for any longer."""
+        window = self._spec.window
+        rest_ns = 2 * window.length_ns + window.lateness_ns + self._spec.tail.lead_ns
         return max(DRAIN_S, rest_ns / NS_PER_S + CLOSING_S)
 
     def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
