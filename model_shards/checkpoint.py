@@ -190,14 +190,16 @@ def build_hollow(component: Component, config: ModelConfig) -> nn.Module:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what fills new modules: the random initialisation, and the norms that weight_norm takes of it. On the
-    meta device they fill nothing but make torch load its compiler, a second per process."""
+    """Leaves out what fills new modules: random numbers, the initialisation, and the norms that weight_norm takes of
+    it. On the meta device they fill nothing but make torch load its compiler, a second or more per process."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
+        if func in (torch.rand, torch.randn) and "generator" not in (kwargs or {}):  # with one, they are meant
+            return torch.empty(*args, **(kwargs or {}))
         if func is torch.norm_except_dim:
             weight, _, dim = args
             return weight.new_empty([size if axis == dim else 1 for axis, size in enumerate(weight.shape)])

@@ -41,6 +41,7 @@ from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, LiveAxis, VideoTrack
 from stages.media_view import scaled_size
 from stages.reaper import REAPER
 from tests.support.media import Clip, picture, recorded_clip, times
+from tests.support.reading import read_to_end
 
 RATE_HZ = 16_000
 
@@ -51,13 +52,7 @@ def request(source: object, **changes: Any) -> MediaRequest:
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
-    items: list[MediaItem] = []
-    with MediaReader(request(source, **changes)) as reader:
-        while not items or not isinstance(items[-1], (Ended, Failed)):
-            item = reader.read(10.0)
-            assert item is not None, "the decoder neither works nor fails"
-            items.append(item)
-    return items
+    return read_to_end(request(source, **changes))
 
 
 def frames_of(items: list[MediaItem]) -> list[Frame]:

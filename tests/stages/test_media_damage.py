@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S
-from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound, Warned
+from stages.media import Ended, Failed, Frame, MediaItem, MediaRequest, Progress, Sound, Warned
 from stages.media_decoder import explain
 from stages.media_health import Warner
 from stages.media_play import (
@@ -25,6 +25,7 @@ from stages.media_sound import SoundTrack
 from stages.media_tracks import FileAxis, VideoTrack
 from stages.media_wire import Order
 from tests.support.media import Clip, damaged, picture, times
+from tests.support.reading import read_to_end
 
 RATE_HZ = 16_000
 Hit = Callable[[str, int], bool]
@@ -36,13 +37,7 @@ def request(source: object, **changes: Any) -> MediaRequest:
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
-    items: list[MediaItem] = []
-    with MediaReader(request(source, **changes)) as reader:
-        while not items or not isinstance(items[-1], (Ended, Failed)):
-            item = reader.read(10.0)
-            assert item is not None, "the decoder neither works nor fails"
-            items.append(item)
-    return items
+    return read_to_end(request(source, **changes))
 
 
 def seen(items: list[MediaItem]) -> list[int]:

@@ -37,6 +37,7 @@ from stages.media import (
 from stages.media_decoder import explain
 from stages.media_wire import HEADER, MAGIC, ItemParser, Order, WireError, to_bytes
 from stages.reaper import REAPER
+from tests.support.reading import read_to_end
 
 MIB = 1 << 20
 
@@ -47,13 +48,7 @@ def request(source: object, **changes: Any) -> MediaRequest:
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
-    items: list[MediaItem] = []
-    with MediaReader(request(source, **changes)) as reader:
-        while not items or not isinstance(items[-1], (Ended, Failed)):
-            item = reader.read(10.0)
-            assert item is not None, "the decoder neither works nor fails"
-            items.append(item)
-    return items
+    return read_to_end(request(source, **changes))
 
 
 def failure_of(source: object, **changes: Any) -> Failed:

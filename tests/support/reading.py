@@ -8,6 +8,8 @@ import numpy as np
 from graph.chunk import NS_PER_S
 from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest
 
+PATIENCE_S = 120.0
+
 
 def request(source: object, **changes: Any) -> MediaRequest:
     """One picture per second and the sound, unless changed."""
@@ -15,14 +17,19 @@ def request(source: object, **changes: Any) -> MediaRequest:
     return MediaRequest(str(source), **(usual | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
 
 
-def read_all(source: object, **changes: Any) -> list[MediaItem]:
+def read_to_end(of: MediaRequest) -> list[MediaItem]:
+    """All items of a source; a hang is to be found, no busy machine."""
     items: list[MediaItem] = []
-    with MediaReader(request(source, **changes)) as reader:
+    with MediaReader(of) as reader:
         while not items or not isinstance(items[-1], (Ended, Failed)):
-            item = reader.read(10.0)
+            item = reader.read(PATIENCE_S)
             assert item is not None, "the decoder neither works nor fails"
             items.append(item)
     return items
+
+
+def read_all(source: object, **changes: Any) -> list[MediaItem]:
+    return read_to_end(request(source, **changes))
 
 
 def frames_of(items: Iterable[MediaItem]) -> list[Frame]:
