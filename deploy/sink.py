@@ -36,11 +36,13 @@ class WindowEnd:
         self._meter = meter
         self.num_windows = 0  # that are through
         self.num_late = 0
+        self._is_over = False  # the camera has ended: what comes now only says the rest
 
     def done(self, unit: Unit, received_ns: int, trace: Trace, now_ns: int, num_sessions: int) -> list[Chunk]:
         """A window is through, which had come here at `received_ns`. num_sessions: that share what there is."""
         told = [self._event(now_ns, _failed(unit, f.stage, f.reason)) for f in trace.failures]
-        if trace.digest == AFTERWORD:  # one that only says the rest is none of the camera's
+        self._is_over |= trace.digest == AFTERWORD
+        if self._is_over:  # no window of the camera, nor is a later one that was given up before its trace came
             return told
         latency_ns = max(received_ns - unit.end_ns, 0)
         told.append(self._event(unit.start_ns, self._row(unit, received_ns, latency_ns, trace)))
