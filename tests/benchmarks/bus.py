@@ -175,6 +175,7 @@ class End:
     def _bind(self, transport: str, address: str | None) -> str:
         rule = EdgeRule(f"other->{self._name}.{transport}", Limit(8))
         self._receivers[transport], endpoint = self._bus.bind(rule, address, self._metrics.edge(rule.id))
+        self._receivers[transport].open_session(SESSION)
         return endpoint
 
     def _settle(self, arrival: Arrival) -> None:

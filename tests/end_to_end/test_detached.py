@@ -17,6 +17,10 @@ from tests.support.pipeline import Place, Run, wait_for
 
 pytestmark = pytest.mark.ray
 
+PASSWORD = "Hunter2/xy#zzy"
+PIECES = (b"Hunter2", b"zzy", b"Hunter2%2Fxy%23zzy")
+NOBODY = "127.0.0.1:9"  # discard: no camera is there
+
 PROCESSES = {"coordinator", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
 
 
@@ -31,7 +35,7 @@ def started(place: Place) -> Run:
         (place.folder / f"{name}.py").write_text("raise SystemExit('the wrong one')")
     (place.folder / "here.yaml").write_text("version: 1\ncameras: {hall: {source: 'test://pattern'}}\n")
     options = ("--set", "admission.profile=four.json", "--out", "run")
-    run = place.run("up", "-dfhere.yaml", *cameras, *options)
+    run = place.run("up", "-dfhere.yaml", *cameras, *options, GATE_PASSWORD=PASSWORD)
     place.watch(place.state()["pid"])
     return run
 
@@ -174,6 +178,48 @@ def test_the_gateway_takes_no_other_method(url: str) -> None:
     request = urllib.request.Request(f"{url}/metrics", data=b"x", method="POST")
     with pytest.raises(urllib.error.HTTPError, match="413"):
         urllib.request.urlopen(request, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def secretive(place: Place, url: str) -> list[Run]:
+    """A camera that needs a password comes, and one whose password is written where it must not be."""
+    for name in ("attic", "porch"):
+        place.run("camera", "remove", name)
+    login, query = f"me:${{env:GATE_PASSWORD}}@{NOBODY}", "t=${env:GATE_PASSWORD}"
+    added = place.run("camera", "add", f"gate=rtsp://{login}/live?{query}", GATE_PASSWORD=PASSWORD)
+    assert added.returncode == 0, added.stderr
+    wait_for(lambda: '"session": "gate"' in (place.folder / "run" / "events.jsonl").read_text())
+    refused = place.run("camera", "add", f"raw=rtsp://me:{PASSWORD}@{NOBODY}/live")
+    assert refused.returncode == 2
+    return [added, refused]
+
+
+def pieces_in(*texts: bytes) -> list[bytes]:
+    return [piece for piece in PIECES for text in texts if piece in text]
+
+
+def test_no_command_says_a_password(place: Place, secretive: list[Run]) -> None:
+    told = [*secretive, place.run("ps"), place.run("ps", "--json"), place.run("logs")]
+    assert not pieces_in(*(f"{run.stdout}{run.stderr}".encode() for run in told))
+    assert "${env:GATE_PASSWORD}" in told[3].stdout
+
+
+def test_no_answer_of_the_gateway_holds_a_password(url: str, secretive: list[Run]) -> None:
+    assert not pieces_in(*(str(get(url + path)).encode() for path in ("/api/v1/ps", "/metrics", "/sd/prometheus")))
+
+
+def test_no_process_shows_a_password_and_none_inherits_it(place: Place, secretive: list[Run]) -> None:
+    pid = place.state()["pid"]
+    children = place.watch(pid)
+    assert len(children) >= len(PROCESSES)
+    shown = [process.cmdline() for process in [psutil.Process(pid), *children]]
+    assert not pieces_in(*(str(told).encode() for told in [*shown, *(child.environ() for child in children)]))
+
+
+def test_no_file_holds_a_password(place: Place, secretive: list[Run]) -> None:
+    files = [path for folder in (place.tmp, place.folder) for path in folder.rglob("*") if path.is_file()]
+    assert "events.jsonl" in {path.name for path in files}
+    assert [path for path in files if pieces_in(path.read_bytes())] == []
 
 
 def test_down_lets_it_come_to_its_end_and_leaves_nothing(place: Place, url: str) -> None:
