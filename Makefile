@@ -20,8 +20,8 @@ types: .venv/installed-dev
 	.venv/bin/mypy
 
 # Three runs side by side, each of about the same length, in `make test` one of them behind the check of the types. What
-# hears the clock comes first in its run, and what computes most last, so that they meet as little as may be. Then many
-# seeds, which want both cores.
+# hears the clock comes first in its run, and what computes most last, so that they meet as little as may be; the run
+# that hears no clock takes what the others leave. Then many seeds, which want both cores.
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 E2E = tests/end_to_end/test_
 WITH_CAMERAS = $(E2E)dashboards.py $(E2E)nano.py
@@ -37,7 +37,7 @@ unit: .venv/installed-dev
 	@$(PYTEST) $(PIPELINES) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
 	{ $(if $(TYPES),$(MAKE) $(TYPES) &&) $(PYTEST) $(CAMERAS); } > .venv/cameras.log 2>&1 & cameras=$$!; \
 	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
-	$(PYTEST) $(REST); rest=$$?; \
+	nice $(PYTEST) $(REST); rest=$$?; \
 	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
 	$(PYTEST) tests/simulation; failed=$$((failed + $$?)); \
 	cat .venv/pipelines.log .venv/cameras.log; exit $$failed

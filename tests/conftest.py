@@ -1,6 +1,7 @@
 """Shared by all tests: what takes a second to make is made once per run."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -8,6 +9,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # three runs share the cores: two threads each wait for one another
 
 from tests.support.tiny import Tiny
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` it is ignored, also by what is started here
 
 # How long an example takes says how busy the machine is, and nothing of what is tested.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])

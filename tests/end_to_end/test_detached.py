@@ -20,6 +20,7 @@ pytestmark = pytest.mark.ray
 PASSWORD = "Hunter2/xy#zzy"
 PIECES = (b"Hunter2", b"zzy", b"Hunter2%2Fxy%23zzy")
 NOBODY = "127.0.0.1:9"  # discard: no camera is there
+GATE = f"rtsp://me:${{env:GATE_PASSWORD}}@{NOBODY}/live?t=${{env:GATE_PASSWORD}}"
 
 PROCESSES = {"coordinator", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
 
@@ -33,7 +34,7 @@ def started(place: Place) -> Run:
     cameras = ("--camera", "door=test://pattern", "--camera", "yard=test://pattern?seed=2")
     for name in ("deploy", "graph", "stages", "ray", "numpy", "av"):  # of the user's, and none of our business
         (place.folder / f"{name}.py").write_text("raise SystemExit('the wrong one')")
-    (place.folder / "here.yaml").write_text("version: 1\ncameras: {hall: {source: 'test://pattern'}}\n")
+    (place.folder / "here.yaml").write_text(f"version: 1\ncameras: {{gate: {{source: '{GATE}'}}}}\n")
     options = ("--set", "admission.profile=four.json", "--out", "run")
     run = place.run("up", "-dfhere.yaml", *cameras, *options, GATE_PASSWORD=PASSWORD)
     place.watch(place.state()["pid"])
@@ -185,8 +186,7 @@ def secretive(place: Place, url: str) -> list[Run]:
     """A camera that needs a password comes, and one whose password is written where it must not be."""
     for name in ("attic", "porch"):
         place.run("camera", "remove", name)
-    login, query = f"me:${{env:GATE_PASSWORD}}@{NOBODY}", "t=${env:GATE_PASSWORD}"
-    added = place.run("camera", "add", f"gate=rtsp://{login}/live?{query}", GATE_PASSWORD=PASSWORD)
+    added = place.run("camera", "add", f"gate={GATE}", GATE_PASSWORD=PASSWORD)
     assert added.returncode == 0, added.stderr
     wait_for(lambda: '"session": "gate"' in (place.folder / "run" / "events.jsonl").read_text())
     refused = place.run("camera", "add", f"raw=rtsp://me:{PASSWORD}@{NOBODY}/live")

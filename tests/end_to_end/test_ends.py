@@ -125,7 +125,7 @@ def fresh(tmp_path: Path, cache: Path) -> Iterator[Place]:
 
 
 def test_a_terminal_that_closes_is_an_end_in_order(fresh: Place) -> None:
-    settings = ("--set", "console.listen=127.0.0.1:0", "--set", "model=tiny", "--set", "window.lateness=8s")
+    settings = ("--set", "console.listen=127.0.0.1:0", "--set", "model=tiny", "--set", "window.lateness=20s")
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(fresh.folder)

@@ -1,17 +1,18 @@
-"""Ten thousand small storms: whatever happens in them, what must hold does."""
+"""Thousands of small storms: whatever happens in them, what must hold does. OMNI_TEST_SEEDS: how many, if not 3 000."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-NUM_SEEDS = 10_000
+NUM_SEEDS = int(os.environ.get("OMNI_TEST_SEEDS", "3000"))
 NUM_PROCESSES = 2
 
 
 @pytest.mark.timeout(3600)  # it gets what time the others leave
-def test_ten_thousand_storms_break_nothing_that_must_hold() -> None:
+def test_thousands_of_storms_break_nothing_that_must_hold() -> None:
     each = NUM_SEEDS // NUM_PROCESSES
     processes = [_simulate(first, first + each) for first in range(0, NUM_SEEDS, each)]
     reports = [(*process.communicate(), process.returncode) for process in processes]

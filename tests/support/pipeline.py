@@ -219,7 +219,7 @@ def _completed(arguments: tuple[object, ...]) -> tuple[object, ...]:
     if arguments[:1] != ("up",):
         return arguments
     told = " ".join(map(str, arguments))
-    defaults = {"console.listen=": "127.0.0.1:0", "model=": "tiny", "window.lateness=": "8s", "shedding.": "ladder=[]"}
+    defaults = {"console.listen=": "127.0.0.1:0", "model=": "tiny", "window.lateness=": "20s", "shedding.": "ladder=[]"}
     settings = [name + value for name, value in defaults.items() if name not in told]
     return (*arguments, *(word for setting in settings for word in ("--set", setting)))
 
