@@ -2,7 +2,7 @@
 
 Rule: reckoned, not tried. The windows of a phase's sessions end together (deploy/coordinator.py keeps them in step) and
 all of them speak, so a stage gets the windows of a phase at once and is through with them one batch after the other; a
-window passes the stages one after the other, but for the encoders, which work side by side.
+window passes the stages one after the other, but for those that work side by side, as the encoders do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ MAX_LOAD: Final = 0.8
 """Of a replica, and of the cores: what is busier than this falls behind whenever something takes longer."""
 RESERVE_NS: Final = 60 * NS_PER_MS
 """Of the deadline, one window after its end: for the hops, and for waiting for peers."""
-SIDE_BY_SIDE: Final = frozenset({"vision_encoder", "audio_encoder"})
 MAX_CAMERAS: Final = 1_000_000
 
 
@@ -112,12 +111,8 @@ def reckon(spec: PipelineSpec, profile: Profile, num_cameras: int, replicas: Map
         stages[name] = StagePlan(count, sessions, load, round(phase_ns * (1 + cost.spread)), count * stage.gpus)
         if not stage.gpus:
             cores += load * num_cameras / sessions
-    return Plan(num_cameras, stages, _on_the_way(stages), cores, profile.num_cores, spec.window.length_ns)
-
-
-def _on_the_way(stages: Mapping[str, StagePlan]) -> int:
-    encoders = max((stage.p99_ns for name, stage in stages.items() if name in SIDE_BY_SIDE), default=0)
-    return encoders + sum(stage.p99_ns for name, stage in stages.items() if name not in SIDE_BY_SIDE)
+    way_ns = spec.wiring.longest({name: stage.p99_ns for name, stage in stages.items()})
+    return Plan(num_cameras, stages, way_ns, cores, profile.num_cores, spec.window.length_ns)
 
 
 def plan_for(spec: PipelineSpec, profile: Profile, num_cameras: int) -> Plan:

@@ -24,7 +24,6 @@ from deploy.opening import Openings
 from deploy.placement import Process, processes_of
 from deploy.plan import ActorPlan, Address
 from deploy.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
-from deploy.routing import SOURCES
 from deploy.session_plan import StageSnapshot
 from deploy.sessions import SessionTable
 from deploy.wiring import Wiring
@@ -174,7 +173,7 @@ class Coordinator:
     def end_session(self, session: SessionId) -> None:
         """Let a session's sources stop now; it then runs to its end by itself."""
         placement = self._table.placements[session]
-        for stage in SOURCES:
+        for stage in self._spec.wiring.sources:
             living = self._tools.fleet.replica(stage, placement.replicas.get(stage, 0))
             if stage in placement.opened and living is not None:
                 living.line.post("end_session", stage, session)

@@ -129,7 +129,7 @@ class LiveCameras:
         """An edge's credit is for all sessions, and was made for the cameras of the beginning."""
         num_pictures = math.ceil(fps * self._spec.window.length_ns / NS_PER_S)
         for edge in self._spec.edges:
-            if edge.kind in ("frames", "image") and edge.credit.chunks < num_pictures:
+            if edge.kind.is_picture and edge.credit.chunks < num_pictures:
                 told = f"a window has {num_pictures} pictures at fps {fps:g}, {edge.id} has credit for "
                 told += f"{edge.credit.chunks}; start the pipeline with such a camera, or with more credit"
                 raise Refused(422, f"camera {name}: {told}")

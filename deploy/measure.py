@@ -16,7 +16,7 @@ from deploy.placement import Process, replicas_of
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.exporter import serve_metrics
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
-from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, is_raw
+from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, kind_of
 from graph.tail import Ack
 from stages.media_health import Totals
 from stages.stage import Session, Stage
@@ -147,7 +147,7 @@ class StageMeter:
     def made(self, session: Session, chunk: Chunk) -> None:
         """The stage made a data chunk."""
         bound = self._sessions[session.id]
-        if bound.camera is not None and is_raw(chunk.stream):
+        if bound.camera is not None and kind_of(chunk.stream).is_raw:
             bound.camera.frame(time.time())
         elif chunk.stream == TEXT and self._tokens is not None:
             bound.num_spoken += 1

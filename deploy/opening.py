@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from deploy.calls import CoordinatorError, Reply, Steps
 from deploy.fleet import Living
 from deploy.restarts import Tools
-from deploy.routing import SOURCES, closing_order, opening_order, session_plan
+from deploy.routing import session_plan
 from deploy.sessions import Placement
 from graph.chunk import SessionId
 from stages.stage import Session, StageError
@@ -40,7 +40,7 @@ class Openings:
         """End a session at once; what is under way is dropped and counted. Nobody waits for it."""
         placement = self._tools.table.placements.pop(session, None)
         opened = placement.opened if placement else []
-        for stage in (stage for stage in closing_order(self._tools.spec) if stage in opened):
+        for stage in (stage for stage in self._tools.spec.wiring.upstream_first if stage in opened):
             living = self._at(placement, stage) if placement else None
             if living is not None:  # else it holds nothing any more
                 living.line.post("close_session", stage, session)
@@ -74,7 +74,7 @@ class Openings:
         """At all at once: nothing is sent before their time begins."""
         used: list[Living] = []
         opened: list[Reply[None]] = []
-        for stage in opening_order(self._tools.spec):
+        for stage in self._tools.spec.wiring.downstream_first:
             for living, here in self._by_replica(stage, sessions):
                 plans = [session_plan(self._tools.spec, stage, p.session, p.replicas, p.incarnation) for p in here]
                 for placement in here:
@@ -89,11 +89,12 @@ class Openings:
     def _begin(self, sessions: Sequence[Session]) -> Steps[None]:
         self._tools.fleet.read_clocks()
         origins_ns = self._tools.table.next_origins_ns(sessions)
-        order = opening_order(self._tools.spec)
-        begun = self._ask_to_begin([stage for stage in order if stage not in SOURCES], sessions, origins_ns)
+        wiring = self._tools.spec.wiring
+        takers = [stage for stage in wiring.downstream_first if stage not in wiring.sources]
+        begun = self._ask_to_begin(takers, sessions, origins_ns)
         yield begun
         for one in sessions:  # one after the other: each starts a decoder, which takes its actor a while
-            begun += (last := self._ask_to_begin([stage for stage in order if stage in SOURCES], [one], origins_ns))
+            begun += (last := self._ask_to_begin(wiring.sources, [one], origins_ns))
             yield last
         for reply in begun:
             reply.result()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graph.errors import GraphError
+from graph.ports import STAGES
 from graph.sections import StageSpec
 from graph.spec import PipelineSpec
 
@@ -40,20 +41,16 @@ def processes_of(spec: PipelineSpec) -> list[Process]:
         if stage.process is not None:
             shared.setdefault(stage.process, {})[name] = stage
         else:
-            is_local = name in LOCAL_STAGES
+            is_local = STAGES[name].is_local
             alone += [
                 Process(f"{name}.{replica}", replica, {name: stage}, is_local, _resources([stage]))
                 for replica in range(stage.replicas)
             ]
     together = [
-        Process(f"{process}.0", 0, stages, bool(LOCAL_STAGES & stages.keys()), _resources(stages.values()))
+        Process(f"{process}.0", 0, stages, any(STAGES[name].is_local for name in stages), _resources(stages.values()))
         for process, stages in shared.items()
     ]
     return alone + together
-
-
-LOCAL_STAGES = frozenset({"camera", "microphone", "speaker", "events"})
-"""Stages that read or write files and devices: they run where `pipeline up` runs, unless they ask for resources."""
 
 
 def replicas_of(processes: Iterable[Process]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Protocol
 
 from deploy.calls import Reply, Steps, answered
 from deploy.routing import session_plan, stages_of
@@ -20,9 +20,6 @@ from graph.chunk import Scalar, SessionId
 from graph.spec import EdgeSpec, PipelineSpec
 from graph.tail import Ack
 from stages.stage import Session
-
-SPEAKING: Final = frozenset({"llm", "tts", "vocoder"})
-TELLING: Final = ("speaker", "llm", "camera")  # who can tell events
 
 
 class Replicas(Protocol):
@@ -85,9 +82,9 @@ def announce(
     for edge in inputs_of(spec, stage):
         reply = redirected.get(edge.id)
         # Where nobody has answered, whoever takes that one's place will send.
-        if reply is not None and edge.kind != "playback" and reply.error is None and not reply.result():
+        if reply is not None and not edge.kind.is_control and reply.error is None and not reply.result():
             replicas.end_input(stage, going.replicas[stage], going.session.id, edge.id)
-    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=stage in SPEAKING)
+    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=_speaks(spec, stage))
 
 
 def tell(
@@ -100,8 +97,10 @@ def tell(
     cuts: bool = False,
 ) -> Reply[None]:
     """Let a stage that can tell an event of a session. cuts: what was said and not heard is lost, if it speaks."""
-    teller = next(each for each in TELLING if each in stages_of(going.session, spec))
-    cuts = cuts and teller == "speaker"
+    passed = stages_of(going.session, spec)
+    tellers = {edge.source.stage for edge in spec.edges if edge.kind.name == "events"} & passed
+    teller = next(stage for stage in spec.wiring.downstream_first if stage in tellers)
+    cuts = cuts and teller == _listening(spec)
     return replicas.tell(teller, going.replicas[teller], going.session.id, kind, attrs, cuts=cuts)
 
 
@@ -111,6 +110,16 @@ def inputs_of(spec: PipelineSpec, stage: str) -> list[EdgeSpec]:
 
 
 def _listener(replicas: Replicas, spec: PipelineSpec, going: Going) -> Reply[Listener | None]:
-    if "speaker" not in stages_of(going.session, spec):
+    if (stage := _listening(spec)) is None or stage not in stages_of(going.session, spec):
         return answered("", None)
-    return replicas.listener("speaker", going.replicas["speaker"], going.session.id)
+    return replicas.listener(stage, going.replicas[stage], going.session.id)
+
+
+def _listening(spec: PipelineSpec) -> str | None:
+    """The stage that knows how far the listener has heard, and tells the others."""
+    return next((edge.source.stage for edge in spec.edges if edge.kind.is_control), None)
+
+
+def _speaks(spec: PipelineSpec, stage: str) -> bool:
+    """Whether what this stage sends is said."""
+    return any(edge.source.stage == stage and edge.kind.is_fenced for edge in spec.edges)

@@ -19,7 +19,7 @@ from typing import Any
 from deploy.accounts import Accounts
 from deploy.calls import ActorDied, CallError, CoordinatorError, Line, Lines, NowS, Procedures, Reply, Steps, failed
 from deploy.fleet import Cluster, Fleet, Living
-from deploy.placement import LOCAL_STAGES, Process
+from deploy.placement import Process
 from deploy.plan import ActorPlan
 from deploy.recovery import Going, announce, redirect, reopen, tell
 from deploy.session_plan import Listener, SessionPlan
@@ -114,7 +114,7 @@ class Restarts:
         """
         tools, process = self._tools, living.process
         paced = all(placement.session.paced for placement in tools.table.placements.values())
-        if LOCAL_STAGES & process.stages.keys() or not paced:
+        if process.is_local or not paced:
             raise error
         stage = stage_of(process)
         working_on = read_note(note_path(tools.plan(process).directory, living.peer))

@@ -33,7 +33,7 @@ from graph.edge import Arrival, Receiver, Sender
 from graph.gather import Gathering
 from graph.ladder import Ladder, sheds_picture
 from graph.ledger import Reason
-from graph.streams import EVENTS, is_raw, port_of
+from graph.streams import EVENTS, kind_of
 from graph.tail import Ack, ack_of
 from graph.trace import leave_stage
 from graph.window import Joined, Unit, WindowJoin
@@ -121,7 +121,7 @@ class StageRunner:
         others = [state.session for state in self._open.values() if state.ladder is not None]
         ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
-        traced = frozenset(stream for stream in plan.streams if not is_raw(stream))
+        traced = frozenset(stream for stream in plan.streams if not kind_of(stream).is_raw)
         faults = Faults(self.name, lambda error: self._meter.failed(session, error))
         sink = WindowEnd(self.name, session, ladder, self._meter) if plan.ends_windows else None
         self._open[session.id] = OpenSession(
@@ -208,7 +208,7 @@ class StageRunner:
         if state is None:  # it has heard of the end meanwhile
             return
         join, port = _of(state.join), edge.partition("->")[0].partition(".")[2]
-        (stream,) = [stream for stream in state.plan.streams if port_of(stream) == port]
+        (stream,) = [stream for stream in state.plan.streams if kind_of(stream).name == port]
         self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
         self._touch(session)
 
@@ -536,7 +536,7 @@ class StageRunner:
         session = state.session
         if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
             return unit
-        pictures = {stream for stream in unit.chunks if port_of(stream) == "frames"}
+        pictures = {stream for stream in unit.chunks if kind_of(stream).is_sheddable}
         for stream in pictures:
             for chunk in unit.of(stream):
                 self._settle(state, chunk, "late")
@@ -585,7 +585,7 @@ class StageRunner:
 
     def _source_of(self, stream: str) -> str:
         """The stage from which a stream comes."""
-        return next(edge.partition(".")[0] for edge in self._receivers if f".{port_of(stream)}->" in edge)
+        return next(edge.partition(".")[0] for edge in self._receivers if f".{kind_of(stream).name}->" in edge)
 
     def _finish(self, state: OpenSession) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
@@ -649,7 +649,8 @@ class StageRunner:
     def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
         seq, edges = state.seqs.get(chunk.stream, state.first_seq), self._edges_of(state, chunk.stream)
         chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
-        is_shed = port_of(chunk.stream) == "frames" and sheds_picture(state.session.taken, chunk.session, seq)
+        kind = kind_of(chunk.stream)
+        is_shed = kind.is_sheddable and sheds_picture(state.session.taken, chunk.session, seq)
         for edge in edges:
             if is_shed:
                 state.lanes[edge].shed(chunk)
@@ -662,7 +663,7 @@ class StageRunner:
         try:
             lane.send(chunk)
         except CodecError as error:
-            raise StageError(f"stage {self.name}, port {port_of(chunk.stream)}: {error}") from error
+            raise StageError(f"stage {self.name}, port {kind_of(chunk.stream).name}: {error}") from error
 
     def _is_news(self, state: OpenSession, edge: str) -> bool:
         """A camera asks nothing of the listener but the level: a new one, and in each window the last once more."""
@@ -676,7 +677,7 @@ class StageRunner:
 
     @staticmethod
     def _edges_of(state: OpenSession, stream: str) -> list[str]:
-        return state.edges.get(port_of(stream), [])
+        return state.edges.get(kind_of(stream).name, [])
 
 
 def _single(state: OpenSession, chunk: Chunk) -> Unit:

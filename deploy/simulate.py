@@ -20,7 +20,7 @@ import numpy as np
 
 from deploy.accounts import Accounts, EdgeEnds
 from deploy.placement import Process, processes_of
-from deploy.routing import SOURCES, least_loaded, opening_order, phase_ns, session_plan, stages_of
+from deploy.routing import least_loaded, phase_ns, session_plan, stages_of
 from deploy.runner import MAX_READY, StageRunner
 from deploy.scenarios import SCENARIOS, Arrivals, Scenario, SimulateError
 from deploy.virtual import Actor, Device, HostClock, ReceiveEnd, SendEnd, World
@@ -258,7 +258,7 @@ class Simulation:
 
     def link(self, actor: Actor, edge: EdgeSpec, replica: int) -> SendEnd:
         """The way from an actor to a replica at the other end of an edge."""
-        network = self._scenario.acks if edge.kind == "playback" else self._scenario.network
+        network = self._scenario.acks if edge.kind.is_control else self._scenario.network
         target = self._ends[(edge.id, replica)]
         return SendEnd(self.world, actor, target, network, self._new_rng(), self._sent_on(self._rule(edge)))
 
@@ -362,19 +362,20 @@ class Simulation:
 
     def _enter(self, numbers: Sequence[int]) -> None:
         """Open these sessions, whose time begins soon."""
-        order = opening_order(self.spec)
+        wiring = self.spec.wiring
         sessions = [self._sessions[number] for number in numbers]
         for session in sessions:
             self._num_incarnations += 1
             self.incarnations[session.id] = self._num_incarnations
-        for stage in order:
+        for stage in wiring.downstream_first:
             for session in sessions:
                 if stage in stages_of(session, self.spec):
                     where = (self.replicas[session.id], self.incarnations[session.id])
                     self._runner_of(stage, session.id).open_session(
                         session_plan(self.spec, stage, own_of(session), *where)
                     )
-        for stage in [*(s for s in order if s not in SOURCES), *(s for s in order if s in SOURCES)]:
+        takers = [stage for stage in wiring.downstream_first if stage not in wiring.sources]
+        for stage in (*takers, *wiring.sources):
             for number, session in zip(numbers, sessions, strict=True):
                 self._origins_ns[session.id] = self._begin_ns[number] + phase_ns(number, self.spec.window)
                 self.begin(stage, session.id)

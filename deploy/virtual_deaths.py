@@ -9,7 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from deploy.calls import Reply, answered, at_once
-from deploy.placement import LOCAL_STAGES, Process
+from deploy.placement import Process
 from deploy.recovery import Going, announce, inputs_of, redirect, reopen
 from deploy.runner import StageRunner
 from deploy.session_plan import Listener, SessionPlan
@@ -38,7 +38,7 @@ class Deaths:
     def plan(self, rng: Random, deaths: float, begin_ns: int, end_ns: int) -> None:
         """deaths: of each actor that may die, on average."""
         self._rng = Random(rng.random())
-        mortal = [p for p in self._simulation.processes if not LOCAL_STAGES & p.stages.keys()]
+        mortal = [p for p in self._simulation.processes if not p.is_local]
         for process in mortal:
             for _ in range(2):
                 if rng.random() < deaths / 2:

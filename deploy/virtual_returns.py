@@ -8,7 +8,7 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from deploy.routing import closing_order, stages_of
+from deploy.routing import stages_of
 from graph.chunk import NS_PER_MS, SessionId
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Returns:
         self.closed.add(session.id)
         passed = stages_of(session, simulation.spec)
         at_ns = self._world.now_ns
-        for stage in (stage for stage in closing_order(simulation.spec) if stage in passed):
+        for stage in (stage for stage in simulation.spec.wiring.upstream_first if stage in passed):
             self._world.at(at_ns, lambda stage=stage: self._close_at(stage, session.id))  # type: ignore[misc]
             at_ns += self._rng.randint(0, CALL_NS)
         self._world.at(at_ns + self._rng.randint(0, AWAY_NS), lambda: self._open(number))

@@ -16,7 +16,7 @@ from deploy.virtual import Device
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
 from graph.ladder import Level, holds_window
-from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, is_raw
+from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, kind_of
 from graph.tail import Ack, Playback, SpeechQueue, TextBudget
 from graph.window import Unit
 from stages.stage import Session, Stage
@@ -216,7 +216,7 @@ class VirtualVision(Costly):
         return not unit.chunks
 
     def make(self, unit: Unit) -> list[Chunk]:
-        pictures = [chunk for stream in unit.chunks if is_raw(stream) for chunk in unit.of(stream)]
+        pictures = [chunk for stream in unit.chunks if kind_of(stream).is_picture for chunk in unit.of(stream)]
         return [Chunk(unit.session, IMAGE, picture.start_ns) for picture in pictures]
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:

@@ -1,11 +1,12 @@
-"""Barge-in's fence: what belongs to an older epoch of its session is stale, wherever it is."""
+"""Barge-in's fence: what belongs to an older epoch of its session is stale, wherever it is.
+
+Only what is said is fenced. What is seen and heard goes on through a barge-in and stays in epoch 0.
+"""
 
 from __future__ import annotations
 
 from graph.chunk import Chunk
-
-FENCED_STREAMS = frozenset({"text", "codes", "speech"})
-"""The streams of what is said. What is seen and heard goes on through a barge-in and stays in epoch 0."""
+from graph.streams import kind_of
 
 
 class EpochFence:
@@ -23,8 +24,8 @@ class EpochFence:
 
     def is_stale(self, chunk: Chunk) -> bool:
         """True for something said before the barge-in that this actor knows of."""
-        return chunk.stream in FENCED_STREAMS and not chunk.is_control and chunk.epoch < self.epoch
+        return chunk.epoch < self.epoch and not chunk.is_control and kind_of(chunk.stream).is_fenced
 
     def epoch_of(self, stream: str) -> int:
         """The epoch that a chunk of `stream` made now belongs to."""
-        return self.epoch if stream in FENCED_STREAMS else 0
+        return self.epoch if kind_of(stream).is_fenced else 0

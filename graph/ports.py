@@ -1,4 +1,4 @@
-"""The stages and their ports: what can be wired to what, and what can be switched off.
+"""The stages and their ports: what can be wired to what, what can be switched off, and who lives where.
 
 Rules:
 - A port is typed by the kind of stream it carries; an edge joins an output and an input of one kind.
@@ -9,41 +9,53 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final
 
-from graph.credit import Limit
-from graph.window import Late
-
-StreamKind: TypeAlias = Literal["frames", "sound", "image", "audio", "text", "codes", "speech", "playback", "events"]
-WhenFull: TypeAlias = Literal["wait", "drop_oldest"]
+from graph.kinds import Kind
+from graph.streams import KINDS
+from graph.wiring import Link, Wiring
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """What a stage takes and gives. Inputs in `feedback` carry news from downstream and may close a circle."""
+    """What a stage takes and gives: the names of its ports, each with its kind.
 
-    inputs: Mapping[str, StreamKind] = field(default_factory=dict)
-    outputs: Mapping[str, StreamKind] = field(default_factory=dict)
+    feedback:   inputs that carry news from downstream and may close a circle.
+    has_model:  it computes with weights, in a process of its own.
+    is_local:   it opens files, cameras or devices of the machine on which `pipeline up` runs.
+    can_be_off: `replicas: 0` is allowed. is_needed: it is of use though nobody takes what it makes.
+    """
+
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
     feedback: frozenset[str] = frozenset()
     has_model: bool = False
+    is_local: bool = False
+    can_be_off: bool = False
+    is_needed: bool = False
 
 
 _PLAYBACK: Final = frozenset({"playback"})
 STAGES: Final[Mapping[str, Ports]] = {
-    "camera": Ports({"playback": "playback"}, {"frames": "frames", "events": "events"}, _PLAYBACK),
-    "microphone": Ports(outputs={"sound": "sound"}),
-    "vision_encoder": Ports({"frames": "frames"}, {"image": "image"}, has_model=True),
-    "audio_encoder": Ports({"sound": "sound"}, {"audio": "audio"}, has_model=True),
+    "camera": Ports({"playback": "playback"}, {"frames": "frames", "events": "events"}, _PLAYBACK, is_local=True),
+    "microphone": Ports(outputs={"sound": "sound"}, is_local=True),
+    "vision_encoder": Ports({"frames": "frames"}, {"image": "image"}, has_model=True, can_be_off=True),
+    "audio_encoder": Ports({"sound": "sound"}, {"audio": "audio"}, has_model=True, can_be_off=True),
     "llm": Ports(
         {"image": "image", "audio": "audio", "playback": "playback"},
         {"text": "text", "events": "events"},
         _PLAYBACK,
         has_model=True,
+        is_needed=True,
     ),
-    "tts": Ports({"text": "text", "playback": "playback"}, {"codes": "codes"}, _PLAYBACK, has_model=True),
-    "vocoder": Ports({"codes": "codes", "playback": "playback"}, {"speech": "speech"}, _PLAYBACK, has_model=True),
-    "speaker": Ports({"speech": "speech"}, {"playback": "playback", "events": "events"}),
-    "events": Ports({"events": "events"}),
+    "tts": Ports(
+        {"text": "text", "playback": "playback"}, {"codes": "codes"}, _PLAYBACK, has_model=True, can_be_off=True
+    ),
+    "vocoder": Ports(
+        {"codes": "codes", "playback": "playback"}, {"speech": "speech"}, _PLAYBACK, has_model=True, can_be_off=True
+    ),
+    "speaker": Ports({"speech": "speech"}, {"playback": "playback", "events": "events"}, is_local=True),
+    "events": Ports({"events": "events"}, is_local=True),
 }
 
 
@@ -58,8 +70,8 @@ class OutPort:
     name: str
 
     @property
-    def kind(self) -> StreamKind:
-        return STAGES[self.stage].outputs[self.name]
+    def kind(self) -> Kind:
+        return KINDS[STAGES[self.stage].outputs[self.name]]
 
     def __str__(self) -> str:
         return f"{self.stage}.{self.name}"
@@ -73,8 +85,8 @@ class InPort:
     name: str
 
     @property
-    def kind(self) -> StreamKind:
-        return STAGES[self.stage].inputs[self.name]
+    def kind(self) -> Kind:
+        return KINDS[STAGES[self.stage].inputs[self.name]]
 
     @property
     def is_feedback(self) -> bool:
@@ -91,50 +103,35 @@ def full_graph() -> list[tuple[OutPort, InPort]]:
     return [(source, target) for source in outputs for target in inputs if source.kind == target.kind]
 
 
-class EdgeDefaults(NamedTuple):
-    """What an edge of some kind does where the file doesn't say."""
-
-    credit: Limit
-    when_full: WhenFull
-    late: Late
-
-
-_EIGHT_SECONDS: Final = Limit(8, 8_000_000_000)
-EDGE_DEFAULTS: Final[Mapping[StreamKind, EdgeDefaults]] = {
-    # A live picture is worth less than the next one.
-    "frames": EdgeDefaults(Limit(4), "drop_oldest", "drop"),
-    "sound": EdgeDefaults(_EIGHT_SECONDS, "wait", "carry"),
-    "image": EdgeDefaults(Limit(8), "wait", "drop"),
-    "audio": EdgeDefaults(Limit(8), "wait", "carry"),
-    "text": EdgeDefaults(_EIGHT_SECONDS, "wait", "carry"),
-    "codes": EdgeDefaults(_EIGHT_SECONDS, "wait", "carry"),
-    "speech": EdgeDefaults(_EIGHT_SECONDS, "wait", "carry"),
-    "playback": EdgeDefaults(Limit(64), "wait", "carry"),
-    # Whoever speaks or sees waits for no teller: it takes what comes at once, and if it can't, the oldest is counted.
-    "events": EdgeDefaults(Limit(256), "drop_oldest", "carry"),
-}
-
-
 # ---- Switching off --------------------------------------------------------------------------------------------------
 
-CAN_BE_OFF: Final = frozenset({"vision_encoder", "audio_encoder", "tts", "vocoder"})
-
-# With one of them gone, the others would have nothing to do.
-_OFF_TOGETHER: Final[tuple[frozenset[str], ...]] = (
-    frozenset({"vision_encoder", "camera"}),
-    frozenset({"audio_encoder", "microphone"}),
-    frozenset({"tts", "vocoder", "speaker"}),
-)
-_SENSES: Final = frozenset({"vision_encoder", "audio_encoder"})
+CAN_BE_OFF: Final = frozenset(name for name, ports in STAGES.items() if ports.can_be_off)
 NO_SENSES: Final = "nothing to see and nothing to hear: vision_encoder and audio_encoder are both off"
 
 
+def wiring_of(stages: Iterable[str], edges: Iterable[tuple[OutPort, InPort]]) -> Wiring:
+    """What follows from these edges."""
+    links = (
+        Link(source.stage, target.stage, is_windowed=source.kind.is_windowed, is_feedback=target.is_feedback)
+        for source, target in edges
+    )
+    return Wiring(stages, links)
+
+
+_FULL: Final = wiring_of(STAGES, full_graph())
+
+
 def off_with(stages: Iterable[str]) -> set[str]:
-    """These stages, as far as they can be off, and those which then have nothing to do."""
-    off = set(stages)
-    return {name for group in _OFF_TOGETHER for name in group if group & off}
+    """These stages, and those which then have nothing to do."""
+    needed = needed_among(STAGES)
+    return set(stages) | _FULL.idle(set(stages) - needed, needed)
+
+
+def needed_among(stages: Iterable[str]) -> set[str]:
+    """Those of the stages that are of use though nobody takes what they make."""
+    return {name for name in stages if STAGES[name].is_needed}
 
 
 def lacks_senses(off: set[str]) -> bool:
     """True where with these stages off nothing is left to see or to hear; `NO_SENSES` says so."""
-    return off >= _SENSES
+    return off.issuperset(_FULL.sources)

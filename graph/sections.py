@@ -22,8 +22,9 @@ from pydantic import (
     PlainValidator,
 )
 
+from graph.kinds import WhenFull
 from graph.ladder import OF_PICTURES, STEPS, Step
-from graph.ports import STAGES, InPort, OutPort, WhenFull
+from graph.ports import STAGES, InPort, OutPort
 from graph.secret import Secret
 from graph.units import format_bytes, format_duration, parse_bytes, parse_duration
 from graph.window import Late

@@ -13,7 +13,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -21,18 +21,17 @@ from ruamel.yaml import YAML
 
 from graph.credit import Limit
 from graph.errors import GraphError, Problem, SpecError
+from graph.kinds import Kind, WhenFull
 from graph.ports import (
     CAN_BE_OFF,
-    EDGE_DEFAULTS,
     NO_SENSES,
     STAGES,
     InPort,
     OutPort,
-    StreamKind,
-    WhenFull,
     full_graph,
     lacks_senses,
     off_with,
+    wiring_of,
 )
 from graph.secret import KNOWN, mask_urls
 from graph.sections import (
@@ -52,6 +51,7 @@ from graph.sections import (
 from graph.spec_check import findings, least_chunks
 from graph.units import format_duration
 from graph.window import Late
+from graph.wiring import Wiring
 from graph.wording import listed
 from graph.yaml_check import check_document
 from graph.yaml_file import MAX_BYTES, Document, apply_override, in_file_order, read_yaml
@@ -74,13 +74,16 @@ class EdgeSpec:
         return f"{self.source}->{self.target}"
 
     @property
-    def kind(self) -> StreamKind:
+    def kind(self) -> Kind:
         return self.source.kind
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineSpec:
-    """A checked pipeline. `stages` and `edges` hold what runs; `model` is one of BUILT_IN, a folder, or a hub id."""
+    """A checked pipeline. `stages` and `edges` hold what runs; `model` is one of BUILT_IN, a folder, or a hub id.
+
+    wiring: what follows from the edges.
+    """
 
     version: int
     model: str
@@ -92,6 +95,11 @@ class PipelineSpec:
     admission: AdmissionSpec
     shedding: SheddingSpec
     console: ConsoleSpec
+    wiring: Wiring = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ends = [(edge.source, edge.target) for edge in self.edges]
+        object.__setattr__(self, "wiring", wiring_of(self.stages, ends))
 
     def without(self, stages: Collection[str]) -> PipelineSpec:
         """The same with these stages off, and with them those which then have nothing to do; GraphError if it can't."""
@@ -112,10 +120,10 @@ def _written_edges(file: FileSpec) -> list[WrittenEdge]:
 
 
 def _edge_spec(edge: WrittenEdge, file: FileSpec) -> EdgeSpec:
-    limit, when_full, late = EDGE_DEFAULTS[edge.source.kind]
-    chunks = edge.credit.chunks or max(limit.chunks, least_chunks(edge.source.kind, file))
-    credit = Limit(chunks, edge.credit.time_ns or limit.duration_ns)
-    return EdgeSpec(edge.source, edge.target, credit, edge.when_full or when_full, edge.late or late)
+    kind = edge.source.kind
+    chunks = edge.credit.chunks or max(kind.credit.chunks, least_chunks(kind, file))
+    credit = Limit(chunks, edge.credit.time_ns or kind.credit.duration_ns)
+    return EdgeSpec(edge.source, edge.target, credit, edge.when_full or kind.when_full, edge.late or kind.late)
 
 
 def _build(file: FileSpec) -> PipelineSpec:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from graph.kinds import Kind
 from graph.ports import (
     CAN_BE_OFF,
     NO_SENSES,
     STAGES,
     InPort,
     OutPort,
-    StreamKind,
     full_graph,
     lacks_senses,
     off_with,
@@ -170,9 +170,9 @@ def _edge_findings(file: FileSpec) -> Iterator[Finding]:
         yield from _unfed_findings(file, edges)
 
 
-def least_chunks(kind: StreamKind, file: FileSpec) -> int:
+def least_chunks(kind: Kind, file: FileSpec) -> int:
     """The least credit for pictures: what a window holds until it closes, and the same again of the next."""
-    if kind not in ("frames", "image"):
+    if not kind.is_picture:
         return 1
     fps = max((camera.fps for camera in file.cameras.values()), default=1.0)
     return 2 * math.ceil(fps * file.window.length_ns / 1e9) + 2

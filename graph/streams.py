@@ -1,4 +1,4 @@
-"""The streams: what travels under which name, in which dtype and shape. One file says it for all.
+"""The streams and their kinds: what travels under which name, in which dtype and shape. One file says it for all.
 
 | stream        | made by             | one chunk is                          | arrays                               |
 |---------------|---------------------|---------------------------------------|--------------------------------------|
@@ -17,6 +17,12 @@ Embeddings are float32, or bfloat16 carried as uint16 with attrs["dtype"] = "bfl
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Final
+
+from graph.credit import Limit
+from graph.kinds import Kind
+
 MIC = "mic"
 IMAGE = "image"
 AUDIO = "audio"
@@ -33,18 +39,35 @@ SPEECH_RATE_HZ = 24_000
 CODES_PER_S = 25
 
 
+_EIGHT_SECONDS: Final = Limit(8, 8_000_000_000)
+_KINDS: Final = (
+    # A live picture is worth less than the next one.
+    Kind("frames", Limit(4), "drop_oldest", "drop", is_raw=True, is_picture=True, is_sheddable=True),
+    Kind("sound", _EIGHT_SECONDS, is_raw=True),
+    Kind("image", Limit(8), late="drop", is_picture=True),
+    Kind("audio", Limit(8)),
+    Kind("text", _EIGHT_SECONDS, is_fenced=True),
+    Kind("codes", _EIGHT_SECONDS, is_fenced=True),
+    Kind("speech", _EIGHT_SECONDS, is_fenced=True),
+    Kind("playback", Limit(64), is_windowed=False, is_control=True),
+    # Whoever speaks or sees waits for no teller: it takes what comes at once, and if it can't, the oldest is counted.
+    Kind("events", Limit(256), "drop_oldest", is_windowed=False),
+)
+KINDS: Final = {kind.name: kind for kind in _KINDS}
+
+
 def camera_stream(name: str) -> str:
     """The stream of one camera's pictures."""
     return CAMERA_PREFIX + name
 
 
-def is_raw(stream: str) -> bool:
-    """True for what comes straight from a camera or a microphone."""
-    return stream == MIC or stream.startswith(CAMERA_PREFIX)
+def stream_of(kind: Kind, camera: str) -> str:
+    """The name under which a stream of this kind travels in a session with this camera."""
+    return {"frames": camera_stream(camera), "sound": MIC}.get(kind.name, kind.name)
 
 
-def port_of(stream: str) -> str:
-    """The port on which a stream leaves and enters a stage (graph/ports.py has the table)."""
-    if stream == MIC:
-        return "sound"
-    return "frames" if stream.startswith(CAMERA_PREFIX) else stream
+@lru_cache(maxsize=4096)
+def kind_of(stream: str) -> Kind:
+    """What travels under this name; a name that is not in the table is a kind of its own."""
+    name = "sound" if stream == MIC else "frames" if stream.startswith(CAMERA_PREFIX) else stream
+    return KINDS.get(name) or Kind(name, Limit(8))

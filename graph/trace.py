@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from graph.chunk import AFTERWORD, MAX_IN_TRACE, Chunk, Failure, Span, Trace
-from graph.epoch import FENCED_STREAMS
-from graph.streams import is_raw
+from graph.streams import kind_of
 from graph.window import Unit
 
 
@@ -32,7 +31,7 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
     # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say).
     idle = {stream for stream, trace in unit.traces.items() if trace.missing}
-    sensed_missing = (unit.missing | idle) - FENCED_STREAMS
+    sensed_missing = {stream for stream in unit.missing | idle if not kind_of(stream).is_fenced}
     return Trace(
         digest=digest_of(unit),
         missing=tuple(sorted(unit.awaited.union(sensed_missing or (inherited if _is_said(unit) else ())))),
@@ -43,7 +42,7 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
 
 def digest_of(unit: Unit) -> str:
     """Hash of what was seen and heard in this window: equal content and times give an equal digest."""
-    if unit.is_afterword and not unit.traces and not any(is_raw(stream) for stream in unit.chunks):
+    if unit.is_afterword and not unit.traces and not any(kind_of(stream).is_raw for stream in unit.chunks):
         return AFTERWORD
     parts = {stream: _digest_stream(unit, stream) for stream in sorted({*unit.chunks, *unit.traces, *unit.missing})}
     if len(parts) == 1:
@@ -87,11 +86,11 @@ def stage_seconds(parts: Iterable[Part]) -> Mapping[str, float]:
 
 
 def _is_said(unit: Unit) -> bool:
-    return bool(FENCED_STREAMS & ({*unit.chunks, *unit.traces, *unit.missing}))
+    return any(kind_of(stream).is_fenced for stream in {*unit.chunks, *unit.traces, *unit.missing})
 
 
 def _digest_stream(unit: Unit, stream: str) -> str:
-    if is_raw(stream):
+    if kind_of(stream).is_raw:
         return _hash(part for chunk in unit.of(stream) for part in _content(chunk))
     return unit.traces[stream].digest if stream in unit.traces else ""
 

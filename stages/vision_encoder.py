@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from graph.chunk import Chunk
-from graph.streams import IMAGE, is_raw
+from graph.streams import IMAGE, kind_of
 from graph.window import Unit
 from model_shards.image import slice_image
 from model_shards.vision import VisionEncoder as VisionModel
@@ -33,7 +33,11 @@ class VisionEncoder(Stage):
     @torch.inference_mode()
     def process(self, units: list[Unit]) -> list[Chunk]:
         pictures = [
-            (unit, chunk) for unit in units for stream in unit.chunks if is_raw(stream) for chunk in unit.of(stream)
+            (unit, chunk)
+            for unit in units
+            for stream in unit.chunks
+            if kind_of(stream).is_picture
+            for chunk in unit.of(stream)
         ]
         cut = [slice_image(chunk.arrays["image"], self._slices) for _, chunk in pictures]
         embeds = self._model.encode([cell for cells in cut for cell in cells])

@@ -1,9 +1,10 @@
-"""deploy/routing.py: the order in which stages are closed."""
+"""What follows from the wiring of the pipeline that is shipped, and the way a session takes through it."""
 
 import pytest
 
-from deploy.routing import closing_order, last_stage
+from deploy.routing import stages_of
 from graph.spec import PipelineSpec, default_spec_path, load_spec
+from tests.support.units import session
 
 
 @pytest.mark.parametrize(
@@ -12,7 +13,7 @@ from graph.spec import PipelineSpec, default_spec_path, load_spec
 )
 def test_who_sends_is_closed_before_those_that_it_sends_to(settings: list[str]):
     spec = load_spec(default_spec_path(), settings)
-    order = closing_order(spec)
+    order = spec.wiring.upstream_first
     assert sorted(order) == sorted(spec.stages)
     forward = [(e.source.stage, e.target.stage) for e in spec.edges if not e.target.is_feedback]
     assert [(source, target) for source, target in forward if order.index(source) > order.index(target)] == []
@@ -20,7 +21,7 @@ def test_who_sends_is_closed_before_those_that_it_sends_to(settings: list[str]):
 
 def test_the_cameras_are_closed_first_and_the_events_last():
     spec: PipelineSpec = load_spec(default_spec_path())
-    assert (set(closing_order(spec)[:2]), closing_order(spec)[-1]) == ({"camera", "microphone"}, "events")
+    assert (set(spec.wiring.upstream_first[:2]), spec.wiring.upstream_first[-1]) == ({"camera", "microphone"}, "events")
 
 
 @pytest.mark.parametrize(
@@ -29,11 +30,27 @@ def test_the_cameras_are_closed_first_and_the_events_last():
 )
 def test_windows_end_at_the_end_of_the_longest_way(settings: list[str], last: str):
     spec = load_spec(default_spec_path(), settings)
-    assert last_stage(spec, spec.stages) == last
+    assert spec.wiring.last(spec.stages) == last
 
 
 def test_a_stage_beside_the_way_which_nothing_follows_ends_no_windows():
     spec = load_spec(default_spec_path())
     beside = {"camera", "vision_encoder", "microphone", "audio_encoder", "llm", "tts", "events"}
-    assert last_stage(spec, beside) == "tts"
-    assert last_stage(spec, {"camera", "vision_encoder", "events"}) == "vision_encoder"
+    assert spec.wiring.last(beside) == "tts"
+    assert spec.wiring.last({"camera", "vision_encoder", "events"}) == "vision_encoder"
+
+
+def test_the_cameras_and_microphones_are_the_sources():
+    assert load_spec(default_spec_path()).wiring.sources == ("microphone", "camera")
+
+
+def test_a_session_without_a_microphone_has_no_ears():
+    spec = load_spec(default_spec_path())
+    assert spec.stages.keys() - stages_of(session(microphone=False), spec) == {"microphone", "audio_encoder"}
+    assert stages_of(session(), spec) == spec.stages.keys()
+
+
+def test_what_works_side_by_side_is_counted_once():
+    spec = load_spec(default_spec_path())
+    costs = {"vision_encoder": 80, "audio_encoder": 30, "llm": 100, "tts": 50, "vocoder": 20}
+    assert spec.wiring.longest(costs) == 80 + 100 + 50 + 20

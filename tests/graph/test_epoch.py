@@ -5,11 +5,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graph.chunk import Chunk, Kind, SessionId, watermark
-from graph.epoch import FENCED_STREAMS, EpochFence
+from graph.epoch import EpochFence
+from graph.streams import KINDS
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
-SAID = sorted(FENCED_STREAMS)
+SAID = [kind.name for kind in KINDS.values() if kind.is_fenced]
 SENSED = ["camera/door", "mic", "image", "audio", "events"]
 
 

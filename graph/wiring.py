@@ -1,0 +1,88 @@
+"""What follows from the way the stages are wired: orders, ends, and which stages have nothing to do. Pure.
+
+Rule: nobody keeps a list of stages; who needs to know which stage comes first, last or beside another one asks here.
+
+A link is where one stage sends to another one. News from downstream (feedback) closes circles and gives no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Two stages that are wired. is_windowed: windows pass on it. is_feedback: it carries news from downstream."""
+
+    source: str
+    target: str
+    is_windowed: bool = True
+    is_feedback: bool = False
+
+
+class Wiring:
+    """The stages, in the order in which they are described, and their links. Links must not form a circle unless one
+    of them is feedback."""
+
+    def __init__(self, stages: Iterable[str], links: Iterable[Link]) -> None:
+        self._stages = tuple(stages)
+        self._forward = [link for link in links if not link.is_feedback]
+        self._before = _neighbours(self._stages, ((link.target, link.source) for link in self._forward))
+        windows = [link for link in self._forward if link.is_windowed]
+        self._fed_by = _neighbours(self._stages, ((link.target, link.source) for link in windows))
+        self._feeds = _neighbours(self._stages, ((link.source, link.target) for link in windows))
+        self.upstream_first = self._ordered()
+
+    @property
+    def downstream_first(self) -> tuple[str, ...]:
+        return self.upstream_first[::-1]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where windows begin: stages that make windows of nothing that comes to them; downstream first."""
+        return tuple(stage for stage in self.downstream_first if self._feeds[stage] and not self._fed_by[stage])
+
+    def last(self, passed: Collection[str]) -> str:
+        """Where windows end: at the end of the longest way that they take through these stages. A stage beside it,
+        which nothing follows, ends none, so that each window is told once."""
+        return max(lengths := self._longest(dict.fromkeys(passed, 1)), key=lambda stage: lengths[stage])
+
+    def longest(self, costs: Mapping[str, int]) -> int:
+        """What the most expensive way through these stages costs."""
+        return max(self._longest(costs).values(), default=0)
+
+    def idle(self, off: Iterable[str], needed: Collection[str] = ()) -> set[str]:
+        """These stages, and all that would have nothing to do without them: nothing comes to them any more, or nobody
+        takes what they make. needed: those that are of use by themselves."""
+        gone = set(off)
+        while found := {stage for stage in self._stages if stage not in gone and self._has_nothing_to_do(stage, gone)}:
+            if not (found := found - set(needed)):
+                break
+            gone |= found
+        return gone
+
+    def _has_nothing_to_do(self, stage: str, gone: set[str]) -> bool:
+        fed_by, feeds = self._fed_by[stage], self._feeds[stage]
+        return bool(fed_by and fed_by <= gone) or bool(feeds and feeds <= gone)
+
+    def _longest(self, costs: Mapping[str, int]) -> dict[str, int]:
+        """Per stage, what the most expensive way costs that ends there."""
+        found: dict[str, int] = {}
+        for stage in self.upstream_first:
+            if stage in costs:
+                found[stage] = costs[stage] + max((found.get(source, 0) for source in self._fed_by[stage]), default=0)
+        return found
+
+    def _ordered(self) -> tuple[str, ...]:
+        order: list[str] = []
+        while len(order) < len(self._stages):
+            order.append(next(s for s in self._stages if s not in order and self._before[s] <= set(order)))
+        return tuple(order)
+
+
+def _neighbours(stages: Iterable[str], pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {stage: set() for stage in stages}
+    for stage, other in pairs:
+        found[stage].add(other)
+    return found
