@@ -181,7 +181,7 @@ def _check_trace(trace: Any) -> None:
 
 
 def _is_name(value: Any) -> bool:
-    return _is_text(value) and 0 < len(value) <= MAX_NAME_CHARS
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and (value.isascii() or _is_unicode(value))
 
 
 def _is_text(value: Any) -> bool:
@@ -211,8 +211,22 @@ def _type_of(value: Any) -> str:
 # ---- from a chunk to its header, and back ----------------------------------------------------------------------------
 
 
+class _Last:
+    """The chunk that was packed last, with its header: one chunk is checked and sent on several edges, in turn."""
+
+    packed: tuple[Chunk | None, bytes] = (None, b"")
+
+
 def _packed(chunk: Chunk) -> bytes:
     """The header, checked."""
+    last, packed = _Last.packed
+    if last is not chunk:
+        packed = _pack(chunk)
+        _Last.packed = (chunk, packed)
+    return packed
+
+
+def _pack(chunk: Chunk) -> bytes:
     layout = [_described(name, array) for name, array in chunk.arrays.items()]
     times = (chunk.seq, chunk.epoch, chunk.start_ns, chunk.duration_ns)
     attrs, trace = dict(chunk.attrs), _pack_trace(chunk.trace)
