@@ -545,6 +545,8 @@ class StageRunner:
 
     def _without_stale(self, state: OpenSession, unit: Unit) -> Unit:
         """A barge-in may have come after the unit was complete."""
+        if not any(state.fence.is_stale(chunk) for chunks in unit.chunks.values() for chunk in chunks):
+            return unit
         kept: dict[str, tuple[Chunk, ...]] = {}
         for stream, chunks in unit.chunks.items():
             for chunk in chunks:

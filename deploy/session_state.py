@@ -54,10 +54,10 @@ class OpenSession:
     told_ns: int = 0
     num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
     look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
+    session: Session = field(init=False)
 
-    @property
-    def session(self) -> Session:
-        return self.plan.session
+    def __post_init__(self) -> None:
+        self.session = self.plan.session
 
     @property
     def goes_alone(self) -> bool:

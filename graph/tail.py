@@ -78,6 +78,10 @@ class Playback:
 
     def ack(self, ack: Ack) -> None:
         """Take an Ack, in any order, any number of times."""
+        if ack.at_ns > self._acks[-1].at_ns:  # as nearly all are
+            self._acks.append(ack)
+            del self._acks[:-MAX_ACKS]
+            return
         place = bisect_left(self._acks, _order(ack), key=_order)
         if place == len(self._acks) or self._acks[place] != ack:
             self._acks.insert(place, ack)
@@ -296,7 +300,8 @@ class Player:
 
     def settled(self, through_ns: int) -> None:
         """All speech of windows that end at or before `through_ns` has been received."""
-        self._ack = replace(self._ack, through_ns=max(self._ack.through_ns, through_ns))
+        if through_ns > self._ack.through_ns:
+            self._ack = replace(self._ack, through_ns=through_ns)
 
     def advance(self, now_ns: int) -> list[Heard]:
         """Let time pass; returns what was heard meanwhile, in order. Time never runs backwards."""
@@ -343,7 +348,8 @@ class Player:
         """What to tell the other end, as of now."""
         pieces = () if self._paused else tuple(self._pieces)
         queue = tuple((p.start_ns + p.heard_ns, p.duration_ns - p.heard_ns) for p in pieces)
-        return replace(self._ack, at_ns=self._now_ns, queue=queue)
+        ack = self._ack
+        return Ack(self._now_ns, ack.heard_ns, ack.received_ns, ack.through_ns, ack.num_turns, ack.epoch, queue)
 
 
 def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
@@ -363,6 +369,7 @@ def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
 
 def ack_of(chunk: Chunk) -> Ack:
     """The Ack in a control chunk of the playback stream. Raises KeyError when it holds none."""
+    queue = chunk.arrays["queue"]
     return Ack(
         at_ns=chunk.start_ns,
         heard_ns=_total(chunk, "heard_ns"),
@@ -370,7 +377,7 @@ def ack_of(chunk: Chunk) -> Ack:
         through_ns=_total(chunk, "through_ns"),
         num_turns=_total(chunk, "num_turns"),
         epoch=chunk.epoch,
-        queue=tuple((int(start), int(length)) for start, length in chunk.arrays["queue"]),
+        queue=tuple((start, length) for start, length in queue.astype(np.int64).tolist()) if queue.size else (),
     )
 
 

@@ -87,6 +87,7 @@ class WindowJoin:
         self._pending: dict[str, list[Chunk]] = {stream: [] for stream in self._watermarks}
         self._traces: dict[int, dict[str, Trace]] = {}
         self._last_stream = ""
+        self._num_going = len(self._watermarks)  # streams that have not ended
         self._ended_ns = 0  # the latest END of any stream
         self._index = 0  # the next unit to leave
 
@@ -118,7 +119,7 @@ class WindowJoin:
     @property
     def _is_over(self) -> bool:
         """Every stream has ended, and every window up to the latest end has left."""
-        return min(self._watermarks.values()) == FOREVER_NS and self._index * self._window_ns >= self._ended_ns
+        return not self._num_going and self._index * self._window_ns >= self._ended_ns
 
     def begin_at(self, index: int) -> None:
         """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come."""
@@ -144,6 +145,7 @@ class WindowJoin:
                 self._traces.setdefault(index, {}).setdefault(stream, trace)  # a second one may be too late
         if watermark_ns > self._watermarks[stream]:
             self._watermarks[stream] = watermark_ns
+            self._num_going -= watermark_ns == FOREVER_NS
             self._last_stream = stream
         return self._leave(self._settled_ns())
 
