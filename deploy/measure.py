@@ -16,13 +16,13 @@ from deploy.placement import Process, replicas_of
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.exporter import serve_metrics
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
-from graph.streams import AUDIO, CODES, EVENTS, IMAGE, SPEECH, TEXT, kind_of
+from graph.streams import CODES, EVENTS, KINDS, TEXT, kind_of
 from graph.tail import Ack
 from stages.media_health import Totals
 from stages.stage import Session, Stage
 
 RESTART_REASONS = ("crash",)
-WINDOW_STREAMS = (IMAGE, AUDIO, TEXT, CODES, SPEECH)  # of which one may be missing
+WINDOW_STREAMS = tuple(kind.name for kind in KINDS.values() if kind.is_windowed and not kind.is_raw)  # may be missing
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
 
 
@@ -105,15 +105,14 @@ class StageMeter:
         self._llm = metrics.llm() if self._readings is not None else None
         self._sessions: dict[SessionId, _Camera] = {}
 
-    def opened(self, session: Session) -> None:
+    def opened(self, session: Session, *, ends_windows: bool) -> None:
         metrics, camera, name = self._metrics, session.camera, self._name
-        last = "speaker" if session.speech else "llm"  # where windows end
         metrics.hold_camera(camera)
         self._sessions[session.id] = _Camera(
             camera=metrics.camera(camera, RECONNECT_REASONS) if name == "camera" else None,
             turns=metrics.turns(camera) if name == "llm" else None,
             playback=metrics.playback(camera) if name == "speaker" else None,
-            windows=metrics.windows(camera, WINDOW_STREAMS, self._stages) if name == last else None,
+            windows=metrics.windows(camera, WINDOW_STREAMS, self._stages) if ends_windows else None,
         )
 
     def closed(self, session: Session) -> None:

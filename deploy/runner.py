@@ -52,7 +52,7 @@ MAX_READY = 4
 class Meter(WindowMeter, Protocol):
     """What is counted of a stage (deploy/measure.py: StageMeter)."""
 
-    def opened(self, session: Session) -> None: ...
+    def opened(self, session: Session, *, ends_windows: bool) -> None: ...
     def closed(self, session: Session) -> None: ...
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
     def passed(self, num_units: int) -> None: ...
@@ -128,7 +128,7 @@ class StageRunner:
             plan, self._join(plan), lanes, edges, self._clock, ladder, faults, sink, traced=traced
         )
         self._touch(session.id)
-        self._meter.opened(session)
+        self._meter.opened(session, ends_windows=plan.ends_windows)
         if ladder is not None:
             self._meter.moved(session, ladder.level)
 

@@ -101,11 +101,6 @@ class Status:
         }
 
     def _at_end(self) -> dict[str, SessionSnapshot]:
-        """The sessions that run, where their windows end."""
-        at_end = [stages[self._last_stage] for stages in self.snapshots.values() if self._last_stage in stages]
-        return {session: seen for stage in at_end for session, seen in stage.sessions.items()}
-
-    @property
-    def _last_stage(self) -> str:
-        """Where windows end."""
-        return "speaker" if any("speaker" in process.stages for process in self.processes) else "llm"
+        """Of the sessions that run, what is counted where their windows end; elsewhere nothing is."""
+        stages = (stage for stages in self.snapshots.values() for stage in stages.values())
+        return {session: seen for stage in stages for session, seen in stage.sessions.items() if seen.num_windows}

@@ -26,13 +26,16 @@ class FakeLlm(Stage):
 
 
 class Meter:
-    """A stage's meter with the session `door` open, and what it exports."""
+    """A stage's meter with the session `door` open, and what it exports. Windows end at the speaker, unless told."""
 
-    def __init__(self, name: str, stage: Stage | None = None, **fields: object) -> None:
+    def __init__(
+        self, name: str, stage: Stage | None = None, ends_windows: bool | None = None, **fields: object
+    ) -> None:
         self.registry = CollectorRegistry()
         self.meter = StageMeter(Metrics(self.registry), name, stage or Stage(), STAGES)
         self.session: Session = session("door", **fields)
-        self.meter.opened(self.session)
+        self.ends_windows = name == "speaker" if ends_windows is None else ends_windows
+        self.meter.opened(self.session, ends_windows=self.ends_windows)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -136,7 +139,7 @@ def test_of_cameras_that_come_and_go_nothing_is_left():
     for number in range(2 * MAX_CAMERAS):
         camera = session(f"camera-{number}")
         for stage in stages:
-            stage.opened(camera)
+            stage.opened(camera, ends_windows=stage is stages[2])
         seen |= {sample.labels.get("camera") for family in registry.collect() for sample in family.samples}
         for stage in reversed(stages):
             stage.closed(camera)
@@ -149,7 +152,7 @@ def test_a_camera_with_the_name_of_one_that_ended_counts_from_zero():
     meter = Meter("speaker")
     meter.told("barge_in")
     meter.meter.closed(meter.session)
-    meter.meter.opened(meter.session)
+    meter.meter.opened(meter.session, ends_windows=True)
     assert meter.of_door("omni_speech_interrupted_total") == 0
 
 
@@ -229,7 +232,7 @@ def test_windows_are_counted_where_they_end():
 
 
 def test_where_nothing_speaks_windows_end_at_the_llm():
-    meter = Meter("llm", FakeLlm(), speech=False)
+    meter = Meter("llm", FakeLlm(), ends_windows=True, speech=False)
     meter.meter.window(meter.session, 0.5, "", ())
     assert meter.of_door("omni_windows_total", outcome="on_time") == 1
 
