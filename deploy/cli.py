@@ -108,6 +108,9 @@ def up(
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Run in the background; see ps, logs and down.")
     ] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="At the end list every edge, not only those that dropped something.")
+    ] = False,
 ) -> None:
     """Start the pipeline, run it until its sources end or Ctrl-C, and stop it cleanly."""
     from deploy.background import run_in_background
@@ -125,6 +128,7 @@ def up(
         speaker=speaker,
         address=address,
         wait_for_cameras=wait_for_cameras,
+        ledger=ledger,
     )
     if detach:
         run_in_background(arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,6 +15,7 @@ from graph.chunk import NS_PER_S
 
 if TYPE_CHECKING:
     from deploy.up import Outcome
+    from graph.ledger import Account
     from graph.spec import PipelineSpec
     from stages.stage import ListenerAction
 
@@ -36,6 +37,7 @@ class UpArguments:
     speaker: str | None = None
     address: str | None = None
     wait_for_cameras: str | None = None
+    ledger: bool = False
 
 
 def run_in_foreground(arguments: UpArguments) -> None:
@@ -60,7 +62,7 @@ def run_in_foreground(arguments: UpArguments) -> None:
         options = UpOptions(duration_ns, out, speed == "real", actions, arguments.address, wait_for_cameras_s=wait_s)
         with Teller() as teller:
             outcome = run_up(spec, options, teller.tell)
-            for line in _summary(outcome):
+            for line in _summary(outcome, every_edge=arguments.ledger):
                 teller.tell(line)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -123,17 +125,31 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
     return dataclasses.replace(spec, cameras=cameras)
 
 
-def _summary(outcome: Outcome) -> Iterator[str]:
+def _summary(outcome: Outcome, *, every_edge: bool = False) -> Iterator[str]:
+    """every_edge: also of edges on which all that was accepted has been delivered."""
+    if outcome.ledger:
+        yield _told_of_all(outcome.ledger)
     for edge, account in outcome.ledger.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items() if count)
-        dropped = f"{sum(account.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
-        yield (
-            f"  {edge:<34} {account.accepted:>6} accepted = {account.delivered} delivered + "
-            f"{dropped} + {account.in_flight} in flight"
-        )
+        if every_edge or account.accepted != account.delivered:
+            yield f"  {edge:<38} {_told(account)}"
     if outcome.out is not None:
         left = ", ".join(_left_in(outcome.out))
         yield f"left in {outcome.out}: {left}" if left else f"nothing is left in {outcome.out}: its files were removed"
+
+
+def _told_of_all(ledger: Mapping[str, Account]) -> str:
+    """One line: whether every chunk is accounted for."""
+    from graph.ledger import merge
+
+    num_open = sum(account.in_flight != 0 for account in ledger.values())
+    how = f"not exact on {num_open} of {len(ledger)} edges" if num_open else f"exact on all {len(ledger)} edges"
+    return f"ledger {how}: {_told(merge(ledger.values())).lstrip()}"
+
+
+def _told(account: Account) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items() if count)
+    dropped = f"{sum(account.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
+    return f"{account.accepted:>6} accepted = {account.delivered} delivered + {dropped} + {account.in_flight} in flight"
 
 
 def _left_in(out: Path) -> Iterator[str]:
