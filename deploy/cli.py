@@ -28,6 +28,7 @@ from deploy.cli_common import (
     load,
     usage,
 )
+from deploy.cli_graph import graph, stages
 from deploy.cli_running import camera, down, logs, ps
 from deploy.cli_shards import nano, shards
 from deploy.terminal import flush_standard_output, prepare_standard_files, tell
@@ -136,7 +137,7 @@ def up(
         run_in_foreground(arguments)
 
 
-for command in (down, ps, logs):
+for command in (down, ps, logs, stages, graph):
     app.command()(command)
 
 

@@ -1,0 +1,64 @@
+"""`pipeline stages` and `pipeline graph`: what they print is what runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import Result
+from typer.testing import CliRunner
+
+from deploy.cli import app
+from graph.ports import STAGES
+from graph.spec import default_spec_path, load_spec
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_every_stage_is_listed_with_its_ports_and_its_own_options() -> None:
+    lines = invoke("stages").stdout.splitlines()
+    (llm,) = [line for line in lines if line.startswith("llm ")]
+    assert "image, audio, playback (feedback)" in llm and "text, events" in llm
+    assert "kv_memory" in llm and "gpus" not in llm, "what all stages have is none of its own"
+    described = json.loads(invoke("stages", "--json").stdout)
+    assert described.keys() == STAGES.keys()
+    assert described["vocoder"]["options"] == {"steps": 5, "seed": 0}
+    assert described["vocoder"]["inputs"]["playback"] == {"kind": "playback", "feedback": True}
+
+
+def test_every_edge_of_what_runs_is_printed_upstream_first() -> None:
+    spec = load_spec(default_spec_path())
+    printed = json.loads(invoke("graph", "-f", str(default_spec_path()), "--json").stdout)
+    assert sorted(f"{edge['from']}->{edge['to']}" for edge in printed["edges"]) == sorted(e.id for e in spec.edges)
+    sources = [edge["from"].partition(".")[0] for edge in printed["edges"]]
+    assert list(dict.fromkeys(sources)) == [stage for stage in printed["stages"] if stage in sources]
+    (text,) = [edge for edge in printed["edges"] if edge["from"] == "llm.text"]
+    assert text["credit"] == {"chunks": 8, "time_s": 8.0}
+
+
+def test_the_table_has_a_line_per_edge() -> None:
+    lines = invoke("graph", "-f", str(default_spec_path())).stdout.splitlines()
+    assert [line.split() for line in lines if line.startswith("llm.text")] == [
+        ["llm.text", "tts.text", "text", "8", "chunks,", "8", "s", "wait", "carry"]
+    ]
+
+
+def test_the_flowchart_has_whole_arrows_for_windows_and_dotted_ones_for_news() -> None:
+    lines = invoke("graph", "-f", str(default_spec_path()), "--mermaid").stdout.splitlines()
+    assert lines[0] == "flowchart LR"
+    assert "    llm -->|text| tts" in lines
+    assert "    speaker -.->|playback| llm" in lines
+
+
+def test_what_is_off_is_not_in_it() -> None:
+    printed = invoke("graph", "-f", str(default_spec_path()), "--set", "stages.tts.replicas=0").stdout
+    assert "vocoder" not in printed and "llm.text" not in printed
+
+
+def test_a_mistake_in_the_description_is_told_as_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("version: 1\ncameras: {}\nstages: {lim: {}}\n")
+    result = invoke("graph", "-f", str(tmp_path / "bad.yaml"))
+    assert result.exit_code == 2
+    assert result.stdout == ""
