@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Compiled is what is used, once, before five processes would do it at the same time: a third of all that is installed.
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
-COMPILE_WHAT_IS_USED = .venv/bin/python -c 'import av, deploy.actor, deploy.cli, deploy.coordinator, deploy.up, \
+COMPILE_WHAT_IS_USED = .venv/bin/python -c 'import av, deploy.actor.actor, deploy.cli.app, deploy.control.coordinator, deploy.run.up, \
   model_shards.checkpoint, stages.llm, stages.vocoder, uvicorn.protocols.http.auto'
 
 .PHONY: up test lint types unit bench clean

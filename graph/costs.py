@@ -1,6 +1,6 @@
 """What a window costs at each stage, as measured on one machine: `t = fixed + n · each` for a batch of n.
 
-Rule: pure. `pipeline bench stages` measures, `pipeline plan` reckons with it (deploy/capacity.py).
+Rule: pure. `pipeline bench stages` measures, `pipeline plan` reckons with it (deploy/control/capacity.py).
 """
 
 from __future__ import annotations

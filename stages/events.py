@@ -155,7 +155,7 @@ def _written(session: Session, chunk: Chunk) -> list[tuple[str, str]]:
 
 
 def window_row(attrs: Mapping[str, Scalar]) -> dict[str, object]:
-    """A row of windows.jsonl from the attrs of a window event (deploy/sink.py makes them)."""
+    """A row of windows.jsonl from the attrs of a window event (deploy/actor/sink.py makes them)."""
     row: dict[str, object] = {key: value for key, value in attrs.items() if key != "type"}
     for name in ("missing", "failed"):
         row[name] = [each for each in str(attrs.get(name, "")).split(",") if each]

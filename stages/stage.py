@@ -1,6 +1,6 @@
 """What a stage is: plain compute on units of many sessions.
 
-Rule: a stage has no clock, socket or metric of its own. The actor (deploy/runner.py) measures, waits and sends; it
+Rule: a stage has no clock, socket or metric of its own. The actor (actor/runner.py) measures, waits and sends; it
 hands in units and times and sends on what comes back. What may hang, as a disk does, works in a thread of its own
 (stages/disk.py), for which no stage waits.
 """

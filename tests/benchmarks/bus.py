@@ -4,7 +4,7 @@ Three comparisons, each in its own row: the hop, from send() until the far loop 
 would carry it, from .remote() until its result is there; the hop beside the call's way there only; and both round
 trips. Both actors are on one host and read one monotonic clock.
 
-Both actors are Ray actor processes with a real Bus and its metrics, as deploy/actor.py has them; the far one's loop
+Both actors are Ray actor processes with a real Bus and its metrics, as actor/actor.py has them; the far one's loop
 runs in a thread of its own while Ray's threads answer calls. One round trip at a time, hops and calls in turns of
 a few each, so that both see the same noise; what lies in the arrays is touched on arrival; no garbage collection in
 the timed part.
@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from deploy import ray_environment
-from deploy.bench import Row, command_of, less_is_better, option
+from deploy.control import ray_environment
+from deploy.evaluate.bench import Row, command_of, less_is_better, option
 from graph.bus import Bus
 from graph.chunk import Chunk, SessionId
 from graph.credit import Limit
@@ -50,7 +50,7 @@ FILLING = 7
 def run() -> list[Row]:
     """Rows for each transport and size: p50 and p99 beside both kinds of Ray call."""
     ray_environment.prepare(None)
-    from deploy.cluster import connect
+    from deploy.control.cluster import connect
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omni-bench-")))

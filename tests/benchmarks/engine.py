@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deploy.bench import FOLDER, ROOT, Row, command_of, find_benchmarks, less_is_better, option
-from deploy.build import MODEL_STAGES
-from deploy.checkpoints import open_checkpoint
-from deploy.scenarios import COSTS, SCENARIOS, Scenario
-from deploy.simulate import Simulation
+from deploy.actor.build import MODEL_STAGES
+from deploy.evaluate.bench import FOLDER, ROOT, Row, command_of, find_benchmarks, less_is_better, option
+from deploy.run.checkpoints import open_checkpoint
+from deploy.simulator.scenarios import COSTS, SCENARIOS, Scenario
+from deploy.simulator.simulate import Simulation
 from graph.chunk import NS_PER_MS
 from graph.costs import StageCost
 from graph.spec import load_spec

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from deploy.bench import ROOT, BenchError, Row, command_of, more_is_better, option
-from deploy.scenarios import LOADS, SCENARIOS
-from deploy.simulate import Simulation
+from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, more_is_better, option
+from deploy.simulator.scenarios import LOADS, SCENARIOS
+from deploy.simulator.simulate import Simulation
 from graph.chunk import Scalar
 from graph.spec import load_spec
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deploy.bench import Row, command_of, less_is_better, option
+from deploy.evaluate.bench import Row, command_of, less_is_better, option
 from model_shards.config import Quantization
 from model_shards.quantize import Timing, compare_speed, seconds
 from model_shards.quantized import Codes, quantize

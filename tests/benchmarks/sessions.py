@@ -30,8 +30,9 @@ import numpy as np
 import psutil
 import torch
 
-from deploy import ray_environment
-from deploy.bench import (
+from deploy.actor.build import MODEL_STAGES
+from deploy.control import ray_environment
+from deploy.evaluate.bench import (
     FOLDER,
     ROOT,
     BenchError,
@@ -42,9 +43,8 @@ from deploy.bench import (
     more_is_better,
     option,
 )
-from deploy.build import MODEL_STAGES
-from deploy.checkpoints import Checkpoint, open_checkpoint
-from deploy.scenarios import Scenario
+from deploy.run.checkpoints import Checkpoint, open_checkpoint
+from deploy.simulator.scenarios import Scenario
 from graph.chunk import SessionId
 from graph.sections import NANO
 from graph.spec import PipelineSpec, load_spec
@@ -110,7 +110,7 @@ class Pipeline:
     """A pipeline that runs, and serves as many sessions as it is asked to."""
 
     def __init__(self, name: str, spec: PipelineSpec, checkpoint: Checkpoint, folder: Path, cluster: Any) -> None:
-        from deploy.coordinator import Coordinator
+        from deploy.control.coordinator import Coordinator
 
         self._name = name
         self._is_nano = spec.model == NANO
@@ -160,8 +160,8 @@ def _pipelines() -> Iterator[tuple[Pipeline, Pipeline]]:
     specs = {name: load_spec(ROOT / "pipeline.yaml", sets) for name, sets in settings.items()}
     checkpoint = open_checkpoint(specs["batched"], _tell)
     ray_environment.prepare(None)
-    from deploy.cluster import connect
-    from deploy.placement import processes_of
+    from deploy.control.cluster import connect
+    from deploy.control.placement import processes_of
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omni-bench-")))

@@ -20,13 +20,13 @@ from statistics import median
 
 import psutil
 
-from deploy.bench import ROOT, BenchError, Row, command_of, describe_machine, less_is_better, option
-from deploy.build import MODEL_STAGES, build_stage
-from deploy.checkpoints import open_checkpoint
-from deploy.scenarios import Scenario
-from deploy.simulate import Simulation
-from deploy.virtual import Device
-from deploy.virtual_stages import VirtualCamera, VirtualMicrophone
+from deploy.actor.build import MODEL_STAGES, build_stage
+from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, describe_machine, less_is_better, option
+from deploy.run.checkpoints import open_checkpoint
+from deploy.simulator.scenarios import Scenario
+from deploy.simulator.simulate import Simulation
+from deploy.simulator.virtual import Device
+from deploy.simulator.virtual_stages import VirtualCamera, VirtualMicrophone
 from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import Profile, fit
 from graph.spec import PipelineSpec, load_spec

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.bench import FOLDER, BenchError, find_benchmarks, less_is_better, more_is_better, run_bench
+from deploy.evaluate.bench import FOLDER, BenchError, find_benchmarks, less_is_better, more_is_better, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"OMNI_BENCH_REPETITIONS": "4", "OMNI_BENCH_SESSIONS": "1", "OMNI_BENCH_SECONDS": "1"}

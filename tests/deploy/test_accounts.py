@@ -1,4 +1,4 @@
-"""deploy/accounts.py: the ledger is exact, whoever dies when, and however old the last word is."""
+"""deploy/actor/accounts.py: the ledger is exact, whoever dies when, and however old the last word is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from deploy.accounts import Accounts, EdgeEnds
+from deploy.actor.accounts import Accounts, EdgeEnds
 from graph.ledger import REASONS, Ledger
 
 EDGE = "llm.text->tts.text"

@@ -1,4 +1,4 @@
-"""deploy/actor.py: what an actor writes of itself never costs more than itself."""
+"""deploy/actor/actor.py: what an actor writes of itself never costs more than itself."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.actor import _log_to
+from deploy.actor.actor import _log_to
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""deploy/background.py: what the command line says travels whole, however it is spelled."""
+"""deploy/cli/background.py: what the command line says travels whole, however it is spelled."""
 
 import json
 import signal
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deploy import background
-from deploy.background import decode, encode
-from deploy.children import descendants
-from deploy.cli import app
-from deploy.cli_up import UpArguments
-from deploy.state import StateFolder
+from deploy.cli import background
+from deploy.cli.app import app
+from deploy.cli.background import decode, encode
+from deploy.cli.up import UpArguments
+from deploy.process.children import descendants
+from deploy.run.state import StateFolder
 
 SPELLINGS = [
     ["-d", "-f", "here.yaml"],
@@ -84,7 +84,7 @@ def test_who_interrupts_the_start_in_the_background_ends_it(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("deploy.state.SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr("deploy.run.state.SOCKET_PATH_BYTES", 1000)
     monkeypatch.setattr(background, "python", lambda module: SLEEP)
     looks = iter([None, signal.raise_signal])  # the second one comes while it is waited for
     monkeypatch.setattr(StateFolder, "read", lambda self: (look := next(looks)) and look(number))

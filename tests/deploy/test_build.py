@@ -1,11 +1,11 @@
-"""deploy/build.py: where a stage computes, and how sessions decode."""
+"""deploy/actor/build.py: where a stage computes, and how sessions decode."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from deploy.build import device_of, duplex_config
+from deploy.actor.build import device_of, duplex_config
 from graph.sections import ContextSpec, LlmSpec, StageSpec
 from model_shards.config import GenerationConfig
 from model_shards.context import WindowConfig

@@ -1,11 +1,11 @@
-"""deploy/calls.py: one line per actor, in order; and procedures, which wait for nobody."""
+"""deploy/control/calls.py: one line per actor, in order; and procedures, which wait for nobody."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from deploy.calls import (
+from deploy.control.calls import (
     ActorDied,
     CallError,
     CoordinatorError,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from deploy import cli
-from deploy.capacity import MAX_LOAD, CapacityError, admit, most_cameras, plan_for, reckon
+from deploy.cli import app as cli
+from deploy.control.capacity import MAX_LOAD, CapacityError, admit, most_cameras, plan_for, reckon
 from graph.chunk import NS_PER_MS
 from graph.costs import Profile, ProfileError, StageCost
 from graph.spec import PipelineSpec, default_spec_path, load_spec

@@ -1,4 +1,4 @@
-"""deploy/checkpoints.py: what a checkpoint lacks is switched off; what does not fit is refused with words."""
+"""deploy/run/checkpoints.py: what a checkpoint lacks is switched off; what does not fit is refused with words."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.checkpoints import (
+from deploy.run.checkpoints import (
     MAX_DIFFERENCES_TOLD,
     OF_THE_ROOM,
     UNTRAINED,

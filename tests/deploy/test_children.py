@@ -1,4 +1,4 @@
-"""deploy/children.py: a child process runs our code, whatever lies in the user's folder and environment."""
+"""deploy/process/children.py: a child process runs our code, whatever lies in the user's folder and environment."""
 
 import os
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.children import descendants, environment_for_children, no_descendants_left, python
-from deploy.search_path import ROOT
+from deploy.process.children import descendants, environment_for_children, no_descendants_left, python
+from deploy.process.search_path import ROOT
 
 THEIRS = ("deploy", "graph", "stages", "model_shards", "ray", "numpy", "torch", "av", "psutil", "sitecustomize")
 SLEEP = "import time; time.sleep(1000)"
-IMPORT_ALL = "import deploy.background, deploy.actor, stages.media_decoder, sys; sys.exit(0)"
+IMPORT_ALL = "import deploy.cli.background, deploy.actor.actor, stages.media_decoder, sys; sys.exit(0)"
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_no_file_of_the_users_folder_is_imported_or_run(folder: Path):
 
 def test_a_module_of_ours_is_run_and_no_namesake(folder: Path):
     (folder / "deploy.py").write_text("print('the wrong one')")
-    result = run_child(folder, python("deploy.background"))
+    result = run_child(folder, python("deploy.cli.background"))
     assert result.stdout == ""
     assert "json" in result.stderr, "it has read what to run from stdin"
 

@@ -1,4 +1,4 @@
-"""deploy/cli.py and its kin as a process: odd arguments, odd folders, odd outputs, and never a traceback."""
+"""deploy/cli/app.py and its kin as a process: odd arguments, odd folders, odd outputs, and never a traceback."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from deploy.cli import app
-from deploy.state import StateFolder
+from deploy.cli.app import app
+from deploy.run.state import StateFolder
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 DESCRIPTION = """
@@ -36,7 +36,7 @@ def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The project, of this process."""
     monkeypatch.chdir(project)
     monkeypatch.setattr("tempfile.tempdir", str(project.parent / "t"))
-    monkeypatch.setattr("deploy.state.SOCKET_PATH_BYTES", 1000)  # pytest's folders have long names
+    monkeypatch.setattr("deploy.run.state.SOCKET_PATH_BYTES", 1000)  # pytest's folders have long names
     return project
 
 

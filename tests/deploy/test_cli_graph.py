@@ -8,7 +8,7 @@ from pathlib import Path
 from click.testing import Result
 from typer.testing import CliRunner
 
-from deploy.cli import app
+from deploy.cli.app import app
 from graph.ports import STAGES
 from graph.spec import default_spec_path, load_spec
 

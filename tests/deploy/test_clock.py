@@ -1,20 +1,20 @@
-"""deploy/clock.py, and the rule behind it: nothing is decided by the time of day."""
+"""deploy/actor/clock.py, and the rule behind it: nothing is decided by the time of day."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from deploy.clock import NUM_CLOCK_QUESTIONS, NodeClocks
+from deploy.actor.clock import NUM_CLOCK_QUESTIONS, NodeClocks
 from graph.chunk import NS_PER_S
 from tests.support.actors import Clock
 
 ROOT = Path(__file__).parents[2]
 WALL_CLOCK = re.compile(r"time\.time(_ns)?\b|datetime\.(now|today|utcnow)|\.create_time\(|time\.(localtime|gmtime)\b")
 TELLS_PEOPLE = {
-    "deploy/measure.py": "when a camera's last picture came, which Prometheus compares with its own clock",
-    "deploy/state.py": "a process that is younger than the description of it is another one",
-    "deploy/up.py": "when the pipeline was started, for the description of it",
+    "deploy/actor/measure.py": "when a camera's last picture came, which Prometheus compares with its own clock",
+    "deploy/run/state.py": "a process that is younger than the description of it is another one",
+    "deploy/run/up.py": "when the pipeline was started, for the description of it",
 }
 
 

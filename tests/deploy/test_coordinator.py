@@ -1,16 +1,16 @@
-"""deploy/coordinator.py: sessions open together, and one event time for all, whatever the nodes' clocks say."""
+"""deploy/control/coordinator.py: sessions open together, and one event time for all, whatever the nodes' clocks say."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deploy.accounts import EdgeEnds
-from deploy.clock import clock_ahead_ns
-from deploy.coordinator import Coordinator, CoordinatorError
-from deploy.restarts import MAX_DEATHS
-from deploy.session_plan import SessionPlan
-from deploy.sessions import DECODER_START_NS, FIRST_WINDOW_NS, HEAD_START_NS
+from deploy.actor.accounts import EdgeEnds
+from deploy.actor.clock import clock_ahead_ns
+from deploy.actor.session_plan import SessionPlan
+from deploy.control.coordinator import Coordinator, CoordinatorError
+from deploy.control.restarts import MAX_DEATHS
+from deploy.control.sessions import DECODER_START_NS, FIRST_WINDOW_NS, HEAD_START_NS
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.ledger import Account
 from stages.stage import StageError

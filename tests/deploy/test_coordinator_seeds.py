@@ -1,4 +1,4 @@
-"""deploy/coordinator.py: whatever comes in between whatever, in the end every session is open once at every stage it
+"""control/coordinator.py: whatever comes in between whatever, in the end every session is open once at every stage it
 passes, and nobody holds one that is over. Actors die and hang, cameras come and go, answers take their time."""
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from deploy.coordinator import Coordinator
-from deploy.plan import Call as Posted
+from deploy.actor.plan import Call as Posted
+from deploy.control.coordinator import Coordinator
 from graph.chunk import SessionId
 from tests.support.actors import Batch, FakeActor, FakeCluster, sessions, started
 
@@ -103,7 +103,7 @@ def placed_at(coordinator: Coordinator, stage: str, replicas: Any) -> dict[int, 
 def test_in_the_end_every_session_is_open_once_where_it_is_placed_and_nowhere_else(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy.restarts.MAX_DEATHS", 1 << 30)
+    monkeypatch.setattr("deploy.control.restarts.MAX_DEATHS", 1 << 30)
     story = Story(seed, tmp_path)
     for _ in range(NUM_STEPS):
         story.step()

@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.exposition import Target
-from deploy.gateway_server import GatewayServer
-from deploy.observe import build_gateway
+from deploy.gateway.exposition import Target
+from deploy.gateway.gateway_server import GatewayServer
+from deploy.gateway.observe import build_gateway
 from graph.exporter import serve_metrics
 from graph.metrics import TABLE, Metrics
 from tests.support.prometheus import (

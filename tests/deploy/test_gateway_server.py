@@ -1,4 +1,4 @@
-"""deploy/gateway_server.py on a clock of the test's own: who lets the gateway wait is cut off, and nobody else."""
+"""gateway/gateway_server.py on a clock of the test's own: who lets the gateway wait is cut off, and nobody else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from deploy.gateway_server import LOOK_S, MAX_CONNECTIONS, PATIENCE_S, GatewayConnection
+from deploy.gateway.gateway_server import LOOK_S, MAX_CONNECTIONS, PATIENCE_S, GatewayConnection
 
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 

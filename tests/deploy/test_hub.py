@@ -1,4 +1,4 @@
-"""deploy/hub.py on the real library and its own cache; the hub is never reached, or one of our own."""
+"""deploy/run/hub.py on the real library and its own cache; the hub is never reached, or one of our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deploy.hub import ALLOWED, HubId, missing_files
+from deploy.run.hub import ALLOWED, HubId, missing_files
 from graph.spec import parse_spec
 from model_shards.checkpoint import inspect
 from tests.support.tiny import Tiny
@@ -25,7 +25,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 FETCH = (
-    "import sys; from deploy.hub import HubId, fetch; print(fetch(HubId.parse(sys.argv[1]), lambda t: print('#', t)))"
+    "import sys; from deploy.run.hub import HubId, fetch; "
+    "print(fetch(HubId.parse(sys.argv[1]), lambda t: print('#', t)))"
 )
 
 

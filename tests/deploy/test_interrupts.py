@@ -1,4 +1,4 @@
-"""deploy/interrupts.py: Ctrl-C, whatever it cuts into."""
+"""deploy/process/interrupts.py: Ctrl-C, whatever it cuts into."""
 
 import ctypes
 import signal
@@ -10,8 +10,8 @@ from contextlib import suppress
 import pytest
 from typer import Exit
 
-from deploy.cli_common import clear_errors
-from deploy.interrupts import ENDING_SIGNALS, Interrupted, Interrupts, signals_blocked
+from deploy.cli.common import clear_errors
+from deploy.process.interrupts import ENDING_SIGNALS, Interrupted, Interrupts, signals_blocked
 
 LIBC = ctypes.CDLL(None)
 

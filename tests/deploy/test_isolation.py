@@ -1,11 +1,11 @@
-"""deploy/isolation.py and how deploy/runner.py uses it: one bad unit costs its session, never the actor."""
+"""deploy/actor/isolation.py and how deploy/actor/runner.py uses it: one bad unit costs its session, never the actor."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from deploy.isolation import MAX_REASON_CHARS, breaks_process, process, reason_of
+from deploy.actor.isolation import MAX_REASON_CHARS, breaks_process, process, reason_of
 from graph.chunk import NS_PER_S, Chunk, Failure, SessionId, end_of_stream, watermark
 from graph.ladder import STEPS
 from graph.ledger import Account

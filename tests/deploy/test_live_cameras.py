@@ -1,4 +1,4 @@
-"""deploy/live_cameras.py and what the gateway makes of it: cameras that come and go while the pipeline runs."""
+"""deploy/cameras/live_cameras.py and what the gateway makes of it: cameras that come and go while the pipeline runs."""
 
 import json
 import socket
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from deploy.calls import Reply, answered, failed
-from deploy.live_cameras import LiveCameras, Refused
-from deploy.observe import MAX_BODY_BYTES, build_gateway
+from deploy.cameras.live_cameras import LiveCameras, Refused
+from deploy.control.calls import Reply, answered, failed
+from deploy.gateway.observe import MAX_BODY_BYTES, build_gateway
 from graph.costs import Profile, StageCost
 from graph.errors import GraphError
 from graph.sections import AdmissionSpec, CameraSpec
@@ -222,14 +222,14 @@ def test_a_source_that_has_gone_since_it_was_looked_at_costs_nobody_else_anythin
 
 
 def test_more_cameras_than_a_pipeline_takes_are_refused(start, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.live_cameras.MAX_CAMERAS", 2)
+    monkeypatch.setattr("deploy.cameras.live_cameras.MAX_CAMERAS", 2)
     pipeline = start()
     pipeline.live.add("yard", PATTERN)
     assert "takes 2 cameras" in str(refusal(lambda: pipeline.live.add("hall", PATTERN)))
 
 
 def test_an_end_waits_for_no_camera_that_keeps_silent(start, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.sources.PROBE_S", FOR_EVER_S)
+    monkeypatch.setattr("deploy.cameras.sources.PROBE_S", FOR_EVER_S)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         pipeline = start()
         answers: list[Refused] = []
@@ -313,7 +313,7 @@ def test_before_the_pipeline_runs_and_when_it_ends_nothing_is_added(start):
 
 
 def test_a_pipeline_that_does_not_answer_is_left(start, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.live_cameras.ANSWER_S", 0.05)
+    monkeypatch.setattr("deploy.cameras.live_cameras.ANSWER_S", 0.05)
     live = LiveCameras(SPEC, paced=True, keeps_files=False)
     live.begin(None)
     assert refusal(lambda: live.add("yard", PATTERN)).status == 504

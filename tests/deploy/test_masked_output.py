@@ -1,4 +1,4 @@
-"""deploy/masked_output.py, and the whole command line: no part of a password comes out, however it went in."""
+"""deploy/process/masked_output.py, and the whole command line: no part of a password comes out, however it went in."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.masked_output import MaskedStream, MaskingFormatter, environment_without_secrets
-from deploy.sources import check_sources
+from deploy.cameras.sources import check_sources
+from deploy.process.masked_output import MaskedStream, MaskingFormatter, environment_without_secrets
 from graph.errors import GraphError
 from graph.reference import resolve
 from graph.secret import KNOWN, hide

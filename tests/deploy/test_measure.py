@@ -1,10 +1,10 @@
-"""deploy/measure.py: the counters say what happened."""
+"""deploy/actor/measure.py: the counters say what happened."""
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.measure import StageMeter
+from deploy.actor.measure import StageMeter
 from graph.chunk import NS_PER_S, Chunk
 from graph.metrics import MAX_CAMERAS, Metrics
 from graph.streams import CODES, EVENTS, TEXT, camera_stream

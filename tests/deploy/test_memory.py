@@ -1,4 +1,4 @@
-"""deploy/memory.py on machines and containers that are a few files: what there is, and what a pipeline takes of it."""
+"""run/memory.py on machines and containers that are a few files: what there is, and what a pipeline takes of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.memory import ACTOR_BYTES, DECODER_BYTES, Available, available_memory, needed_memory
+from deploy.run.memory import ACTOR_BYTES, DECODER_BYTES, Available, available_memory, needed_memory
 from graph.spec import PipelineSpec, parse_spec
 
 GIB = 1 << 30

@@ -1,10 +1,10 @@
-"""deploy/nano.py: what is asked for, and how the answer is printed."""
+"""deploy/evaluate/nano.py: what is asked for, and how the answer is printed."""
 
 import dataclasses
 
 import pytest
 
-from deploy.nano import ABLATIONS, EvalOptions, NanoError, Result, plan, report
+from deploy.evaluate.nano import ABLATIONS, EvalOptions, NanoError, Result, plan, report
 from model_shards.nano.listening import WordErrors
 from model_shards.nano.score import NS_PER_S, Due, Truth, Utterance, score
 

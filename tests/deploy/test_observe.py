@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from deploy.exposition import MergedExposition, Target
-from deploy.gateway_server import MAX_CONNECTIONS, GatewayError, GatewayServer
-from deploy.observe import build_gateway
+from deploy.gateway.exposition import MergedExposition, Target
+from deploy.gateway.gateway_server import MAX_CONNECTIONS, GatewayError, GatewayServer
+from deploy.gateway.observe import build_gateway
 from graph.exporter import serve_metrics
 from graph.metrics import Metrics
 

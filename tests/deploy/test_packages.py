@@ -1,12 +1,12 @@
-"""deploy/packages.py: the four packages are ours."""
+"""deploy/process/packages.py: the four packages are ours."""
 
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 
-from deploy import packages
-from deploy.packages import PACKAGES, PackageCollision, check_packages
+from deploy.process import packages
+from deploy.process.packages import PACKAGES, PackageCollision, check_packages
 
 
 def test_our_packages_lie_together():

@@ -1,8 +1,8 @@
-"""deploy/placement.py: processes from descriptions, and whether a cluster can hold them."""
+"""deploy/control/placement.py: processes from descriptions, and whether a cluster can hold them."""
 
 import pytest
 
-from deploy.placement import PlacementError, Process, check_fits, num_cpus_for, processes_of
+from deploy.control.placement import PlacementError, Process, check_fits, num_cpus_for, processes_of
 from graph.spec import PipelineSpec, parse_spec
 
 MINIMAL = "version: 1\ncameras: {test: {source: 'test://pattern'}}\n"

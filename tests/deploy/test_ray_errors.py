@@ -1,4 +1,4 @@
-"""deploy/ray_errors.py: whatever Ray says, its user reads one line with the cause, and no secret."""
+"""deploy/control/ray_errors.py: whatever Ray says, its user reads one line with the cause, and no secret."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from deploy import cluster
-from deploy.placement import PlacementError
-from deploy.ray_errors import MAX_REASON, ray_reason
+from deploy.control import cluster
+from deploy.control.placement import PlacementError
+from deploy.control.ray_errors import MAX_REASON, ray_reason
 from graph.secret import KNOWN
 
 # As Ray 2.5x says it, shortened.
@@ -52,7 +52,7 @@ CREATION = """The actor died because of an error raised in its creation task, \x
 (pid=4711, ip=127.0.0.1)
   File "actor.py", line 50, in __init__
     check_packages()
-deploy.packages.PackageCollision: two packages called 'graph'"""
+deploy.process.packages.PackageCollision: two packages called 'graph'"""
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ deploy.packages.PackageCollision: two packages called 'graph'"""
         (OutOfMemoryError(LOW_MEMORY_BEFORE), "low on memory: 22.1 of 23.5 GB were taken, and Ray's limit is 95%"),
         (RayActorError("ab", LOW_MEMORY), "low on memory"),
         (RayActorError("ab", DIED), "Worker unexpectedly exits with a connection error code 2. End of file"),
-        (RayActorError("ab", CREATION), "deploy.packages.PackageCollision: two packages called 'graph'"),
+        (RayActorError("ab", CREATION), "deploy.process.packages.PackageCollision: two packages called 'graph'"),
         (ActorDiedError(), "The actor died unexpectedly before finishing this task"),
         (ActorUnavailableError("unavailable\nthe actor is temporarily unavailable", b"0" * 16), "can't be reached"),
         (GetTimeoutError("Get timed out: some object(s) not ready."), "has not answered in time"),

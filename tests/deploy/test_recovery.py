@@ -1,4 +1,4 @@
-"""deploy/recovery.py: what is done, and in which order, where a replica has died."""
+"""deploy/control/recovery.py: what is done, and in which order, where a replica has died."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from deploy.calls import ActorDied, Reply, answered, at_once, failed
-from deploy.recovery import Going, announce, redirect, reopen
-from deploy.session_plan import Listener, SessionPlan
+from deploy.actor.session_plan import Listener, SessionPlan
+from deploy.control.calls import ActorDied, Reply, answered, at_once, failed
+from deploy.control.recovery import Going, announce, redirect, reopen
 from graph.chunk import Scalar, SessionId
 from graph.spec import PipelineSpec, default_spec_path, load_spec
 from graph.tail import Ack

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.routing import stages_of
+from deploy.control.routing import stages_of
 from graph.spec import PipelineSpec, default_spec_path, load_spec
 from tests.support.units import session
 

@@ -1,12 +1,12 @@
-"""deploy/runner.py: batches, credit, epochs and ends, with stages that a test writes and a real bus."""
+"""deploy/actor/runner.py: batches, credit, epochs and ends, with stages that a test writes and a real bus."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from deploy.runner import StageRunner
-from deploy.session_plan import Listener, SessionPlan
+from deploy.actor.runner import StageRunner
+from deploy.actor.session_plan import Listener, SessionPlan
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival, Sender, SilentObserver

@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from deploy import cli
-from deploy.cli_common import EXIT_USAGE, EXIT_VIOLATED
-from deploy.routing import session_plan
-from deploy.runner import StageRunner
-from deploy.scenarios import COSTS, SCENARIOS, Scenario, SimulateError
-from deploy.shrink import faults_of, shrink
-from deploy.simulate import MAX_VIOLATIONS, Report, Simulation, find_scenario, parse_seeds, run_scenario
-from deploy.virtual import Network
+from deploy.actor.runner import StageRunner
+from deploy.cli import app as cli
+from deploy.cli.common import EXIT_USAGE, EXIT_VIOLATED
+from deploy.control.routing import session_plan
+from deploy.simulator.scenarios import COSTS, SCENARIOS, Scenario, SimulateError
+from deploy.simulator.shrink import faults_of, shrink
+from deploy.simulator.simulate import MAX_VIOLATIONS, Report, Simulation, find_scenario, parse_seeds, run_scenario
+from deploy.simulator.virtual import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, ProfileError, StageCost
 from graph.credit import ReceiveCredit, SendCredit
@@ -179,7 +179,7 @@ def test_where_sessions_of_one_name_are_taken_for_one_another_that_is_seen(
     def without_incarnation(spec, stage, session, replicas, incarnation):
         return session_plan(spec, stage, session, replicas, 0)
 
-    broken.setattr("deploy.simulate.session_plan", without_incarnation)
+    broken.setattr("deploy.simulator.simulate.session_plan", without_incarnation)
     assert "credit" in rules(run(spec, "comings-and-goings", 20))
 
 

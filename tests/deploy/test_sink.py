@@ -1,6 +1,6 @@
 """Where windows end: of which there is a row."""
 
-from deploy.sink import WindowEnd
+from deploy.actor.sink import WindowEnd
 from graph.chunk import AFTERWORD, Chunk, Trace
 from stages.stage import Session
 from tests.support.units import session, unit

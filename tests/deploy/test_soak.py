@@ -2,7 +2,7 @@
 
 from collections.abc import Sized
 
-from deploy.runner import StageRunner
+from deploy.actor.runner import StageRunner
 from graph.chunk import SessionId
 from graph.edge import Receiver, Sender
 from stages.events import Events

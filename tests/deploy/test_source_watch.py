@@ -1,9 +1,9 @@
-"""deploy/source_watch.py: what the user is told of sources while they run, and of those which never gave anything."""
+"""cameras/source_watch.py: what the user is told of sources while they run, and of those which never gave anything."""
 
 from collections.abc import Mapping
 
-from deploy.session_plan import StageSnapshot
-from deploy.source_watch import SourceWatch
+from deploy.actor.session_plan import StageSnapshot
+from deploy.cameras.source_watch import SourceWatch
 from graph.chunk import SessionId
 from stages.stage import SourceReport
 

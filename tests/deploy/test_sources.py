@@ -1,4 +1,4 @@
-"""deploy/sources.py: what is asked of the cameras before anything starts."""
+"""deploy/cameras/sources.py: what is asked of the cameras before anything starts."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.sources import MAX_FILES_AT_ONCE, Probed, SourceError, check_cameras, probe, probe_all
+from deploy.cameras.sources import MAX_FILES_AT_ONCE, Probed, SourceError, check_cameras, probe, probe_all
 from graph.secret import Secret
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
@@ -55,8 +55,8 @@ def test_files_are_asked_while_dead_cameras_keep_silent():
 
 
 def test_live_cameras_share_one_deadline(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.sources.PROBE_S", 0.2)
-    monkeypatch.setattr("deploy.sources.MAX_LIVE_AT_ONCE", 1)
+    monkeypatch.setattr("deploy.cameras.sources.PROBE_S", 0.2)
+    monkeypatch.setattr("deploy.cameras.sources.MAX_LIVE_AT_ONCE", 1)
     num_looks = []
 
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
@@ -81,7 +81,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_nobody(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.sources.PROBE_S", FOR_EVER_S)
+    monkeypatch.setattr("deploy.cameras.sources.PROBE_S", FOR_EVER_S)
     left = []
 
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
@@ -98,7 +98,7 @@ def test_an_interrupt_waits_for_nobody(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_camera_that_keeps_silent_is_left_when_it_is_over(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.sources.PROBE_S", FOR_EVER_S)
+    monkeypatch.setattr("deploy.cameras.sources.PROBE_S", FOR_EVER_S)
     assert probe(None, files(1)["clip0"], lambda: True) == (f"gave nothing within {FOR_EVER_S:g} s", False)
 
 
@@ -113,8 +113,8 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Probed]]:
     def probe_all(cameras: Mapping[str, CameraSpec], _: object, within_s: float) -> dict[str, Probed]:
         return {name: answers[name].pop(0) if len(answers[name]) > 1 else answers[name][0] for name in cameras}
 
-    monkeypatch.setattr("deploy.sources.probe_all", probe_all)
-    monkeypatch.setattr("deploy.sources.PROBE_AGAIN_S", 0.0)
+    monkeypatch.setattr("deploy.cameras.sources.probe_all", probe_all)
+    monkeypatch.setattr("deploy.cameras.sources.PROBE_AGAIN_S", 0.0)
     return answers
 
 
@@ -195,8 +195,8 @@ def test_the_time_to_wait_for_cameras_holds_for_all_looks_together(
     monkeypatch: pytest.MonkeyPatch, wait_s: float, first_s: float, limits_s: list[float], why: str
 ):
     rounds = Rounds(first_s)
-    monkeypatch.setattr("deploy.sources.time", rounds)
-    monkeypatch.setattr("deploy.sources.probe_all", rounds.probe_all)
+    monkeypatch.setattr("deploy.cameras.sources.time", rounds)
+    monkeypatch.setattr("deploy.cameras.sources.probe_all", rounds.probe_all)
     with pytest.raises(SourceError, match=f"^camera yard: {why}"):
         check_cameras(spec_of("yard", "door", "hall"), None, lambda line: None, wait_s=wait_s)
     assert rounds.limits_s == limits_s

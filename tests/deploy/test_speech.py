@@ -1,4 +1,4 @@
-"""deploy/speech.py, and `pipeline shards voice`: what it says when something is missing."""
+"""deploy/evaluate/speech.py, and `pipeline shards voice`: what it says when something is missing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from deploy.cli import app
-from deploy.speech import SpeechError, read_speech
+from deploy.cli.app import app
+from deploy.evaluate.speech import SpeechError, read_speech
 
 
 def write_wav(path: Path, seconds: float, rate_hz: int, channels: int = 1) -> Path:

@@ -1,16 +1,16 @@
-"""deploy/coordinator.py: actors that hang, restarts that take long, data that kill: who pays, and that nobody waits."""
+"""control/coordinator.py: actors that hang, restarts that take long, data that kill: who pays, and who waits."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from deploy.accounts import EdgeEnds
-from deploy.calls import LONGEST_LOOK_S
-from deploy.coordinator import LOOK_S, OPEN_TIMEOUT_S, Coordinator, CoordinatorError
-from deploy.deadline import Deadline
-from deploy.restarts import MAX_DEATHS, STALL_S, START_TIMEOUT_S
-from deploy.suspects import NUM_ALONE, WorkNote, note_path
+from deploy.actor.accounts import EdgeEnds
+from deploy.actor.suspects import NUM_ALONE, WorkNote, note_path
+from deploy.control.calls import LONGEST_LOOK_S
+from deploy.control.coordinator import LOOK_S, OPEN_TIMEOUT_S, Coordinator, CoordinatorError
+from deploy.control.restarts import MAX_DEATHS, STALL_S, START_TIMEOUT_S
+from deploy.process.deadline import Deadline
 from graph.chunk import SessionId
 from graph.ledger import Account
 from stages.stage import StageError

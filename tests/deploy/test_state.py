@@ -1,4 +1,4 @@
-"""deploy/state.py: a running pipeline is found, and one that is gone is not."""
+"""deploy/run/state.py: a running pipeline is found, and one that is gone is not."""
 
 import fcntl
 import json
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import claim
-from deploy.state import Running, StateError, StateFolder
+from deploy.run import claim
+from deploy.run.state import Running, StateError, StateFolder
 
 URL = "http://127.0.0.1:8600"
 
@@ -27,7 +27,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateFolder:
     (tmp_path / "t").mkdir()
     (tmp_path / "project").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
-    monkeypatch.setattr("deploy.state.SOCKET_PATH_BYTES", 1000)  # pytest's folders have long names
+    monkeypatch.setattr("deploy.run.state.SOCKET_PATH_BYTES", 1000)  # pytest's folders have long names
     folder = StateFolder(tmp_path / "project")
     folder.create()
     return folder
@@ -38,11 +38,11 @@ def mine(state: StateFolder) -> Running:
 
 
 RUN = """
-import sys, pathlib, deploy.state, os
-state = deploy.state.StateFolder(pathlib.Path(sys.argv[1]))
-deploy.state.SOCKET_PATH_BYTES = 1000
+import sys, pathlib, deploy.run.state, os
+state = deploy.run.state.StateFolder(pathlib.Path(sys.argv[1]))
+deploy.run.state.SOCKET_PATH_BYTES = 1000
 with state.hold():
-    state.write(deploy.state.Running(os.getpid(), "http://127.0.0.1:1"))
+    state.write(deploy.run.state.Running(os.getpid(), "http://127.0.0.1:1"))
     print(flush=True)
     sys.stdin.read()
 """
@@ -174,7 +174,7 @@ def test_while_it_runs_a_cleaner_of_old_files_finds_it_locked(state: StateFolder
 
 
 def test_a_folder_that_another_container_uses_is_told(state: StateFolder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deploy.state.CLEANER_S", 0.0)
+    monkeypatch.setattr("deploy.run.state.CLEANER_S", 0.0)
     folder = os.open(state.path, os.O_RDONLY)  # its claim can't be seen, its lock can
     fcntl.flock(folder, fcntl.LOCK_EX)
     with pytest.raises(StateError, match=r"in another container, uses .*; set TMPDIR"), state.hold():

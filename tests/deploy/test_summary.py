@@ -1,9 +1,9 @@
-"""deploy/cli_up.py: the end of a run says in one line whether all is accounted for, and what is left is there."""
+"""deploy/cli/up.py: the end of a run says in one line whether all is accounted for, and what is left is there."""
 
 from pathlib import Path
 
-from deploy.cli_up import _summary
-from deploy.up import Outcome
+from deploy.cli.up import _summary
+from deploy.run.up import Outcome
 from graph.ledger import Account
 
 

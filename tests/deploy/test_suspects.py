@@ -1,4 +1,4 @@
-"""deploy/suspects.py: whose data an actor was at work on when it died."""
+"""deploy/actor/suspects.py: whose data an actor was at work on when it died."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.session_plan import SessionPlan
-from deploy.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
+from deploy.actor.session_plan import SessionPlan
+from deploy.actor.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
 from graph.chunk import SessionId
 from graph.streams import MIC
 from tests.support.actors import Clock
@@ -19,7 +19,7 @@ import os, signal, sys
 from pathlib import Path
 
 import pytest
-from deploy.suspects import WorkNote
+from deploy.actor.suspects import WorkNote
 with WorkNote(Path(sys.argv[1])).of(["door", "ya rd"]):
     os.kill(os.getpid(), signal.SIGKILL)
 """

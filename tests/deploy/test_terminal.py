@@ -1,4 +1,4 @@
-"""deploy/terminal.py: what is told costs nothing but the telling."""
+"""deploy/process/terminal.py: what is told costs nothing but the telling."""
 
 import os
 import pty
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import terminal
-from deploy.terminal import MAX_WAITING, Teller
+from deploy.process import terminal
+from deploy.process.terminal import MAX_WAITING, Teller
 
 
 def read_all(descriptor: int) -> str:
@@ -93,7 +93,7 @@ for number in (0, 1, 2):
     os.close(number)
 os.execv(sys.executable, [sys.executable, "-c", '''
 import os, sys
-from deploy.terminal import prepare_standard_files, tell
+from deploy.process.terminal import prepare_standard_files, tell
 prepare_standard_files()
 print("somewhere")
 tell("somewhere")

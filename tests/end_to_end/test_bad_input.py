@@ -14,11 +14,11 @@ from torch import Tensor
 from typer import Exit
 from typer.testing import CliRunner
 
-from deploy.cli import app
-from deploy.cli_common import clear_errors
-from deploy.sources import probe
-from deploy.state import StateFolder
-from deploy.up import Outcome
+from deploy.cameras.sources import probe
+from deploy.cli.app import app
+from deploy.cli.common import clear_errors
+from deploy.run.state import StateFolder
+from deploy.run.up import Outcome
 from graph.costs import Profile, StageCost
 from graph.secret import Secret
 from graph.sections import CameraSpec
@@ -86,7 +86,7 @@ def test_a_wrong_command_is_told_in_one_line_and_exits_with_2(arguments: list[st
 @pytest.mark.parametrize(("in_vain", "code"), [(True, 1), (False, 0)])
 def test_a_run_in_vain_exits_with_1(monkeypatch: pytest.MonkeyPatch, in_vain: bool, code: int) -> None:
     outcome = Outcome(interrupted=False, in_vain=in_vain, ledger={}, out=None)
-    monkeypatch.setattr("deploy.up.run_up", lambda *_: outcome)
+    monkeypatch.setattr("deploy.run.up.run_up", lambda *_: outcome)
     assert up(*PATTERN).exit_code == code
 
 
@@ -261,7 +261,7 @@ def test_a_busy_port_is_told_before_anything_starts() -> None:
 
 
 def test_too_little_memory_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.memory._machine_bytes", lambda root: 500_000_000)
+    monkeypatch.setattr("deploy.run.memory._machine_bytes", lambda root: 500_000_000)
     result = up(*PATTERN)
     assert result.exit_code == 1
     (line,) = told(result)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from deploy.checkpoints import shipped
+from deploy.run.checkpoints import shipped
 from model_shards.nano.phrases import remarks, sentences
 from tests.support.pipeline import Place, Run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deploy.build import build_stage
+from deploy.actor.build import build_stage
 from graph.sections import LlmSpec
 from model_shards.checkpoint import COMPONENTS, build_hollow, check, inspect, load_shard, stored_tensors
 from model_shards.config import RELEASED, LlmConfig, ModelConfig, Quantization, load_config

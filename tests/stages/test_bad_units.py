@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from deploy.isolation import process
+from deploy.actor.isolation import process
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.streams import MIC, camera_stream
 from graph.window import Unit

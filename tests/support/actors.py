@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.accounts import EdgeEnds
-from deploy.calls import ActorDied
-from deploy.coordinator import Coordinator
-from deploy.plan import ActorPlan, Address, Answer, Report
-from deploy.plan import Call as Posted
-from deploy.session_plan import Listener, SessionSnapshot, StageSnapshot
+from deploy.actor.accounts import EdgeEnds
+from deploy.actor.plan import ActorPlan, Address, Answer, Report
+from deploy.actor.plan import Call as Posted
+from deploy.actor.session_plan import Listener, SessionSnapshot, StageSnapshot
+from deploy.control.calls import ActorDied
+from deploy.control.coordinator import Coordinator
 from graph.chunk import NS_PER_S, SessionId
 from graph.spec import default_spec_path, load_spec
 from graph.tail import Ack

@@ -8,10 +8,10 @@ from time import monotonic
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from deploy.loop import ActorLoop
-from deploy.measure import StageMeter
-from deploy.runner import StageRunner
-from deploy.session_plan import SessionPlan
+from deploy.actor.loop import ActorLoop
+from deploy.actor.measure import StageMeter
+from deploy.actor.runner import StageRunner
+from deploy.actor.session_plan import SessionPlan
 from graph.bus import Bus
 from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
 from graph.clock import Clock, SystemClock

@@ -1,0 +1,187 @@
+"""An actor process: one stage replica, or several light stages, and the loop that runs them.
+
+Ray calls come in on Ray's threads and are handed to the loop's thread, which alone touches sockets and stages. They
+are control only: wiring, opening and closing sessions, asking. No chunk ever travels by a Ray call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+from prometheus_client import CollectorRegistry
+
+from deploy.actor.build import build_stage
+from deploy.actor.commands import Commands, Ends
+from deploy.actor.measure import StageMeter
+from deploy.actor.plan import ActorPlan, Address, Answer, Call
+from deploy.actor.runner import StageRunner
+from deploy.actor.suspects import WorkNote, note_path
+from deploy.process.masked_output import MaskingFormatter
+from deploy.process.packages import check_packages
+from graph.chunk import NS_PER_S
+from graph.clock import SystemClock
+from graph.errors import GraphError
+from graph.exporter import serve_metrics
+from graph.gather import Gathering
+from graph.metrics import Metrics
+from model_shards.errors import ModelError
+from stages.feed import Feeds
+from stages.feed_opening import in_thread
+from stages.stage import StageError
+
+T = TypeVar("T")
+GAUGE_PERIOD_S = 1.0
+IDLE_S = 0.05  # what Ray's threads ask for waits at most so long
+
+
+class Actor:
+    """The process behind a Ray actor handle (deploy/control/cluster.py makes it one)."""
+
+    def __init__(self, plan: ActorPlan) -> None:
+        check_packages()
+        _log_to(plan.log)
+        self._plan = plan
+        self._metrics = Metrics(registry := CollectorRegistry())
+        self._server = serve_metrics(registry, host=_node_ip())
+        self._address = Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._failure: str | None = None
+        self._gauges_at = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+        self._thread.start()
+
+    # ---- Ray's threads -----------------------------------------------------------------------------------------------
+
+    def clock(self) -> int:
+        """The monotonic clock of this node, ns."""
+        return time.monotonic_ns()
+
+    def perform(self, calls: Sequence[Call]) -> list[Answer]:
+        """Do these, in order, each whatever became of those before it.
+
+        Raises RuntimeError when the loop has failed, with its reason.
+        """
+        return self._do(lambda: [self._answer(call) for call in calls])
+
+    def stop(self) -> None:
+        """End the loop, close sockets and decoders."""
+        self._do(lambda: self._commands.close_sessions())
+        self._stopping.set()
+        self._thread.join(timeout=5)
+        self._server.stop()
+
+    def _do(self, work: Callable[[], T]) -> T:
+        """Run `work` in the loop's thread and return what it returns, or raise what it raises."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        self._work.put(run)
+        while True:
+            try:
+                return future.result(timeout=0.2)
+            except TimeoutError:
+                if future.done():  # the work itself timed out
+                    raise
+                if self._failure is not None:
+                    raise RuntimeError(self._failure) from None
+
+    # ---- the loop's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._feeds = Feeds(opener=in_thread)
+            self._ends = Ends(self._plan, self._metrics, _node_ip())
+            self._commands = Commands(self._address, self._ends, self._metrics, self._build)
+        except OSError as error:
+            self._failure = f"{self._plan.name}: {error}"
+            return
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+            self._failure = f"{self._plan.name} has stopped"
+        except Exception as error:
+            logging.exception("%s: the loop has failed", self._plan.name)
+            self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"
+            self._commands.close_stages()
+        self._ends.bus.close()
+
+    def _turn(self) -> None:
+        while not self._work.empty():
+            self._work.get()()
+        if not self._commands.runners:
+            time.sleep(0.002)  # nothing to run yet: only commands
+            return
+        loop = self._commands.loop
+        due_ns = loop.due_in_ns()
+        sleep_s = IDLE_S if due_ns is None else min(due_ns / NS_PER_S, IDLE_S)
+        loop.turn(self._ends.bus.wait(sleep_s, loop.files()))
+        if time.monotonic() >= self._gauges_at:
+            self._gauges_at = time.monotonic() + GAUGE_PERIOD_S
+            self._ends.set_gauges()
+
+    def _answer(self, call: Call) -> Answer:
+        try:
+            return Answer(self._commands.do(call.method, call.arguments))
+        except Exception as error:
+            if not isinstance(error, GraphError | StageError | ModelError):
+                logging.exception("%s: %s has failed", self._plan.name, call.method)
+            return Answer(error=_portable(error))
+
+    def _build(self) -> list[StageRunner]:
+        note = WorkNote(note_path(self._plan.directory, self._plan.peer))
+        return [
+            StageRunner(
+                name,
+                stage := build_stage(name, spec, self._plan.checkpoint, self._feeds),
+                {e.id: self._ends.receivers[e.id] for e in self._plan.edges if e.target.stage == name},
+                {e.id: self._ends.senders[e.id] for e in self._plan.edges if e.source.stage == name},
+                StageMeter(self._metrics, name, stage, self._plan.all_stages),
+                Gathering(spec.batch, spec.wait_ns),
+                SystemClock(),
+                note.of,
+            )
+            for name, spec in self._plan.stages.items()
+        ]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can take it: what can't be sent is told by its text."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some can be written and not read
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _log_to(path: Path) -> None:
+    """A disk that is full costs the log, and nothing else."""
+    logging.raiseExceptions = False
+    handler: logging.Handler = logging.NullHandler()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -1,0 +1,149 @@
+"""What the coordinator may ask of an actor. Everything here runs in the loop's thread, between two turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from deploy.actor.accounts import EdgeEnds
+from deploy.actor.loop import ActorLoop
+from deploy.actor.plan import ActorPlan, Address, Report
+from deploy.actor.runner import StageRunner
+from deploy.actor.session_plan import SessionPlan
+from graph.bus import Bus
+from graph.chunk import Scalar, SessionId
+from graph.edge import EdgeRule, Receiver, Sender
+from graph.ledger import Account, merge
+from graph.metrics import EdgeMetrics, Metrics
+
+INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
+
+
+class Ends:
+    """An actor's ends of its edges. host: where it is reached over TCP."""
+
+    def __init__(self, plan: ActorPlan, metrics: Metrics, host: str) -> None:
+        self._plan, self._metrics, self._host = plan, metrics, host
+        self.bus = Bus(plan.peer, plan.directory, metrics.bus(INVALID_REASONS).invalid)
+        self.receivers: dict[str, Receiver] = {}
+        self.senders: dict[str, list[Sender]] = {}
+        self._observers: dict[str, EdgeMetrics] = {}
+
+    def bind(self, over_tcp: Mapping[str, bool]) -> dict[str, str]:
+        """Open the receiving ends; returns the endpoints. over_tcp: by edge."""
+        endpoints: dict[str, str] = {}
+        for edge, tcp in over_tcp.items():
+            host = self._host if tcp else None
+            self.receivers[edge], endpoints[edge] = self.bus.bind(self._rule(edge), host, self._observer(edge))
+        return endpoints
+
+    def connect(self, endpoints: Mapping[str, list[str]]) -> None:
+        """Open the sending ends: per edge the endpoints of all replicas of the other stage."""
+        for edge, replicas in endpoints.items():
+            rule, observer = self._rule(edge), self._observer(edge)
+            self.senders[edge] = [self.bus.connect(rule, endpoint, observer) for endpoint in replicas]
+
+    def bury(self, ends: Sequence[tuple[str, int]]) -> None:
+        """Replicas that this actor sends to have died: on which edge, and which one."""
+        for edge, replica in ends:
+            self.bus.bury(self.senders[edge][replica])
+
+    def reconnect(self, ends: Sequence[tuple[str, int, str]]) -> None:
+        """Others have taken their place: on which edge, which one, and its endpoint."""
+        for edge, replica, endpoint in ends:
+            self.bus.reconnect(self.senders[edge][replica], endpoint, self._observer(edge))
+
+    def accounts(self) -> dict[str, EdgeEnds]:
+        """This actor's ends, by edge."""
+        return {
+            edge.id: EdgeEnds(
+                merge(sender.account() for sender in self.senders.get(edge.id, ())),
+                receiver.account() if (receiver := self.receivers.get(edge.id)) else Account(),
+                {peer.decode(): number for peer, number in receiver.arrived.items()} if receiver else {},
+            )
+            for edge in self._plan.edges
+        }
+
+    def set_gauges(self) -> None:
+        for edge, senders in self.senders.items():
+            capacity = senders[0].rule.limit.chunks if senders else 0
+            self._observers[edge].queue(sum(s.num_waiting for s in senders), capacity)
+            self._observers[edge].in_flight(sum(s.num_in_flight for s in senders))
+
+    def _rule(self, edge: str) -> EdgeRule:
+        spec = next(e for e in self._plan.edges if e.id == edge)
+        return EdgeRule(edge, spec.credit, spec.when_full)
+
+    def _observer(self, edge: str) -> EdgeMetrics:
+        if edge not in self._observers:
+            self._observers[edge] = self._metrics.edge(edge)
+        return self._observers[edge]
+
+
+class Commands:
+    """By their names, as the coordinator posts them (deploy/actor/plan.py: Call)."""
+
+    def __init__(self, address: Address, ends: Ends, metrics: Metrics, build: Callable[[], list[StageRunner]]) -> None:
+        """address: of this actor. build: makes the stages, with their weights."""
+        self._ends, self._metrics, self._build = ends, metrics, build
+        self.runners: dict[str, StageRunner] = {}
+        self.loop = ActorLoop([])
+        self._by_name: Mapping[str, Callable[..., object]] = {
+            "address": lambda: address,  # answered once the process is up, which is long before its models are
+            "bind": ends.bind,
+            "connect": ends.connect,
+            "bury": ends.bury,
+            "reconnect": ends.reconnect,
+            "load": self._load,
+            "report": self._report,
+            "open_sessions": self._open_sessions,
+            "begin_sessions": self._begin_sessions,
+            "resume_session": self._resume_session,
+            "end_session": lambda stage, session: self.runners[stage].end_session(session),
+            "close_session": lambda stage, session: self.runners[stage].close_session(session),
+            "listener": lambda stage, session: self.runners[stage].listener(session),
+            "reroute": lambda stage, *arguments: self.runners[stage].reroute(*arguments),
+            "end_input": lambda stage, *arguments: self.runners[stage].end_input(*arguments),
+            "tell": self._tell,
+        }
+
+    def do(self, method: str, arguments: Sequence[object]) -> object:
+        """Raises what the stage raises, or the machinery."""
+        return self._by_name[method](*arguments)
+
+    def close_sessions(self) -> None:
+        """All of them, as if each had been closed."""
+        for runner in self.runners.values():
+            for session in runner.snapshot().sessions:
+                runner.close_session(session)
+
+    def close_stages(self) -> None:
+        """After a failure: files and decoders are closed; the sockets' other ends will find out by themselves."""
+        for runner in self.runners.values():
+            for session in runner.snapshot().sessions:
+                runner.stage.close_session(session)
+
+    def _load(self) -> None:
+        runners = self._build()
+        self.loop = ActorLoop(runners)
+        self.runners = {runner.name: runner for runner in runners}
+
+    def _report(self) -> Report:
+        return Report({name: runner.snapshot() for name, runner in self.runners.items()}, self._ends.accounts())
+
+    def _open_sessions(self, stage: str, plans: Sequence[SessionPlan]) -> None:
+        """Raises StageError when there is no room for one; those before it are open then."""
+        for plan in plans:
+            self.runners[stage].open_session(plan)
+
+    def _begin_sessions(self, stage: str, origins_ns: Mapping[SessionId, int]) -> None:
+        """Let their clocks run, each from event time 0 at its origin, of this node's monotonic clock."""
+        for session, origin_ns in origins_ns.items():
+            self.runners[stage].begin_session(session, origin_ns)
+
+    def _resume_session(self, stage: str, plan: SessionPlan, origin_ns: int) -> None:
+        """Both, for a session that goes on here. Raises StageError when there is no room."""
+        self.runners[stage].open_session(plan)
+        self.runners[stage].begin_session(plan.session.id, origin_ns)
+
+    def _tell(self, stage: str, session: SessionId, kind: str, attrs: Mapping[str, Scalar], cuts: bool) -> None:
+        self.runners[stage].tell(session, kind, attrs, cuts=cuts)

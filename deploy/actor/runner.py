@@ -1,0 +1,693 @@
+"""The one loop of an actor: receive → join → gather a batch → process → send. No Ray here: actor/actor.py hosts it.
+
+Rule: stages compute, graph/ decides, the bus carries; this file is where they meet, and the only one that measures.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from heapq import heappop, heappush
+from typing import Protocol
+
+from deploy.actor.isolation import Faults, breaks_process, process, reason_of
+from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
+from deploy.actor.session_state import OpenSession, ReadyUnit
+from deploy.actor.sink import WindowEnd, WindowMeter, usual_level
+from graph.chunk import (
+    NS_PER_MS,
+    NS_PER_S,
+    Chunk,
+    Kind,
+    Scalar,
+    SessionId,
+    Span,
+    end_of_stream,
+    watermark,
+)
+from graph.clock import Clock
+from graph.codec import CodecError
+from graph.edge import Arrival, Receiver, Sender
+from graph.gather import Gathering
+from graph.ladder import Ladder, sheds_picture
+from graph.ledger import Reason
+from graph.streams import EVENTS, kind_of
+from graph.tail import Ack, ack_of
+from graph.trace import leave_stage
+from graph.window import Joined, Unit, WindowJoin
+from stages.stage import TICK_NS, Session, Stage, StageError
+
+WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
+LEAST_SLEEP_NS = NS_PER_MS
+MAX_QUIET = 5
+"""Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
+MAX_CHUNKS_PER_WINDOW = 1 << 16
+"""Of one stream; by far."""
+MAX_READY = 4
+"""Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
+
+
+class Meter(WindowMeter, Protocol):
+    """What is counted of a stage (deploy/actor/measure.py: StageMeter)."""
+
+    def opened(self, session: Session, *, ends_windows: bool) -> None: ...
+    def closed(self, session: Session) -> None: ...
+    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
+    def passed(self, num_units: int) -> None: ...
+    def carried(self, num_chunks: int) -> None: ...
+    def made(self, session: Session, chunk: Chunk) -> None: ...
+    def unit_done(self, session: Session, end_ns: int) -> None: ...
+    def played(self, session: Session, ack: Ack) -> None: ...
+    def failed(self, session: Session, error: Exception) -> None: ...
+
+
+class StageRunner:
+    """One replica of one stage.
+
+    receivers: by edge. senders: by edge, one per replica of the other end.
+    working_on: entered for the sessions of each batch, so that it is known whose data a process has died of.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        receivers: Mapping[str, Receiver],
+        senders: Mapping[str, list[Sender]],
+        meter: Meter,
+        gathering: Gathering,
+        clock: Clock,
+        working_on: WorkingOn = nullcontext,
+    ) -> None:
+        self.name = name
+        self.stage = stage
+        self._receivers = receivers
+        self._senders = senders
+        self._meter = meter
+        self._gathering = gathering
+        self._clock = clock
+        self._working_on = working_on
+        self.num_units = 0
+        self._open: dict[SessionId, OpenSession] = {}
+        self._ready: dict[SessionId, OpenSession] = {}  # those which have a unit that is complete
+        self._touched: dict[SessionId, None] = {}  # to be looked at in the next step; in order
+        self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom; see OpenSession.look_ns
+        self._follows_clock = type(stage).advance is not Stage.advance
+        self._has_files = type(stage).wakes is not Stage.wakes  # which don't say whom they wake
+        self._look_at_all_ns: int | None = None  # monotonic; where there are files
+
+    # ---- sessions ----------------------------------------------------------------------------------------------------
+
+    def open_session(self, plan: SessionPlan) -> None:
+        """Make room for a session, whose time then begins with `begin_session`.
+
+        Raises StageError when the stage has no room; then nothing has changed.
+        """
+        session = plan.session
+        if plan.goes_on is not None:
+            session.playback.ack(plan.goes_on.ack)
+        self._open_at_stage(session)
+        lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
+        for sender in lanes.values():
+            sender.open_session(session.id, plan.incarnation, lossless=not session.paced)
+        for receiver in self._receivers.values():
+            receiver.open_session(session.id, plan.incarnation)
+        edges: dict[str, list[str]] = {}
+        for edge in lanes:
+            edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
+        has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
+        others = [state.session for state in self._open.values() if state.ladder is not None]
+        ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
+        session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
+        traced = frozenset(stream for stream in plan.streams if not kind_of(stream).is_raw)
+        faults = Faults(self.name, lambda error: self._meter.failed(session, error))
+        sink = WindowEnd(self.name, session, ladder, self._meter) if plan.ends_windows else None
+        self._open[session.id] = OpenSession(
+            plan, self._join(plan), lanes, edges, self._clock, ladder, faults, sink, traced=traced
+        )
+        self._touch(session.id)
+        self._meter.opened(session, ends_windows=plan.ends_windows)
+        if ladder is not None:
+            self._meter.moved(session, ladder.level)
+
+    def _open_at_stage(self, session: Session) -> None:
+        try:
+            self.stage.open_session(session)
+        except StageError:
+            raise
+        except Exception as error:
+            if breaks_process(error):
+                raise
+            raise StageError(f"{self.name}: session {session.id!r} can't be opened: {reason_of(error)}") from error
+
+    def begin_session(self, session: SessionId, origin_ns: int) -> None:
+        """Let a session's clock run. origin_ns: when event time 0 is, on this host's monotonic clock."""
+        state = self._open[session]
+        state.offset_ns = -origin_ns
+        state.begun = True
+        if state.plan.goes_on is not None:
+            self._go_on(state, state.plan.goes_on)
+        self._touch(session)
+
+    def _go_on(self, state: OpenSession, listener: Listener) -> None:
+        """With the window that it is in now. Numbers of chunks leave room for those of the replica that has died."""
+        index = max(state.now_ns(), 0) // state.session.window_ns
+        _of(state.join).begin_at(index)
+        state.num_units = index
+        state.first_seq = index * MAX_CHUNKS_PER_WINDOW
+        state.fence.raise_to(listener.ack.epoch)
+
+    def close_session(self, session: SessionId) -> None:
+        """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
+        state = self._open.pop(session, None)
+        self._ready.pop(session, None)
+        if state is None:
+            return
+        for arrival in state.arrivals.values():
+            self._receivers[arrival.edge].drop(arrival, "shed")
+        for sender in state.lanes.values():
+            sender.close_session(session)
+        for receiver in self._receivers.values():
+            receiver.close_session(session)
+        with state.faults.within("close_session"):
+            self.stage.close_session(session)
+        self._meter.closed(state.session)
+
+    def end_session(self, session: SessionId) -> None:
+        """Let a source stop now."""
+        state = self._open.get(session)
+        if state is not None:
+            with state.faults.within("end"):
+                self.stage.end(session, state.now_ns())
+            self._touch(session)
+
+    def listener(self, session: SessionId) -> Listener | None:
+        """What is known here of a session's listener; None where the session is not open."""
+        state = self._open.get(session)
+        return None if state is None else Listener(state.session.playback.latest, state.session.level.num_steps)
+
+    def reroute(self, session: SessionId, edge: str, replica: int) -> bool:
+        """A session goes on at a replica behind this edge that knows nothing of it. False: it has ended here."""
+        state = self._open.get(session)
+        if state is None:
+            return False
+        before, sender = state.lanes[edge], self._senders[edge][replica]
+        if sender is not before:
+            before.move(session, sender)
+            state.lanes[edge] = sender
+        with state.faults.within("peer_begins_anew"):
+            self.stage.peer_begins_anew(session)
+        self._touch(session)
+        return True
+
+    def end_input(self, session: SessionId, edge: str) -> None:
+        """Nothing more comes on this edge, and nobody is left to say so."""
+        state = self._open.get(session)
+        if state is None:  # it has heard of the end meanwhile
+            return
+        join, port = _of(state.join), edge.partition("->")[0].partition(".")[2]
+        (stream,) = [stream for stream in state.plan.streams if kind_of(stream).name == port]
+        self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
+        self._touch(session)
+
+    def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
+        """Something worth telling has happened to a session. cuts: what is said and not heard is lost with it."""
+        state = self._open.get(session)
+        if state is None or state.ending:
+            return
+        now_ns = state.now_ns()
+        if cuts and not state.faults.given_up:
+            with state.faults.within("cut_off"):
+                self._send_all(state, self.stage.cut_off(session, now_ns))
+        self._send(state, Chunk(session, EVENTS, now_ns, attrs={"type": kind, **attrs}))
+
+    def snapshot(self) -> StageSnapshot:
+        """What this replica is doing."""
+        sinks = {name: state.sink for name, state in self._open.items()}
+        seen = {n: SessionSnapshot(s.num_windows, s.num_late) if s else SessionSnapshot(0, 0) for n, s in sinks.items()}
+        given_up = {name: state.faults.given_up for name, state in self._open.items() if state.faults.given_up}
+        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up)
+
+    @property
+    def num_ready(self) -> int:
+        """Units that wait to be processed."""
+        return sum(len(state.ready) for state in self._ready.values())
+
+    def _join(self, plan: SessionPlan) -> WindowJoin | None:
+        if not plan.streams:
+            return None
+        session = plan.session
+        # The sources keep `lateness`; a window more is given to the stages in between, whose watermarks always come.
+        lateness_ns = session.lateness_ns + session.window_ns if session.paced else None
+        return WindowJoin(
+            session.id, plan.streams, window_ns=session.window_ns, lateness_ns=lateness_ns, late=plan.streams
+        )
+
+    # ---- what comes in -----------------------------------------------------------------------------------------------
+
+    def take(self, arrival: Arrival) -> None:
+        """One chunk from the bus."""
+        chunk = arrival.chunk
+        state = self._open.get(chunk.session)
+        if state is None or chunk.kind is not Kind.PLAYBACK or not state.session.paced:
+            self._touch(chunk.session)  # in real time nobody waits for the listener's news: they are looked up
+        if state is None:  # the session was closed here while the chunk was under way
+            if not chunk.is_control:
+                self._receivers[arrival.edge].drop(arrival, "shed")
+            return
+        with state.faults.within("take"):
+            self._take(state, arrival)
+            return
+        if state.arrivals.pop(id(chunk), None) is not None:
+            self._receivers[arrival.edge].drop(arrival, "failed")
+
+    def _take(self, state: OpenSession, arrival: Arrival) -> None:
+        chunk = arrival.chunk
+        if chunk.is_control:
+            self._control(state, chunk, arrival.edge)
+        elif self._is_stale(state, chunk):
+            self._receivers[arrival.edge].drop(arrival, "stale")
+        elif not self.stage.windowed:
+            self._process_single(state, arrival)
+        else:
+            state.arrivals[id(chunk)] = arrival
+            self._joined(state, _of(state.join).add(chunk))
+
+    def _process_single(self, state: OpenSession, arrival: Arrival) -> None:
+        """Of a stage without windows."""
+        if not state.faults.given_up:
+            with state.faults.within("process"):
+                self.stage.process([_single(state, arrival.chunk)])
+                self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
+                return
+        self._receivers[arrival.edge].drop(arrival, "failed")
+
+    def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
+        if chunk.kind is Kind.WATERMARK:
+            self._joined(state, _of(state.join).advance(chunk.stream, chunk.start_ns, chunk.trace))
+        elif chunk.kind is Kind.END and state.join is not None:
+            self._joined(state, state.join.end(chunk.stream, chunk.start_ns))
+        elif chunk.kind is Kind.END:
+            state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
+        else:
+            if chunk.kind is Kind.PLAYBACK:
+                state.session.playback.ack(ack_of(chunk))
+                state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
+            self._raise_epoch(state, chunk.epoch)
+
+    def _is_stale(self, state: OpenSession, chunk: Chunk) -> bool:
+        self._raise_epoch(state, chunk.epoch)
+        return state.fence.is_stale(chunk)
+
+    def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
+        """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
+        if state.fence.raise_to(epoch):
+            self._touch(state.session.id)
+            if not state.faults.given_up:
+                with state.faults.within("interrupt"):
+                    self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
+
+    def _joined(self, state: OpenSession, joined: Joined) -> None:
+        for chunk in joined.late:
+            self._settle(state, chunk, "late")
+        self._meter.carried(len(joined.carried))
+        now_ns = self._clock.monotonic_ns()
+        state.ready.extend(ReadyUnit(unit, now_ns) for unit in joined.units)
+        if joined.units:
+            self._ready[state.session.id] = state
+
+    def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
+        """Give a chunk's credit back: used, or dropped for a reason."""
+        arrival = state.arrivals.pop(id(chunk))
+        if reason is None:
+            self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
+        else:
+            self._receivers[arrival.edge].drop(arrival, reason)
+
+    @staticmethod
+    def _age_s(state: OpenSession, chunk: Chunk) -> float:
+        return max(state.now_ns() - chunk.end_ns, 0) / NS_PER_S
+
+    # ---- what goes out -----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Do what is due; True when there is more to do at once.
+
+        Only sessions are looked at for which something came or is due, so that a step costs what happens in it, not
+        what is open. Where files wake the stage, as at the cameras, all are: a file does not say whose it is.
+        """
+        if not self._touched and not self._ready and not self._has_files and not self._looks:
+            return False
+        looked_at = self._due()
+        if not looked_at and not self._ready:
+            return False
+        for state in looked_at.values():
+            self._advance(state)
+            self._tell_failures(state)
+            if state.begun and state.join is not None and len(state.ready) < MAX_READY:
+                self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
+                if self._goes_on(state) and self._afterword_ns(state, state.join) <= state.now_ns():
+                    self._joined(state, state.join.go_on())
+        while idle := self._idle():
+            self._process(idle, idle=True)
+            looked_at |= {state.session.id: state for state, _ in idle}
+        if batch := self._gather():
+            self._process(batch)
+            looked_at |= {state.session.id: state for state, _ in batch}
+        for state in looked_at.values():
+            self._finish(state)
+        self._plan_looks(looked_at)
+        return bool(batch) and bool(self._ready)
+
+    def due_in_ns(self) -> int | None:
+        """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
+        while self._looks and not self._is_planned(*self._looks[0]):
+            heappop(self._looks)
+        look_ns = self._looks[0][0] if self._looks else self._look_at_all_ns
+        return None if look_ns is None else max(look_ns - self._clock.monotonic_ns(), LEAST_SLEEP_NS)
+
+    def _touch(self, session: SessionId) -> None:
+        self._touched[session] = None
+
+    def _due(self) -> dict[SessionId, OpenSession]:
+        """The sessions to look at now."""
+        if self._has_files:
+            self._touched = dict.fromkeys(self._open)
+        now_ns = self._clock.monotonic_ns()
+        while self._looks and self._looks[0][0] <= now_ns:
+            look_ns, session = heappop(self._looks)
+            if self._is_planned(look_ns, session):
+                self._open[session].look_ns = None
+                self._touch(session)
+        touched, self._touched = self._touched, {}
+        return {session: self._open[session] for session in touched if session in self._open}
+
+    def _is_planned(self, look_ns: int, session: SessionId) -> bool:
+        state = self._open.get(session)
+        return state is not None and state.look_ns == look_ns
+
+    def _plan_looks(self, looked_at: Mapping[SessionId, OpenSession]) -> None:
+        """When to look at them again if nothing comes."""
+        if self._has_files:
+            now_ns = self._clock.monotonic_ns()
+            advancing = [(name, state) for name, state in self._open.items() if self._may_advance(state)]
+            due_ns = [now_ns + self._due_in_ns(name, state) for name, state in advancing]
+            self._look_at_all_ns = min(due_ns, default=None)
+            return
+        for name, state in looked_at.items():
+            if name in self._open:
+                self._look_again(name, state)
+
+    def _look_again(self, session: SessionId, state: OpenSession) -> None:
+        if state.ending or not self._has_room(state):
+            self._touch(session)  # its lanes drain in silence: look whenever there is a step
+        due_ns: list[int] = []
+        if self._follows_clock and self._may_advance(state):
+            due_ns.append(self._clock.monotonic_ns() + self._due_in_ns(session, state))
+        if state.faults.are_recent:
+            due_ns.append(self._clock.monotonic_ns() + TICK_NS)
+        if state.ready and self._may_go(state):
+            due_ns.append(self._gathering.until_ns(state.waiting()))
+        elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
+            due_ns.append(state.monotonic_ns(state.join.expires_ns))
+        elif state.begun and state.join is not None and self._goes_on(state):
+            due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
+        look_ns = min(due_ns, default=None)
+        if look_ns != state.look_ns:
+            state.look_ns = look_ns
+            if look_ns is not None:
+                heappush(self._looks, (look_ns, session))
+
+    def _due_in_ns(self, session: SessionId, state: OpenSession) -> int:
+        with state.faults.within("due_in_ns"):
+            return self.stage.due_in_ns(session, state.now_ns())
+        return TICK_NS
+
+    def _tell_failures(self, state: OpenSession) -> None:
+        """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
+        if state.join is None and state.faults.are_new:
+            for failure in state.faults.take():
+                attrs: dict[str, Scalar] = {"type": "unit_failed", "stage": failure.stage, "reason": failure.reason}
+                self._send(state, Chunk(state.session.id, EVENTS, state.now_ns(), attrs=attrs))
+
+    def _goes_on(self, state: OpenSession) -> bool:
+        """Is a window more wanted, after the last of the inputs?"""
+        over = state.join is not None and state.join.finished and not state.ready and not state.ending
+        return over and state.num_quiet < MAX_QUIET and self._has_more_to_say(state)
+
+    def _has_more_to_say(self, state: OpenSession) -> bool:
+        if state.faults.given_up:
+            return False
+        with state.faults.within("goes_on"):
+            return self.stage.goes_on(state.session.id)
+        return False
+
+    @staticmethod
+    def _afterword_ns(state: OpenSession, join: WindowJoin) -> int:
+        """When that window leaves: at its end, so that the listener has heard on meanwhile. In virtual time at once."""
+        return join.next_end_ns if state.session.paced else 0
+
+    def _advance(self, state: OpenSession) -> None:
+        if self._follows_clock and self._may_advance(state):
+            with state.faults.within("advance"):
+                self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
+
+    def _may_advance(self, state: OpenSession) -> bool:
+        return state.begun and not state.ending and not state.faults.given_up and self._has_room(state)
+
+    def _idle(self) -> list[tuple[OpenSession, ReadyUnit]]:
+        """Units which cost nothing: they go at once."""
+        states = [state for state in self._ready.values() if self._is_idle(state)]
+        return [(state, state.ready[0]) for state in states if self._may_go(state)]
+
+    def _is_idle(self, state: OpenSession) -> bool:
+        if state.faults.given_up:
+            return True
+        with state.faults.within("is_idle"):
+            return self.stage.is_idle(state.ready[0].unit)
+        return False
+
+    def _gather(self) -> list[tuple[OpenSession, ReadyUnit]]:
+        """The most urgent units, one per session; none while it is worth waiting for peers."""
+        going = [state.waiting() for state in self._ready.values() if self._may_go(state)]
+        if not going:
+            return []
+        next_ends_ns = (
+            state.monotonic_ns(state.join.next_end_ns)
+            for state in self._open.values()
+            if not state.ready and state.join is not None and state.begun and not state.ending
+        )
+        sessions = self._gathering.batch(going, next_ends_ns, self._clock.monotonic_ns())
+        batch = [self._open[session] for session in sessions]
+        if len(batch) > 1 and any(state.goes_alone for state in batch):
+            together = [state for state in batch if not state.goes_alone]
+            batch = batch[:1] if batch[0].goes_alone else together
+        return [(state, state.ready[0]) for state in batch]
+
+    def _may_go(self, state: OpenSession) -> bool:
+        if not self._has_room(state):
+            return False
+        if state.session.paced or not (self.stage.paced_by_listener and state.session.speech):
+            return True
+        # Virtual time: the listener's clock must have come to the window's end, as it always has in real time.
+        return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
+
+    @staticmethod
+    def _has_room(state: OpenSession) -> bool:
+        session = state.plan.session.id
+        for sender in state.lanes.values():  # noqa: SIM110 - asked at every step: a generator takes twice as long
+            if not sender.has_room(session):
+                return False
+        return True
+
+    def _process(self, batch: list[tuple[OpenSession, ReadyUnit]], *, idle: bool = False) -> None:
+        for state, ready in batch:
+            state.ready.popleft()
+            if not state.ready:
+                del self._ready[state.session.id]
+            self._advance(state)
+            ready.unit = self._without_stale(state, self._marked(state, ready.unit))
+        started_ns = self._clock.monotonic_ns()
+        units = [ready.unit for state, ready in batch if not state.faults.given_up]
+        with self._working_on([unit.session for unit in units]):
+            outcome = process(self.stage, units)
+        compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
+        queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
+        if idle:
+            self._meter.passed(len(batch))
+        else:
+            self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
+        outcome.send(lambda chunk: self._send(self._open[chunk.session], chunk))
+        saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
+        for state, ready in batch:
+            if (error := outcome.failed.get(state.session.id)) is not None:
+                state.faults.failed("process", error)
+            else:
+                state.faults.succeeded("process")
+            is_quiet = ready.unit.is_afterword and state.session.id not in saying
+            state.num_quiet = state.num_quiet + 1 if is_quiet else 0
+            has_failed = error is not None or bool(state.faults.given_up)
+            self._leave(state, ready, started_ns, has_failed=has_failed)
+
+    def _marked(self, state: OpenSession, unit: Unit) -> Unit:
+        """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
+        session = state.session
+        if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
+            return unit
+        pictures = {stream for stream in unit.chunks if kind_of(stream).is_sheddable}
+        for stream in pictures:
+            for chunk in unit.of(stream):
+                self._settle(state, chunk, "late")
+        kept = {stream: chunks for stream, chunks in unit.chunks.items() if stream not in pictures}
+        return replace(unit, chunks=kept, missing=unit.missing | pictures, overdue=True)
+
+    def _without_stale(self, state: OpenSession, unit: Unit) -> Unit:
+        """A barge-in may have come after the unit was complete."""
+        if not any(state.fence.is_stale(chunk) for chunks in unit.chunks.values() for chunk in chunks):
+            return unit
+        kept: dict[str, tuple[Chunk, ...]] = {}
+        for stream, chunks in unit.chunks.items():
+            for chunk in chunks:
+                if state.fence.is_stale(chunk):
+                    self._settle(state, chunk, "stale")
+            kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk))
+        return replace(unit, chunks=kept)
+
+    def _leave(self, state: OpenSession, ready: ReadyUnit, started_ns: int, *, has_failed: bool) -> None:
+        """The unit is done, or has failed: its chunks' credit goes back, its watermark goes on with its trace.
+
+        started_ns: monotonic.
+        """
+        unit = ready.unit
+        for chunks in unit.chunks.values():
+            for chunk in chunks:
+                self._settle(state, chunk, "failed" if has_failed else None)
+        state.num_units += 1
+        state.num_processed += 1
+        self.num_units += 1
+        self._meter.unit_done(state.session, unit.end_ns)
+        received_ns = state.session_ns(ready.since_ns)
+        span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
+        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=state.faults.take())
+        if state.sink is not None:
+            self._send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
+        for stream in self.stage.outputs:
+            self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
+
+    def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
+        """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
+        known here, with the stages which it had not left."""
+        untold = state.traced - unit.traces.keys()
+        if not (untold or unit.awaited):
+            return []
+        sources = (self._source_of(stream) for stream in sorted(unit.awaited | untold))
+        return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
+
+    def _source_of(self, stream: str) -> str:
+        """The stage from which a stream comes."""
+        return next(edge.partition(".")[0] for edge in self._receivers if f".{kind_of(stream).name}->" in edge)
+
+    def _finish(self, state: OpenSession) -> None:
+        """End the session here once its inputs have ended and everything is processed and sent."""
+        if not state.ending and self._may_end(state):
+            state.ending = True
+            self._say_goodbye(state)
+        if state.ending and all(sender.is_drained(state.session.id) for sender in state.lanes.values()):
+            self.close_session(state.session.id)
+
+    def _may_end(self, state: OpenSession) -> bool:
+        if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._goes_on(state):
+            return False
+        if state.faults.given_up:
+            return True
+        with state.faults.within("finished"):
+            return self.stage.finished(state.session.id)
+        return False
+
+    def _say_goodbye(self, state: OpenSession) -> None:
+        if self._has_more_to_say(state):
+            logging.warning("%s: %s: its listener hears nothing: what waits is not said", self.name, state.session.id)
+        if not state.faults.given_up:
+            with state.faults.within("drain"):
+                self._send_all(state, self.stage.drain(state.session.id))
+        self._tell_failures(state)
+        window_ns = state.session.window_ns
+        end_ns, streams = (
+            state.num_units * window_ns,
+            [*self.stage.outputs, *([EVENTS] if EVENTS in state.edges else [])],
+        )
+        if state.join is None and state.faults.given_up:  # it can't say any more where its streams end
+            streams += state.plan.makes
+            end_ns = -(-max(state.now_ns(), 0) // window_ns) * window_ns if state.session.paced else 0
+        for stream in dict.fromkeys(streams):
+            self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
+
+    def _inputs_ended(self, state: OpenSession) -> bool:
+        if state.join is not None:
+            return state.join.finished
+        return len(state.ended) >= state.plan.num_inputs
+
+    def _send_all(self, state: OpenSession, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self._send(state, chunk)
+
+    def _send(self, state: OpenSession, chunk: Chunk) -> None:
+        """Raises StageError for a chunk that nobody would take; then nothing has changed."""
+        if not chunk.is_control:
+            self._send_data(state, chunk)
+            return
+        if chunk.kind is Kind.PLAYBACK:
+            ack = ack_of(chunk)
+            state.session.playback.ack(ack)
+            self._meter.played(state.session, ack)
+        elif chunk.kind is Kind.BARGE_IN:
+            state.fence.raise_to(chunk.epoch)
+        for edge in self._edges_of(state, chunk.stream):
+            if chunk.kind is not Kind.PLAYBACK or self._is_news(state, edge):
+                self._send_on(state.lanes[edge], chunk)
+
+    def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
+        seq, edges = state.seqs.get(chunk.stream, state.first_seq), self._edges_of(state, chunk.stream)
+        chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
+        kind = kind_of(chunk.stream)
+        is_shed = kind.is_sheddable and sheds_picture(state.session.taken, chunk.session, seq)
+        for edge in edges:
+            if is_shed:
+                state.lanes[edge].shed(chunk)
+            else:
+                self._send_on(state.lanes[edge], chunk)
+        state.seqs[chunk.stream] = seq + 1
+        self._meter.made(state.session, chunk)
+
+    def _send_on(self, lane: Sender, chunk: Chunk) -> None:
+        try:
+            lane.send(chunk)
+        except CodecError as error:
+            raise StageError(f"stage {self.name}, port {kind_of(chunk.stream).name}: {error}") from error
+
+    def _is_news(self, state: OpenSession, edge: str) -> bool:
+        """A camera asks nothing of the listener but the level: a new one, and in each window the last once more."""
+        if edge.partition("->")[2] != "camera.playback":
+            return True
+        level, now_ns = state.session.level.num_steps, state.now_ns()
+        if level == state.told_level and now_ns - state.told_ns < state.session.window_ns:
+            return False
+        state.told_level, state.told_ns = level, now_ns
+        return True
+
+    @staticmethod
+    def _edges_of(state: OpenSession, stream: str) -> list[str]:
+        return state.edges.get(kind_of(stream).name, [])
+
+
+def _single(state: OpenSession, chunk: Chunk) -> Unit:
+    window_ns = state.session.window_ns
+    index = chunk.start_ns // window_ns
+    return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={chunk.stream: (chunk,)})
+
+
+def _of(join: WindowJoin | None) -> WindowJoin:
+    assert join is not None, "a stage with inputs has a join"
+    return join

@@ -1,0 +1,119 @@
+"""`pipeline stages` and `pipeline graph`: which stages there are, and how they are wired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deploy.cli.common import File, Json, Set, clear_errors, load, table, usage
+from graph.chunk import NS_PER_S
+
+if TYPE_CHECKING:
+    from graph.ports import Ports
+    from graph.spec import EdgeSpec, PipelineSpec
+
+
+def stages(as_json: Json = False) -> None:
+    """List the stages with their ports and options.
+
+    --json: {stage: {inputs: {port: {kind, feedback}}, outputs: {port: kind}, options, has_model, is_local,
+    can_be_off}}.
+    """
+    found = _described()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [
+        {
+            "stage": name,
+            "inputs": ", ".join(f"{port} (feedback)" if i["feedback"] else port for port, i in stage["inputs"].items()),
+            "outputs": ", ".join(stage["outputs"]),
+            "options": ", ".join(stage["options"]),
+        }
+        for name, stage in found.items()
+    ]
+    table(rows, ("stage", "inputs", "outputs", "options"))
+
+
+def graph(
+    file: File = None,
+    overrides: Set = None,
+    as_mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print how the described pipeline is wired: every edge with its credit and what it does when it is full.
+
+    --json: {stages, edges: [{from, to, kind, feedback, credit: {chunks, time_s}, when_full, late}]}, upstream first.
+    """
+    with clear_errors(), usage():
+        spec = load(file, overrides or [])
+    if as_json:
+        print(json.dumps({"stages": spec.wiring.upstream_first, "edges": _rows(spec)}, indent=2))
+    elif as_mermaid:
+        print("\n".join(mermaid(spec)))
+    else:
+        table(
+            [row | {"credit": _told(row["credit"])} for row in _rows(spec)],
+            ("from", "to", "kind", "credit", "when_full", "late"),
+        )
+
+
+def mermaid(spec: PipelineSpec) -> Iterator[str]:
+    """Lines of a flowchart: whole arrows carry windows, dotted ones news."""
+    yield "flowchart LR"
+    for edge in _upstream_first(spec):
+        arrow = "-->" if edge.kind.is_windowed else "-.->"
+        yield f"    {edge.source.stage} {arrow}|{edge.kind}| {edge.target.stage}"
+
+
+def _rows(spec: PipelineSpec) -> list[dict[str, Any]]:
+    return [
+        {
+            "from": str(edge.source),
+            "to": str(edge.target),
+            "kind": str(edge.kind),
+            "feedback": edge.target.is_feedback,
+            "credit": {"chunks": edge.credit.chunks, "time_s": _seconds(edge.credit.duration_ns)},
+            "when_full": edge.when_full,
+            "late": edge.late,
+        }
+        for edge in _upstream_first(spec)
+    ]
+
+
+def _upstream_first(spec: PipelineSpec) -> list[EdgeSpec]:
+    """In the order of the stages that they come from."""
+    place = {stage: index for index, stage in enumerate(spec.wiring.upstream_first)}
+    return sorted(spec.edges, key=lambda edge: place[edge.source.stage])
+
+
+def _seconds(time_ns: int | None) -> float | None:
+    return None if time_ns is None else time_ns / NS_PER_S
+
+
+def _told(credit: dict[str, Any]) -> str:
+    return f"{credit['chunks']} chunks" + (f", {credit['time_s']:g} s" if credit["time_s"] else "")
+
+
+def _described() -> dict[str, dict[str, Any]]:
+    from graph.ports import STAGES
+    from graph.sections import StageSpec, StagesSpec
+
+    sections = StagesSpec().by_name()
+    shared = StageSpec().model_dump(by_alias=True)
+
+    def of(name: str, ports: Ports) -> dict[str, Any]:
+        options = sections[name].model_dump(by_alias=True)
+        return {
+            "inputs": {port: {"kind": kind, "feedback": port in ports.feedback} for port, kind in ports.inputs.items()},
+            "outputs": dict(ports.outputs),
+            "options": {option: value for option, value in options.items() if option not in shared},
+            "has_model": ports.has_model,
+            "is_local": ports.is_local,
+            "can_be_off": ports.can_be_off,
+        }
+
+    return {name: of(name, ports) for name, ports in STAGES.items()}

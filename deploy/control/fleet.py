@@ -1,0 +1,136 @@
+"""The actors that live: each with its line, its place on the bus, and its machine's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deploy.actor.accounts import EdgeEnds
+from deploy.actor.clock import NodeClocks
+from deploy.actor.plan import ActorPlan, Address, Report
+from deploy.actor.session_plan import StageSnapshot
+from deploy.control.calls import CoordinatorError, Line, Reply, Transport
+from deploy.control.placement import Process
+from deploy.control.sessions import Placement
+
+
+class Cluster(Transport, Protocol):
+    """Where actors are placed and called (deploy/control/cluster.py)."""
+
+    @property
+    def node_id(self) -> str:
+        """The node that we run on."""
+
+    def place(self, processes: Iterable[Process], plans: Iterable[ActorPlan]) -> Mapping[str, Any]: ...
+    def replace(self, process: Process, plan: ActorPlan) -> Any: ...
+    def clock_ns(self, handle: Any, timeout_s: float) -> int: ...
+    def stop(self, handles: Iterable[Any], timeout_s: float) -> None: ...
+    def kill(self, handle: Any) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Living:
+    """An actor that runs. peer: its name on the bus.
+
+    asked: a report that has not come yet; asked_at, reported_at: the numbers of that one and of the last that came.
+    """
+
+    process: Process
+    line: Line
+    peer: str
+    address: Address
+    asked: Reply[Report] | None = None
+    asked_at: int = 0
+    reported_at: int = 0
+
+
+class Fleet:
+    """By name."""
+
+    def __init__(self, cluster: Cluster, now_ns: Callable[[], int]) -> None:
+        self._cluster = cluster
+        self._clocks = NodeClocks(cluster.node_id, now_ns)
+        self._num_reports = 0
+        self.living: dict[str, Living] = {}
+        self.snapshots: dict[str, Mapping[str, StageSnapshot]] = {}
+
+    def add(self, living: Living) -> None:
+        """Raises TimeoutError where its machine's clock can't be read."""
+        self._read_clock(living)
+        self.living[living.process.name] = living
+
+    def remove(self, living: Living) -> None:
+        """It has died, or is to."""
+        del self.living[living.process.name]
+        self.snapshots.pop(living.process.name, None)
+        self._cluster.kill(living.line.handle)
+
+    def has(self, living: Living) -> bool:
+        """Does it still live?"""
+        return self.living.get(living.process.name) is living
+
+    def of(self, stage: str) -> list[Living]:
+        """The replicas of a stage that live."""
+        living = [each for each in self.living.values() if stage in each.process.stages]
+        return sorted(living, key=lambda each: each.process.replica)
+
+    def replica(self, stage: str, replica: int) -> Living | None:
+        """None when it is not there."""
+        return next((living for living in self.of(stage) if living.process.replica == replica), None)
+
+    def origin_ns(self, living: Living, origin_ns: int) -> int:
+        """A time of our clock, on that of an actor's machine."""
+        return origin_ns + self._clocks.ahead_ns(living.address.node_id)
+
+    def read_clocks(self) -> None:
+        """Of the other machines. Each time anew: between two openings clocks drift, and machines sleep."""
+        for living in {living.address.node_id: living for living in self.living.values()}.values():
+            self._read_clock(living)
+
+    def _read_clock(self, living: Living) -> None:
+        handle = living.line.handle
+        self._clocks.read(living.address.node_id, lambda timeout_s: self._cluster.clock_ns(handle, timeout_s))
+
+    # ---- reports -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_reports(self) -> int:
+        """How often reports were asked for."""
+        return self._num_reports
+
+    def ask_for_reports(self) -> list[Reply[Report]]:
+        """Of all; who has not answered the last time is not asked again. Returns all that are to come."""
+        self._num_reports += 1
+        for living in self.living.values():
+            if living.asked is None:
+                living.asked, living.asked_at = living.line.post("report"), self._num_reports
+        return [living.asked for living in self.living.values() if living.asked is not None]
+
+    def take_reports(self) -> Mapping[str, Mapping[str, EdgeEnds]]:
+        """Those that have come: the accounts in them, by the actor's name on the bus."""
+        ends: dict[str, Mapping[str, EdgeEnds]] = {}
+        for living in self.living.values():
+            if living.asked is not None and living.asked.is_done:
+                if living.asked.error is None:
+                    report = living.asked.result()
+                    self.snapshots[living.process.name] = report.stages
+                    living.reported_at = living.asked_at
+                    ends[living.peer] = report.ends
+                else:  # it can't say any more what it does
+                    living.line.fail(CoordinatorError(str(living.asked.error)))
+                living.asked = None
+        return ends
+
+    def has_ended(self, placement: Placement) -> bool:
+        """Has everybody reported, of a time when the session was open, that it is not any more?"""
+        if not placement.is_open:
+            return False
+        replicas = [self.replica(stage, n) for stage, n in placement.replicas.items() if stage not in placement.absent]
+        there = [living for living in replicas if living is not None]
+        return bool(there) and all(self._has_left(placement, living) for living in there)
+
+    def _has_left(self, placement: Placement, living: Living) -> bool:
+        stages = self.snapshots.get(living.process.name, {})
+        is_there = any(placement.session.id in stage.sessions for stage in stages.values())
+        return living.reported_at > placement.since and not is_there

@@ -1,0 +1,299 @@
+"""`pipeline up`: from a checked description to running sessions, and cleanly back."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.cameras.live_cameras import LiveCameras
+from deploy.cameras.source_watch import SourceWatch
+from deploy.cameras.sources import anchored, check_cameras
+from deploy.control import ray_environment
+from deploy.control.calls import Reply
+from deploy.control.capacity import admit
+from deploy.gateway.gateway_server import GatewayServer
+from deploy.gateway.observe import build_gateway
+from deploy.gateway.status import Status
+from deploy.process.deadline import Deadline
+from deploy.process.interrupts import Interrupted, Interrupts
+from deploy.run.checkpoints import Checkpoint, open_checkpoint
+from deploy.run.pipeline_meter import PipelineMeter
+from deploy.run.state import Running, StateFolder
+from graph.chunk import NS_PER_S, SessionId
+from graph.errors import GraphError
+from graph.ledger import Account
+from graph.sections import CameraSpec
+from graph.spec import PipelineSpec
+from stages.stage import ListenerAction, Session
+
+if TYPE_CHECKING:
+    from deploy.control.coordinator import Coordinator
+
+POLL_S = 0.25
+MAX_ENDED = 64  # sessions which `ps` goes on showing
+BUSY_S = 0.02  # between two looks while a camera opens
+CLOSING_S = 1.0  # after the last word
+# From the first signal to the end of the process, whatever hangs; most of it is for a listener who still hears. What is
+# left is for the last word of all actors, for stopping them, and for Ray.
+END_S, DRAIN_S = 10.0, 5.0
+
+
+class UpError(GraphError):
+    """The pipeline can't start; says what, where and what instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What the command line adds to the description. duration_ns None: as long as the sources can.
+
+    wait_for_cameras_s: see `check_cameras`.
+    """
+
+    duration_ns: int | None = None
+    out: Path | None = None
+    paced: bool = True
+    listener: tuple[ListenerAction, ...] = ()
+    address: str | None = None
+    state: StateFolder | None = None
+    wait_for_cameras_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. interrupted: by Ctrl-C. in_vain: by itself, and no source ever gave anything."""
+
+    interrupted: bool
+    in_vain: bool
+    ledger: Mapping[str, Account]
+    out: Path | None
+
+
+def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) -> Outcome:
+    """Run the pipeline until its sources end, or until it is interrupted. tell: one line for the user.
+
+    Raises UpError, GraphError, StageError, ModelError or GatewayError with one clear message; whatever was started
+    before has been stopped then.
+    """
+    state = options.state or StateFolder(Path.cwd())
+    if (other := state.read()) is not None:
+        raise UpError(
+            f"a pipeline of this folder is running already (pid {other.pid}, {other.url}); `pipeline down` it"
+        )
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        stack.enter_context(state.hold())
+        stack.callback(state.forget)  # the last thing, so that who sees it gone may start another
+        _check_output(options.out)
+        checkpoint = open_checkpoint(spec, tell)
+        spec = checkpoint.fit(spec)
+        if options.paced:
+            admit(spec, len(spec.cameras))
+        checkpoint.check_tensors(spec)
+        cameras = check_cameras(spec, options.duration_ns, tell, options.wait_for_cameras_s)
+        if not (options.address or os.environ.get("RAY_ADDRESS")):
+            checkpoint.check_memory(spec)
+        status = Status(model=spec.model, trained=checkpoint.trained)
+        state.create()
+        live = LiveCameras(spec, paced=options.paced, keeps_files=options.out is not None)
+        token = secrets.token_urlsafe(32)
+        gateway = GatewayServer(build_gateway(status, live, token), spec.console.host, spec.console.port)
+        gateway.start()
+        stack.callback(gateway.stop)
+        stack.callback(live.close)
+        state.write(Running(os.getpid(), gateway.url, token, str(state.path)))
+        return _Run(spec, options, checkpoint, state, status, gateway.url, interrupts, live, tell).run(cameras)
+
+
+class _Run:
+    """One run, from the cluster to the last ledger."""
+
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        options: UpOptions,
+        checkpoint: Checkpoint,
+        state: StateFolder,
+        status: Status,
+        url: str,
+        interrupts: Interrupts,
+        live: LiveCameras,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._spec = spec
+        self._options = options
+        self._checkpoint = checkpoint
+        self._state = state
+        self._status = status
+        self._url = url
+        self._interrupts = interrupts
+        self._live = live
+        self._ending: Deadline | None = None  # once an end was asked for
+        self._begun_s = 0.0  # when the first sessions were open, on the monotonic clock
+        self._tell = tell
+        self._sources = SourceWatch(tell)
+
+    def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
+        # Ray is imported here: what can be refused without it has been refused by now, and its environment is set.
+        address = self._options.address or os.environ.get("RAY_ADDRESS")
+        ray_environment.prepare(address)
+        from deploy.control.cluster import connect
+        from deploy.control.coordinator import Coordinator
+        from deploy.control.placement import processes_of
+
+        with ExitStack() as stack:
+            cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
+            stack.callback(cluster.close)
+            self._interrupts.listen()
+            self._interrupts.check()
+            path = self._checkpoint.path.absolute()
+            coordinator = Coordinator(self._spec, path, self._state.path, cluster, self._tell)
+            stack.callback(lambda: coordinator.stop(self._ending))
+            coordinator.start()
+            self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
+            coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
+            self._begun_s = time.monotonic()
+            for session in coordinator.sessions:
+                self._sources.opened(session)
+            meter = PipelineMeter(self._spec.model, self._status.trained, coordinator.processes)
+            stack.callback(meter.stop)
+            self._status.own_port = meter.port
+            self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
+            self._status.problem = ""
+            self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
+            try:
+                self._wait(coordinator, meter)
+            except Interrupted:  # the second time: nobody is waited for
+                pass
+            finally:
+                self._interrupts.ignore()  # what is left has an end of its own
+                self._live.close()
+                self._status.problem = "stopping"
+                ledger = coordinator.end(self._ending)  # also of a run that breaks
+                self._write_ledger(ledger)
+            self._tell("stopping")
+        for session, problem in self._sources.unreported.items():
+            self._tell(f"camera {session}: {problem or 'gave neither picture nor sound'}")
+        in_vain = self._sources.is_all_silent and not self._interrupts.count
+        return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out)
+
+    def _drain_s(self) -> float:
+        """How long sessions may take to their end, after the first Ctrl-C: a listener has a lead and a window to hear,
+        after the last word is made, which may be late by as much as a window may. One who hears nothing is not waited
+        for any longer."""
+        window = self._spec.window
+        rest_ns = 2 * window.length_ns + window.lateness_ns + self._spec.tail.lead_ns
+        return max(DRAIN_S, rest_ns / NS_PER_S + CLOSING_S)
+
+    def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
+        """Until every session has ended, by itself or because a signal has asked for it, or no time is left for that.
+
+        The second signal raises.
+        """
+        drain: Deadline | None = None
+        self._interrupts.graceful = True
+        self._live.begin(self._until_s())
+        while coordinator.sessions:
+            if self._interrupts.count and drain is None:
+                drain = Deadline(self._drain_s())
+                self._ending = Deadline(self._drain_s() + END_S - DRAIN_S)
+                self._live.close()
+                self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
+                for session in coordinator.sessions:
+                    coordinator.end_session(session)
+            if drain is not None and drain.is_over:
+                break
+            self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
+            self._poll(coordinator, meter)
+            self._state.keep()
+            if coordinator.sessions:
+                self._live.wait(BUSY_S if coordinator.is_busy else POLL_S)
+
+    def _poll(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
+        """Look at the actors once, and let the gateway and the metrics know."""
+        before = coordinator.sessions
+        snapshots = coordinator.poll()
+        self._status.saw(snapshots)
+        self._sources.saw(snapshots)
+        for session in set(before) - set(coordinator.sessions):
+            self._live.ended(session)
+            self._sources.ended(session)
+        self._status.ledger = coordinator.ledger()
+        self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
+        meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
+
+    def _until_s(self) -> float | None:
+        """When the sources end, on the monotonic clock, where `--for` says so."""
+        duration_ns = self._options.duration_ns
+        return None if duration_ns is None else self._begun_s + duration_ns / NS_PER_S
+
+    def _add(self, coordinator: Coordinator, name: str, camera: CameraSpec) -> Reply[None]:
+        session, until_s = self._session(name, camera), self._until_s()
+        if until_s is not None:  # it ends with the others
+            left_ns = round((until_s - time.monotonic()) * NS_PER_S)
+            session = replace(session, duration_ns=max(left_ns, session.window_ns))
+
+        def opened() -> None:
+            running = set(coordinator.sessions)
+            ended = [other for other in self._status.sources if other not in running]
+            kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
+            self._status.sources = {**kept, name: camera.source.masked}
+            self._sources.opened(session.id)
+            self._tell(f"camera {name}: added")
+
+        return coordinator.begin_to_open(session, opened)
+
+    def _remove(self, coordinator: Coordinator, name: str) -> None:
+        if (session := SessionId(name)) in coordinator.sessions:
+            coordinator.end_session(session)
+            self._tell(f"camera {name}: removed; what it saw and heard is gone through to the end")
+
+    def _session(self, name: str, camera: CameraSpec) -> Session:
+        options, spec = self._options, self._spec
+        pictures = "camera" in spec.stages
+        microphone = camera.microphone == "embedded" and "microphone" in spec.stages
+        needs_pictures = self._checkpoint.config.generation.needs_pictures or not microphone
+        return Session(
+            id=SessionId(name),
+            camera=name,
+            source=anchored(camera.source.reveal()),
+            fps=camera.fps,
+            max_pixels=camera.max_pixels,
+            pictures=pictures,
+            speech="speaker" in spec.stages,
+            microphone=microphone,
+            window_ns=spec.window.length_ns,
+            lateness_ns=spec.window.lateness_ns,
+            lead_ns=spec.tail.lead_ns,
+            delay_ns=spec.tail.delay_ns,
+            duration_ns=options.duration_ns,
+            paced=options.paced,
+            listener=options.listener,
+            ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not pictures),
+            out=None if options.out is None else options.out.absolute(),
+            masked_source=camera.source.masked,
+        )
+
+    def _write_ledger(self, ledger: Mapping[str, Account]) -> None:
+        if self._options.out is not None:
+            self._options.out.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
+            rows = {edge: account.as_dict() for edge, account in ledger.items()}
+            (self._options.out / "ledger.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_output(out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "ledger.json").touch()  # it is written at the end, but that it can be is seen first
+        (out / "ledger.json").unlink()
+    except OSError as error:
+        raise UpError(f"--out {out}: can't be written to: {error.strerror}") from error

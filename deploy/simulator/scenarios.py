@@ -1,0 +1,259 @@
+"""What is simulated: how many sessions, on what, and what goes wrong.
+
+The costs are those of a released checkpoint on one GPU in round numbers; `pipeline simulate` is about order, credit and
+time, not about one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final
+
+from deploy.simulator.virtual import Network
+from graph.chunk import NS_PER_MS, NS_PER_S
+from graph.costs import Profile, StageCost
+from graph.credit import Limit
+from graph.errors import GraphError
+
+SPREAD: Final = 0.2
+
+
+class SimulateError(GraphError):
+    """There is no such scenario, or the seeds or sizes make no sense."""
+
+
+COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
+    {
+        "vision_encoder": StageCost(8 * NS_PER_MS, 4 * NS_PER_MS, SPREAD),
+        "audio_encoder": StageCost(6 * NS_PER_MS, 1 * NS_PER_MS, SPREAD),
+        "llm": StageCost(20 * NS_PER_MS, 3 * NS_PER_MS, SPREAD),
+        "tts": StageCost(40 * NS_PER_MS, 2 * NS_PER_MS, SPREAD),
+        "vocoder": StageCost(25 * NS_PER_MS, 5 * NS_PER_MS, SPREAD),
+    }
+)
+
+
+USUAL: Final = Network()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Sessions that come one after the other, and go together."""
+
+    num_sessions: int
+    until_ns: int
+    from_ns: int = 0
+    every_ns: int = 0
+
+    def begins_ns(self) -> list[int]:
+        """When each of them comes."""
+        return [self.from_ns + number * self.every_ns for number in range(self.num_sessions)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What happens in one seed.
+
+    num_sessions, num_windows: that begin together and end together; or, where there are some, the arrivals.
+    devices: what computes, and how many stages at once on it. on: per stage its device; else the first. token_ns: a
+    decode step of all who speak. picture_ns: what a picture costs the LLM. stagger_ns: between the sessions' windows.
+    credit, batch: of every edge and stage; None: as described.
+    network, acks, grants: how messages travel.
+    barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
+    nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
+    times slower it is for so long. drift_ppm: of each actor's clock, at most.
+    deaths: how often on average each actor that computes dies. replicas: of stages; else as described.
+    returns: how likely each session is closed by force and comes again under its name. spoils: how likely a unit of a
+    stage that computes is one at which it raises.
+    """
+
+    name: str
+    about: str
+    num_sessions: int = 4
+    num_windows: int = 8
+    arrivals: tuple[Arrivals, ...] = ()
+    costs: Mapping[str, StageCost] = field(default_factory=lambda: COSTS)
+    token_ns: int = 8 * NS_PER_MS
+    picture_ns: int = 0
+    batch: int | None = None
+    devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
+    on: Mapping[str, str] = field(default_factory=dict)
+    stagger_ns: int = 0
+    credit: Limit | None = None
+    network: Network = USUAL
+    acks: Network = USUAL
+    grants: Network = USUAL
+    barges_in: float = 0.0
+    pauses: float = 0.0
+    dies: float = 0.0
+    stalls: float = 0.0
+    longest_stall_ns: int = 500 * NS_PER_MS
+    slow: Mapping[str, float] = field(default_factory=dict)
+    drift_ppm: int = 0
+    deaths: float = 0.0
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    returns: float = 0.0
+    spoils: float = 0.0
+
+    def priced(self, profile: Profile) -> Scenario:
+        """The same where stages cost what was measured. Raises ProfileError where a stage of ours was not."""
+        costs = {name: profile.of(name) for name in self.costs}
+        return replace(self, costs=costs, token_ns=0, picture_ns=0)  # what is said and seen is in what was measured
+
+    def sized(self, num_sessions: int | None, num_windows: int | None) -> Scenario:
+        """The same with so many sessions and windows. Raises SimulateError where sessions come and go as they do."""
+        if self.arrivals and (num_sessions or num_windows):
+            raise SimulateError(
+                f"{self.name}: sessions come and go in it as they do; --sessions and --windows don't apply"
+            )
+        return replace(
+            self, num_sessions=num_sessions or self.num_sessions, num_windows=num_windows or self.num_windows
+        )
+
+
+LOADS: Final = {"1x": (0, 20), "2x": (20, 80), "4x": (80, 140), "1x again": (140, 180)}
+"""Of the overload, from when until when, in seconds."""
+OVERLOAD: Final = (
+    Arrivals(8, until_ns=180 * NS_PER_S),
+    Arrivals(8, until_ns=140 * NS_PER_S, from_ns=20 * NS_PER_S, every_ns=4 * NS_PER_S),
+    Arrivals(16, until_ns=140 * NS_PER_S, from_ns=80 * NS_PER_S, every_ns=2 * NS_PER_S),
+)
+DAY_S: Final = 120  # five seconds for an hour
+DIURNAL: Final = (
+    Arrivals(20, until_ns=DAY_S * NS_PER_S),
+    *(
+        # All of the others come between 6 and 12:20, and go group by group between 16:20 and 22.
+        Arrivals(
+            10, until_ns=(110 - 4 * group) * NS_PER_S, from_ns=(30 + 4 * group) * NS_PER_S, every_ns=400 * NS_PER_MS
+        )
+        for group in range(8)
+    ),
+)
+_STEADY: Final = Scenario("steady", "nothing goes wrong", num_sessions=4, num_windows=8)
+_STORM: Final = replace(
+    _STEADY,
+    name="storm",
+    about="all of it at once, on clocks that drift by up to 200 ppm",
+    network=Network(100_000, 50 * NS_PER_MS, refused=0.01),
+    acks=Network(100_000, 400 * NS_PER_MS, lost=0.05, doubled=0.05),
+    grants=Network(100_000, 50 * NS_PER_MS, doubled=0.1),
+    barges_in=0.5,
+    pauses=0.5,
+    dies=0.3,
+    stalls=0.3,
+    longest_stall_ns=1500 * NS_PER_MS,
+    slow={"llm": 5.0},
+    stagger_ns=130 * NS_PER_MS,
+    drift_ppm=200,
+)
+SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
+    {
+        scenario.name: scenario
+        for scenario in (
+            _STEADY,
+            replace(
+                _STEADY,
+                name="burst",
+                about="more sessions at once than one batch takes",
+                num_sessions=20,
+                num_windows=6,
+            ),
+            replace(
+                _STEADY,
+                name="lossy-acks",
+                about="acks take up to 400 ms and one in a hundred is lost; grants come twice; listeners interrupt",
+                acks=Network(100_000, 400 * NS_PER_MS, lost=0.01),
+                grants=Network(100_000, 20 * NS_PER_MS, doubled=0.1),
+                barges_in=0.5,
+                pauses=0.3,
+            ),
+            replace(
+                _STEADY,
+                name="tight",
+                about="one chunk of credit on every edge, links that are full now and then, one device for all stages",
+                credit=Limit(1),
+                network=Network(100_000, 5 * NS_PER_MS, refused=0.05),
+                grants=Network(100_000, 20 * NS_PER_MS, doubled=0.2),
+                devices={"gpu": 1},
+                barges_in=0.3,
+            ),
+            replace(_STEADY, name="stalled-camera", about="cameras give nothing for seconds", dies=0.7, stalls=0.2),
+            replace(
+                _STEADY,
+                name="slow-tts",
+                about="the TTS is 20 times slower for two seconds",
+                slow={"tts": 20.0},
+                longest_stall_ns=2000 * NS_PER_MS,
+                barges_in=0.3,
+            ),
+            _STORM,
+            replace(
+                _STORM,
+                name="squall",
+                about="a small storm, of which many seeds can be tried",
+                num_sessions=2,
+                num_windows=5,
+                barges_in=0.6,
+                deaths=0.1,
+                returns=0.1,
+            ),
+            replace(
+                _STEADY,
+                name="kill-storm",
+                about="what computes dies once on average; LLM and vocoder have another beside them",
+                num_sessions=6,
+                num_windows=20,
+                network=Network(100_000, 5 * NS_PER_MS),
+                acks=Network(100_000, 100 * NS_PER_MS, lost=0.01),
+                barges_in=0.2,
+                pauses=0.2,
+                deaths=1.0,
+                replicas={"llm": 2, "vocoder": 2},
+                drift_ppm=200,
+            ),
+            replace(
+                _STEADY,
+                name="comings-and-goings",
+                about="cameras are closed while their chunks flow, and come again at once under the same names",
+                num_sessions=6,
+                num_windows=12,
+                credit=Limit(2),
+                network=Network(100_000, 50 * NS_PER_MS),
+                grants=Network(100_000, 200 * NS_PER_MS, doubled=0.2),
+                barges_in=0.3,
+                stalls=0.5,
+                returns=0.8,
+                drift_ppm=200,
+            ),
+            replace(
+                _STEADY,
+                name="bad-units",
+                about="one unit in twenty is one at which a stage raises; some sessions are given up",
+                num_windows=20,
+                network=Network(100_000, 5 * NS_PER_MS),
+                barges_in=0.3,
+                spoils=0.05,
+            ),
+            Scenario(
+                "overload",
+                "one device that serves 10 sessions; 8 come, from 20 s on 8 more, from 80 s on 16 more; 24 go at 140 s",
+                arrivals=OVERLOAD,
+                costs={name: replace(cost, each_ns=4 * cost.each_ns) for name, cost in COSTS.items()},
+                picture_ns=8 * NS_PER_MS,
+                batch=64,
+                devices={"gpu": 1},
+            ),
+            Scenario(
+                "diurnal",
+                "a device and its cameras in a day of 120 s: 20 at night, 100 at noon; 100 seeds are 10 000 cameras",
+                arrivals=DIURNAL,
+                batch=64,
+                barges_in=0.1,
+                dies=0.05,
+                drift_ppm=200,
+            ),
+        )
+    }
+)

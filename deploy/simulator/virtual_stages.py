@@ -1,0 +1,435 @@
+"""The stages of a simulated pipeline: what they cost and how much they make, without a model.
+
+They spend what TAIL allows as the real ones do, through the same graph/tail.py. The speaker is the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Final
+
+import numpy as np
+
+from deploy.simulator.virtual import Device
+from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
+from graph.costs import StageCost
+from graph.ladder import Level, holds_window
+from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, kind_of
+from graph.tail import Ack, Playback, SpeechQueue, TextBudget
+from graph.window import Unit
+from stages.stage import Session, Stage
+
+PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
+SOUND: Final = np.zeros(16, np.float32)
+SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
+CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
+
+
+def own_of(session: Session) -> Session:
+    """A session as one stage is told of it: each knows what it was told, and nothing of what others were."""
+    return replace(session, playback=Playback(), level=Level())
+
+
+class OutOfOrder(AssertionError):
+    """A unit came twice, or not after the one before it."""
+
+
+class Spoilt(ValueError):
+    """A unit at which its stage raises."""
+
+
+class Costly(Stage):
+    """A stage that computes on a device, and sees that units come as 0, 1, 2 …"""
+
+    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
+        self._cost, self._device, self._rng = cost, device, rng
+        self._next: dict[SessionId, int | None] = {}  # None: any
+        self.slow_down = 1.0
+        self.spoils = 0.0  # how likely a unit is one at which it raises
+        self.unsaid: list[SessionId] = []  # sessions that were closed with something left to say
+
+    def open_session(self, session: Session) -> None:
+        self._next[session.id] = 0
+
+    def begin_anywhere(self, session: SessionId) -> None:
+        """The session goes on here in the place of a replica that has died."""
+        self._next[session] = None
+
+    def close_session(self, session: SessionId) -> None:
+        if self._next.pop(session, 0) and self.goes_on(session):
+            self.unsaid.append(session)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        if spoilt := [unit for unit in units if self._is_spoilt(unit)]:
+            self._spoil(spoilt, units)
+        for unit in units:
+            awaited = self._next[unit.session]
+            if awaited is not None and unit.index != awaited:
+                raise OutOfOrder(f"{unit.session}: unit {unit.index} where {awaited} was to come")
+            self._next[unit.session] = unit.index + 1
+        made = [chunk for unit in units for chunk in self.make(unit)]
+        if num_items := self.num_items(units, made):
+            cost_ns = self._cost.batch_ns(num_items) * (1 + self._cost.spread * self._rng.random())
+            self._device.work(round(cost_ns * self.slow_down))
+        return made
+
+    def _is_spoilt(self, unit: Unit) -> bool:
+        """The same each time that it is tried."""
+        return Random(f"{type(self).__name__} {unit.session} {unit.index}").random() < self.spoils
+
+    def _spoil(self, spoilt: list[Unit], units: list[Unit]) -> None:
+        if spoilt == units:  # else those beside it are tried again
+            for unit in spoilt:
+                self._next[unit.session] = unit.index + 1
+        raise Spoilt(f"{spoilt[0].session}: unit {spoilt[0].index}")
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        return []
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        """How much there was to do."""
+        return len(units)
+
+
+class VirtualCamera(Stage):
+    """Pictures at their rate; while it is dead none, and its watermark follows the clock as stages/camera.py's does."""
+
+    def __init__(
+        self,
+        rng: Random,
+        dead_ns: Mapping[SessionId, tuple[int, int]],
+        look: Callable[[SessionId, int], Array] | None = None,
+        *,
+        delay_ns: int = CAMERA_DELAY_NS,
+    ) -> None:
+        """dead_ns: from when until when a session's camera gives nothing. look: what it shows at a time; None: a dot.
+        delay_ns: from the shutter to here, at most."""
+        self._rng, self._dead_ns, self._delay_ns = rng, dead_ns, delay_ns
+        self._look = look or (lambda session, at_ns: PICTURE)
+        self._open: dict[SessionId, _Shots] = {}
+
+    def open_session(self, session: Session) -> None:
+        period_ns = round(NS_PER_S / session.fps)
+        self._open[session.id] = _Shots(session, period_ns, self._dead_ns.get(session.id, (0, 0)))
+
+    def close_session(self, session: SessionId) -> None:
+        self._open.pop(session, None)
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        shots, chunks = self._open[session], list[Chunk]()
+        stream, end_ns = camera_stream(shots.session.camera), shots.session.duration_ns or 0
+        while shots.next_ns < end_ns and shots.here_ns <= now_ns:
+            if not shots.is_dead:
+                chunks += self._settle(shots, stream, shots.next_ns)
+                chunks.append(
+                    Chunk(session, stream, shots.next_ns, arrays={"image": self._look(session, shots.next_ns)})
+                )
+            shots.next_ns += shots.period_ns
+            shots.delay_ns = int(self._rng.random() * self._delay_ns)
+            if not shots.is_dead:
+                chunks += self._settle(shots, stream, min(shots.next_ns, end_ns))
+        window_ns = shots.session.window_ns
+        chunks += self._settle(shots, stream, (now_ns - shots.session.lateness_ns) // window_ns * window_ns)
+        if not shots.ended and shots.next_ns >= end_ns and now_ns >= end_ns:
+            shots.ended = True
+            chunks.append(end_of_stream(session, stream, end_ns))
+        return chunks
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        shots = self._open[session]
+        window_ns, lateness_ns = shots.session.window_ns, shots.session.lateness_ns
+        given_up_ns = ((now_ns - lateness_ns) // window_ns + 1) * window_ns + lateness_ns
+        return max(min(shots.here_ns, given_up_ns) - now_ns, 0)
+
+    def finished(self, session: SessionId) -> bool:
+        return self._open[session].ended
+
+    @staticmethod
+    def _settle(shots: _Shots, stream: str, at_ns: int) -> list[Chunk]:
+        if at_ns <= shots.watermark_ns or shots.ended:
+            return []
+        shots.watermark_ns = at_ns
+        return [watermark(shots.session.id, stream, at_ns)]
+
+
+@dataclass(slots=True)
+class _Shots:
+    session: Session
+    period_ns: int
+    dead_ns: tuple[int, int]
+    next_ns: int = 0
+    delay_ns: int = 0
+    watermark_ns: int = 0
+    ended: bool = False
+
+    @property
+    def here_ns(self) -> int:
+        return self.next_ns + self.delay_ns
+
+    @property
+    def is_dead(self) -> bool:
+        return self.dead_ns[0] <= self.next_ns < self.dead_ns[1]
+
+
+class VirtualMicrophone(Stage):
+    """A chunk per window, at its end."""
+
+    def __init__(self, listen: Callable[[SessionId, int, int], Array] | None = None) -> None:
+        """listen: what is heard from when until when; None: next to nothing."""
+        self._listen = listen or (lambda session, start_ns, end_ns: SOUND)
+        self._open: dict[SessionId, tuple[Session, int]] = {}
+
+    def open_session(self, session: Session) -> None:
+        self._open[session.id] = (session, 0)
+
+    def close_session(self, session: SessionId) -> None:
+        self._open.pop(session, None)
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state, sent_ns = self._open[session]
+        chunks: list[Chunk] = []
+        while sent_ns + state.window_ns <= min(now_ns, state.duration_ns or 0):
+            samples = self._listen(session, sent_ns, sent_ns + state.window_ns)
+            chunks.append(Chunk(session, MIC, sent_ns, state.window_ns, arrays={"samples": samples}))
+            sent_ns += state.window_ns
+            chunks.append(watermark(session, MIC, sent_ns))
+        self._open[session] = (state, sent_ns)
+        if chunks and self.finished(session):
+            chunks.append(end_of_stream(session, MIC, sent_ns))
+        return chunks
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        state, sent_ns = self._open[session]
+        return max(sent_ns + state.window_ns - now_ns, 0)
+
+    def finished(self, session: SessionId) -> bool:
+        state, sent_ns = self._open[session]
+        return sent_ns + state.window_ns > (state.duration_ns or 0)
+
+
+class VirtualVision(Costly):
+    outputs = (IMAGE,)
+
+    def is_idle(self, unit: Unit) -> bool:
+        return not unit.chunks
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        pictures = [chunk for stream in unit.chunks if kind_of(stream).is_picture for chunk in unit.of(stream)]
+        return [Chunk(unit.session, IMAGE, picture.start_ns) for picture in pictures]
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        return len(made)
+
+
+class VirtualAudio(Costly):
+    outputs = (AUDIO,)
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        return [unit.emit(AUDIO)] if unit.of(MIC) else []
+
+
+def ns_per_token(session: SessionId) -> int:
+    """Each session has its own pace of speaking."""
+    return Random(f"pace {session}").randint(180 * NS_PER_MS, 380 * NS_PER_MS)
+
+
+@dataclass(slots=True)
+class Talk:
+    """What a session says. left: text tokens of the turn that are still to come; said: those that came.
+    before_ns: speech received before the turn."""
+
+    session: Session
+    budget: TextBudget
+    rng: Random
+    is_held: bool = False
+    num_waiting: int = 0  # windows that go with the next one
+    left: int = 0
+    said: int = 0
+    before_ns: int = 0
+    is_cut: bool = False
+
+    def wasted(self, ack: Ack, pace_ns: int) -> float:
+        """Text tokens of the turn that nobody has heard."""
+        return max(self.said - max(ack.heard_ns - self.before_ns, 0) / pace_ns, 0.0)
+
+
+class VirtualLlm(Costly):
+    """Begins a turn now and then, and goes on with it as far as TAIL allows."""
+
+    outputs = (TEXT,)
+    paced_by_listener = True
+    MOST_TOKENS: Final = 12  # a window
+    TURN: Final = (2, 40)  # tokens
+    TALKS: Final = 0.3  # how often a silent window begins a turn
+
+    def __init__(self, cost: StageCost, token_ns: int, picture_ns: int, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        self._token_ns, self._picture_ns = token_ns, picture_ns
+        self._talks: dict[SessionId, Talk] = {}
+        self.wasted: list[float] = []  # text tokens of each turn that was interrupted
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        budget = TextBudget(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        self._talks[session.id] = Talk(session, budget, Random(self._rng.random()))
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        talk = self._talks[session]
+        self.wasted.append(talk.wasted(ack, ns_per_token(session)))
+        talk.budget.interrupted(ack)
+        talk.is_cut, talk.said, talk.before_ns = True, 0, ack.received_ns
+        return []
+
+    def drain(self, session: SessionId) -> list[Chunk]:
+        talk = self._talks[session]
+        if not talk.left or talk.is_cut:
+            return []
+        attrs: dict[str, Scalar] = {"text": "", "turn_start": False, "end_of_turn": True}
+        window_ns = talk.session.window_ns
+        end_ns = (self._next[session] or 0) * window_ns
+        return [Chunk(session, TEXT, end_ns, window_ns, arrays={"token_ids": np.zeros(0, np.int64)}, attrs=attrs)]
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        made = super().process(units)
+        if num_pictures := sum(len(unit.of(IMAGE)) for unit in units):
+            self._device.work(num_pictures * self._picture_ns)
+        self._device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
+        return made
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        """Windows that are fed now; one that is held is fed with the next one."""
+        talks = [self._talks[unit.session] for unit in units]
+        num_items = sum(talk.num_waiting + 1 for talk in talks if not talk.is_held)
+        for talk in talks:
+            talk.num_waiting = talk.num_waiting + 1 if talk.is_held else 0
+        return num_items
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        talk = self._talks[unit.session]
+        overdue, num_held = unit.overdue and talk.session.speech, talk.num_waiting
+        waits = holds_window(talk.session.taken, unit.session, unit.index, num_held=num_held, overdue=overdue)
+        talk.is_held = waits and not talk.left
+        is_quiet = talk.is_held or "listen_only" in talk.session.taken
+        begins = talk.left == 0 and talk.rng.random() < self.TALKS and not is_quiet
+        if talk.is_cut or (talk.left == 0 and not begins):
+            talk.left, talk.is_cut = 0, False
+            return []
+        if begins:
+            talk.left = talk.rng.randint(*self.TURN)
+            talk.said, talk.before_ns = 0, talk.session.playback.latest.received_ns
+        allowed = talk.budget.tokens(unit.end_ns)
+        count = min(allowed, talk.left, talk.rng.randint(2, self.MOST_TOKENS))
+        talk.left -= count
+        talk.said += count
+        talk.budget.generated(count, end_of_turn=talk.left == 0)
+        attrs = {"text": "word", "turn_start": begins, "end_of_turn": talk.left == 0}
+        return [unit.emit(TEXT, arrays={"token_ids": np.zeros(count, np.int64)}, attrs=attrs)]
+
+
+@dataclass(slots=True)
+class _Speech:
+    queue: SpeechQueue[Chunk]
+    window_ns: int
+    ns_per_token: int
+    owed_ns: int = 0
+
+
+class VirtualTts(Costly):
+    """A window of codes at most."""
+
+    outputs = (CODES,)
+    paced_by_listener = True
+
+    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        self._open: dict[SessionId, _Speech] = {}
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        self._open[session.id] = _Speech(queue, session.window_ns, ns_per_token(session.id))
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        self._open[session].queue.interrupted()
+        self._open[session].owed_ns = 0
+        return []
+
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._open[session].queue)
+
+    def is_idle(self, unit: Unit) -> bool:
+        return not (unit.of(TEXT) or self._open[unit.session].queue)
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        state = self._open[unit.session]
+        for text in unit.of(TEXT):
+            goes_on = len(text.arrays["token_ids"]) == 0 and not text.attrs.get("end_of_turn")
+            if not (goes_on and state.queue):
+                state.queue.put(text)
+        taken = state.queue.take(lambda text: state.window_ns, unit.end_ns)
+        if taken is None:
+            return []
+        state.owed_ns += len(taken.arrays["token_ids"]) * state.ns_per_token
+        num_codes = min(state.owed_ns * CODES_PER_S // NS_PER_S, CODES_PER_S)
+        state.owed_ns = 0 if taken.attrs["end_of_turn"] else state.owed_ns - num_codes * NS_PER_S // CODES_PER_S
+        state.queue.made(state.window_ns, unit.end_ns)
+        return [unit.emit(CODES, arrays={"codes": np.zeros(num_codes, np.int64)}, attrs=taken.attrs)]
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        return len(made)
+
+
+class VirtualVocoder(Costly):
+    outputs = (SPEECH,)
+    paced_by_listener = True
+
+    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        self._open: dict[SessionId, SpeechQueue[Chunk]] = {}
+
+    def open_session(self, session: Session) -> None:
+        super().open_session(session)
+        self._open[session.id] = SpeechQueue(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+
+    def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
+        self._open[session].interrupted()
+        return []
+
+    def goes_on(self, session: SessionId) -> bool:
+        return bool(self._open[session])
+
+    def is_idle(self, unit: Unit) -> bool:
+        return not (unit.of(CODES) or self._open[unit.session])
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        queue = self._open[unit.session]
+        for codes in unit.of(CODES):
+            queue.put(codes)
+        taken = queue.take(_duration_ns, unit.end_ns)
+        if taken is None or not len(taken.arrays["codes"]):
+            return []
+        duration_ns = _duration_ns(taken)
+        queue.made(duration_ns, unit.end_ns)
+        samples = SILENCE[: duration_ns * SPEECH_RATE_HZ // NS_PER_S]
+        return [Chunk(unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=taken.attrs)]
+
+    def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
+        return len(made)
+
+
+def _duration_ns(codes: Chunk) -> int:
+    return len(codes.arrays["codes"]) * NS_PER_S // CODES_PER_S
+
+
+@dataclass(slots=True)
+class VirtualEvents(Stage):
+    """Keeps what is told."""
+
+    windowed = False
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        self.chunks += [chunk for unit in units for chunks in unit.chunks.values() for chunk in chunks]
+        return []
