@@ -17,7 +17,10 @@ from deploy.actor.session_plan import Listener, SessionPlan
 from deploy.control.calls import Reply, Steps, answered
 from deploy.control.routing import session_plan, stages_of
 from graph.chunk import Scalar, SessionId
+from graph.kinds import Kind
+from graph.ports import STAGES
 from graph.spec import EdgeSpec, PipelineSpec
+from graph.streams import EVENTS, KINDS
 from graph.tail import Ack
 from stages.stage import Session
 
@@ -84,7 +87,7 @@ def announce(
         # Where nobody has answered, whoever takes that one's place will send.
         if reply is not None and not edge.kind.is_control and reply.error is None and not reply.result():
             replicas.end_input(stage, going.replicas[stage], going.session.id, edge.id)
-    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=_speaks(spec, stage))
+    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=_speaks(stage))
 
 
 def tell(
@@ -98,8 +101,8 @@ def tell(
 ) -> Reply[None]:
     """Let a stage that can tell an event of a session. cuts: what was said and not heard is lost, if it speaks."""
     passed = stages_of(going.session, spec)
-    tellers = {edge.source.stage for edge in spec.edges if edge.kind.name == "events"} & passed
-    teller = next(stage for stage in spec.wiring.downstream_first if stage in tellers)
+    tellers = (stage for stage in spec.wiring.downstream_first if EVENTS in STAGES[stage].outputs.values())
+    teller = next(stage for stage in tellers if stage in passed)
     cuts = cuts and teller == _listening(spec)
     return replicas.tell(teller, going.replicas[teller], going.session.id, kind, attrs, cuts=cuts)
 
@@ -117,9 +120,13 @@ def _listener(replicas: Replicas, spec: PipelineSpec, going: Going) -> Reply[Lis
 
 def _listening(spec: PipelineSpec) -> str | None:
     """The stage that knows how far the listener has heard, and tells the others."""
-    return next((edge.source.stage for edge in spec.edges if edge.kind.is_control), None)
+    return next((stage for stage in spec.stages if any(kind.is_control for kind in _made(stage))), None)
 
 
-def _speaks(spec: PipelineSpec, stage: str) -> bool:
-    """Whether what this stage sends is said."""
-    return any(edge.source.stage == stage and edge.kind.is_fenced for edge in spec.edges)
+def _speaks(stage: str) -> bool:
+    """Whether what this stage makes is said."""
+    return any(kind.is_fenced for kind in _made(stage))
+
+
+def _made(stage: str) -> list[Kind]:
+    return [KINDS[name] for name in STAGES[stage].outputs.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -124,3 +124,8 @@ def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
     recover(written, spec, "llm", silent)
     assert written.plans["llm"].goes_on == Listener(Ack(0), 0)
     assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)
+
+
+def test_where_nobody_listens_to_events_speech_is_cut_off_all_the_same(spec: PipelineSpec) -> None:
+    deaf = replace(spec, edges=tuple(edge for edge in spec.edges if edge.kind.name != "events"))
+    assert recovered(deaf, "vocoder").calls[-1] == ("tell", "speaker", "recovered", "llm.0", True)
