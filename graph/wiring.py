@@ -49,8 +49,8 @@ class Wiring:
         return max(lengths := self._longest(dict.fromkeys(passed, 1)), key=lambda stage: lengths[stage])
 
     def longest(self, costs: Mapping[str, int]) -> int:
-        """What the most expensive way through these stages costs."""
-        return max(self._longest(costs).values(), default=0)
+        """What the most expensive way through the stages costs. costs: those that cost something."""
+        return max(self._longest({stage: costs.get(stage, 0) for stage in self._stages}).values(), default=0)
 
     def idle(self, off: Iterable[str], needed: Collection[str] = ()) -> set[str]:
         """These stages, and all that would have nothing to do without them: nothing comes to them any more, or nobody

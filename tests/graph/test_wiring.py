@@ -88,3 +88,8 @@ def test_windows_end_at_a_stage_that_nobody_follows(case: tuple[list[str], list[
     last = Wiring(stages, links).last(passed)
     assert last in passed
     assert not {link.target for link in forward(links) if link.is_windowed and link.source == last} & passed
+
+
+def test_a_way_leads_through_stages_that_cost_nothing() -> None:
+    wiring = Wiring("abc", [Link("a", "b"), Link("b", "c")])
+    assert wiring.longest({"a": 2, "c": 3}) == 5
