@@ -46,7 +46,8 @@ class Wiring:
     def last(self, passed: Collection[str]) -> str:
         """Where windows end: at the end of the longest way that they take through these stages. A stage beside it,
         which nothing follows, ends none, so that each window is told once."""
-        return max(lengths := self._longest(dict.fromkeys(passed, 1)), key=lambda stage: lengths[stage])
+        lengths = self._longest(dict.fromkeys(passed, 1))
+        return max(lengths, key=lambda stage: lengths[stage])
 
     def longest(self, costs: Mapping[str, int]) -> int:
         """What the most expensive way through the stages costs. costs: those that cost something."""
@@ -55,10 +56,8 @@ class Wiring:
     def idle(self, off: Iterable[str], needed: Collection[str] = ()) -> set[str]:
         """These stages, and all that would have nothing to do without them: nothing comes to them any more, or nobody
         takes what they make. needed: those that are of use by themselves."""
-        gone = set(off)
-        while found := {stage for stage in self._stages if stage not in gone and self._has_nothing_to_do(stage, gone)}:
-            if not (found := found - set(needed)):
-                break
+        gone, others = set(off), set(self._stages) - set(needed)
+        while found := {stage for stage in others - gone if self._has_nothing_to_do(stage, gone)}:
             gone |= found
         return gone
 
