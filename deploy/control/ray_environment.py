@@ -15,6 +15,9 @@ def prepare(address: str | None) -> None:
     is in no cluster (a switch made for Windows and macOS). Other users of the machine are kept out by token
     authentication, set explicitly and with a token of this run's own. Ray's processes and our actors inherit what is
     here; nothing of it lets them run what is not ours.
+
+    Our actors run at the priority of any other program. Ray would make them 15 steps nicer: then speech is late as soon
+    as anything else computes on the machine.
     """
     for_children = environment_for_children(os.environ)
     for name in os.environ.keys() - for_children.keys():
@@ -25,4 +28,5 @@ def prepare(address: str | None) -> None:
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once per process

@@ -111,6 +111,11 @@ def test_prometheus_finds_every_process(url: str) -> None:
         assert "omni_" in get(f"http://{address}/metrics")[1]
 
 
+def test_actors_have_the_priority_of_any_other_program(place: Place, url: str) -> None:
+    pid = place.state()["pid"]
+    assert {child.nice() for child in place.watch(pid)} == {psutil.Process(pid).nice()}
+
+
 def test_nothing_listens_to_the_network(place: Place, url: str) -> None:
     pid = place.state()["pid"]
     sockets = [
