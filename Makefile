@@ -21,7 +21,7 @@ types: .venv/installed-dev
 
 # Three runs side by side, each of about the same length, in `make test` one of them behind the check of the types. What
 # hears the clock comes first in its run, and what computes most last, so that they meet as little as may be; the run
-# that hears no clock takes what the others leave. Then many seeds, which want both cores.
+# that hears no clock takes what the others leave, and brings its pipelines behind that. Then many seeds, which want both cores.
 PYTEST = .venv/bin/python -m pytest $(PYTEST_ARGS)
 E2E = tests/end_to_end/test_
 WITH_CAMERAS = $(E2E)dashboards.py $(E2E)nano.py
@@ -31,13 +31,14 @@ PIPELINES = $(HEARS_CLOCK) $(filter-out $(HEARS_CLOCK) $(WITH_CAMERAS) $(WITH_RE
 DECODERS = $(wildcard tests/stages/test_media*.py)
 CAMERAS = $(DECODERS) $(WITH_CAMERAS) tests/benchmarks
 APART = tests/end_to_end tests/benchmarks tests/simulation
-REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/))) $(DECODERS:%=--ignore=%) $(WITH_REST)
+REST = $(filter-out $(APART),$(patsubst %/,%,$(wildcard tests/*/))) $(DECODERS:%=--ignore=%)
 
 unit: .venv/installed-dev
 	@$(PYTEST) $(PIPELINES) > .venv/pipelines.log 2>&1 & pipelines=$$!; \
 	{ $(if $(TYPES),$(MAKE) $(TYPES) &&) $(PYTEST) $(CAMERAS); } > .venv/cameras.log 2>&1 & cameras=$$!; \
 	trap 'kill $$pipelines $$cameras 2>/dev/null' INT TERM; \
 	nice $(PYTEST) $(REST); rest=$$?; \
+	$(PYTEST) $(WITH_REST); rest=$$((rest + $$?)); \
 	wait $$pipelines; failed=$$((rest + $$?)); wait $$cameras; failed=$$((failed + $$?)); \
 	$(PYTEST) tests/simulation; failed=$$((failed + $$?)); \
 	cat .venv/pipelines.log .venv/cameras.log; exit $$failed
