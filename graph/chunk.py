@@ -17,7 +17,7 @@ NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
 
 
-class Kind(IntEnum):
+class ChunkType(IntEnum):
     """What a chunk is. Everything but DATA is control: it takes no credit and stands in no ledger."""
 
     DATA = 0
@@ -82,7 +82,7 @@ class Chunk:
     duration_ns: int = 0
     seq: int = 0
     epoch: int = 0
-    kind: Kind = Kind.DATA
+    type: ChunkType = ChunkType.DATA
     arrays: Mapping[str, Array] = field(default_factory=dict)
     attrs: Mapping[str, Scalar] = field(default_factory=dict)
     trace: Trace | None = None
@@ -94,26 +94,26 @@ class Chunk:
 
     @property
     def is_control(self) -> bool:
-        return self.kind is not Kind.DATA
+        return self.type is not ChunkType.DATA
 
     def numbered(self, seq: int, epoch: int) -> Chunk:
         """The same chunk with its place in the stream."""
         own = (self.arrays, self.attrs, self.trace, self.incarnation)
-        return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, seq, epoch, self.kind, *own)
+        return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, seq, epoch, self.type, *own)
 
     def of_incarnation(self, incarnation: int) -> Chunk:
         """The same chunk, of this session of its name and no other."""
         if incarnation == self.incarnation:
             return self
-        own = (self.seq, self.epoch, self.kind, self.arrays, self.attrs, self.trace, incarnation)
+        own = (self.seq, self.epoch, self.type, self.arrays, self.attrs, self.trace, incarnation)
         return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, *own)
 
 
 def watermark(session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None) -> Chunk:
     """A promise: nothing before `at_ns` will come on `stream`."""
-    return Chunk(session, stream, at_ns, epoch=epoch, kind=Kind.WATERMARK, trace=trace)
+    return Chunk(session, stream, at_ns, epoch=epoch, type=ChunkType.WATERMARK, trace=trace)
 
 
 def end_of_stream(session: SessionId, stream: str, at_ns: int, epoch: int = 0) -> Chunk:
     """The last word of a stream."""
-    return Chunk(session, stream, at_ns, epoch=epoch, kind=Kind.END)
+    return Chunk(session, stream, at_ns, epoch=epoch, type=ChunkType.END)

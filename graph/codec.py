@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 
-from graph.chunk import MAX_IN_TRACE, Array, Chunk, Failure, Kind, SessionId, Span, Trace
+from graph.chunk import MAX_IN_TRACE, Array, Chunk, ChunkType, Failure, SessionId, Span, Trace
 from graph.errors import GraphError
 
 VERSION: Final = 2
@@ -30,7 +30,7 @@ MAX_ATTRS = 64
 DTYPES = frozenset({"uint8", "int16", "uint16", "int32", "int64", "float32"})
 _DTYPE_OF = {name: np.dtype(name) for name in DTYPES}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}  # numpy makes dtype.name anew each time: 1 us and more
-_KIND_OF = {kind.value: kind for kind in Kind}
+_KIND_OF = {kind.value: kind for kind in ChunkType}
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _NO_NAME = f"no text of 1 to {MAX_NAME_CHARS} characters"
 
@@ -79,7 +79,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
         duration_ns=duration_ns,
         seq=seq,
         epoch=epoch,
-        kind=_KIND_OF[kind],
+        type=_KIND_OF[kind],
         incarnation=incarnation,
     )
     try:
@@ -87,7 +87,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
     except CodecError as error:
         raise CodecError(error.reason, str(error), refused=bare) from None
     arrays = dict(map(_decode_array, layout, frames[1:]))
-    times = (start_ns, duration_ns, seq, epoch, bare.kind)
+    times = (start_ns, duration_ns, seq, epoch, bare.type)
     return Chunk(bare.session, stream, *times, arrays, attrs, _trace_of(trace), incarnation)
 
 
@@ -230,7 +230,7 @@ def _pack(chunk: Chunk) -> bytes:
     layout = [_described(name, array) for name, array in chunk.arrays.items()]
     times = (chunk.seq, chunk.epoch, chunk.start_ns, chunk.duration_ns)
     attrs, trace = dict(chunk.attrs), _pack_trace(chunk.trace)
-    header = [VERSION, int(chunk.kind), chunk.session, chunk.incarnation, chunk.stream, *times, layout, attrs, trace]
+    header = [VERSION, int(chunk.type), chunk.session, chunk.incarnation, chunk.stream, *times, layout, attrs, trace]
     _check_address(header)
     _check_contents(layout, attrs, trace, [array.nbytes for array in chunk.arrays.values()])
     packed = bytes(msgpack.packb(header))

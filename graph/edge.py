@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Literal, Protocol
 
-from graph.chunk import Chunk, Kind, SessionId
+from graph.chunk import Chunk, ChunkType, SessionId
 from graph.codec import check
 from graph.credit import Grant, Limit, ReceiveCredit, SendCredit
 from graph.ledger import Account, Ledger, Reason
@@ -109,7 +109,7 @@ class _Lane:
         edge that drops data may lose those."""
         for index in reversed(range(len(self.waiting))):
             earlier = self.waiting[index][0]
-            if not chunk.kind is earlier.kind is Kind.WATERMARK:
+            if not chunk.type is earlier.type is ChunkType.WATERMARK:
                 break
             if earlier.stream == chunk.stream and not (self.waits and earlier.trace):
                 del self.waiting[index]
@@ -203,11 +203,11 @@ class Sender:
         lane = self._lanes[chunk.session]
         chunk = chunk.of_incarnation(lane.incarnation)
         check(chunk)
-        if chunk.kind in (Kind.PLAYBACK, Kind.BARGE_IN):
+        if chunk.type in (ChunkType.PLAYBACK, ChunkType.BARGE_IN):
             if self._is_down:  # whoever comes is told of the listener when it is opened
                 return
             was_sent = self._link.send(chunk)
-            if not was_sent and chunk.kind is Kind.BARGE_IN:  # of a lost playback the next one tells
+            if not was_sent and chunk.type is ChunkType.BARGE_IN:  # of a lost playback the next one tells
                 lane.waiting.appendleft((chunk, self._now_ns()))
                 self.is_blocked = True
             return

@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from graph.chunk import NS_PER_S, Chunk, Kind, SessionId
+from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
 from graph.streams import PLAYBACK
 
 Item = TypeVar("Item")
@@ -363,7 +363,7 @@ def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
     }
     queue = np.array(ack.queue, dtype=np.int64).reshape(-1, 2)
     return Chunk(
-        session, PLAYBACK, ack.at_ns, epoch=ack.epoch, kind=Kind.PLAYBACK, arrays={"queue": queue}, attrs=attrs
+        session, PLAYBACK, ack.at_ns, epoch=ack.epoch, type=ChunkType.PLAYBACK, arrays={"queue": queue}, attrs=attrs
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId
 from graph.streams import EVENTS, PLAYBACK, SPEECH, SPEECH_RATE_HZ
 from graph.tail import Heard, Player, ack_chunk
 from graph.window import Unit
@@ -210,7 +210,7 @@ class Speaker(Stage):
         unheard_ns = state.player.flush(state.epoch)
         state.first_piece += len(state.pieces)
         state.pieces.clear()
-        control = Chunk(state.session.id, PLAYBACK, at_ns, epoch=state.epoch, kind=Kind.BARGE_IN)
+        control = Chunk(state.session.id, PLAYBACK, at_ns, epoch=state.epoch, type=ChunkType.BARGE_IN)
         return [
             _ack(state),  # first: whoever is interrupted shall know what was heard
             control,

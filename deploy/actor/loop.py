@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from deploy.actor.runner import StageRunner
-from graph.chunk import Kind
+from graph.chunk import ChunkType
 from graph.edge import Arrival
 
 
@@ -30,7 +30,7 @@ class ActorLoop:
     def turn(self, arrivals: Iterable[Arrival]) -> None:
         """Take what has come, and do what is due: a batch per stage, so that one which falls behind still takes what
         comes, and its actor what it is told."""
-        for arrival in sorted(arrivals, key=lambda a: a.chunk.kind < Kind.PLAYBACK):  # what overtakes, overtakes
+        for arrival in sorted(arrivals, key=lambda a: a.chunk.type < ChunkType.PLAYBACK):  # what overtakes, overtakes
             self._runner_of(arrival.edge).take(arrival)
         more = [runner.step() for runner in self._runners.values()]  # each takes its step
         self._has_more = any(more)

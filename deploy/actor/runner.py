@@ -20,7 +20,7 @@ from graph.chunk import (
     NS_PER_MS,
     NS_PER_S,
     Chunk,
-    Kind,
+    ChunkType,
     Scalar,
     SessionId,
     Span,
@@ -251,7 +251,7 @@ class StageRunner:
         """One chunk from the bus."""
         chunk = arrival.chunk
         state = self._open.get(chunk.session)
-        if state is None or chunk.kind is not Kind.PLAYBACK or not state.session.paced:
+        if state is None or chunk.type is not ChunkType.PLAYBACK or not state.session.paced:
             self._touch(chunk.session)  # in real time nobody waits for the listener's news: they are looked up
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
@@ -285,14 +285,14 @@ class StageRunner:
         self._receivers[arrival.edge].drop(arrival, "failed")
 
     def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
-        if chunk.kind is Kind.WATERMARK:
+        if chunk.type is ChunkType.WATERMARK:
             self._joined(state, _of(state.join).advance(chunk.stream, chunk.start_ns, chunk.trace))
-        elif chunk.kind is Kind.END and state.join is not None:
+        elif chunk.type is ChunkType.END and state.join is not None:
             self._joined(state, state.join.end(chunk.stream, chunk.start_ns))
-        elif chunk.kind is Kind.END:
+        elif chunk.type is ChunkType.END:
             state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
         else:
-            if chunk.kind is Kind.PLAYBACK:
+            if chunk.type is ChunkType.PLAYBACK:
                 state.session.playback.ack(ack_of(chunk))
                 state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
             self._raise_epoch(state, chunk.epoch)
@@ -638,14 +638,14 @@ class StageRunner:
         if not chunk.is_control:
             self._send_data(state, chunk)
             return
-        if chunk.kind is Kind.PLAYBACK:
+        if chunk.type is ChunkType.PLAYBACK:
             ack = ack_of(chunk)
             state.session.playback.ack(ack)
             self._meter.played(state.session, ack)
-        elif chunk.kind is Kind.BARGE_IN:
+        elif chunk.type is ChunkType.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for edge in self._edges_of(state, chunk.stream):
-            if chunk.kind is not Kind.PLAYBACK or self._is_news(state, edge):
+            if chunk.type is not ChunkType.PLAYBACK or self._is_news(state, edge):
                 self._send_on(state.lanes[edge], chunk)
 
     def _send_data(self, state: OpenSession, chunk: Chunk) -> None:

@@ -608,7 +608,7 @@ def _ends_of(actor: Actor) -> dict[str, EdgeEnds]:
 
 
 def _told(chunk: Chunk) -> str:
-    what = chunk.kind.name.lower() if chunk.is_control else f"chunk {chunk.seq}"
+    what = chunk.type.name.lower() if chunk.is_control else f"chunk {chunk.seq}"
     return f"{what} of {chunk.stream} at {chunk.start_ns / NS_PER_S:g} s, epoch {chunk.epoch}"
 
 

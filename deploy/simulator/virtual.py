@@ -16,7 +16,7 @@ from typing import Final
 
 from deploy.actor.loop import ActorLoop
 from deploy.actor.runner import StageRunner
-from graph.chunk import NS_PER_MS, Chunk, Kind, SessionId
+from graph.chunk import NS_PER_MS, Chunk, ChunkType, SessionId
 from graph.credit import Grant
 from graph.edge import Arrival, Receiver, Sender
 
@@ -129,7 +129,7 @@ class ReceiveEnd:
             self._epochs[key] = chunk.epoch
         # In real time nothing is done about the listener's news until the next window comes (`StageRunner.take()`), so
         # here they wait for it without a turn of their own.
-        if tells_of_barge_in or chunk.kind is not Kind.PLAYBACK:
+        if tells_of_barge_in or chunk.type is not ChunkType.PLAYBACK:
             self.actor.wake()
 
     def receive(self) -> list[tuple[bytes, Chunk]]:

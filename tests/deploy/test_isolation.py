@@ -273,7 +273,7 @@ def test_a_source_that_raises_ends_its_streams_and_the_rest_comes_to_its_end(bui
         house.runners["microphone"].step()
         clock.advance(0.01)
     (end,) = house.arrivals(1)
-    assert (end.kind.name, end.stream, end.start_ns) == ("END", MIC, 2 * NS_PER_S)
+    assert (end.type.name, end.stream, end.start_ns) == ("END", MIC, 2 * NS_PER_S)
     assert house.runners["microphone"].snapshot().sessions == {}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import Listener, SessionPlan
-from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival, Sender, SilentObserver
 from graph.ladder import STEPS
@@ -309,7 +309,7 @@ def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
     house.take(end_of_stream(DOOR, MIC, 4 * NS_PER_S))
     runner.step()
     (*_, end) = house.arrivals(3)
-    assert end.kind is Kind.END
+    assert end.type is ChunkType.END
     assert end.start_ns == 4 * NS_PER_S
 
 
@@ -334,7 +334,7 @@ def test_a_session_is_sent_to_another_replica_which_knows_nothing_of_it(build, c
     runner.step()
     assert house.senders[SOUND].num_waiting == 1
     assert runner.reroute(DOOR, SOUND, 1)
-    assert [chunk.kind for chunk in sink.chunks] == [Kind.DATA, Kind.WATERMARK]
+    assert [chunk.type for chunk in sink.chunks] == [ChunkType.DATA, ChunkType.WATERMARK]
     assert begun_anew == ["door"]
     assert not runner.reroute(YARD, SOUND, 1), "it has ended here"
 
@@ -694,7 +694,7 @@ def test_an_end_that_waits_for_credit_is_not_lost(build):
     kinds = []
     for _ in range(200):
         for arrival in house.bus.wait(0.01):
-            kinds.append(arrival.chunk.kind.name)
+            kinds.append(arrival.chunk.type.name)
             if not arrival.chunk.is_control:
                 house.receivers[SOUND].deliver(arrival, 0.0)
         house.runners["microphone"].step()

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from graph.bus import Bus, BusError
-from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, Span, Trace, end_of_stream, watermark
+from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, Span, Trace, end_of_stream, watermark
 from graph.codec import encode
 from graph.credit import Limit
 from graph.edge import MAX_SESSIONS, Arrival, EdgeRule, Receiver, Sender
@@ -159,7 +159,7 @@ def test_a_trace_arrives_with_its_watermark(edge: Edge) -> None:
     trace = Trace("digest", ("camera/door",), (Span("vision", 1, 2, 3),))
     edge.sender.send(watermark(PORCH, "image", NS_PER_S, trace=trace))
     (chunk,) = edge.until_arrived(1)
-    assert (chunk.kind, chunk.start_ns, chunk.trace) == (Kind.WATERMARK, NS_PER_S, trace)
+    assert (chunk.type, chunk.start_ns, chunk.trace) == (ChunkType.WATERMARK, NS_PER_S, trace)
 
 
 def test_an_arrival_names_its_edge_and_its_peer(edge: Edge) -> None:
@@ -279,8 +279,8 @@ def test_watermarks_and_ends_stay_behind_the_data_of_their_lane(open_edge: Calla
         edge.sender.send(piece(seq))
         edge.sender.send(watermark(PORCH, "image", (seq + 1) * NS_PER_S))
     edge.sender.send(end_of_stream(PORCH, "image", 4 * NS_PER_S))
-    chunks = edge.deliver_all(until=lambda: edge.arrived[-1:] != [] and edge.arrived[-1].chunk.kind is Kind.END)
-    assert [c.kind for c in chunks] == [Kind.DATA, Kind.WATERMARK] * 4 + [Kind.END]
+    chunks = edge.deliver_all(until=lambda: edge.arrived[-1:] != [] and edge.arrived[-1].chunk.type is ChunkType.END)
+    assert [c.type for c in chunks] == [ChunkType.DATA, ChunkType.WATERMARK] * 4 + [ChunkType.END]
     assert [c.start_ns // NS_PER_S for c in chunks] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -288,10 +288,10 @@ def test_playback_and_barge_in_overtake_data_that_waits(open_edge: Callable[[Edg
     edge = open_edge(NARROW)
     for seq in range(3):
         edge.sender.send(piece(seq))
-    edge.sender.send(Chunk(PORCH, "playback", 0, kind=Kind.PLAYBACK))
-    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, kind=Kind.BARGE_IN))
+    edge.sender.send(Chunk(PORCH, "playback", 0, type=ChunkType.PLAYBACK))
+    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, type=ChunkType.BARGE_IN))
     chunks = edge.until_arrived(3)
-    assert [c.kind for c in chunks] == [Kind.DATA, Kind.PLAYBACK, Kind.BARGE_IN]
+    assert [c.type for c in chunks] == [ChunkType.DATA, ChunkType.PLAYBACK, ChunkType.BARGE_IN]
 
 
 def test_control_takes_no_credit_and_stands_in_no_ledger(edge: Edge) -> None:
@@ -310,10 +310,10 @@ def test_watermarks_that_wait_together_travel_as_the_latest(open_edge: Callable[
     for second in range(2, 50):
         edge.sender.send(watermark(PORCH, "image", second * NS_PER_S))
     chunks = edge.deliver_all(until=lambda: len(edge.arrived) >= 3)
-    assert [(c.kind, c.start_ns // NS_PER_S) for c in chunks] == [
-        (Kind.DATA, 0),
-        (Kind.DATA, 1),
-        (Kind.WATERMARK, 49),
+    assert [(c.type, c.start_ns // NS_PER_S) for c in chunks] == [
+        (ChunkType.DATA, 0),
+        (ChunkType.DATA, 1),
+        (ChunkType.WATERMARK, 49),
     ]
 
 
@@ -384,9 +384,12 @@ def test_a_barge_in_survives_a_full_socket(open_edge: Callable[[EdgeRule], Edge]
     edge = open_edge(NARROW)
     fill_socket(edge)
     edge.sender.send(piece(0))
-    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, kind=Kind.BARGE_IN))
-    edge.until(lambda: len(edge.chunks()) > 0 and edge.chunks()[-1].kind is Kind.DATA)
-    assert [c.kind for c in edge.chunks()[-3:] if c.kind is not Kind.WATERMARK] == [Kind.BARGE_IN, Kind.DATA]
+    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, type=ChunkType.BARGE_IN))
+    edge.until(lambda: len(edge.chunks()) > 0 and edge.chunks()[-1].type is ChunkType.DATA)
+    assert [c.type for c in edge.chunks()[-3:] if c.type is not ChunkType.WATERMARK] == [
+        ChunkType.BARGE_IN,
+        ChunkType.DATA,
+    ]
 
 
 def test_garbage_is_counted_and_harms_nobody(edge: Edge) -> None:
@@ -630,7 +633,7 @@ def test_what_waited_goes_to_the_replica_that_takes_the_place_of_a_dead_one(open
         edge.downstream, edge.receiver, before, edge.arrived = bus, receiver, edge.downstream, []
         before.close()
         assert [chunk.seq for chunk in edge.until_arrived(3)[:2]] == [5, 6]
-        assert edge.chunks()[2].kind is Kind.END
+        assert edge.chunks()[2].type is ChunkType.END
         for seq in range(7, 20):  # its credit is whole
             edge.sender.send(piece(seq))
         edge.deliver_all(until=lambda: edge.in_flight == 0)
@@ -659,8 +662,8 @@ def test_a_session_goes_on_at_another_replica_with_what_waited(open_edge, direct
 def test_nobodys_listener_is_told_to_a_dead_replica_and_its_sender_is_not_held_up(open_edge) -> None:
     edge = open_edge(WAIT)
     edge.upstream.bury(edge.sender)
-    edge.sender.send(Chunk(PORCH, "playback", 0, kind=Kind.PLAYBACK))
-    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, kind=Kind.BARGE_IN))
+    edge.sender.send(Chunk(PORCH, "playback", 0, type=ChunkType.PLAYBACK))
+    edge.sender.send(Chunk(PORCH, "playback", 0, epoch=1, type=ChunkType.BARGE_IN))
     assert edge.sender.has_room(PORCH)
 
 

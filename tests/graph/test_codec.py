@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graph.chunk import MAX_IN_TRACE, Chunk, Failure, Kind, SessionId, Span, Trace, watermark
+from graph.chunk import MAX_IN_TRACE, Chunk, ChunkType, Failure, SessionId, Span, Trace, watermark
 from graph.codec import (
     DTYPES,
     MAX_ARRAYS,
@@ -55,7 +55,7 @@ chunks = st.builds(
     duration_ns=totals,
     seq=totals,
     epoch=totals,
-    kind=st.sampled_from(Kind),
+    type=st.sampled_from(ChunkType),
     arrays=st.dictionaries(names, arrays, max_size=3),
     attrs=st.dictionaries(names, scalars, max_size=4),
     trace=st.none() | traces,
@@ -72,7 +72,7 @@ def bare(chunk: Chunk) -> tuple[object, ...]:
     """A chunk as a value which compares: arrays by their bytes, floats by their spelling (nan is nan)."""
     contents = {name: (a.dtype, a.shape, a.tobytes()) for name, a in chunk.arrays.items()}
     attrs = {name: repr(value) for name, value in chunk.attrs.items()}
-    fields = (chunk.session, chunk.stream, chunk.start_ns, chunk.duration_ns, chunk.seq, chunk.epoch, chunk.kind)
+    fields = (chunk.session, chunk.stream, chunk.start_ns, chunk.duration_ns, chunk.seq, chunk.epoch, chunk.type)
     fields += (chunk.incarnation,)
     return (*fields, contents, attrs, chunk.trace)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graph.chunk import Chunk, Kind, SessionId, watermark
+from graph.chunk import Chunk, ChunkType, SessionId, watermark
 from graph.epoch import EpochFence
 from graph.streams import KINDS
 
@@ -20,8 +20,8 @@ def fence(epoch: int) -> EpochFence:
     return made
 
 
-def piece(stream: str, epoch: int, kind: Kind = Kind.DATA) -> Chunk:
-    return Chunk(SessionId("porch"), stream, 0, epoch=epoch, kind=kind)
+def piece(stream: str, epoch: int, kind: ChunkType = ChunkType.DATA) -> Chunk:
+    return Chunk(SessionId("porch"), stream, 0, epoch=epoch, type=kind)
 
 
 @unhurried
@@ -53,4 +53,4 @@ def test_what_is_said_now_belongs_to_the_new_epoch(stream: str) -> None:
 @pytest.mark.parametrize("stream", SAID)
 def test_control_is_never_stale_so_that_windows_go_on_closing(stream: str) -> None:
     assert not fence(2).is_stale(watermark(SessionId("porch"), stream, 0))
-    assert not fence(2).is_stale(piece(stream, 0, Kind.END))
+    assert not fence(2).is_stale(piece(stream, 0, ChunkType.END))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId
 from graph.codec import decode, encode
 from graph.tail import (
     ACK_TIMEOUT_NS,
@@ -428,7 +428,7 @@ def test_an_ack_with_nothing_queued_travels_too() -> None:
 
 def test_a_chunk_without_an_ack_is_a_mistake() -> None:
     with pytest.raises(KeyError):
-        ack_of(Chunk(SessionId("porch"), "playback", 0, kind=Kind.PLAYBACK))
+        ack_of(Chunk(SessionId("porch"), "playback", 0, type=ChunkType.PLAYBACK))
 
 
 # ---- the credit of speech ------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from graph.chunk import NS_PER_S, Kind
+from graph.chunk import NS_PER_S, ChunkType
 from graph.window import WindowJoin
 from stages.media import Ended, Failed
 from tests.support.media_script import (
@@ -29,9 +29,9 @@ def windows(chunks) -> list[tuple[int, list[str]]]:
     join = WindowJoin(DOOR, (CAMERA, "mic"), window_ns=NS_PER_S, lateness_ns=None)
     units = []
     for chunk in (chunk for chunk in chunks if chunk.stream in (CAMERA, "mic")):
-        if chunk.kind is Kind.DATA:
+        if chunk.type is ChunkType.DATA:
             assert join.add(chunk).late == ()
-        elif chunk.kind is Kind.END:
+        elif chunk.type is ChunkType.END:
             units += join.end(chunk.stream, chunk.start_ns).units
         else:
             units += join.advance(chunk.stream, chunk.start_ns).units
@@ -99,8 +99,8 @@ def test_pictures_that_end_before_the_sound_are_all_seen():
     said = door.until(7)
     assert [chunk.start_ns for chunk in data(said, CAMERA)] == [0, NS_PER_S]
     assert windows(said) == [(index, [CAMERA] if index > 1 else []) for index in range(6)]
-    order = [chunk.kind for chunk in said if chunk.stream == CAMERA]
-    assert order.index(Kind.END) == len(order) - 1
+    order = [chunk.type for chunk in said if chunk.stream == CAMERA]
+    assert order.index(ChunkType.END) == len(order) - 1
 
 
 def test_a_live_camera_that_dies_costs_its_windows_and_comes_back():

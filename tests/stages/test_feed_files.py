@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graph.chunk import NS_PER_S, Chunk, Kind
+from graph.chunk import NS_PER_S, Chunk, ChunkType
 from graph.window import WindowJoin
 from stages.camera import Camera
 from stages.feed import Feeds
@@ -48,10 +48,10 @@ class Pair:
     def take(self, chunk: Chunk) -> None:
         if chunk.stream not in self.stages:
             return
-        if chunk.kind is Kind.DATA:
+        if chunk.type is ChunkType.DATA:
             joined = self.join.add(chunk)
             self.waiting[chunk.stream] += 1
-        elif chunk.kind is Kind.END:
+        elif chunk.type is ChunkType.END:
             joined = self.join.end(chunk.stream, chunk.start_ns)
         else:
             joined = self.join.advance(chunk.stream, chunk.start_ns)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Kind
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType
 from graph.streams import SPEECH_RATE_HZ
 from graph.tail import Ack, ack_of
 from stages.speaker import Speaker
@@ -49,10 +49,10 @@ class Room:
         return self
 
     def acks(self) -> list[Ack]:
-        return [ack_of(chunk) for chunk in of_kind(self.told, Kind.PLAYBACK)]
+        return [ack_of(chunk) for chunk in of_kind(self.told, ChunkType.PLAYBACK)]
 
     def events(self, kind: str) -> list[tuple[float, dict[str, object]]]:
-        data = of_kind(self.told, Kind.DATA)
+        data = of_kind(self.told, ChunkType.DATA)
         return [(c.start_ns / NS_PER_S, dict(c.attrs)) for c in data if c.attrs["type"] == kind]
 
     def close(self) -> None:
@@ -94,14 +94,16 @@ def test_who_looks_only_when_it_is_due_hears_all_that_a_steady_look_hears():
             while room.now_ns < (index + 2) * NS_PER_S:
                 room.now_ns = min(room.now_ns + step_ns(room), (index + 2) * NS_PER_S)
                 room.told += room.speaker.advance(DOOR, room.now_ns)
-        return [(c.kind, c.start_ns, dict(c.attrs)) for c in room.told]
+        return [(c.type, c.start_ns, dict(c.attrs)) for c in room.told]
 
     actions = (action(1.75, "pause"), action(2.45, "resume"), action(3.33, "barge_in"))
     steady = told(Room(listener=actions), lambda room: NS_PER_MS)
     when_due = told(Room(listener=actions), lambda room: room.speaker.due_in_ns(DOOR, room.now_ns) + 1)
-    acks = [told for told in when_due if told[0] is Kind.PLAYBACK]
-    assert [t for t in when_due if t[0] is not Kind.PLAYBACK] == [t for t in steady if t[0] is not Kind.PLAYBACK]
-    assert len(acks) == sum(t[0] is Kind.PLAYBACK for t in steady)
+    acks = [told for told in when_due if told[0] is ChunkType.PLAYBACK]
+    assert [t for t in when_due if t[0] is not ChunkType.PLAYBACK] == [
+        t for t in steady if t[0] is not ChunkType.PLAYBACK
+    ]
+    assert len(acks) == sum(t[0] is ChunkType.PLAYBACK for t in steady)
 
 
 def test_speech_of_a_window_is_heard_from_its_end_and_the_delay_on():
@@ -149,7 +151,7 @@ def test_barge_in_drops_what_was_not_heard_and_raises_the_epoch(tmp_path: Path):
     room.hear(0, speech("door", 0, voice(1.0))).to(3.0)
     latest = room.acks()[-1]
     assert (latest.heard_ns, latest.received_ns, latest.epoch) == (NS_PER_S // 2, NS_PER_S // 2, 1)
-    assert [(c.start_ns, c.epoch) for c in of_kind(room.told, Kind.BARGE_IN)] == [(1800 * NS_PER_MS, 1)]
+    assert [(c.start_ns, c.epoch) for c in of_kind(room.told, ChunkType.BARGE_IN)] == [(1800 * NS_PER_MS, 1)]
     assert room.events("barge_in") == [(1.8, {"type": "barge_in", "seconds": 0.5, "epoch": 1})]
     room.close()
     assert sounding(read(tmp_path / "door.wav")) == [(1.3, 1.8)]
@@ -157,8 +159,8 @@ def test_barge_in_drops_what_was_not_heard_and_raises_the_epoch(tmp_path: Path):
 
 def test_whoever_is_interrupted_has_been_told_before_what_was_heard():
     room = Room(listener=(action(1.8, "barge_in"),)).to(1.0).hear(0, speech("door", 0, voice(1.0))).to(3.0)
-    index = room.told.index(of_kind(room.told, Kind.BARGE_IN)[0])
-    before = [chunk for chunk in room.told[:index] if chunk.kind is Kind.PLAYBACK][-1]
+    index = room.told.index(of_kind(room.told, ChunkType.BARGE_IN)[0])
+    before = [chunk for chunk in room.told[:index] if chunk.type is ChunkType.PLAYBACK][-1]
     assert (before.epoch, before.start_ns) == (1, 1800 * NS_PER_MS)
 
 
@@ -166,14 +168,14 @@ def test_what_is_cut_off_is_dropped_and_raises_the_epoch():
     room = Room().to(1.0).hear(0, speech("door", 0, voice(1.0))).to(1.8)
     room.told += room.speaker.cut_off(DOOR, 1_900_000_000)
     assert room.events("cut_off") == [(1.9, {"type": "cut_off", "seconds": 0.4, "epoch": 1})]
-    (control,) = of_kind(room.told, Kind.BARGE_IN)
+    (control,) = of_kind(room.told, ChunkType.BARGE_IN)
     assert (control.epoch, control.start_ns) == (1, 1_900_000_000)
     assert room.acks()[-1].heard_ns == room.to(4.0).acks()[-1].heard_ns == 600_000_000
 
 
 def test_each_barge_in_has_an_epoch_of_its_own():
     room = Room(listener=(action(0.5, "barge_in"), action(0.7, "barge_in"))).to(1.0)
-    assert [chunk.epoch for chunk in of_kind(room.told, Kind.BARGE_IN)] == [1, 2]
+    assert [chunk.epoch for chunk in of_kind(room.told, ChunkType.BARGE_IN)] == [1, 2]
 
 
 def test_a_piece_that_comes_too_late_inside_a_turn_is_an_underrun():

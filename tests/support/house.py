@@ -13,7 +13,7 @@ from deploy.actor.measure import StageMeter
 from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import SessionPlan
 from graph.bus import Bus
-from graph.chunk import NS_PER_S, Chunk, Kind, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.clock import Clock, SystemClock
 from graph.credit import Grant, Limit
 from graph.edge import Arrival, EdgeRule
@@ -311,7 +311,7 @@ def _said(unit: Unit, chunk: Chunk) -> Chunk:
 
 
 def barge_in(session: SessionId, at_ns: int, epoch: int) -> Chunk:
-    return Chunk(session, "playback", at_ns, epoch=epoch, kind=Kind.BARGE_IN)
+    return Chunk(session, "playback", at_ns, epoch=epoch, type=ChunkType.BARGE_IN)
 
 
 def _ends(edge: str) -> tuple[str, str]:

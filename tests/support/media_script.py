@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graph.chunk import NS_PER_S, Chunk, Kind, SessionId
+from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
 from graph.streams import SOUND_RATE_HZ
 from stages.camera import Camera
 from stages.feed import Feeds
@@ -126,13 +126,13 @@ def ends(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
     """When each stream has ended, in ns; a list, as it shall be told once."""
     told: dict[str, list[int]] = {}
     for chunk in chunks:
-        if chunk.kind is Kind.END:
+        if chunk.type is ChunkType.END:
             told.setdefault(chunk.stream, []).append(chunk.start_ns)
     return told
 
 
 def watermarks(chunks: Sequence[Chunk], stream: str) -> list[int]:
-    return [chunk.start_ns for chunk in chunks if chunk.kind is Kind.WATERMARK and chunk.stream == stream]
+    return [chunk.start_ns for chunk in chunks if chunk.type is ChunkType.WATERMARK and chunk.stream == stream]
 
 
 def events(chunks: Sequence[Chunk]) -> list[str]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from graph.chunk import NS_PER_S, Chunk, Kind, SessionId
+from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
 from graph.streams import AUDIO, CODES, IMAGE, SPEECH, SPEECH_RATE_HZ, TEXT
 from graph.tail import Ack
 from graph.window import Unit
@@ -65,5 +65,5 @@ def ack(at_s: float, heard_s: float = 0.0, received_s: float = 0.0, through_s: f
     return Ack(*times, **more)
 
 
-def of_kind(chunks: list[Chunk], kind: Kind) -> list[Chunk]:
-    return [chunk for chunk in chunks if chunk.kind is kind]
+def of_kind(chunks: list[Chunk], kind: ChunkType) -> list[Chunk]:
+    return [chunk for chunk in chunks if chunk.type is kind]
