@@ -96,10 +96,14 @@ class Chunk:
     def is_control(self) -> bool:
         return self.type is not ChunkType.DATA
 
-    def numbered(self, seq: int, epoch: int) -> Chunk:
-        """The same chunk with its place in the stream."""
+    def numbered(self, stream: str, seq: int, epoch: int) -> Chunk:
+        """The same chunk with its place in a stream."""
         own = (self.arrays, self.attrs, self.trace, self.incarnation)
-        return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, seq, epoch, self.type, *own)
+        return Chunk(self.session, stream, self.start_ns, self.duration_ns, seq, epoch, self.type, *own)
+
+    def on(self, stream: str) -> Chunk:
+        """The same chunk on a stream."""
+        return self if stream == self.stream else self.numbered(stream, self.seq, self.epoch)
 
     def of_incarnation(self, incarnation: int) -> Chunk:
         """The same chunk, of this session of its name and no other."""

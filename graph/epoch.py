@@ -5,8 +5,10 @@ Only what is said is fenced. What is seen and heard goes on through a barge-in a
 
 from __future__ import annotations
 
+from typing import Any
+
 from graph.chunk import Chunk
-from graph.streams import kind_of
+from graph.kinds import Kind
 
 
 class EpochFence:
@@ -22,10 +24,10 @@ class EpochFence:
         self.epoch = epoch
         return True
 
-    def is_stale(self, chunk: Chunk) -> bool:
-        """True for something said before the barge-in that this actor knows of."""
-        return chunk.epoch < self.epoch and not chunk.is_control and kind_of(chunk.stream).is_fenced
+    def is_stale(self, chunk: Chunk, kind: Kind[Any]) -> bool:
+        """True for something said before the barge-in that this actor knows of. kind: of its stream."""
+        return chunk.epoch < self.epoch and not chunk.is_control and kind.is_fenced
 
-    def epoch_of(self, stream: str) -> int:
-        """The epoch that a chunk of `stream` made now belongs to."""
-        return self.epoch if kind_of(stream).is_fenced else 0
+    def epoch_of(self, kind: Kind[Any]) -> int:
+        """The epoch that a chunk of this kind made now belongs to."""
+        return self.epoch if kind.is_fenced else 0

@@ -30,10 +30,8 @@ OTHER: Final = "other"  # the label value of whatever exceeds a bound
 
 Kind = Literal["counter", "gauge", "histogram"]
 Decision = Literal["listen", "speak"]
-TokenKind = Literal["text", "codes"]
 MediaTrack = Literal["video", "audio"]
 MEDIA_TRACKS: Final[tuple[MediaTrack, ...]] = get_args(MediaTrack)
-TOKEN_KINDS: Final[tuple[TokenKind, ...]] = get_args(TokenKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,10 +320,10 @@ class LlmMetrics:
 
 
 class TokenMetrics:
-    def __init__(self, metrics: "Metrics") -> None:
-        self._tokens = {kind: metrics.counter("omni_tokens_total", kind) for kind in TOKEN_KINDS}
+    def __init__(self, metrics: "Metrics", kinds: Iterable[str]) -> None:
+        self._tokens = {kind: metrics.counter("omni_tokens_total", kind) for kind in kinds}
 
-    def add(self, kind: TokenKind, num_tokens: int) -> None:
+    def add(self, kind: str, num_tokens: int) -> None:
         self._tokens[kind].inc(num_tokens)
 
 
@@ -382,8 +380,8 @@ class Metrics:
     def llm(self) -> LlmMetrics:
         return LlmMetrics(self)
 
-    def tokens(self) -> TokenMetrics:
-        return TokenMetrics(self)
+    def tokens(self, kinds: Iterable[str]) -> TokenMetrics:
+        return TokenMetrics(self, kinds)
 
     def coordinator(self, stages: Iterable[str], restart_reasons: Iterable[str] = ()) -> CoordinatorMetrics:
         return CoordinatorMetrics(self, stages, restart_reasons)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection, Mapping
-from typing import Annotated, Final, Literal
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,14 +21,13 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    create_model,
 )
 
-from graph.kinds import WhenFull
+from graph.kinds import Late, WhenFull
 from graph.ladder import OF_PICTURES, STEPS, Step
-from graph.ports import STAGES, InPort, OutPort
 from graph.secret import Secret
 from graph.units import format_bytes, format_duration, parse_bytes, parse_duration
-from graph.window import Late
 from graph.wording import shown, suggest
 
 VERSION: Final = 1
@@ -68,7 +68,8 @@ def _camera_microphone(value: object) -> object:
     return value
 
 
-def _name(value: str) -> str:
+def name_of(value: str) -> str:
+    """A name as it may be written. Raises ValueError."""
     if not re.fullmatch(r"[a-z0-9_-]{1,32}", value):
         raise ValueError(f"{value!r} is no name; a name has 1 to 32 of a-z 0-9 _ -")
     return value
@@ -114,33 +115,42 @@ def _whole_above_one(value: float) -> float:
     return value
 
 
-def _port(known: Mapping[str, Collection[str]], what: str, value: object) -> tuple[str, str]:
-    """`stage.port` taken apart; ValueError says which there are."""
-    stage, dot, name = str(value).partition(".")
-    if not dot:
-        raise ValueError(f"must be written stage.{what}, not {shown(value)}")
-    if stage not in known:
-        raise ValueError(f"there is no stage {stage!r}{suggest(stage, known)}")
-    if name not in known[stage]:
-        has = f"it has: {', '.join(sorted(known[stage]))}" if known[stage] else "it has none"
-        raise ValueError(f"stage {stage!r} has no {what} {name!r}; {has}{suggest(name, known[stage], alone=False)}")
-    return stage, name
+def _port(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[^.\s]+\.[^.\s]+", value):
+        raise ValueError(f"must be written stage.port, not {shown(value)}")
+    return value
 
 
-def _out_port(value: object) -> OutPort:
-    return OutPort(*_port({stage: ports.outputs for stage, ports in STAGES.items()}, "output", value))
+def _input(value: object) -> object:
+    """`frames: camera.frames` is short for `frames: {from: camera.frames}`."""
+    if isinstance(value, (str, list)):
+        return {"from": value}
+    if value is None:
+        return {"from": []}
+    if not isinstance(value, (dict, InputSpec)):
+        raise ValueError(f"must be stage.port, a list of them, or {{from: stage.port, side: true}}, not {shown(value)}")
+    return value
 
 
-def _in_port(value: object) -> InPort:
-    return InPort(*_port({stage: ports.inputs for stage, ports in STAGES.items()}, "input", value))
+def _sources(value: object) -> tuple[str, ...]:
+    return tuple(map(_port, value if isinstance(value, (list, tuple)) else [value]))
 
 
-_or_empty = BeforeValidator(lambda value: {} if value is None else value)  # `audio_encoder:` with nothing behind it
+def class_path(value: object) -> str:
+    """A stage's class as it may be written. Raises ValueError."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|[a-z0-9_-]{1,32}", value):
+        raise ValueError(f"must be module:Class or a stage's name, not {shown(value)}")
+    return value
+
+
+or_empty = BeforeValidator(lambda value: {} if value is None else value)  # `audio_encoder:` with nothing behind it
 _as_duration = PlainSerializer(format_duration)
 _as_text = PlainSerializer(str)
 Count = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-Name = Annotated[str, AfterValidator(_name)]
+Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value))), PlainSerializer(format_bytes)]
+Duration = Annotated[int, _duration("0s", "1h"), _as_duration]
+Name = Annotated[str, AfterValidator(name_of)]
 
 
 # ---- The sections ---------------------------------------------------------------------------------------------------
@@ -199,9 +209,29 @@ def _shortest(scale: ReplicasSpec) -> object:
     return scale.min if scale.max is None else {"min": scale.min, "max": scale.max}
 
 
-class StageSpec(Section):
-    """Where a stage runs and how much it takes at once; the same for all stages."""
+class InputSpec(Section):
+    """Where an input comes from. None: as the stage's class has it.
 
+    side: it holds nobody up. window: its units hold what came in this time before their end. lateness: a unit waits
+    for it this long.
+    """
+
+    source: Annotated[tuple[str, ...], PlainValidator(_sources)] = Field(default=(), alias="from")
+    side: bool | None = None
+    window_ns: Annotated[int, _duration("10ms", "60s")] | None = Field(default=None, alias="window")
+    lateness_ns: Annotated[int, _duration("0s", "60s")] | None = Field(default=None, alias="lateness")
+    late: Late | None = None
+
+
+class StageOptions(Section):
+    """What may be written of a stage: where it runs, how much it takes at once, where its inputs come from. A stage's
+    own options are added in a class derived from this one.
+
+    use: the stage's class ("module:Class"), where it is not the one of its name.
+    """
+
+    use: Annotated[str, AfterValidator(class_path)] | None = None
+    inputs: Mapping[str, Annotated[InputSpec, BeforeValidator(_input)]] = Field(default_factory=dict)
     scale: Annotated[ReplicasSpec, BeforeValidator(_replicas), PlainSerializer(_shortest)] = Field(
         default=ReplicasSpec(), alias="replicas"
     )
@@ -224,61 +254,6 @@ class StageSpec(Section):
     @property
     def max_replicas(self) -> int:
         return self.scale.max or self.scale.min
-
-
-class LightStageSpec(StageSpec):
-    """A stage without a model."""
-
-    process: Name | None = "io"
-
-
-class VisionEncoderSpec(StageSpec):
-    max_slices: int = Field(default=1, ge=1, le=9)
-
-
-class ContextSpec(Section):
-    """What is forgotten when a session's context is full. None: as the checkpoint says.
-
-    basic: the oldest units go once more than `high` tokens are cached, until `low` are left. context: the oldest units
-    go, the model's own words stay. (The official default is to forget nothing, and to stop when the context is full.)
-    """
-
-    mode: Literal["basic", "context"] = "basic"
-    high: Annotated[int, Field(ge=1, le=40960)] | None = None
-    low: Annotated[int, Field(ge=0, le=40960)] | None = None
-
-
-class LlmSpec(StageSpec):
-    """decoding None: as the checkpoint says. force_listen: the session listens for this many windows at first."""
-
-    decoding: Literal["greedy", "sampling"] | None = None
-    seed: Seed = 0
-    system_prompt: str = Field(default="Streaming Omni Conversation.", max_length=20_000)
-    kv_memory_bytes: Annotated[
-        int, BeforeValidator(lambda value: parse_bytes(str(value))), PlainSerializer(format_bytes)
-    ] = Field(default=512 << 20, alias="kv_memory")
-    context: Annotated[ContextSpec, _or_empty] = ContextSpec()
-    force_listen: int = Field(default=3, ge=0, le=3600)
-
-
-class TtsSpec(StageSpec):
-    """decoding None: as the checkpoint says."""
-
-    decoding: Literal["greedy", "sampling"] | None = None
-    seed: Seed = 0
-
-
-class VocoderSpec(StageSpec):
-    """steps: Euler steps of the flow; the released service runs 5, its library 10, its buffers hold 16."""
-
-    steps: int = Field(default=5, ge=1, le=16)
-    seed: Seed = 0
-
-
-class SpeakerSpec(LightStageSpec):
-    """sink: a virtual player with exact timing, or the machine's sound device."""
-
-    sink: Literal["virtual", "device"] = "virtual"
 
 
 class ConsoleSpec(Section):
@@ -315,20 +290,22 @@ class SheddingSpec(Section):
 
 
 class StagesSpec(Section):
-    """All stages, also those which are off."""
+    """All stages, also those which are off; `stages_section` makes one of the stages that there are."""
 
-    camera: Annotated[LightStageSpec, _or_empty] = LightStageSpec()
-    microphone: Annotated[LightStageSpec, _or_empty] = LightStageSpec()
-    vision_encoder: Annotated[VisionEncoderSpec, _or_empty] = VisionEncoderSpec()
-    audio_encoder: Annotated[StageSpec, _or_empty] = StageSpec()
-    llm: Annotated[LlmSpec, _or_empty] = LlmSpec()
-    tts: Annotated[TtsSpec, _or_empty] = TtsSpec()
-    vocoder: Annotated[VocoderSpec, _or_empty] = VocoderSpec()
-    speaker: Annotated[SpeakerSpec, _or_empty] = SpeakerSpec()
-    events: Annotated[LightStageSpec, _or_empty] = LightStageSpec()
+    def by_name(self) -> dict[str, StageOptions]:
+        return {info.alias or name: getattr(self, name) for name, info in type(self).model_fields.items()}
 
-    def by_name(self) -> dict[str, StageSpec]:
-        return {name: getattr(self, name) for name in STAGES}
+
+@lru_cache(maxsize=64)
+def file_section(stages: tuple[tuple[str, type[StageOptions]], ...]) -> type[FileSpec]:
+    """The whole file, where there are these stages, by name with their options."""
+    fields: dict[str, Any] = {
+        f"stage_{index}": (Annotated[options, or_empty], Field(default=options(), alias=name))
+        for index, (name, options) in enumerate(stages)
+    }
+    section = create_model("StagesSpec", __base__=StagesSpec, **fields)
+    with_stages: dict[str, Any] = {"stages": (Annotated[section, or_empty], section())}
+    return create_model("FileSpec", __base__=FileSpec, **with_stages)
 
 
 class CreditSpec(Section):
@@ -339,18 +316,13 @@ class CreditSpec(Section):
 
 
 class WrittenEdge(Section):
-    """An edge as written; what is None its kind decides."""
+    """What is written of an edge; what is None its kind decides."""
 
-    source: Annotated[OutPort, PlainValidator(_out_port)] = Field(alias="from")
-    target: Annotated[InPort, PlainValidator(_in_port)] = Field(alias="to")
-    credit: Annotated[CreditSpec, _or_empty] = CreditSpec()
+    source: Annotated[str, PlainValidator(_port)] = Field(alias="from")
+    target: Annotated[str, PlainValidator(_port)] = Field(alias="to")
+    credit: Annotated[CreditSpec, or_empty] = CreditSpec()
     when_full: WhenFull | None = None
     late: Late | None = None
-
-    @staticmethod
-    def between(source: OutPort, target: InPort) -> WrittenEdge:
-        """The edge which says nothing else."""
-        return WrittenEdge.model_validate({"from": str(source), "to": str(target)})
 
 
 class FileSpec(Section):
@@ -358,11 +330,13 @@ class FileSpec(Section):
 
     version: int | None = None
     model: str = NANO
-    window: Annotated[WindowSpec, _or_empty] = WindowSpec()
-    tail: Annotated[TailSpec, _or_empty] = TailSpec()
-    cameras: Annotated[Mapping[Name, CameraSpec], _or_empty] = Field(default_factory=dict)
-    stages: Annotated[StagesSpec, _or_empty] = StagesSpec()
-    edges: list[WrittenEdge] | None = None
-    admission: Annotated[AdmissionSpec, _or_empty] = AdmissionSpec()
-    shedding: Annotated[SheddingSpec, _or_empty] = SheddingSpec()
-    console: Annotated[ConsoleSpec, _or_empty] = ConsoleSpec()
+    window: Annotated[WindowSpec, or_empty] = WindowSpec()
+    tail: Annotated[TailSpec, or_empty] = TailSpec()
+    cameras: Annotated[Mapping[Name, CameraSpec], or_empty] = Field(default_factory=dict)
+    stages: Annotated[StagesSpec, or_empty] = StagesSpec()
+    edges: Annotated[list[WrittenEdge], BeforeValidator(lambda value: [] if value is None else value)] = Field(
+        default_factory=list
+    )
+    admission: Annotated[AdmissionSpec, or_empty] = AdmissionSpec()
+    shedding: Annotated[SheddingSpec, or_empty] = SheddingSpec()
+    console: Annotated[ConsoleSpec, or_empty] = ConsoleSpec()

@@ -4,7 +4,8 @@ Rules:
 - All problems are reported at once, each with line and column (or the `--set` it came from).
 - A `PipelineSpec` says what runs: a stage with `replicas: 0` and its edges are not in it.
 
-How the file spells it is in graph/sections.py, which stages and ports there are in graph/ports.py.
+How the file spells it is in graph/sections.py, which stages it names in graph/stages_written.py, how they are wired in
+graph/edges.py.
 """
 
 from __future__ import annotations
@@ -19,20 +20,8 @@ from typing import Final
 
 from ruamel.yaml import YAML
 
-from graph.credit import Limit
+from graph.edges import Edges, EdgeSpec, no_senses, wiring_of
 from graph.errors import GraphError, Problem, SpecError
-from graph.kinds import Kind, WhenFull
-from graph.ports import (
-    CAN_BE_OFF,
-    NO_SENSES,
-    STAGES,
-    InPort,
-    OutPort,
-    full_graph,
-    lacks_senses,
-    off_with,
-    wiring_of,
-)
 from graph.secret import KNOWN, mask_urls
 from graph.sections import (
     BUILT_IN,
@@ -43,14 +32,15 @@ from graph.sections import (
     FileSpec,
     Section,
     SheddingSpec,
-    StageSpec,
+    StageOptions,
     TailSpec,
     WindowSpec,
-    WrittenEdge,
+    file_section,
 )
-from graph.spec_check import findings, least_chunks
+from graph.spec_check import findings
+from graph.stage_type import Catalog, StageType, can_be_off, needed_among
+from graph.stages_written import stages_of
 from graph.units import format_duration
-from graph.window import Late
 from graph.wiring import Wiring
 from graph.wording import listed
 from graph.yaml_check import check_document
@@ -60,28 +50,11 @@ from graph.yaml_file import MAX_BYTES, Document, apply_override, in_file_order, 
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeSpec:
-    """One edge. credit: what may be in flight per session. late: what happens to a chunk whose window has left."""
-
-    source: OutPort
-    target: InPort
-    credit: Limit
-    when_full: WhenFull
-    late: Late
-
-    @property
-    def id(self) -> str:
-        return f"{self.source}->{self.target}"
-
-    @property
-    def kind(self) -> Kind:
-        return self.source.kind
-
-
-@dataclass(frozen=True, slots=True)
 class PipelineSpec:
     """A checked pipeline. `stages` and `edges` hold what runs; `model` is one of BUILT_IN, a folder, or a hub id.
 
+    types: what each stage is, by its name. off: stages that are off, of those that may be.
+    modules: folders in which the classes of stages may lie, beside the installed packages.
     wiring: what follows from the edges.
     """
 
@@ -90,43 +63,47 @@ class PipelineSpec:
     window: WindowSpec
     tail: TailSpec
     cameras: Mapping[str, CameraSpec]
-    stages: Mapping[str, StageSpec]
+    stages: Mapping[str, StageOptions]
+    types: Mapping[str, StageType] = field(compare=False, repr=False)
     edges: tuple[EdgeSpec, ...]
     admission: AdmissionSpec
     shedding: SheddingSpec
     console: ConsoleSpec
+    off: frozenset[str] = frozenset()
+    modules: tuple[str, ...] = ()
     wiring: Wiring = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        ends = [(edge.source, edge.target) for edge in self.edges]
-        object.__setattr__(self, "wiring", wiring_of(self.stages, ends))
+        object.__setattr__(self, "wiring", wiring_of(self.stages, self.edges))
 
     def without(self, stages: Collection[str]) -> PipelineSpec:
         """The same with these stages off, and with them those which then have nothing to do; GraphError if it can't."""
-        if stuck := set(stages) - CAN_BE_OFF:
-            raise GraphError(f"{listed(stuck)} can't be switched off; these can: {listed(CAN_BE_OFF)}")
-        off = off_with(stages) | (STAGES.keys() - self.stages.keys())
-        if lacks_senses(off):
-            raise GraphError(NO_SENSES)
+        possible = can_be_off(self.types)
+        if stuck := set(stages) - possible - self.off:
+            raise GraphError(f"{listed(stuck)} can't be switched off; these can: {listed(possible)}")
+        off = self.wiring.idle(set(stages) & self.stages.keys(), needed_among(self.types))
+        if off.issuperset(self.wiring.sources):
+            raise GraphError(no_senses(self.wiring))
         return dataclasses.replace(
             self,
             stages={name: stage for name, stage in self.stages.items() if name not in off},
+            types={name: each for name, each in self.types.items() if name not in off},
             edges=tuple(edge for edge in self.edges if not {edge.source.stage, edge.target.stage} & off),
+            off=self.off | (off & possible),
         )
 
+    @property
+    def ends_windows(self) -> frozenset[str]:
+        """The stages at which a window may have come to its end."""
+        return frozenset(name for name, each in self.types.items() if each.ends_windows)
 
-def _written_edges(file: FileSpec) -> list[WrittenEdge]:
-    return [WrittenEdge.between(*ports) for ports in full_graph()] if file.edges is None else file.edges
+    @property
+    def needed(self) -> set[str]:
+        """The stages that are of use though nothing takes what they make."""
+        return needed_among(self.types)
 
 
-def _edge_spec(edge: WrittenEdge, file: FileSpec) -> EdgeSpec:
-    kind = edge.source.kind
-    chunks = edge.credit.chunks or max(kind.credit.chunks, least_chunks(kind, file))
-    credit = Limit(chunks, edge.credit.time_ns or kind.credit.duration_ns)
-    return EdgeSpec(edge.source, edge.target, credit, edge.when_full or kind.when_full, edge.late or kind.late)
-
-
-def _build(file: FileSpec) -> PipelineSpec:
+def _build(file: FileSpec, types: Mapping[str, StageType], edges: tuple[EdgeSpec, ...]) -> PipelineSpec:
     stages = file.stages.by_name()
     spec = PipelineSpec(
         version=VERSION,
@@ -135,7 +112,8 @@ def _build(file: FileSpec) -> PipelineSpec:
         tail=file.tail,
         cameras=dict(file.cameras),
         stages=stages,
-        edges=tuple(_edge_spec(edge, file) for edge in _written_edges(file)),
+        types=types,
+        edges=edges,
         admission=file.admission,
         shedding=file.shedding,
         console=file.console,
@@ -154,8 +132,11 @@ def default_spec_path() -> Path:
     return next((path for path in candidates if path.is_file()), shipped)
 
 
-def load_spec(path: Path, overrides: Sequence[str] = ()) -> PipelineSpec:
-    """Read and check a pipeline.yaml; overrides are `--set` strings like "stages.llm.gpus=1". Raises SpecError."""
+def load_spec(path: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> PipelineSpec:
+    """Read and check a pipeline.yaml. Raises SpecError.
+
+    catalog: the stages that there are. overrides: `--set` strings like "stages.llm.gpus=1".
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
@@ -163,44 +144,53 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> PipelineSpec:
         raise SpecError([Problem(str(path), f"can't be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
         raise SpecError([Problem(str(path), f"not UTF-8 text: byte {error.start + 1}")]) from None
-    return parse_spec(text, str(path), overrides)
+    return parse_spec(text, str(path), catalog, overrides)
 
 
 def parse_spec(
-    text: str, name: str, overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+    text: str,
+    name: str,
+    catalog: Catalog,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
 ) -> PipelineSpec:
     """Check a pipeline description. Raises SpecError with all problems, each as `name:line:column: message`."""
     try:
-        return _parsed(text, name, overrides, environment)
+        return _parsed(text, name, catalog, overrides, environment)
     except SpecError:
         for unread in (text, *overrides):  # what is told of it may quote a part of a password
             KNOWN.add_text(unread)
         raise
 
 
-def _parsed(text: str, name: str, overrides: Sequence[str], environment: Mapping[str, str]) -> PipelineSpec:
+def _parsed(
+    text: str, name: str, catalog: Catalog, overrides: Sequence[str], environment: Mapping[str, str]
+) -> PipelineSpec:
     document = read_yaml(text, name, environment)
     if not isinstance(document.tree, dict):
         document.problems.append((document.place(()), _NOT_A_MAPPING if document.tree is not None else _EMPTY))
         raise SpecError(in_file_order(document.problems))
     for assignment in overrides:
         apply_override(document, assignment, environment)
-    file = _check(document)
+    types = stages_of(document, catalog)
+    file, edges = _check(document, types)
     if document.problems:
         raise SpecError(in_file_order(document.problems))
-    return _build(file)
+    return dataclasses.replace(_build(file, types, edges), modules=catalog.modules)
 
 
 _EMPTY: Final = "the file is empty; the least is `version: 1` and one camera"
 _NOT_A_MAPPING: Final = "must be a mapping: version: 1, cameras: …"
 
 
-def _check(document: Document) -> FileSpec:
-    """The file's values, with every problem noted in the document."""
-    file, wrong = check_document(document, FileSpec)
-    for finding in findings(file, wrong):
+def _check(document: Document, types: Mapping[str, StageType]) -> tuple[FileSpec, tuple[EdgeSpec, ...]]:
+    """The file's values and edges, with every problem noted in the document."""
+    section = file_section(tuple((name, each.options) for name, each in types.items()))
+    file, wrong = check_document(document, section)
+    edges = Edges(file, types)
+    for finding in findings(file, types, edges, wrong):
         document.problems.append((document.place(finding.path), mask_urls(finding.message)))
-    return file
+    return file, edges.found
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -209,7 +199,7 @@ def _check(document: Document) -> FileSpec:
 def render(spec: PipelineSpec) -> str:
     """The whole description as YAML, defaults filled in, secrets masked; `parse_spec` reads it back."""
     stages: dict[str, object] = {name: _dump(stage) for name, stage in spec.stages.items()}
-    stages |= {name: {"replicas": 0} for name in sorted(CAN_BE_OFF - spec.stages.keys())}
+    stages |= {name: {"replicas": 0} for name in sorted(spec.off)}
     tree = {
         "version": spec.version,
         "model": spec.model,

@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from graph.kinds import Kind
-from graph.ports import (
-    CAN_BE_OFF,
-    NO_SENSES,
-    STAGES,
-    InPort,
-    OutPort,
-    full_graph,
-    lacks_senses,
-    off_with,
-)
-from graph.sections import (
-    BUILT_IN,
-    HUB_ID,
-    VERSION,
-    ContextSpec,
-    FileSpec,
-    LlmSpec,
-    StageSpec,
-    StagesSpec,
-    WrittenEdge,
-)
+from graph.edges import Edges, no_senses, wiring_of
+from graph.sections import BUILT_IN, HUB_ID, VERSION, FileSpec, StageOptions
+from graph.stage_type import StageType, can_be_off, needed_among
 from graph.units import format_duration
 from graph.wording import listed, shown
-from graph.yaml_file import KeyPath, dotted
+from graph.yaml_file import Finding, KeyPath
 
 MAX_CAMERAS: Final = 256
 
 
-class Finding(NamedTuple):
-    """A problem and the place to change; `also` are other places which it follows from."""
-
-    path: KeyPath
-    message: str
-    also: tuple[KeyPath, ...] = ()
-
-
-def findings(file: FileSpec, wrong: Iterable[KeyPath]) -> list[Finding]:
+def findings(file: FileSpec, types: Mapping[str, StageType], edges: Edges, wrong: Iterable[KeyPath]) -> list[Finding]:
     """What is to be told besides `wrong`, the places where a section has found a problem of its own.
+
+    types: of the stages, by name.
 
     What may only follow from one of those, since a wrong value counts as not written, is left out.
     """
     wrong = list(wrong)
-    return [finding for finding in _all_findings(file) if not _clouded(finding, wrong)]
+    return [finding for finding in _all_findings(file, types, edges) if not _clouded(finding, wrong)]
 
 
 def _clouded(finding: Finding, wrong: Iterable[KeyPath]) -> bool:
@@ -59,7 +33,7 @@ def _clouded(finding: Finding, wrong: Iterable[KeyPath]) -> bool:
     return any(place[: len(section)] == section for place in wrong for section in around)
 
 
-def _all_findings(file: FileSpec) -> Iterator[Finding]:
+def _all_findings(file: FileSpec, types: Mapping[str, StageType], edges: Edges) -> Iterator[Finding]:
     yield from _version_findings(file)
     yield from _model_findings(file.model)
     yield from _tail_findings(file)
@@ -67,10 +41,11 @@ def _all_findings(file: FileSpec) -> Iterator[Finding]:
         yield Finding(("cameras",), 'not one camera; write `cameras: {test: {source: "test://pattern"}}`')
     if len(file.cameras) > MAX_CAMERAS:
         yield Finding(("cameras",), f"{len(file.cameras)} cameras; one pipeline takes {MAX_CAMERAS}")
-    for name, stage in file.stages.by_name().items():
-        yield from _stage_findings(name, stage)
-    yield from _together_findings(file.stages)
-    yield from _edge_findings(file)
+    stages = file.stages.by_name()
+    for name, stage in stages.items():
+        yield from _stage_findings(name, stage, types)
+    yield from edges.findings
+    yield from _together_findings(stages, types, edges)
 
 
 def _version_findings(file: FileSpec) -> Iterator[Finding]:
@@ -109,100 +84,55 @@ def _tail_findings(file: FileSpec) -> Iterator[Finding]:
         )
 
 
-def _stage_findings(name: str, stage: StageSpec) -> Iterator[Finding]:
+def _stage_findings(name: str, stage: StageOptions, types: Mapping[str, StageType]) -> Iterator[Finding]:
     path: KeyPath = ("stages", name)
-    if stage.replicas == 0 and name not in CAN_BE_OFF:
-        message = f"can't be 0; can be switched off: {listed(CAN_BE_OFF)}"
+    if stage.replicas == 0 and not types[name].can_be_off:
+        message = f"can't be 0; can be switched off: {listed(can_be_off(types))}"
         yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
     if stage.max_replicas < stage.replicas:
         message = f"max {stage.max_replicas} is less than min {stage.replicas}"
         yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
-    if stage.process and STAGES[name].has_model:
-        light = listed(other for other, ports in STAGES.items() if not ports.has_model)
+    if stage.process and types[name].has_model:
+        light = listed(other for other, each in types.items() if not each.has_model)
         message = f"only stages without a model share a process: {light}"
         yield Finding((*path, "process"), f"stages.{name}.process: {message}")
     elif stage.process and stage.max_replicas > 1:
         message = f"must be 1 in a shared process ({stage.process!r}); for more write `process: null`"
         yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
-    if isinstance(stage, LlmSpec):
-        yield from _context_findings((*path, "context"), stage.context)
+    elif types[name].scope == "pipeline" and stage.max_replicas > 1:
+        message = "must be 1: one replica has the state of all sessions"
+        yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
 
 
-def _context_findings(path: KeyPath, context: ContextSpec) -> Iterator[Finding]:
-    if context.high is None and context.low is None:
+def _together_findings(
+    stages: Mapping[str, StageOptions], types: Mapping[str, StageType], edges: Edges
+) -> Iterator[Finding]:
+    """What follows from the stages that run, and how they are wired."""
+    off = {name for name, stage in stages.items() if stage.replicas == 0}
+    if off - can_be_off(types) or any(finding.path[0] == "stages" for finding in edges.findings):
         return
-    if context.high is None or context.low is None:
-        other = "high" if context.high is None else "low"
-        yield Finding(path, f"{dotted(path)}: high and low go together; write {other}, too, or neither")
-    elif context.low >= context.high:
-        message = f"{context.low} is not less than high ({context.high})"
-        yield Finding((*path, "low"), f"{dotted(path)}.low: {message}")
+    wiring = wiring_of(stages, edges.found)
+    off = wiring.idle(off, needed_among(types))
+    if off.issuperset(wiring.sources):
+        yield Finding(("stages",), no_senses(wiring))
+    ends = wiring.ends(name for name, each in types.items() if each.ends_windows and name not in off)
+    if len(ends) > 1:
+        yield Finding(("stages",), f"a window ends once, but here it would at {listed(ends)}; switch off all but one")
+    yield from _shared_findings(stages, types, off)
 
 
-def _together_findings(stages: StagesSpec) -> Iterator[Finding]:
-    off = off_with([name for name, stage in stages.by_name().items() if stage.replicas == 0])
-    if lacks_senses(off):
-        yield Finding(("stages",), NO_SENSES)
-    camera, microphone = stages.camera.process, stages.microphone.process
-    if not {"camera", "microphone"} & off and (camera != microphone or camera is None):
-        names = "stages.camera.process, stages.microphone.process"
-        message = f"they read one decoder and share a named process, not {shown(camera)} and {shown(microphone)}"
-        yield Finding(("stages", "microphone", "process"), f"{names}: {message}")
-
-
-def _edge_findings(file: FileSpec) -> Iterator[Finding]:
-    edges = file.edges or []
-    first: dict[tuple[OutPort, InPort], int] = {}
-    for index, edge in enumerate(edges):
-        source, target = edge.source, edge.target
-        if source.kind != target.kind:
-            message = f"carries {source.kind}, but {target} takes {target.kind}"
-            yield Finding(("edges", index, "to"), f"edge {source}->{target}: {source} {message}")
-        if first.setdefault((source, target), index) != index:
-            yield Finding(("edges", index), f"edge {source}->{target} is written twice")
-        if edge.credit.chunks is not None and edge.credit.chunks < (least := least_chunks(source.kind, file)):
-            message = f"{edge.credit.chunks} is too little; with the fps of the cameras a window needs {least}"
-            yield Finding(("edges", index, "credit", "chunks"), f"edge {source}->{target}: credit.chunks {message}")
-    if circle := _circle(edges):
-        index = next(index for index, edge in enumerate(edges) if (edge.source.stage, edge.target.stage) == circle[-2:])
-        yield Finding(("edges", index), f"edges go round in a circle: {' -> '.join(circle)}")
-    if file.edges is not None:
-        yield from _unfed_findings(file, edges)
-
-
-def least_chunks(kind: Kind, file: FileSpec) -> int:
-    """The least credit for pictures: what a window holds until it closes, and the same again of the next."""
-    if not kind.is_picture:
-        return 1
-    fps = max((camera.fps for camera in file.cameras.values()), default=1.0)
-    return 2 * math.ceil(fps * file.window.length_ns / 1e9) + 2
-
-
-def _circle(edges: Iterable[WrittenEdge]) -> tuple[str, ...]:
-    """Some stages which feed each other, the first one again at the end; empty if there is no circle."""
-    targets: dict[str, list[str]] = {}
-    for edge in edges:
-        if not edge.target.is_feedback:
-            targets.setdefault(edge.source.stage, []).append(edge.target.stage)
-    done: set[str] = set()
-
-    def visit(way: tuple[str, ...]) -> tuple[str, ...]:
-        for stage in targets.get(way[-1], ()):
-            if stage in way:
-                return (*way[way.index(stage) :], stage)
-            if stage not in done and (circle := visit((*way, stage))):
-                return circle
-        done.add(way[-1])
-        return ()
-
-    return next((circle for stage in targets if (circle := visit((stage,)))), ())
-
-
-def _unfed_findings(file: FileSpec, edges: Iterable[WrittenEdge]) -> Iterator[Finding]:
-    """Inputs of running stages which nothing feeds, although a running stage could."""
-    off = off_with([name for name, stage in file.stages.by_name().items() if stage.replicas == 0])
-    fed = {edge.target for edge in edges}
-    for source, target in full_graph():
-        if target not in fed and not off & {source.stage, target.stage}:
-            fed.add(target)
-            yield Finding(("edges",), f"input {target} has no source; add {{from: {source}, to: {target}}}")
+def _shared_findings(
+    stages: Mapping[str, StageOptions], types: Mapping[str, StageType], off: set[str]
+) -> Iterator[Finding]:
+    """Stages that read one source share a process."""
+    reading: dict[str, list[str]] = {}
+    for name, each in types.items():
+        if each.shares and name not in off:
+            reading.setdefault(each.shares, []).append(name)
+    for what, names in reading.items():
+        places = {stages[name].process for name in names}
+        if len(names) > 1 and (len(places) > 1 or None in places):
+            told = ", ".join(f"stages.{name}.process" for name in names)
+            processes = " and ".join(shown(stages[name].process) for name in names)
+            message = f"they read one {what} and share a named process, not {processes}"
+            yield Finding(("stages", names[-1], "process"), f"{told}: {message}")

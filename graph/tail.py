@@ -27,7 +27,6 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
-from graph.streams import PLAYBACK
 
 Item = TypeVar("Item")
 
@@ -353,7 +352,7 @@ class Player:
 
 
 def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
-    """An Ack as it travels on the playback edges, and with it how far down the shedding ladder the session is."""
+    """An Ack as it travels to all who ask for it, and with it how far down the shedding ladder the session is."""
     attrs = {
         "level": level,
         "heard_ns": ack.heard_ns,
@@ -362,9 +361,7 @@ def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
         "num_turns": ack.num_turns,
     }
     queue = np.array(ack.queue, dtype=np.int64).reshape(-1, 2)
-    return Chunk(
-        session, PLAYBACK, ack.at_ns, epoch=ack.epoch, type=ChunkType.PLAYBACK, arrays={"queue": queue}, attrs=attrs
-    )
+    return Chunk(session, "", ack.at_ns, epoch=ack.epoch, type=ChunkType.PLAYBACK, arrays={"queue": queue}, attrs=attrs)
 
 
 def ack_of(chunk: Chunk) -> Ack:

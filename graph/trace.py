@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from graph.chunk import AFTERWORD, MAX_IN_TRACE, Chunk, Failure, Span, Trace
-from graph.streams import kind_of
 from graph.window import Unit
 
 
@@ -29,12 +28,14 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
     inherited_failures = (failure for trace in unit.traces.values() for failure in trace.failures)
     all_spans = {s for trace in unit.traces.values() for s in trace.spans} | {*spans}
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
-    # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say).
-    idle = {stream for stream, trace in unit.traces.items() if trace.missing}
-    sensed_missing = {stream for stream in unit.missing | idle if not kind_of(stream).is_fenced}
+    # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say). One that had
+    # all, and gave nothing, has decided so (as one does that lets pass only what moves).
+    idle = {stream for stream, trace in unit.traces.items() if trace.missing or trace.failures}
+    silent = unit.missing - (unit.traces.keys() - idle)
+    sensed_missing = {stream for stream in silent | idle if not _is_said(unit, stream)}
     return Trace(
         digest=digest_of(unit),
-        missing=tuple(sorted(unit.awaited.union(sensed_missing or (inherited if _is_said(unit) else ())))),
+        missing=tuple(sorted(unit.awaited.union(sensed_missing or (inherited if _says(unit) else ())))),
         spans=tuple(sorted(all_spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))[-MAX_IN_TRACE:]),
         failures=tuple(dict.fromkeys([*inherited_failures, *failures]))[-MAX_IN_TRACE:],
     )
@@ -42,9 +43,10 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
 
 def digest_of(unit: Unit) -> str:
     """Hash of what was seen and heard in this window: equal content and times give an equal digest."""
-    if unit.is_afterword and not unit.traces and not any(kind_of(stream).is_raw for stream in unit.chunks):
+    if unit.is_afterword and not unit.traces and not any(_is_original(unit, stream) for stream in unit.chunks):
         return AFTERWORD
-    parts = {stream: _digest_stream(unit, stream) for stream in sorted({*unit.chunks, *unit.traces, *unit.missing})}
+    streams = (stream for stream in {*unit.chunks, *unit.traces, *unit.missing} if not _is_side(unit, stream))
+    parts = {stream: _digest_stream(unit, stream) for stream in sorted(streams)}
     if len(parts) == 1:
         return next(iter(parts.values()))
     return _hash(f"{stream}={digest}\n".encode() for stream, digest in parts.items())
@@ -85,13 +87,25 @@ def stage_seconds(parts: Iterable[Part]) -> Mapping[str, float]:
     return {name: round(total * 1e-9, 6) for name, total in totals.items() if total}
 
 
-def _is_said(unit: Unit) -> bool:
-    return any(kind_of(stream).is_fenced for stream in {*unit.chunks, *unit.traces, *unit.missing})
+def _says(unit: Unit) -> bool:
+    return any(_is_said(unit, stream) for stream in {*unit.chunks, *unit.traces, *unit.missing})
+
+
+def _is_said(unit: Unit, stream: str) -> bool:
+    return stream in unit.inputs and unit.inputs[stream].kind.is_fenced
+
+
+def _is_original(unit: Unit, stream: str) -> bool:
+    return stream in unit.inputs and unit.inputs[stream].is_original
+
+
+def _is_side(unit: Unit, stream: str) -> bool:
+    return stream in unit.inputs and unit.inputs[stream].is_side
 
 
 def _digest_stream(unit: Unit, stream: str) -> str:
-    if kind_of(stream).is_raw:
-        return _hash(part for chunk in unit.of(stream) for part in _content(chunk))
+    if _is_original(unit, stream):
+        return _hash(part for chunk in unit.chunks.get(stream, ()) for part in _content(chunk))
     return unit.traces[stream].digest if stream in unit.traces else ""
 
 

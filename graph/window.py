@@ -10,14 +10,43 @@ streams (per stream, chunks arrive in seq order: the bus keeps that).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Protocol
 
 from graph.chunk import Chunk, SessionId, Trace
+from graph.kinds import Kind, Late
 
-Late = Literal["drop", "carry"]
 FOREVER_NS = 2**63 - 1
+
+
+class Port(Protocol):
+    """An input or output as its stage's class declares it (graph/stage_type.py)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """How a stage takes one stream.
+
+    port, kind:  of the stage. edge, source: on which it comes, and the stage that makes it.
+    late:        what happens to a chunk whose window has left: dropped, or carried into the next unit.
+    window_ns:   a unit holds what came in this time before its end; None: in its window.
+    lateness_ns: a unit is given up this long after its end; None: as the join is told.
+    is_side:     nothing waits for it, and it ends nothing.
+    is_original: it comes from where it was seen or heard, and no trace comes with it.
+    """
+
+    port: str
+    kind: Kind[Any]
+    edge: str = ""
+    source: str = ""
+    late: Late = "drop"
+    window_ns: int | None = None
+    lateness_ns: int | None = None
+    is_side: bool = False
+    is_original: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +56,7 @@ class Unit:
     closed_by is the stream whose watermark came last, "" when the window was given up by lateness; `awaited` then names
     the streams that were not through with it. traces are what the streams' watermarks brought along. overdue: set by
     the actor when its work begins so late that the window has been given up where it ends. is_afterword: every stream
-    had ended before it.
+    had ended before it. inputs: how each stream is taken.
     """
 
     session: SessionId
@@ -41,14 +70,17 @@ class Unit:
     awaited: frozenset[str] = frozenset()
     overdue: bool = False
     is_afterword: bool = False
+    inputs: Mapping[str, Input] = field(default_factory=dict)
 
-    def of(self, stream: str) -> tuple[Chunk, ...]:
-        """The chunks of one stream; empty when it gave nothing."""
-        return self.chunks.get(stream, ())
+    def of(self, port: Port) -> tuple[Chunk, ...]:
+        """The chunks that came in at a port, in the order of time; of several views, in the order of (time, view)."""
+        chunks = [self.chunks[stream] for stream in self.chunks if self._port_of(stream) == port.name]
+        if len(chunks) == 1:
+            return chunks[0]
+        return tuple(sorted((c for each in chunks for c in each), key=lambda c: (c.start_ns, c.stream, c.seq)))
 
-    def emit(self, stream: str, **fields: object) -> Chunk:
-        """A chunk of `stream` which covers this unit's window."""
-        return Chunk(self.session, stream, self.start_ns, self.end_ns - self.start_ns, **fields)  # type: ignore[arg-type]
+    def _port_of(self, stream: str) -> str:
+        return self.inputs[stream].port if stream in self.inputs else stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +99,29 @@ class WindowJoin:
     """Event-time join of one session's streams in tumbling windows.
 
     lateness_ns: a window is given up this long after its end; None waits for ever (virtual time).
-    late:        per stream, what happens to a chunk whose window has left: dropped, or carried into the next unit.
     """
 
     def __init__(
-        self,
-        session: SessionId,
-        streams: Iterable[str],
-        *,
-        window_ns: int,
-        lateness_ns: int | None,
-        late: Mapping[str, Late] | None = None,
+        self, session: SessionId, inputs: Mapping[str, Input], *, window_ns: int, lateness_ns: int | None
     ) -> None:
+        """inputs: by stream. Where all are side inputs, they are waited for like others."""
         self._session = session
+        self._inputs = inputs
         self._window_ns = window_ns
         self._lateness_ns = lateness_ns
-        self._late = dict(late or {})
-        self._watermarks = dict.fromkeys(streams, 0)
-        self._pending: dict[str, list[Chunk]] = {stream: [] for stream in self._watermarks}
+        self._awaited = tuple(stream for stream, each in inputs.items() if not each.is_side) or tuple(inputs)
+        own_ns = {stream: inputs[stream].lateness_ns for stream in self._awaited}
+        self._own_lateness_ns = {
+            stream: lateness_ns if own is None else own for stream, own in own_ns.items() if lateness_ns is not None
+        }
+        if not any(own_ns.values()):
+            self._own_lateness_ns = {}
+        self._watermarks = dict.fromkeys(self._awaited, 0)
+        self._pending: dict[str, list[Chunk]] = {stream: [] for stream in inputs}
+        self._kept: dict[str, list[Chunk]] = {stream: [] for stream, each in inputs.items() if each.window_ns}
         self._traces: dict[int, dict[str, Trace]] = {}
         self._last_stream = ""
-        self._num_going = len(self._watermarks)  # streams that have not ended
+        self._num_going = len(self._awaited)  # streams that have not ended
         self._ended_ns = 0  # the latest END of any stream
         self._index = 0  # the next unit to leave
 
@@ -101,12 +135,16 @@ class WindowJoin:
         """When the window that leaves next does so, whatever has come; None: never, or there is none left."""
         if self._lateness_ns is None or self.finished:
             return None
-        return self.next_end_ns if self._is_over else self.next_end_ns + self._lateness_ns
+        if self._is_over:
+            return self.next_end_ns
+        if self._own_lateness_ns:
+            return self.next_end_ns + self._patience_ns(self.next_end_ns)
+        return self.next_end_ns + self._lateness_ns
 
     @property
     def num_pending(self) -> int:
-        """Chunks held back."""
-        return sum(len(chunks) for chunks in self._pending.values())
+        """Chunks held back that have a window of their own to come."""
+        return sum(len(self._pending[stream]) for stream in self._awaited)
 
     @property
     def finished(self) -> bool:
@@ -125,14 +163,15 @@ class WindowJoin:
         """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come."""
         self._index = index
 
-    def add(self, chunk: Chunk) -> Joined:
+    def add(self, chunk: Chunk, stream: str = "") -> Joined:
         """Take a data chunk. It never completes a window by itself: a watermark does.
 
-        Raises KeyError when the stream is not one of this join's.
+        stream: as the join knows it, where that is not the chunk's own. Raises KeyError when it has no such stream.
         """
-        pending = self._pending[chunk.stream]
+        stream = stream or chunk.stream
+        pending = self._pending[stream]
         is_late = chunk.start_ns < self._index * self._window_ns
-        if is_late and self._late.get(chunk.stream, "drop") == "drop":
+        if is_late and self._inputs[stream].late == "drop":
             return Joined(late=(chunk,))
         pending.append(chunk)
         return Joined(carried=(chunk,)) if is_late else NOTHING
@@ -143,7 +182,7 @@ class WindowJoin:
             index = watermark_ns // self._window_ns - 1
             if index >= self._index:
                 self._traces.setdefault(index, {}).setdefault(stream, trace)  # a second one may be too late
-        if watermark_ns > self._watermarks[stream]:
+        if watermark_ns > self._watermarks.get(stream, FOREVER_NS):
             self._watermarks[stream] = watermark_ns
             self._num_going -= watermark_ns == FOREVER_NS
             self._last_stream = stream
@@ -151,7 +190,7 @@ class WindowJoin:
 
     def end(self, stream: str, at_ns: int) -> Joined:
         """The stream is over; its last chunk ended at `at_ns` at the latest. Of several such words the first stands."""
-        if self._watermarks[stream] == FOREVER_NS:
+        if self._watermarks.get(stream, FOREVER_NS) == FOREVER_NS:
             return NOTHING
         self._ended_ns = max(self._ended_ns, at_ns)
         return self.advance(stream, FOREVER_NS)
@@ -165,11 +204,22 @@ class WindowJoin:
             return NOTHING
         if self._is_over:
             return self._leave(now_ns, most)
+        if self._own_lateness_ns:
+            return self._leave(self._given_up_ns(now_ns), most)
         return self._leave(now_ns - self._lateness_ns, most)
 
     def go_on(self) -> Joined:
         """One window more, after the last: there is something left to say. Only for a join that has `finished`."""
         return Joined(units=(self._close(),))
+
+    def _given_up_ns(self, now_ns: int) -> int:
+        """Up to where nothing is waited for any more, where inputs have a lateness of their own."""
+        return min(max(self._watermarks[stream], now_ns - own) for stream, own in self._own_lateness_ns.items())
+
+    def _patience_ns(self, end_ns: int) -> int:
+        """How long after its end a window waits at most for those that are not through with it."""
+        waiting = (own for stream, own in self._own_lateness_ns.items() if self._watermarks[stream] < end_ns)
+        return max(waiting, default=0)
 
     def _settled_ns(self) -> int:
         """Before this nothing will come any more; where all have ended, no further than their end (see `expire`)."""
@@ -187,24 +237,35 @@ class WindowJoin:
     def _close(self) -> Unit:
         end_ns = self.next_end_ns
         awaited = frozenset(stream for stream, at_ns in self._watermarks.items() if at_ns < end_ns)
-        chunks: dict[str, tuple[Chunk, ...]] = {}
-        for stream, pending in self._pending.items():
-            # Between streams the order of arrival must not show; inside a stream it is seq order already.
-            taken = sorted((c for c in pending if c.start_ns < end_ns), key=lambda c: (c.start_ns, c.seq))
-            if taken:
-                chunks[stream] = tuple(taken)
-                self._pending[stream] = [c for c in pending if c.start_ns >= end_ns]
+        chunks = {stream: taken for stream in self._pending if (taken := self._take(stream, end_ns))}
         unit = Unit(
             session=self._session,
             index=self._index,
             start_ns=end_ns - self._window_ns,
             end_ns=end_ns,
             chunks=chunks,
-            missing=frozenset(self._pending) - frozenset(chunks),
+            missing=frozenset(self._awaited).difference(chunks),
             traces=self._traces.pop(self._index, {}),
             is_afterword=self._is_over,
             closed_by="" if awaited else self._last_stream,
             awaited=awaited,
+            inputs=self._inputs,
         )
         self._index += 1
         return unit
+
+    def _take(self, stream: str, end_ns: int) -> tuple[Chunk, ...]:
+        """What belongs to the unit that ends there."""
+        pending = self._pending[stream]
+        if pending:
+            # Between streams the order of arrival must not show; inside a stream it is seq order already.
+            taken = sorted((c for c in pending if c.start_ns < end_ns), key=lambda c: (c.start_ns, c.seq))
+            self._pending[stream] = [c for c in pending if c.start_ns >= end_ns]
+        else:
+            taken = []
+        if stream not in self._kept:
+            return tuple(taken)
+        whole = self._kept[stream] + taken
+        first_ns = end_ns + self._window_ns - (self._inputs[stream].window_ns or 0)  # of the next unit
+        self._kept[stream] = [c for c in whole if max(c.end_ns, c.start_ns + 1) > first_ns]
+        return tuple(whole)

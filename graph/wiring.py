@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Two stages that are wired. is_windowed: windows pass on it. is_feedback: it carries news from downstream."""
+    """Two stages that are wired.
+
+    is_windowed: windows pass on it. is_feedback: it carries news from downstream. is_side: no window ends behind it.
+    """
 
     source: str
     target: str
     is_windowed: bool = True
     is_feedback: bool = False
+    is_side: bool = False
 
 
 class Wiring:
@@ -32,6 +36,8 @@ class Wiring:
         windows = [link for link in self._forward if link.is_windowed]
         self._fed_by = _neighbours(self._stages, ((link.target, link.source) for link in windows))
         self._feeds = _neighbours(self._stages, ((link.source, link.target) for link in windows))
+        main = [link for link in windows if not link.is_side]
+        self._main = _neighbours(self._stages, ((link.source, link.target) for link in main))
         self.upstream_first = self._ordered()
 
     @property
@@ -43,11 +49,20 @@ class Wiring:
         """Where windows begin: stages that make windows of nothing that comes to them; downstream first."""
         return tuple(stage for stage in self.downstream_first if self._feeds[stage] and not self._fed_by[stage])
 
-    def last(self, passed: Collection[str]) -> str:
-        """Where windows end: at the end of the longest way that they take through these stages. A stage beside it,
-        which nothing follows, ends none, so that each window is told once."""
-        lengths = self._longest(dict.fromkeys(passed, 1))
-        return max(lengths, key=lambda stage: lengths[stage])
+    def ends(self, candidates: Iterable[str]) -> set[str]:
+        """Those of the candidates behind which no other one comes on the way of the windows."""
+        among = set(candidates)
+        return {stage for stage in among if not self._behind(stage) & among}
+
+    def _behind(self, stage: str) -> set[str]:
+        """All stages to which windows of this one come, but for side branches."""
+        behind: set[str] = set()
+        ways = [stage]
+        while ways:
+            for target in self._main[ways.pop()] - behind:
+                behind.add(target)
+                ways.append(target)
+        return behind
 
     def longest(self, costs: Mapping[str, int]) -> int:
         """What the most expensive way through the stages costs. costs: those that cost something."""

@@ -104,6 +104,14 @@ class Document:
                 places.setdefault(path[:depth], place)
 
 
+class Finding(NamedTuple):
+    """A problem and the place to change; `also` are other places which it follows from."""
+
+    path: KeyPath
+    message: str
+    also: tuple[KeyPath, ...] = ()
+
+
 def dotted(path: KeyPath) -> str:
     """The path as people say it: stages.llm.gpus, edges[3].to."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)

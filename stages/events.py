@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TextIO
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
-from graph.streams import EVENTS
+from graph.stage_type import In
 from graph.window import Unit
 from stages.disk import Disk, is_removed
+from stages.kinds import EVENTS
+from stages.light import LightOptions
 from stages.stage import Session, Stage, StageError
 
 WINDOW_EVENT = "window"
@@ -22,7 +24,7 @@ HEARD_EVENT = "heard"  # by the listener, when it began to sound
 
 
 class Events(Stage):
-    """Sink of `events`.
+    """Writes what is worth telling, as it comes.
 
     events.jsonl    one line per event: session, time_s (event time), type, and its fields
     windows.jsonl   one line per window: session, index, start_s, end_s, digest, missing, failed (stages that raised
@@ -36,7 +38,10 @@ class Events(Stage):
     those for which the disk was too slow.
     """
 
-    windowed = False
+    events = In(EVENTS, many=True)
+    Options = LightOptions
+    is_local = True
+    can_be_off = False
 
     def __init__(self, disk: Disk | None = None) -> None:
         self._disk = disk or Disk()
@@ -73,7 +78,7 @@ class Events(Stage):
     def process(self, units: list[Unit]) -> list[Chunk]:
         for unit in units:
             session = self._open[unit.session]
-            for chunk in unit.of(EVENTS) if session.out is not None else ():
+            for chunk in unit.of(self.events) if session.out is not None else ():
                 for name, line in _written(session, chunk):
                     self._append(session, session.out / name, line)  # type: ignore[operator]
         return []

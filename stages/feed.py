@@ -21,10 +21,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
-from graph.streams import SOUND_RATE_HZ
 from graph.window import FOREVER_NS
 from stages.feed_buffer import Notice, Sides
-from stages.feed_opening import Opener, Opening, at_once
+from stages.feed_opening import Opener, Opening, at_once, in_thread
 from stages.feed_retries import Retries
 from stages.media import (
     Ended,
@@ -41,7 +40,8 @@ from stages.media import (
 )
 from stages.media_health import Health, Totals
 from stages.media_wire import TrackName
-from stages.stage import Session, SourceReport, Stage
+from stages.rates import SOUND_RATE_HZ
+from stages.stage import Session, Site, SourceReport, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
@@ -410,6 +410,11 @@ class Feeds:
         self._feeds: dict[SessionId, Feed] = {}
         self._closed: dict[SessionId, SourceReport] = {}
         self._users: dict[SessionId, int] = {}
+
+    @classmethod
+    def of(cls, site: Site) -> Feeds:
+        """Those of the process."""
+        return site.common(cls, lambda: cls(opener=in_thread))
 
     def open(self, session: Session) -> Feed:
         """The session's feed, made by its first user."""

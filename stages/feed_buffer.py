@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from graph.chunk import NS_PER_S
-from graph.streams import SOUND_RATE_HZ
 from stages.media import Frame
+from stages.rates import SOUND_RATE_HZ
 
 Samples = npt.NDArray[np.float32]
 

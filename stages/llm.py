@@ -3,24 +3,67 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
+from pydantic import Field, model_validator
 
-from graph.chunk import Chunk, Scalar, SessionId
+from graph.chunk import NS_PER_MS, Chunk, Scalar, SessionId
+from graph.costs import StageCost
+from graph.kinds import attrs_of
 from graph.ladder import holds_window
-from graph.streams import AUDIO, EVENTS, IMAGE, TEXT
-from graph.tail import Ack, TextBudget
+from graph.sections import Bytes, Section, Seed, StageOptions, or_empty
+from graph.stage_type import Feedback, In, Out
+from graph.tail import MAX_TEXT_TOKENS, Ack, TextBudget
 from graph.window import Unit
-from model_shards.duplex import MAX_TEXT_TOKENS, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
-from model_shards.kv_cache import KvCache
-from model_shards.tokenizer import Tokenizer
 from stages.audio_encoder import VOICE_ROLE
 from stages.events import SAID_EVENT
-from stages.stage import BatchLost, Session, Stage, StageError, session_seed
-from stages.tensors import Runtime, to_arrays, to_tensor
+from stages.inference import inference
+from stages.kinds import AUDIO, EVENTS, IMAGE, PLAYBACK, TEXT, Said
+from stages.stage import BatchLost, Session, Site, Stage, StageError, session_seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from model_shards.config import GenerationConfig
+    from model_shards.duplex import DuplexConfig, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
+    from model_shards.kv_cache import KvCache
+    from model_shards.tokenizer import Tokenizer
+    from stages.tensors import Runtime
 
 MAX_VOICE_TOKENS = 320  # 30 s of reference voice at 10 per second, and the prompt's own control tokens
+
+
+class ContextOptions(Section):
+    """What is forgotten when a session's context is full. None: as the checkpoint says.
+
+    basic: the oldest units go once more than `high` tokens are cached, until `low` are left. context: the oldest units
+    go, the model's own words stay. (The official default is to forget nothing, and to stop when the context is full.)
+    """
+
+    mode: Literal["basic", "context"] = "basic"
+    high: Annotated[int, Field(ge=1, le=40960)] | None = None
+    low: Annotated[int, Field(ge=0, le=40960)] | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> ContextOptions:
+        if (self.high is None) != (self.low is None):
+            other = "high" if self.high is None else "low"
+            raise ValueError(f"high and low go together; write {other}, too, or neither")
+        if self.high is not None and self.low is not None and self.low >= self.high:
+            raise ValueError(f"low ({self.low}) is not less than high ({self.high})")
+        return self
+
+
+class LlmOptions(StageOptions):
+    """decoding None: as the checkpoint says. force_listen: the session listens for this many windows at first."""
+
+    decoding: Literal["greedy", "sampling"] | None = None
+    seed: Seed = 0
+    system_prompt: str = Field(default="Streaming Omni Conversation.", max_length=20_000)
+    kv_memory_bytes: Bytes = Field(default=512 << 20, alias="kv_memory")
+    context: Annotated[ContextOptions, or_empty] = ContextOptions()
+    force_listen: int = Field(default=3, ge=0, le=3600)
 
 
 @dataclass(slots=True)
@@ -44,7 +87,7 @@ class _Open:
 
 
 class Llm(Stage):
-    """`image`, `audio` → `text`: token_ids [n], hidden [n, dim], and what they read, for each window in a turn.
+    """Embeddings to text: token_ids [n], hidden [n, dim], and what they read, for each window in a turn.
 
     A window takes so many pictures as the model's unit has room for, the newest; an event tells of the others.
     needs_pictures: a window without a picture is shown the last one again, for the model is lost without.
@@ -54,8 +97,44 @@ class Llm(Stage):
     Raises StageError for a system prompt that leaves no room for windows.
     """
 
-    outputs = (TEXT,)
+    image = In(IMAGE, optional=True)
+    audio = In(AUDIO, optional=True)
+    playback = Feedback(PLAYBACK)
+    text = Out(TEXT)
+    events = Out(EVENTS)
+    Options = LlmOptions
+    component = "llm"
+    cost = StageCost(20 * NS_PER_MS, 3 * NS_PER_MS, spread=0.2)
+    can_be_off = False
+    is_needed = True
+    ends_windows = True
     paced_by_listener = True
+
+    @classmethod
+    def load(cls, options: LlmOptions, site: Site) -> Llm:
+        from model_shards.checkpoint import load_shard
+        from model_shards.config import load_config
+        from model_shards.duplex import DuplexEngine
+        from model_shards.kv_cache import KvCache, KvShape
+        from model_shards.tokenizer import Tokenizer
+        from stages.tensors import runtime
+
+        config = load_config(site.checkpoint)
+        has_codes = options.dtype == "auto" and config.llm.quantization is not None  # their kernels are for bfloat16
+        where = runtime(site.device, "bfloat16" if has_codes else options.dtype)
+        model = load_shard(site.checkpoint, "llm", dtype=where.dtype, device=where.device)
+        tokenizer = Tokenizer.load(site.checkpoint)
+        shape = KvShape.of(model.config)
+        cache = KvCache.of_bytes(shape, options.kv_memory_bytes, dtype=where.dtype, device=where.device)
+        return cls(
+            DuplexEngine(model, cache, tokenizer, duplex_config(options, config.generation)),
+            cache,
+            tokenizer,
+            where,
+            system_prompt=options.system_prompt,
+            seed=options.seed,
+            needs_pictures=config.generation.needs_pictures,
+        )
 
     def __init__(
         self,
@@ -106,10 +185,11 @@ class Llm(Stage):
         if state.last is None or not state.speaking or state.cut or not state.session.speech:
             return []
         arrays = {name: array[:0] for name, array in state.last.arrays.items()}
-        attrs = {**state.last.attrs, "text": "", "end_of_turn": True, "turn_start": False}
+        said = replace(TEXT.read(state.last), text="", end_of_turn=True, turn_start=False)
+        attrs = attrs_of(said)
         return [replace(state.last, start_ns=state.last.end_ns, arrays=arrays, attrs=attrs)]
 
-    @torch.inference_mode()
+    @inference
     def process(self, units: list[Unit]) -> list[Chunk]:
         self._begin([unit for unit in units if not self._open[unit.session].begun])
         before = {unit.session: (replace(state := self._open[unit.session]), state.mark) for unit in units}
@@ -162,8 +242,12 @@ class Llm(Stage):
             self._open[unit.session].begun = True
 
     def _prompt(self, unit: Unit) -> Prompt:
+        from model_shards.duplex import Prompt
+        from stages.tensors import to_tensor
+
         special = self._tokenizer.special
-        voices = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") == VOICE_ROLE]
+        sound = unit.of(self.audio)
+        voices = [to_tensor(c, "embeds", self._where) for c in sound if AUDIO.read(c).role == VOICE_ROLE]
         text = self._tokenizer.encode(f"system\n{self._system_prompt}")
         if not voices:
             return Prompt([special.im_start, *text, special.im_end])
@@ -173,6 +257,11 @@ class Llm(Stage):
 
     def _input(self, unit: Unit) -> UnitInput | None:
         """What the engine is given; None where the window is held for the next one."""
+        import torch
+
+        from model_shards.duplex import UnitInput
+        from stages.tensors import to_tensor
+
         state = self._open[unit.session]
         # Without speech nobody listens, and nothing can run ahead of the ear: the model paces itself.
         state.num_tokens = state.budget.tokens(unit.end_ns) if state.session.speech else MAX_TEXT_TOKENS
@@ -180,8 +269,9 @@ class Llm(Stage):
             state.num_tokens = 0
         cut, state.cut = state.cut, False
         held, state.held = state.held, ()
-        heard = [to_tensor(c, "embeds", self._where) for c in unit.of(AUDIO) if c.attrs.get("role") != VOICE_ROLE]
-        seen = [list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(IMAGE)]
+        sound = [chunk for chunk in unit.of(self.audio) if AUDIO.read(chunk).role != VOICE_ROLE]
+        heard = [to_tensor(chunk, "embeds", self._where) for chunk in sound]
+        seen = [list(to_tensor(chunk, "embeds", self._where)) for chunk in unit.of(self.image)]
         if self._needs_pictures:
             seen = seen or list(state.seen)
             state.seen = tuple(seen[-1:])
@@ -208,14 +298,16 @@ class Llm(Stage):
         num_skipped = self._open[unit.session].num_skipped
         if not num_skipped:
             return []
-        attrs: dict[str, Scalar] = {"type": "pictures_skipped", "window": unit.index, "num_pictures": num_skipped}
-        return [Chunk(unit.session, EVENTS, unit.start_ns, attrs=attrs)]
+        counted: dict[str, Scalar] = {"window": unit.index, "num_pictures": num_skipped}
+        return [self.events.event(unit.session, unit.start_ns, "pictures_skipped", **counted)]
 
     def _say(self, unit: Unit, output: UnitOutput) -> list[Chunk]:
         state = self._open[unit.session]
         if output.is_listen:
             state.speaking = False
             return []
+        from stages.tensors import to_arrays
+
         state.speaking = state.speaking or output.turn_start
         if not state.speaking:
             return []
@@ -223,11 +315,36 @@ class Llm(Stage):
         state.budget.generated(len(output.token_ids), end_of_turn=output.end_of_turn)
         hidden, dtype = to_arrays("hidden", output.hidden)
         arrays = {"token_ids": np.array(output.token_ids, dtype=np.int64), **hidden}
-        turn: dict[str, Scalar] = {"text": output.text, "end_of_turn": output.end_of_turn}
-        text = unit.emit(TEXT, arrays=arrays, attrs={**turn, "turn_start": output.turn_start, **dtype})
+        attrs = attrs_of(Said(output.text, output.turn_start, output.end_of_turn))
+        text = self.text.over(unit, arrays=arrays, attrs={**attrs, **dtype})
         state.last = text
-        said = Chunk(unit.session, EVENTS, unit.end_ns, attrs={"type": SAID_EVENT, "window": unit.index, **turn})
-        return [text, said]
+        turn: dict[str, Scalar] = {"text": output.text, "end_of_turn": output.end_of_turn}
+        return [text, self.events.event(unit.session, unit.end_ns, SAID_EVENT, window=unit.index, **turn)]
+
+
+def duplex_config(options: LlmOptions, generation: GenerationConfig) -> DuplexConfig:
+    """How sessions behave: as the user says, else as the checkpoint does."""
+    from model_shards.context import WindowConfig
+    from model_shards.decoding import SamplingConfig
+    from model_shards.duplex import DuplexConfig
+
+    high, low = options.context.high, options.context.low
+    return DuplexConfig(
+        sampling=SamplingConfig(
+            mode=options.decoding or generation.decoding,
+            repetition_penalty=generation.repetition_penalty,
+            length_penalty=generation.length_penalty,
+            listen_prob_scale=generation.listen_prob_scale,
+            listen_means_im_end=generation.listen_means_im_end,
+        ),
+        window=WindowConfig(
+            mode=options.context.mode,
+            high_tokens=generation.high_tokens if high is None else high,
+            low_tokens=generation.low_tokens if low is None else low,
+        ),
+        max_text_chars=generation.max_text_chars,
+        force_listen_count=options.force_listen,
+    )
 
 
 def _fitting(pictures: list[list[torch.Tensor]], num_tokens: int) -> list[list[torch.Tensor]]:

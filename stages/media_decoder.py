@@ -34,7 +34,6 @@ from av.stream import Discard, Disposition, Stream
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
-from graph.streams import SOUND_RATE_HZ
 from stages.media_health import Warner
 from stages.media_play import Decoding, Feed, Lane, Teller, play, session_ns
 from stages.media_rtsp import open_camera
@@ -62,6 +61,7 @@ from stages.media_wire import (
     TrackName,
     to_bytes,
 )
+from stages.rates import SOUND_RATE_HZ
 
 if TYPE_CHECKING:
     from model_shards.nano.clips import Cast

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.secret import KNOWN, mask_source
-from graph.streams import SOUND_RATE_HZ
+from stages.rates import SOUND_RATE_HZ
 
 FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended, holds nobody up
 

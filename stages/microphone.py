@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graph.chunk import NS_PER_S, Chunk, SessionId, end_of_stream, watermark
-from graph.streams import MIC, SOUND_RATE_HZ
+from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.stage_type import Out
 from stages.feed import Feeds, FeedStage, Reading
+from stages.kinds import SOUND
+from stages.light import LightOptions
+from stages.rates import SOUND_RATE_HZ
+from stages.stage import Site
 
 
 @dataclass(slots=True)
@@ -19,13 +23,23 @@ class _Open(Reading):
 
 
 class Microphone(FeedStage[_Open]):
-    """Source of `mic`: float32 samples, 16 kHz mono, cut at the windows' ends; times come from running sample counts.
+    """Source of sound: float32 samples, 16 kHz mono, cut at the windows' ends; times come from running sample counts.
 
     A muted or dead microphone's watermark goes on, `lateness` behind the clock, and its windows carry no chunk.
     """
 
+    sound = Out(SOUND)
+    Options = LightOptions
+    is_local = True
+    can_be_off = False
+    shares = "decoder"
+
     def __init__(self, feeds: Feeds) -> None:
         super().__init__(feeds, _Open)
+
+    @classmethod
+    def load(cls, options: LightOptions, site: Site) -> Microphone:
+        return cls(Feeds.of(site))
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._open[session]
@@ -34,16 +48,29 @@ class Microphone(FeedStage[_Open]):
         state.feed.pump(now_ns)
         chunks: list[Chunk] = []
         while _is_due(state, now_ns):
-            cut = _cut(state)
+            cut = self._cut(state)
             if len(cut) == 1 and chunks and chunks[-1].is_control:
                 chunks.pop()  # a row of windows without sound has one watermark: an hour of them is no flood
             chunks += cut
             state.index += 1
         end_ns = state.feed.audio_end_ns
         if end_ns is not None and end_ns < state.end_ns and (not state.session.paced or now_ns >= end_ns):
-            chunks += [chunk for chunk in _cut(state) if not chunk.is_control]  # the rest, if the end cuts a window
-            chunks.append(end_of_stream(session, MIC, end_ns))
+            # The rest, if the end cuts a window.
+            chunks += [
+                chunk for chunk in self._cut(state) if not chunk.is_control
+            ]  # the rest, if the end cuts a window
+            chunks.append(self.sound.end(session, end_ns))
             state.ended = True
+        return chunks
+
+    def _cut(self, state: _Open) -> list[Chunk]:
+        session = state.session.id
+        first, samples = state.feed.take_sound(state.end_ns)
+        chunks = [self.sound.watermark(session, state.end_ns)]
+        if len(samples):
+            start_ns = first * NS_PER_S // SOUND_RATE_HZ
+            duration_ns = (first + len(samples)) * NS_PER_S // SOUND_RATE_HZ - start_ns
+            chunks.insert(0, self.sound.chunk(session, start_ns, duration_ns, arrays={"samples": samples}))
         return chunks
 
 
@@ -55,14 +82,3 @@ def _is_due(state: _Open, now_ns: int) -> bool:
     if feed.audio_ns >= state.end_ns:
         return not session.paced or now_ns >= state.end_ns
     return session.paced and now_ns >= state.end_ns + session.lateness_ns
-
-
-def _cut(state: _Open) -> list[Chunk]:
-    session = state.session
-    first, samples = state.feed.take_sound(state.end_ns)
-    chunks = [watermark(session.id, MIC, state.end_ns)]
-    if len(samples):
-        start_ns = first * NS_PER_S // SOUND_RATE_HZ
-        duration_ns = (first + len(samples)) * NS_PER_S // SOUND_RATE_HZ - start_ns
-        chunks.insert(0, Chunk(session.id, MIC, start_ns, duration_ns, arrays={"samples": samples}))
-    return chunks

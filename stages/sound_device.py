@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from graph.streams import SPEECH_RATE_HZ
+from stages.rates import SPEECH_RATE_HZ
 from stages.stage import MissingDependency, StageError
 from stages.wav import OutputEvent
 

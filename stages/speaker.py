@@ -10,15 +10,19 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId
-from graph.streams import EVENTS, PLAYBACK, SPEECH, SPEECH_RATE_HZ
+from graph.stage_type import In, Out
 from graph.tail import Heard, Player, ack_chunk
 from graph.window import Unit
 from stages.disk import Disk
-from stages.stage import TICK_NS, ListenerAction, Session, Stage, StageError
+from stages.kinds import EVENTS, PLAYBACK, SPEECH
+from stages.light import LightOptions
+from stages.rates import SPEECH_RATE_HZ
+from stages.stage import TICK_NS, ListenerAction, Session, Site, Stage, StageError
 from stages.wav import Output, OutputEvent, QueuedOutput
 
 ACK_PERIOD_NS = 100 * NS_PER_MS
@@ -52,11 +56,33 @@ class _Open:
     end_ns: int = 0
 
 
+class SpeakerOptions(LightOptions):
+    """sink: a virtual player with exact timing, or the machine's sound device."""
+
+    sink: Literal["virtual", "device"] = "virtual"
+
+
 class Speaker(Stage):
-    """Sink of `speech`, source of `playback`.
+    """Speech to the listener, and from him what he has heard.
 
     open_device: makes the second output of a session, for a real sound device; None: the virtual listener only.
     """
+
+    speech = In(SPEECH)
+    playback = Out(PLAYBACK)
+    events = Out(EVENTS)
+    Options = SpeakerOptions
+    is_local = True
+    can_be_off = False
+    ends_windows = True
+
+    @classmethod
+    def load(cls, options: SpeakerOptions, site: Site) -> Speaker:
+        if options.sink == "virtual":
+            return cls()
+        from stages.sound_device import SoundDevice
+
+        return cls(SoundDevice)
 
     def __init__(self, open_device: Callable[[], Output] | None = None, disk: Disk | None = None) -> None:
         self._open_device = open_device
@@ -98,7 +124,7 @@ class Speaker(Stage):
             state = self._open[unit.session]
             if not state.session.paced:
                 chunks += self._listen(state, unit.end_ns)
-            for chunk in unit.of(SPEECH):
+            for chunk in unit.of(self.speech):
                 chunks += self._receive(state, chunk, unit)
             if unit.closed_by:  # of a window that was given up, speech may still come
                 state.player.settled(unit.end_ns)
@@ -147,11 +173,11 @@ class Speaker(Stage):
 
     def _receive(self, state: _Open, chunk: Chunk, unit: Unit) -> list[Chunk]:
         samples = chunk.arrays["samples"]
-        end_of_turn = bool(chunk.attrs.get("end_of_turn"))
-        in_turn, state.in_turn = state.in_turn, not end_of_turn
-        late_ns = state.player.receive(chunk.duration_ns, unit.end_ns, end_of_turn=end_of_turn)
+        said = SPEECH.read(chunk)
+        in_turn, state.in_turn = state.in_turn, not said.end_of_turn
+        late_ns = state.player.receive(chunk.duration_ns, unit.end_ns, end_of_turn=said.end_of_turn)
         _plan_ack(state, state.player.now_ns)
-        state.pieces.append(_Speech(samples, str(chunk.attrs.get("text", "")), end_of_turn))
+        state.pieces.append(_Speech(samples, said.text, said.end_of_turn))
         if late_ns and in_turn:
             return [_event(state, state.player.now_ns, "underrun", window=unit.index, seconds=late_ns / NS_PER_S)]
         return []
@@ -210,7 +236,7 @@ class Speaker(Stage):
         unheard_ns = state.player.flush(state.epoch)
         state.first_piece += len(state.pieces)
         state.pieces.clear()
-        control = Chunk(state.session.id, PLAYBACK, at_ns, epoch=state.epoch, type=ChunkType.BARGE_IN)
+        control = Chunk(state.session.id, Speaker.playback.name, at_ns, epoch=state.epoch, type=ChunkType.BARGE_IN)
         return [
             _ack(state),  # first: whoever is interrupted shall know what was heard
             control,
@@ -233,4 +259,4 @@ def _told(state: _Open, at_ns: int, events: list[OutputEvent]) -> list[Chunk]:
 
 
 def _event(state: _Open, at_ns: int, kind: str, **attrs: int | float | str) -> Chunk:
-    return Chunk(state.session.id, EVENTS, at_ns, attrs={"type": kind, **attrs})
+    return Speaker.events.event(state.session.id, at_ns, kind, **attrs)

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from graph.chunk import NS_PER_MS, Chunk, SessionId
+from graph.costs import StageCost
 from graph.ladder import Level, Step
+from graph.sections import StageOptions
+from graph.stage_type import Scope
 from graph.tail import Ack, Playback
 from graph.window import Unit
 
+T = TypeVar("T")
 TICK_NS = 10 * NS_PER_MS
 """How often a stage looks at the clock that can't say when it will have something to do: a hundredth of a window."""
 
@@ -109,17 +113,61 @@ class SourceReport:
     problem: str = ""
 
 
-class Stage:
-    """Base of all stages; `process` and the hooks a stage needs are overridden.
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a stage is loaded. name: of the stage in the pipeline. checkpoint: the model's folder.
 
-    `outputs` are the streams whose windows this stage advances: the actor sends their watermark after each unit.
-    `paced_by_listener`: in virtual time a unit waits until the listener's clock has come to its end.
-    `windowed`: False for a stage that takes each chunk as it comes.
+    shared: what the stages of one process have in common, one of each type.
     """
 
-    outputs: Sequence[str] = ()
-    paced_by_listener: bool = False
-    windowed: bool = True
+    name: str
+    checkpoint: Path
+    device: str = "cpu"
+    shared: dict[type, object] = field(default_factory=dict)
+
+    def common(self, kind: type[T], make: Callable[[], T]) -> T:
+        """The process's one of a type, made when it is first asked for."""
+        if kind not in self.shared:
+            self.shared[kind] = make()
+        one = self.shared[kind]
+        assert isinstance(one, kind)
+        return one
+
+
+class Stage:
+    """Base of all stages; ports are class attributes (`frames = In(FRAMES)`), `process` and the hooks a stage needs are
+    overridden.
+
+    Options:      what may be written of it in pipeline.yaml; `options` is what is.
+    scope:        session (a state per session, which keeps to one replica) or pipeline (one replica has the state of
+                  all sessions).
+    cost:         what a batch takes, until it is measured.
+    component:    the part of the checkpoint that it computes with. shares: see graph/stage_type.py.
+    is_local, can_be_off, is_needed, ends_windows: see graph/stage_type.py.
+    paced_by_listener: in virtual time a unit waits until the listener's clock has come to its end.
+    """
+
+    Options: ClassVar[type[StageOptions]] = StageOptions
+    scope: ClassVar[Scope] = "session"
+    cost: ClassVar[StageCost | None] = None
+    component: ClassVar[str] = ""
+    shares: ClassVar[str] = ""
+    is_local: ClassVar[bool] = False
+    can_be_off: ClassVar[bool] = True
+    is_needed: ClassVar[bool] = False
+    ends_windows: ClassVar[bool] = False
+    paced_by_listener: ClassVar[bool] = False
+    options: Any
+
+    @classmethod
+    def load(cls, options: Any, site: Site) -> Self:
+        """A replica of the stage. Overridden where it takes more than options, such as weights.
+
+        Raises StageError or ModelError; says what is wrong and what instead.
+        """
+        stage = cls()
+        stage.options = options
+        return stage
 
     def open_session(self, session: Session) -> None:
         """Make room for a session. Raises StageError when there is none; nothing is kept then."""

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
-from graph.chunk import Chunk, SessionId
-from graph.streams import CODES, TEXT
+from graph.chunk import NS_PER_MS, Chunk, SessionId
+from graph.costs import StageCost
+from graph.kinds import attrs_of
+from graph.sections import Seed, StageOptions
+from graph.stage_type import Feedback, In, Out
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
-from model_shards.tts import Talker, TalkerInput, TalkerState
-from stages.stage import Session, Stage, moving, session_seed
-from stages.tensors import Runtime, to_tensor
+from stages.inference import inference
+from stages.kinds import CODES, PLAYBACK, TEXT, Said
+from stages.stage import Session, Site, Stage, moving, session_seed
+
+if TYPE_CHECKING:
+    from model_shards.tts import Talker, TalkerInput, TalkerState
+    from stages.tensors import Runtime
+
+
+class TtsOptions(StageOptions):
+    """decoding None: as the checkpoint says."""
+
+    decoding: Literal["greedy", "sampling"] | None = None
+    seed: Seed = 0
 
 
 @dataclass(slots=True)
@@ -24,15 +38,31 @@ class _Open:
 
 
 class Tts(Stage):
-    """`text` → `codes`: at most one window of speech per window and session, and only as far as TAIL allows.
+    """Text to speech codes: at most one window of speech per window and session, and only as far as TAIL allows.
 
     Text that may not be spoken yet waits in order; a window without text inside a turn ("the speech goes on") does
     not queue behind it, because the waiting text goes on by itself. So the queue is bounded by the text budget.
     seed: the codes of a session are drawn from it and the session's name; None takes the likeliest code.
     """
 
-    outputs = (CODES,)
+    text = In(TEXT)
+    playback = Feedback(PLAYBACK)
+    codes = Out(CODES)
+    Options = TtsOptions
+    component = "tts"
+    cost = StageCost(40 * NS_PER_MS, 2 * NS_PER_MS, spread=0.2)
     paced_by_listener = True
+
+    @classmethod
+    def load(cls, options: TtsOptions, site: Site) -> Tts:
+        from model_shards.checkpoint import load_shard
+        from model_shards.config import load_config
+        from stages.tensors import runtime
+
+        where = runtime(site.device, options.dtype)
+        model = load_shard(site.checkpoint, "tts", dtype=where.dtype, device=where.device)
+        decoding = options.decoding or load_config(site.checkpoint).generation.decoding
+        return cls(model, where, options.seed if decoding == "sampling" else None)
 
     def __init__(self, model: Talker, where: Runtime, seed: int | None) -> None:
         self._model = model
@@ -41,6 +71,10 @@ class Tts(Stage):
         self._open: dict[SessionId, _Open] = {}
 
     def open_session(self, session: Session) -> None:
+        import torch
+
+        from model_shards.tts import TalkerState
+
         generator = None
         if self._seed is not None:
             generator = torch.Generator(self._where.device).manual_seed(session_seed(self._seed, session.id))
@@ -57,15 +91,15 @@ class Tts(Stage):
         return []
 
     def is_idle(self, unit: Unit) -> bool:
-        return not (unit.of(TEXT) or self._open[unit.session].queue)
+        return not (unit.of(self.text) or self._open[unit.session].queue)
 
     def goes_on(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
 
-    @torch.inference_mode()
+    @inference
     def process(self, units: list[Unit]) -> list[Chunk]:
         for unit in units:  # one that can't be used is refused before anything has moved
-            for said in unit.of(TEXT):
+            for said in unit.of(self.text):
                 self._input(said)
         with moving(lambda: self._start_anew(units)):
             speaking = [(unit, text) for unit in units if (text := self._next_text(unit)) is not None]
@@ -80,18 +114,24 @@ class Tts(Stage):
 
     def _next_text(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]
-        for text in unit.of(TEXT):
-            goes_on = len(text.arrays["token_ids"]) == 0 and not text.attrs.get("end_of_turn")
-            if not (goes_on and state.queue):
+        for text in unit.of(self.text):
+            is_silent = len(text.arrays["token_ids"]) == 0 and not TEXT.read(text).end_of_turn
+            if not (is_silent and state.queue):
                 state.queue.put(text)
         return state.queue.take(lambda text: state.window_ns, unit.end_ns)
 
     def _input(self, text: Chunk) -> TalkerInput:
+        import torch
+
+        from model_shards.tts import TalkerInput
+        from stages.tensors import to_tensor
+
         token_ids = torch.from_numpy(np.array(text.arrays["token_ids"])).to(self._where.device)
-        return TalkerInput(token_ids, to_tensor(text, "hidden", self._where), bool(text.attrs.get("end_of_turn")))
+        return TalkerInput(token_ids, to_tensor(text, "hidden", self._where), TEXT.read(text).end_of_turn)
 
     def _say(self, unit: Unit, text: Chunk, codes: list[int]) -> Chunk:
         state = self._open[unit.session]
         state.queue.made(state.window_ns, unit.end_ns)
-        attrs = {key: text.attrs.get(key) for key in ("text", "turn_start", "end_of_turn")}
-        return unit.emit(CODES, arrays={"codes": np.array(codes, dtype=np.int64)}, attrs=attrs)
+        said = TEXT.read(text)
+        attrs = attrs_of(Said(said.text, said.turn_start, said.end_of_turn))
+        return self.codes.over(unit, arrays={"codes": np.array(codes, dtype=np.int64)}, attrs=attrs)

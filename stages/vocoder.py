@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from pydantic import Field
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
-from graph.streams import CODES, CODES_PER_S, SPEECH, SPEECH_RATE_HZ
+from graph.costs import StageCost
+from graph.kinds import attrs_of
+from graph.sections import Seed, StageOptions
+from graph.stage_type import Feedback, In, Out
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
-from model_shards.vocoder import LOOKAHEAD_CODES, VocoderInput, VocoderState, VoiceCache
-from model_shards.vocoder import Vocoder as VocoderModel
-from stages.stage import Session, Stage, moving, session_seed
+from stages.inference import inference
+from stages.kinds import CODES, PLAYBACK, SPEECH
+from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
+from stages.stage import Session, Site, Stage, StageError, moving, session_seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from model_shards.vocoder import Vocoder as VocoderModel
+    from model_shards.vocoder import VocoderInput, VocoderState, Voice, VoiceCache
 
 HELD_BACK_NS = 280 * NS_PER_MS
 """What the end of a turn adds to its last codes: 3 codes of look-ahead (120 ms) and 8 mel frames (160 ms)."""
@@ -26,11 +38,39 @@ class _Open:
     text: str = ""  # of codes that were too few to sound; it is heard with the next ones
 
 
-class Vocoder(Stage):
-    """`codes` → `speech`: at most one chunk per window and session, and only as far as TAIL allows."""
+class VocoderOptions(StageOptions):
+    """steps: Euler steps of the flow; the released service runs 5, its library 10, its buffers hold 16."""
 
-    outputs = (SPEECH,)
+    steps: int = Field(default=5, ge=1, le=16)
+    seed: Seed = 0
+
+
+class Vocoder(Stage):
+    """Speech codes to sound: at most one chunk per window and session, and only as far as TAIL allows."""
+
+    codes = In(CODES)
+    playback = Feedback(PLAYBACK)
+    speech = Out(SPEECH)
+    Options = VocoderOptions
+    component = "vocoder"
+    cost = StageCost(25 * NS_PER_MS, 5 * NS_PER_MS, spread=0.2)
     paced_by_listener = True
+
+    @classmethod
+    def load(cls, options: VocoderOptions, site: Site) -> Vocoder:
+        """Raises StageError where the checkpoint holds no voice."""
+        from model_shards.checkpoint import load_shard, load_voice
+        from stages.tensors import runtime
+
+        where = runtime(site.device, "float32")  # the official vocoder computes in float32
+        model = load_shard(site.checkpoint, "vocoder", dtype=where.dtype, device=where.device)
+        voice = load_voice(site.checkpoint)
+        if voice is None:
+            remedy = f"give it one: pipeline shards voice {site.checkpoint} --from speech.wav"
+            lacks = f"{site.checkpoint} holds no voice (assets/token2wav/prompt.safetensors)"
+            raise StageError(f"{site.name}: {lacks}; {remedy}")
+        model.config = dataclasses.replace(model.config, num_steps=options.steps)
+        return cls(model, _prepared(model, voice), options.seed)
 
     def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:
         self._model = model
@@ -38,7 +78,7 @@ class Vocoder(Stage):
         self._seed = seed
         self._open: dict[SessionId, _Open] = {}
 
-    @torch.inference_mode()
+    @inference
     def open_session(self, session: Session) -> None:
         queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
         state = self._model.open(self._voice, noise_seed=session_seed(self._seed, session.id))
@@ -55,15 +95,15 @@ class Vocoder(Stage):
         return []
 
     def is_idle(self, unit: Unit) -> bool:
-        return not (unit.of(CODES) or self._open[unit.session].queue)
+        return not (unit.of(self.codes) or self._open[unit.session].queue)
 
     def goes_on(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
 
-    @torch.inference_mode()
+    @inference
     def process(self, units: list[Unit]) -> list[Chunk]:
         for unit in units:  # codes that can't sound are refused before anything has moved
-            for said in unit.of(CODES):
+            for said in unit.of(self.codes):
                 self._model.check(said.arrays["codes"].tolist())
         with moving(lambda: self._start_anew(units)):
             speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]
@@ -81,25 +121,35 @@ class Vocoder(Stage):
 
     def _next_codes(self, unit: Unit) -> Chunk | None:
         state = self._open[unit.session]
-        for codes in unit.of(CODES):
+        for codes in unit.of(self.codes):
             state.queue.put(codes)
         return state.queue.take(lambda codes: _longest_ns(state.vocoder.codes, codes), unit.end_ns)
 
     def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk | None:
         state = self._open[unit.session]
-        state.text += str(codes.attrs.get("text") or "")
+        said = CODES.read(codes)
+        state.text += said.text
         if len(wave) == 0:
             return None
+        import torch
+
         samples = wave.to(torch.float32).cpu().numpy()
         duration_ns = len(samples) * NS_PER_S // SPEECH_RATE_HZ
         state.queue.made(duration_ns, unit.end_ns)
         text, state.text = state.text, ""
-        attrs = {**codes.attrs, "text": text}
-        return Chunk(unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=attrs)
+        attrs = attrs_of(dataclasses.replace(said, text=text))
+        return self.speech.chunk(unit.session, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=attrs)
+
+
+@inference
+def _prepared(model: VocoderModel, voice: Voice) -> VoiceCache:
+    return model.prepare(voice)
 
 
 def _input(codes: Chunk) -> VocoderInput:
-    return VocoderInput(codes.arrays["codes"].tolist(), bool(codes.attrs.get("end_of_turn")))
+    from model_shards.vocoder import VocoderInput
+
+    return VocoderInput(codes.arrays["codes"].tolist(), CODES.read(codes).end_of_turn)
 
 
 def _longest_ns(held: Sequence[int], codes: Chunk) -> int:
@@ -107,7 +157,9 @@ def _longest_ns(held: Sequence[int], codes: Chunk) -> int:
 
     held: codes of an earlier call that have not sounded. Those looked ahead at are in HELD_BACK_NS already.
     """
+    from model_shards.vocoder import LOOKAHEAD_CODES
+
     num_codes = len(codes.arrays["codes"]) + max(len(held) - LOOKAHEAD_CODES, 0)
-    if not codes.attrs.get("end_of_turn"):
+    if not CODES.read(codes).end_of_turn:
         return max(num_codes * NS_PER_S // CODES_PER_S, NS_PER_S)
     return num_codes * NS_PER_S // CODES_PER_S + HELD_BACK_NS

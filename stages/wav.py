@@ -13,8 +13,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from graph.chunk import NS_PER_S
-from graph.streams import SPEECH_RATE_HZ
 from stages.disk import Disk, is_removed
+from stages.rates import SPEECH_RATE_HZ
 
 MAX_PART_S = 12 * 3600  # 2.07 GB: below 2 GiB, which is as far as some readers of RIFF count
 

@@ -21,10 +21,10 @@ from typing import TypeVar
 import ray
 from prometheus_client import CollectorRegistry
 
-from deploy.actor.build import build_stage
+from deploy.actor.build import build_stage, options_of
 from deploy.actor.commands import Commands, Ends
 from deploy.actor.measure import StageMeter
-from deploy.actor.plan import ActorPlan, Address, Answer, Call
+from deploy.actor.plan import ActorPlan, Address, Answer, Call, StagePlan
 from deploy.actor.runner import StageRunner
 from deploy.actor.suspects import WorkNote, note_path
 from deploy.process.masked_output import MaskingFormatter
@@ -36,8 +36,7 @@ from graph.exporter import serve_metrics
 from graph.gather import Gathering
 from graph.metrics import Metrics
 from model_shards.errors import ModelError
-from stages.feed import Feeds
-from stages.feed_opening import in_thread
+from stages.catalog import look_beside
 from stages.stage import StageError
 
 T = TypeVar("T")
@@ -51,6 +50,8 @@ class Actor:
     def __init__(self, plan: ActorPlan) -> None:
         check_packages()
         _log_to(plan.log)
+        for folder in plan.modules:
+            look_beside(folder)
         self._plan = plan
         self._metrics = Metrics(registry := CollectorRegistry())
         self._server = serve_metrics(registry, host=_node_ip())
@@ -108,7 +109,6 @@ class Actor:
 
     def _run(self) -> None:
         try:
-            self._feeds = Feeds(opener=in_thread)
             self._ends = Ends(self._plan, self._metrics, _node_ip())
             self._commands = Commands(self._address, self._ends, self._metrics, self._build)
         except OSError as error:
@@ -148,19 +148,22 @@ class Actor:
 
     def _build(self) -> list[StageRunner]:
         note = WorkNote(note_path(self._plan.directory, self._plan.peer))
-        return [
-            StageRunner(
-                name,
-                stage := build_stage(name, spec, self._plan.checkpoint, self._feeds),
-                {e.id: self._ends.receivers[e.id] for e in self._plan.edges if e.target.stage == name},
-                {e.id: self._ends.senders[e.id] for e in self._plan.edges if e.source.stage == name},
-                StageMeter(self._metrics, name, stage, self._plan.all_stages),
-                Gathering(spec.batch, spec.wait_ns),
-                SystemClock(),
-                note.of,
-            )
-            for name, spec in self._plan.stages.items()
-        ]
+        shared: dict[type, object] = {}
+        return [self._runner(name, stage, shared, note) for name, stage in self._plan.stages.items()]
+
+    def _runner(self, name: str, plan: StagePlan, shared: dict[type, object], note: WorkNote) -> StageRunner:
+        stage = build_stage(name, plan, self._plan.checkpoint, shared)
+        options = options_of(type(stage), plan)
+        return StageRunner(
+            name,
+            stage,
+            {e.id: self._ends.receivers[e.id] for e in self._plan.edges if e.target == name},
+            {e.id: self._ends.senders[e.id] for e in self._plan.edges if e.source == name},
+            StageMeter(self._metrics, name, stage, self._plan.all_stages),
+            Gathering(options.batch, options.wait_ns),
+            SystemClock(),
+            note.of,
+        )
 
 
 def _portable(error: Exception) -> Exception:

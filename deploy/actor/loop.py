@@ -13,27 +13,25 @@ class ActorLoop:
     """One turn of an actor process after the other, for the stages that live in it."""
 
     def __init__(self, runners: list[StageRunner]) -> None:
-        self._runners = {runner.name: runner for runner in runners}
+        self._runners = runners
+        self._runner_of = {edge: runner for runner in runners for edge in runner.incoming}
         self._has_more = False
 
     def due_in_ns(self) -> int | None:
         """How long this may sleep if nothing comes; None: as long as nothing comes."""
         if self._has_more:
             return 0
-        due_ns = [due for runner in self._runners.values() if (due := runner.due_in_ns()) is not None]
+        due_ns = [due for runner in self._runners if (due := runner.due_in_ns()) is not None]
         return min(due_ns, default=None)
 
     def files(self) -> frozenset[int]:
         """File descriptors that become readable when there is something to do."""
-        return frozenset(descriptor for runner in self._runners.values() for descriptor in runner.stage.wakes())
+        return frozenset(descriptor for runner in self._runners for descriptor in runner.stage.wakes())
 
     def turn(self, arrivals: Iterable[Arrival]) -> None:
         """Take what has come, and do what is due: a batch per stage, so that one which falls behind still takes what
         comes, and its actor what it is told."""
         for arrival in sorted(arrivals, key=lambda a: a.chunk.type < ChunkType.PLAYBACK):  # what overtakes, overtakes
-            self._runner_of(arrival.edge).take(arrival)
-        more = [runner.step() for runner in self._runners.values()]  # each takes its step
+            self._runner_of[arrival.edge].take(arrival)
+        more = [runner.step() for runner in self._runners]  # each takes its step
         self._has_more = any(more)
-
-    def _runner_of(self, edge: str) -> StageRunner:
-        return self._runners[edge.partition("->")[2].partition(".")[0]]

@@ -6,16 +6,16 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
-from graph.streams import CODES, EVENTS, KINDS, TEXT, kind_of
+from graph.stage_type import Out
 from graph.tail import Ack
 from stages.media_health import Totals
 from stages.stage import Session, Stage
 
-WINDOW_STREAMS = tuple(kind.name for kind in KINDS.values() if kind.is_windowed and not kind.is_raw)  # may be missing
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
 
 
@@ -57,20 +57,24 @@ class StageMeter:
         self._name = name
         self._stage = metrics.stage(name)
         self._stages = stages
-        self._tokens = metrics.tokens() if name in ("llm", "tts") else None
+        kinds = [port.kind for base in type(stage).__mro__ for port in vars(base).values() if isinstance(port, Out)]
+        tokens = [kind.name for kind in kinds if kind.tokens]
+        self._tokens = metrics.tokens(tokens) if tokens else None
+        self._speaks = any(kind.is_control for kind in kinds)
         self._readings = stage if isinstance(stage, LlmReadings) else None
         self._camera = stage if isinstance(stage, CameraReadings) else None
         self._llm = metrics.llm() if self._readings is not None else None
         self._sessions: dict[SessionId, _Camera] = {}
 
-    def opened(self, session: Session, *, ends_windows: bool) -> None:
-        metrics, camera, name = self._metrics, session.camera, self._name
+    def opened(self, session: Session, ended: Collection[str] | None) -> None:
+        """ended: where its windows end, the streams in which one may lack something."""
+        metrics, camera = self._metrics, session.camera
         metrics.hold_camera(camera)
         self._sessions[session.id] = _Camera(
-            camera=metrics.camera(camera, RECONNECT_REASONS) if name == "camera" else None,
-            turns=metrics.turns(camera) if name == "llm" else None,
-            playback=metrics.playback(camera) if name == "speaker" else None,
-            windows=metrics.windows(camera, WINDOW_STREAMS, self._stages) if ends_windows else None,
+            camera=metrics.camera(camera, RECONNECT_REASONS) if self._camera is not None else None,
+            turns=metrics.turns(camera) if self._readings is not None else None,
+            playback=metrics.playback(camera) if self._speaks else None,
+            windows=metrics.windows(camera, tuple(ended), self._stages) if ended is not None else None,
         )
 
     def closed(self, session: Session) -> None:
@@ -101,17 +105,15 @@ class StageMeter:
         """Chunks came after their window had left, and are in the next unit."""
         self._stage.carried(num_chunks)
 
-    def made(self, session: Session, chunk: Chunk) -> None:
+    def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None:
         """The stage made a data chunk."""
         bound = self._sessions[session.id]
-        if bound.camera is not None and kind_of(chunk.stream).is_raw:
+        if bound.camera is not None and kind.is_raw:
             bound.camera.frame(time.time())
-        elif chunk.stream == TEXT and self._tokens is not None:
+        elif kind.tokens and self._tokens is not None:
             bound.num_spoken += 1
-            self._tokens.add("text", len(chunk.arrays["token_ids"]))
-        elif chunk.stream == CODES and self._tokens is not None:
-            self._tokens.add("codes", len(chunk.arrays["codes"]))
-        elif chunk.stream == EVENTS:
+            self._tokens.add(kind.name, len(chunk.arrays[kind.tokens]))
+        elif kind.is_event:
             _count_event(bound, chunk)
         if bound.camera is not None and self._camera is not None:
             self._count_damage(bound, bound.camera, self._camera.totals(session.id))

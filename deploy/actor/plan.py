@@ -5,11 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy.actor.accounts import EdgeEnds
 from deploy.actor.session_plan import StageSnapshot
-from graph.sections import StageSpec
-from graph.spec import EdgeSpec
+from graph.credit import Limit
+from graph.edges import EdgeSpec
+from graph.kinds import WhenFull
+from graph.sections import StageOptions
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """A stage, in plain values: its class may be one that only the actor can import.
+
+    use: "module:Class". options: as they may be written in pipeline.yaml.
+    """
+
+    use: str
+    options: Mapping[str, Any]
+
+
+def stage_plan(use: str, options: StageOptions) -> StagePlan:
+    return StagePlan(use, options.model_dump(by_alias=True, exclude={"inputs"}))
+
+
+@dataclass(frozen=True, slots=True)
+class EdgePlan:
+    """An edge, and the stages at its ends."""
+
+    id: str
+    source: str
+    target: str
+    credit: Limit
+    when_full: WhenFull
+
+    @staticmethod
+    def of(edge: EdgeSpec) -> EdgePlan:
+        return EdgePlan(edge.id, edge.source.stage, edge.target.stage, edge.credit, edge.when_full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +50,19 @@ class ActorPlan:
     """What an actor process is to be. `name` is unique: "llm.0", or "io.0" for light stages that share a process.
 
     peer: its name on the bus, which no other actor has had: one that takes the place of a dead one has the same name.
+    modules: where the classes of the user's own stages may lie, beside the installed packages.
     """
 
     name: str
     peer: str
     replica: int
-    stages: Mapping[str, StageSpec]
-    edges: tuple[EdgeSpec, ...]
+    stages: Mapping[str, StagePlan]
+    edges: tuple[EdgePlan, ...]
     all_stages: tuple[str, ...]
     checkpoint: Path
     directory: Path
     log: Path
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import Any, Protocol
 
 from deploy.actor.isolation import Faults, breaks_process, process, reason_of
-from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
+from deploy.actor.session_plan import Listener, Output, SessionPlan, SessionSnapshot, StageSnapshot
 from deploy.actor.session_state import OpenSession, ReadyUnit
 from deploy.actor.sink import WindowEnd, WindowMeter, usual_level
 from graph.chunk import (
@@ -31,9 +31,9 @@ from graph.clock import Clock
 from graph.codec import CodecError
 from graph.edge import Arrival, Receiver, Sender
 from graph.gather import Gathering
+from graph.kinds import Kind, KindError
 from graph.ladder import Ladder, sheds_picture
 from graph.ledger import Reason
-from graph.streams import EVENTS, kind_of
 from graph.tail import Ack, ack_of
 from graph.trace import leave_stage
 from graph.window import Joined, Unit, WindowJoin
@@ -52,12 +52,12 @@ MAX_READY = 4
 class Meter(WindowMeter, Protocol):
     """What is counted of a stage (deploy/actor/measure.py: StageMeter)."""
 
-    def opened(self, session: Session, *, ends_windows: bool) -> None: ...
+    def opened(self, session: Session, ended: Collection[str] | None) -> None: ...
     def closed(self, session: Session) -> None: ...
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
     def passed(self, num_units: int) -> None: ...
     def carried(self, num_chunks: int) -> None: ...
-    def made(self, session: Session, chunk: Chunk) -> None: ...
+    def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def played(self, session: Session, ack: Ack) -> None: ...
     def failed(self, session: Session, error: Exception) -> None: ...
@@ -114,21 +114,18 @@ class StageRunner:
             sender.open_session(session.id, plan.incarnation, lossless=not session.paced)
         for receiver in self._receivers.values():
             receiver.open_session(session.id, plan.incarnation)
-        edges: dict[str, list[str]] = {}
-        for edge in lanes:
-            edges.setdefault(edge.partition("->")[0].removeprefix(f"{self.name}."), []).append(edge)
-        has_ladder = session.ladder and session.paced and "playback" in edges  # in virtual time nothing is late
+        hears = any(output.kind.is_control and output.edges for output in plan.outputs.values())
+        has_ladder = session.ladder and session.paced and hears  # in virtual time nothing is late
         others = [state.session for state in self._open.values() if state.ladder is not None]
         ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
-        traced = frozenset(stream for stream in plan.streams if not kind_of(stream).is_raw)
         faults = Faults(self.name, lambda error: self._meter.failed(session, error))
-        sink = WindowEnd(self.name, session, ladder, self._meter) if plan.ends_windows else None
-        self._open[session.id] = OpenSession(
-            plan, self._join(plan), lanes, edges, self._clock, ladder, faults, sink, traced=traced
-        )
+        state = OpenSession(plan, self._join(plan), lanes, self._clock, ladder, faults)
+        if plan.ends_windows:
+            state.sink = WindowEnd(self.name, session, ladder, self._meter, state.events)
+        self._open[session.id] = state
         self._touch(session.id)
-        self._meter.opened(session, ends_windows=plan.ends_windows)
+        self._meter.opened(session, plan.upstream if plan.ends_windows else None)
         if ladder is not None:
             self._meter.moved(session, ladder.level)
 
@@ -207,9 +204,12 @@ class StageRunner:
         state = self._open.get(session)
         if state is None:  # it has heard of the end meanwhile
             return
-        join, port = _of(state.join), edge.partition("->")[0].partition(".")[2]
-        (stream,) = [stream for stream in state.plan.streams if kind_of(stream).name == port]
-        self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
+        join = state.join
+        if join is None:
+            state.ended.add(edge)
+        else:
+            for stream in [name for name, each in state.plan.inputs.items() if each.edge == edge]:
+                self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
         self._touch(session)
 
     def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
@@ -221,7 +221,7 @@ class StageRunner:
         if cuts and not state.faults.given_up:
             with state.faults.within("cut_off"):
                 self._send_all(state, self.stage.cut_off(session, now_ns))
-        self._send(state, Chunk(session, EVENTS, now_ns, attrs={"type": kind, **attrs}))
+        self._tell(state, now_ns, {"type": kind, **attrs})
 
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
@@ -231,19 +231,22 @@ class StageRunner:
         return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up)
 
     @property
+    def incoming(self) -> Iterable[str]:
+        """The edges that come here."""
+        return self._receivers
+
+    @property
     def num_ready(self) -> int:
         """Units that wait to be processed."""
         return sum(len(state.ready) for state in self._ready.values())
 
     def _join(self, plan: SessionPlan) -> WindowJoin | None:
-        if not plan.streams:
+        if not plan.inputs:
             return None
         session = plan.session
         # The sources keep `lateness`; a window more is given to the stages in between, whose watermarks always come.
         lateness_ns = session.lateness_ns + session.window_ns if session.paced else None
-        return WindowJoin(
-            session.id, plan.streams, window_ns=session.window_ns, lateness_ns=lateness_ns, late=plan.streams
-        )
+        return WindowJoin(session.id, plan.inputs, window_ns=session.window_ns, lateness_ns=lateness_ns)
 
     # ---- what comes in -----------------------------------------------------------------------------------------------
 
@@ -267,28 +270,32 @@ class StageRunner:
         chunk = arrival.chunk
         if chunk.is_control:
             self._control(state, chunk, arrival.edge)
-        elif self._is_stale(state, chunk):
-            self._receivers[arrival.edge].drop(arrival, "stale")
-        elif not self.stage.windowed:
+            return
+        if state.join is None:
             self._process_single(state, arrival)
+            return
+        state.arrivals[id(chunk)] = arrival
+        stream = state.stream_of(arrival.edge, chunk)
+        if self._is_stale(state, chunk, state.plan.inputs[stream].kind):
+            self._settle(state, chunk, "stale")
         else:
-            state.arrivals[id(chunk)] = arrival
-            self._joined(state, _of(state.join).add(chunk))
+            self._joined(state, state.join.add(chunk, stream))
 
     def _process_single(self, state: OpenSession, arrival: Arrival) -> None:
         """Of a stage without windows."""
         if not state.faults.given_up:
             with state.faults.within("process"):
-                self.stage.process([_single(state, arrival.chunk)])
+                self._send_all(state, self.stage.process([_single(state, arrival)]))
                 self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
                 return
         self._receivers[arrival.edge].drop(arrival, "failed")
 
     def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
         if chunk.type is ChunkType.WATERMARK:
-            self._joined(state, _of(state.join).advance(chunk.stream, chunk.start_ns, chunk.trace))
+            stream = state.stream_of(edge, chunk)
+            self._joined(state, _of(state.join).advance(stream, chunk.start_ns, chunk.trace))
         elif chunk.type is ChunkType.END and state.join is not None:
-            self._joined(state, state.join.end(chunk.stream, chunk.start_ns))
+            self._joined(state, state.join.end(state.stream_of(edge, chunk), chunk.start_ns))
         elif chunk.type is ChunkType.END:
             state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
         else:
@@ -297,9 +304,9 @@ class StageRunner:
                 state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
             self._raise_epoch(state, chunk.epoch)
 
-    def _is_stale(self, state: OpenSession, chunk: Chunk) -> bool:
+    def _is_stale(self, state: OpenSession, chunk: Chunk, kind: Kind[Any]) -> bool:
         self._raise_epoch(state, chunk.epoch)
-        return state.fence.is_stale(chunk)
+        return state.fence.is_stale(chunk, kind)
 
     def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
@@ -319,8 +326,10 @@ class StageRunner:
             self._ready[state.session.id] = state
 
     def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
-        """Give a chunk's credit back: used, or dropped for a reason."""
-        arrival = state.arrivals.pop(id(chunk))
+        """Give a chunk's credit back: used, or dropped for a reason. One of a sliding window is in several units."""
+        arrival = state.arrivals.pop(id(chunk), None)
+        if arrival is None:
+            return
         if reason is None:
             self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
         else:
@@ -429,8 +438,13 @@ class StageRunner:
         """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
         if state.join is None and state.faults.are_new:
             for failure in state.faults.take():
-                attrs: dict[str, Scalar] = {"type": "unit_failed", "stage": failure.stage, "reason": failure.reason}
-                self._send(state, Chunk(state.session.id, EVENTS, state.now_ns(), attrs=attrs))
+                attrs = {"type": "unit_failed", "stage": failure.stage, "reason": failure.reason}
+                self._tell(state, state.now_ns(), attrs)
+
+    def _tell(self, state: OpenSession, at_ns: int, attrs: Mapping[str, Scalar]) -> None:
+        """An event of the machinery's; where the stage makes none, there is nobody who would take it."""
+        if state.events:
+            self._send(state, Chunk(state.session.id, state.events, at_ns, attrs=attrs))
 
     def _goes_on(self, state: OpenSession) -> bool:
         """Is a window more wanted, after the last of the inputs?"""
@@ -536,23 +550,26 @@ class StageRunner:
         session = state.session
         if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
             return unit
-        pictures = {stream for stream in unit.chunks if kind_of(stream).is_sheddable}
+        pictures = {stream for stream in unit.chunks if unit.inputs[stream].kind.is_sheddable}
         for stream in pictures:
-            for chunk in unit.of(stream):
+            for chunk in unit.chunks[stream]:
                 self._settle(state, chunk, "late")
         kept = {stream: chunks for stream, chunks in unit.chunks.items() if stream not in pictures}
         return replace(unit, chunks=kept, missing=unit.missing | pictures, overdue=True)
 
     def _without_stale(self, state: OpenSession, unit: Unit) -> Unit:
         """A barge-in may have come after the unit was complete."""
-        if not any(state.fence.is_stale(chunk) for chunks in unit.chunks.values() for chunk in chunks):
+        if not state.fence.epoch:
             return unit
         kept: dict[str, tuple[Chunk, ...]] = {}
         for stream, chunks in unit.chunks.items():
+            kind = unit.inputs[stream].kind
             for chunk in chunks:
-                if state.fence.is_stale(chunk):
+                if state.fence.is_stale(chunk, kind):
                     self._settle(state, chunk, "stale")
-            kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk))
+            kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk, kind))
+        if kept == unit.chunks:
+            return unit
         return replace(unit, chunks=kept)
 
     def _leave(self, state: OpenSession, ready: ReadyUnit, started_ns: int, *, has_failed: bool) -> None:
@@ -573,8 +590,8 @@ class StageRunner:
         trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=state.faults.take())
         if state.sink is not None:
             self._send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
-        for stream in self.stage.outputs:
-            self._send(state, watermark(unit.session, stream, unit.end_ns, state.fence.epoch_of(stream), trace))
+        for name, output in state.windowed:
+            self._send(state, watermark(unit.session, name, unit.end_ns, state.fence.epoch_of(output.kind), trace))
 
     def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
         """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
@@ -582,12 +599,8 @@ class StageRunner:
         untold = state.traced - unit.traces.keys()
         if not (untold or unit.awaited):
             return []
-        sources = (self._source_of(stream) for stream in sorted(unit.awaited | untold))
+        sources = (state.plan.inputs[stream].source for stream in sorted(unit.awaited | untold))
         return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
-
-    def _source_of(self, stream: str) -> str:
-        """The stage from which a stream comes."""
-        return next(edge.partition(".")[0] for edge in self._receivers if f".{kind_of(stream).name}->" in edge)
 
     def _finish(self, state: OpenSession) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
@@ -614,15 +627,14 @@ class StageRunner:
                 self._send_all(state, self.stage.drain(state.session.id))
         self._tell_failures(state)
         window_ns = state.session.window_ns
-        end_ns, streams = (
-            state.num_units * window_ns,
-            [*self.stage.outputs, *([EVENTS] if EVENTS in state.edges else [])],
-        )
-        if state.join is None and state.faults.given_up:  # it can't say any more where its streams end
-            streams += state.plan.makes
+        end_ns = state.num_units * window_ns
+        # A source says itself where its streams end, unless it can't any more.
+        says_itself = state.join is None and not state.faults.given_up
+        if state.join is None and state.faults.given_up:
             end_ns = -(-max(state.now_ns(), 0) // window_ns) * window_ns if state.session.paced else 0
-        for stream in dict.fromkeys(streams):
-            self._send(state, end_of_stream(state.session.id, stream, end_ns, state.fence.epoch_of(stream)))
+        for name, output in state.plan.outputs.items():
+            if not output.kind.is_control and not (says_itself and output.kind.is_windowed):
+                self._send(state, end_of_stream(state.session.id, name, end_ns, state.fence.epoch_of(output.kind)))
 
     def _inputs_ended(self, state: OpenSession) -> bool:
         if state.join is not None:
@@ -644,32 +656,41 @@ class StageRunner:
             self._meter.played(state.session, ack)
         elif chunk.type is ChunkType.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
-        for edge in self._edges_of(state, chunk.stream):
-            if chunk.type is not ChunkType.PLAYBACK or self._is_news(state, edge):
-                self._send_on(state.lanes[edge], chunk)
+        for output in state.outputs_of(chunk):
+            sent = chunk.on(output.stream)
+            for edge in output.edges:
+                if chunk.type is not ChunkType.PLAYBACK or self._is_news(state, edge):
+                    self._send_on(state.lanes[edge], sent, chunk.stream)
 
     def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
-        seq, edges = state.seqs.get(chunk.stream, state.first_seq), self._edges_of(state, chunk.stream)
-        chunk = chunk.numbered(seq, state.fence.epoch_of(chunk.stream))
-        kind = kind_of(chunk.stream)
-        is_shed = kind.is_sheddable and sheds_picture(state.session.taken, chunk.session, seq)
-        for edge in edges:
+        output = state.plan.outputs.get(chunk.stream)
+        if output is None:
+            raise StageError(f"stage {self.name} has no output {chunk.stream!r}{_has(state.plan.outputs)}")
+        try:
+            output.kind.check(chunk)
+        except KindError as error:
+            raise StageError(f"stage {self.name}, port {chunk.stream}: {error}") from error
+        name, seq = chunk.stream, state.seqs.get(chunk.stream, state.first_seq)
+        chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind))
+        may_shed = output.kind.is_sheddable and state.join is None  # where it is taken, and nowhere again
+        is_shed = may_shed and sheds_picture(state.session.taken, chunk.session, seq)
+        for edge in output.edges:
             if is_shed:
                 state.lanes[edge].shed(chunk)
             else:
-                self._send_on(state.lanes[edge], chunk)
-        state.seqs[chunk.stream] = seq + 1
-        self._meter.made(state.session, chunk)
+                self._send_on(state.lanes[edge], chunk, name)
+        state.seqs[name] = seq + 1
+        self._meter.made(state.session, chunk, output.kind)
 
-    def _send_on(self, lane: Sender, chunk: Chunk) -> None:
+    def _send_on(self, lane: Sender, chunk: Chunk, port: str) -> None:
         try:
             lane.send(chunk)
         except CodecError as error:
-            raise StageError(f"stage {self.name}, port {kind_of(chunk.stream).name}: {error}") from error
+            raise StageError(f"stage {self.name}, port {port}: {error}") from error
 
     def _is_news(self, state: OpenSession, edge: str) -> bool:
-        """A camera asks nothing of the listener but the level: a new one, and in each window the last once more."""
-        if edge.partition("->")[2] != "camera.playback":
+        """A source asks nothing of the listener but the level: a new one, and in each window the last once more."""
+        if edge not in state.plan.to_sources:
             return True
         level, now_ns = state.session.level.num_steps, state.now_ns()
         if level == state.told_level and now_ns - state.told_ns < state.session.window_ns:
@@ -677,15 +698,16 @@ class StageRunner:
         state.told_level, state.told_ns = level, now_ns
         return True
 
-    @staticmethod
-    def _edges_of(state: OpenSession, stream: str) -> list[str]:
-        return state.edges.get(kind_of(stream).name, [])
+
+def _single(state: OpenSession, arrival: Arrival) -> Unit:
+    """What came, of a stage without windows; by the name of the port that it came in at."""
+    chunk, window_ns = arrival.chunk, state.session.window_ns
+    index, port = chunk.start_ns // window_ns, state.plan.ports[arrival.edge]
+    return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={port: (chunk,)})
 
 
-def _single(state: OpenSession, chunk: Chunk) -> Unit:
-    window_ns = state.session.window_ns
-    index = chunk.start_ns // window_ns
-    return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={chunk.stream: (chunk,)})
+def _has(outputs: Mapping[str, Output]) -> str:
+    return f"; it has: {', '.join(sorted(outputs))}" if outputs else "; it has none"
 
 
 def _of(join: WindowJoin | None) -> WindowJoin:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from graph.chunk import SessionId
+from graph.kinds import Kind
 from graph.tail import Ack
-from graph.window import Late
+from graph.window import Input
 from stages.stage import Session, SourceReport
 
 
@@ -20,26 +22,42 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What leaves at a port: the stream's name on the bus, its kind, and the edges that it goes out on."""
+
+    stream: str
+    kind: Kind[Any]
+    edges: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SessionPlan:
     """How one stage replica takes part in a session.
 
-    streams:        what the join waits for, with what happens to late chunks; empty for a source.
+    inputs:         by stream what the join takes; empty for a source, and for a stage without windows.
+    renamed:        by edge and stream, how `inputs` calls a stream that comes on several edges.
+    ports:          by edge the port at which it comes in.
     num_inputs:     input edges; a stage without windows ends with the last of them.
+    outputs:        what may leave, by the port's name, and behind a slash the view's, where a camera has several.
     peers:          per output edge the replica that this session goes to.
+    to_sources:     edges to stages where windows begin, which ask nothing of the listener but the shed level.
     incarnation:    tells it from other sessions of its name, on every edge.
-    ends_windows:   its windows end here.
-    makes:          the streams that leave here, but for the listener's news.
+    ends_windows:   its windows end here. upstream: the streams that windows have passed before, other than sources'.
     goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
     alone_for:      so many of its units go without others, since an actor died of one of several (actor/suspects.py).
     """
 
     session: Session
-    streams: Mapping[str, Late] = field(default_factory=dict)
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    renamed: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    ports: Mapping[str, str] = field(default_factory=dict)
     num_inputs: int = 0
+    outputs: Mapping[str, Output] = field(default_factory=dict)
     peers: Mapping[str, int] = field(default_factory=dict)
+    to_sources: frozenset[str] = frozenset()
     incarnation: int = 0
     ends_windows: bool = False
-    makes: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
     goes_on: Listener | None = None
     alone_for: int = 0
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deploy.actor.isolation import Faults
-from deploy.actor.session_plan import SessionPlan
+from deploy.actor.session_plan import Output, SessionPlan
 from deploy.actor.sink import WindowEnd
+from graph.chunk import Chunk, ChunkType
 from graph.clock import Clock
 from graph.edge import Arrival, Sender
 from graph.epoch import EpochFence
 from graph.gather import Waiting
 from graph.ladder import Ladder
 from graph.window import Unit, WindowJoin
-from stages.stage import Session
+from stages.stage import Session, StageError
 
 
 @dataclass(slots=True)
@@ -33,14 +33,12 @@ class OpenSession:
     plan: SessionPlan
     join: WindowJoin | None
     lanes: dict[str, Sender]
-    edges: Mapping[str, list[str]]  # outgoing, by the port they leave from
     clock: Clock
     ladder: Ladder | None
     faults: Faults
-    sink: WindowEnd | None  # where its windows end
+    sink: WindowEnd | None = None  # where its windows end
     begun: bool = False
     offset_ns: int = 0  # session time = monotonic + this, once it has begun
-    traced: frozenset[str] = frozenset()  # the streams that bring a trace of each window
     fence: EpochFence = field(default_factory=EpochFence)
     ready: deque[ReadyUnit] = field(default_factory=deque)
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # not settled, by the id() of their chunk
@@ -55,9 +53,31 @@ class OpenSession:
     num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
     look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
     session: Session = field(init=False)
+    traced: frozenset[str] = field(init=False)  # the streams that bring a trace of each window
+    windowed: tuple[tuple[str, Output], ...] = field(init=False)  # what leaves window by window
+    control: tuple[Output, ...] = field(init=False)  # on which the listener's news leave
+    events: str = field(init=False)  # at which port events leave; "" where none do
 
     def __post_init__(self) -> None:
+        outputs = self.plan.outputs
         self.session = self.plan.session
+        self.traced = frozenset(stream for stream, each in self.plan.inputs.items() if not each.is_original)
+        self.windowed = tuple((name, each) for name, each in outputs.items() if each.kind.is_windowed)
+        self.control = tuple(each for each in outputs.values() if each.kind.is_control)
+        self.events = next((name for name, each in outputs.items() if each.kind.is_event), "")
+
+    def stream_of(self, edge: str, chunk: Chunk) -> str:
+        """What the join calls the stream of a chunk that came on an edge."""
+        return self.plan.renamed.get((edge, chunk.stream), chunk.stream) if self.plan.renamed else chunk.stream
+
+    def outputs_of(self, chunk: Chunk) -> tuple[Output, ...]:
+        """Where a control chunk leaves. Raises StageError where there is no such port."""
+        if chunk.type in (ChunkType.PLAYBACK, ChunkType.BARGE_IN):
+            return self.control
+        output = self.plan.outputs.get(chunk.stream)
+        if output is None:
+            raise StageError(f"there is no output {chunk.stream!r}; there is: {', '.join(sorted(self.plan.outputs))}")
+        return (output,)
 
     @property
     def goes_alone(self) -> bool:

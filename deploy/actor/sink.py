@@ -11,7 +11,6 @@ from typing import Protocol
 
 from graph.chunk import AFTERWORD, NS_PER_S, Chunk, Scalar, Span, Trace
 from graph.ladder import Ladder
-from graph.streams import EVENTS
 from graph.tail import ack_chunk
 from graph.trace import slowest_stage, stage_seconds, waterfall
 from graph.window import Unit
@@ -29,7 +28,9 @@ class WindowMeter(Protocol):
 class WindowEnd:
     """The windows of one session, at the last stage that they pass."""
 
-    def __init__(self, stage: str, session: Session, ladder: Ladder | None, meter: WindowMeter) -> None:
+    def __init__(self, stage: str, session: Session, ladder: Ladder | None, meter: WindowMeter, events: str) -> None:
+        """events: the port at which it tells of them; "": at none."""
+        self._events = events
         self._stage = stage
         self._session = session
         self._ladder = ladder
@@ -40,12 +41,12 @@ class WindowEnd:
 
     def done(self, unit: Unit, received_ns: int, trace: Trace, now_ns: int, num_sessions: int) -> list[Chunk]:
         """A window is through, which had come here at `received_ns`. num_sessions: that share what there is."""
-        told = [self._event(now_ns, _failed(unit, f.stage, f.reason)) for f in trace.failures]
+        told = [e for f in trace.failures for e in self._event(now_ns, _failed(unit, f.stage, f.reason))]
         self._is_over |= trace.digest == AFTERWORD
         if self._is_over:  # no window of the camera, nor is a later one that was given up before its trace came
             return told
         latency_ns = max(received_ns - unit.end_ns, 0)
-        told.append(self._event(unit.start_ns, self._row(unit, received_ns, latency_ns, trace)))
+        told += self._event(unit.start_ns, self._row(unit, received_ns, latency_ns, trace))
         if self._ladder is not None and self._ladder.window(now_ns, latency_ns, num_sessions):
             told += self._moved(self._ladder, now_ns)
         return told
@@ -88,10 +89,10 @@ class WindowEnd:
             "step": ladder.steps[min(before, level)],
             "level": level,
         }
-        return [self._event(now_ns, attrs), ack_chunk(session.id, session.playback.latest, level)]
+        return [*self._event(now_ns, attrs), ack_chunk(session.id, session.playback.latest, level)]
 
-    def _event(self, at_ns: int, attrs: dict[str, Scalar]) -> Chunk:
-        return Chunk(self._session.id, EVENTS, at_ns, attrs=attrs)
+    def _event(self, at_ns: int, attrs: dict[str, Scalar]) -> list[Chunk]:
+        return [Chunk(self._session.id, self._events, at_ns, attrs=attrs)] if self._events else []
 
 
 def usual_level(session: Session, others: Iterable[Session]) -> int:

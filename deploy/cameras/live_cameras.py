@@ -26,6 +26,7 @@ from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
 from graph.spec_check import MAX_CAMERAS
+from stages.catalog import CATALOG
 from stages.media import MediaError
 from stages.media_wire import is_control
 
@@ -113,7 +114,7 @@ class LiveCameras:
         if "${" in text:
             raise Refused(422, f"camera {mask_urls(name)}: ${{…}} is resolved by who asks, not here")
         try:
-            cameras = parse_spec(text, "camera", environment={}).cameras
+            cameras = parse_spec(text, "camera", CATALOG, environment={}).cameras
             check_sources(replace(self._spec, cameras=cameras), paced=self._paced)
         except SpecError as error:
             told = [f"camera {mask_urls(name)}: {mask_urls(problem.message)}" for problem in error.problems]

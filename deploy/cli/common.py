@@ -26,8 +26,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def load(file: Path | None, overrides: list[str]) -> PipelineSpec:
     from graph.spec import default_spec_path, load_spec
+    from stages.catalog import StageCatalog
 
-    return load_spec(file or default_spec_path(), overrides)
+    path = file or default_spec_path()
+    return load_spec(path, StageCatalog(path.parent), overrides)
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,15 +12,16 @@ from deploy.cli.common import File, Json, Set, clear_errors, load, table, usage
 from graph.chunk import NS_PER_S
 
 if TYPE_CHECKING:
-    from graph.ports import Ports
-    from graph.spec import EdgeSpec, PipelineSpec
+    from graph.edges import EdgeSpec
+    from graph.spec import PipelineSpec
+    from graph.stage_type import StageType
 
 
 def stages(as_json: Json = False) -> None:
     """List the stages with their ports and options.
 
-    --json: {stage: {inputs: {port: {kind, feedback}}, outputs: {port: kind}, options, has_model, is_local,
-    can_be_off}}.
+    --json: {stage: {class, about, inputs: {port: {kind, feedback, side, optional}}, outputs: {port: kind}, options,
+    scope, component, is_local, can_be_off}}.
     """
     found = _described()
     if as_json:
@@ -99,21 +100,27 @@ def _told(credit: dict[str, Any]) -> str:
 
 
 def _described() -> dict[str, dict[str, Any]]:
-    from graph.ports import STAGES
-    from graph.sections import StageSpec, StagesSpec
+    from graph.sections import StageOptions
+    from stages.catalog import StageCatalog
 
-    sections = StagesSpec().by_name()
-    shared = StageSpec().model_dump(by_alias=True)
+    catalog = StageCatalog()
+    shared = StageOptions().model_dump(by_alias=True)
+    return {name: _type(each, shared) for name, each in catalog.every().items()}
 
-    def of(name: str, ports: Ports) -> dict[str, Any]:
-        options = sections[name].model_dump(by_alias=True)
-        return {
-            "inputs": {port: {"kind": kind, "feedback": port in ports.feedback} for port, kind in ports.inputs.items()},
-            "outputs": dict(ports.outputs),
-            "options": {option: value for option, value in options.items() if option not in shared},
-            "has_model": ports.has_model,
-            "is_local": ports.is_local,
-            "can_be_off": ports.can_be_off,
-        }
 
-    return {name: of(name, ports) for name, ports in STAGES.items()}
+def _type(each: StageType, shared: Collection[str]) -> dict[str, Any]:
+    options = each.options().model_dump(by_alias=True)
+    return {
+        "class": each.use,
+        "about": each.about,
+        "inputs": {
+            name: {"kind": str(port.kind), "feedback": port.is_feedback, "side": port.side, "optional": port.optional}
+            for name, port in each.inputs.items()
+        },
+        "outputs": {name: str(port.kind) for name, port in each.outputs.items()},
+        "options": {option: value for option, value in options.items() if option not in shared},
+        "scope": each.scope,
+        "component": each.component,
+        "is_local": each.is_local,
+        "can_be_off": each.can_be_off,
+    }

@@ -112,6 +112,7 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
 
     from graph.errors import Problem, SpecError
     from graph.spec import parse_spec
+    from stages.catalog import CATALOG
 
     if not sources:
         return spec
@@ -119,7 +120,7 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
         {name: {"source": source} for name, source in sources.items()}, ensure_ascii=False
     )
     try:
-        cameras = parse_spec(text, "--camera").cameras
+        cameras = parse_spec(text, "--camera", CATALOG).cameras
     except SpecError as error:
         raise SpecError(Problem("--camera", problem.message) for problem in error.problems) from None
     return dataclasses.replace(spec, cameras=cameras)

@@ -18,7 +18,6 @@ from typing import Final
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, read_profile
 from graph.errors import GraphError
-from graph.ports import STAGES
 from graph.spec import PipelineSpec
 
 MAX_LOAD: Final = 0.8
@@ -101,7 +100,7 @@ def reckon(spec: PipelineSpec, profile: Profile, num_cameras: int, replicas: Map
     stages: dict[str, StagePlan] = {}
     cores = 0.0
     for name, stage in spec.stages.items():
-        if not STAGES[name].has_model:
+        if not spec.types[name].has_model:
             continue
         count = (replicas or {}).get(name, stage.replicas)
         sessions, cost = ceil(num_cameras / count), profile.of(name)
@@ -122,7 +121,7 @@ def plan_for(spec: PipelineSpec, profile: Profile, num_cameras: int) -> Plan:
     """
     if not 1 <= num_cameras <= MAX_CAMERAS:
         raise CapacityError(f"--cameras must be 1 to {MAX_CAMERAS}, not {num_cameras}")
-    replicas = {name: 1 for name, stage in spec.stages.items() if STAGES[name].has_model}
+    replicas = {name: 1 for name, stage in spec.stages.items() if spec.types[name].has_model}
     plan = reckon(spec, profile, num_cameras, replicas)
     while plan.problems:
         grow = _next_to_grow(plan)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.actor.accounts import Accounts
-from deploy.actor.plan import ActorPlan, Address
+from deploy.actor.plan import ActorPlan, Address, EdgePlan, stage_plan
 from deploy.actor.session_plan import StageSnapshot
 from deploy.control.calls import CoordinatorError, Lines, NowS, Procedures, Reply
 from deploy.control.ending import last_ledger, ledger_of, take_reports
@@ -255,10 +255,11 @@ class Coordinator:
             name=process.name,
             peer=f"{process.name}-{num_deaths}" if num_deaths else process.name,
             replica=process.replica,
-            stages=process.stages,
-            edges=edges,
+            stages={name: stage_plan(self._spec.types[name].use, stage) for name, stage in process.stages.items()},
+            edges=tuple(EdgePlan.of(edge) for edge in edges),
             all_stages=tuple(self._spec.stages),
             checkpoint=self._checkpoint,
             directory=self._directory / "bus",
             log=self._directory / "logs" / f"{process.name}.log",
+            modules=self._spec.modules,
         )

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graph.errors import GraphError
-from graph.ports import STAGES
-from graph.sections import StageSpec
+from graph.sections import StageOptions
 from graph.spec import PipelineSpec
 
 Resources = Mapping[str, float]
@@ -28,26 +27,28 @@ class Process:
 
     name: str
     replica: int
-    stages: Mapping[str, StageSpec]
+    stages: Mapping[str, StageOptions]
     is_local: bool
     resources: Resources = field(default_factory=dict)
 
 
 def processes_of(spec: PipelineSpec) -> list[Process]:
     """One process per replica of a model stage, one per name of `process` for the others; in the order of the graph."""
-    shared: dict[str, dict[str, StageSpec]] = {}
+    shared: dict[str, dict[str, StageOptions]] = {}
     alone: list[Process] = []
     for name, stage in spec.stages.items():
         if stage.process is not None:
             shared.setdefault(stage.process, {})[name] = stage
         else:
-            is_local = STAGES[name].is_local
+            is_local = spec.types[name].is_local
             alone += [
                 Process(f"{name}.{replica}", replica, {name: stage}, is_local, _resources([stage]))
                 for replica in range(stage.replicas)
             ]
     together = [
-        Process(f"{process}.0", 0, stages, any(STAGES[name].is_local for name in stages), _resources(stages.values()))
+        Process(
+            f"{process}.0", 0, stages, any(spec.types[name].is_local for name in stages), _resources(stages.values())
+        )
         for process, stages in shared.items()
     ]
     return alone + together
@@ -78,7 +79,7 @@ def num_cpus_for(processes: Iterable[Process], available: int) -> int:
     return max(available, math.ceil(sum(process.resources.get("CPU", 0.0) for process in processes)))
 
 
-def _resources(stages: Iterable[StageSpec]) -> Resources:
+def _resources(stages: Iterable[StageOptions]) -> Resources:
     total: dict[str, float] = {}
     for stage in stages:
         asked = {"CPU": stage.cpus, "GPU": stage.gpus, **stage.resources}

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from deploy.actor.session_plan import Listener, SessionPlan
 from deploy.control.calls import Reply, Steps, answered
 from deploy.control.routing import session_plan, stages_of
 from graph.chunk import Scalar, SessionId
+from graph.edges import EdgeSpec
 from graph.kinds import Kind
-from graph.ports import STAGES
-from graph.spec import EdgeSpec, PipelineSpec
-from graph.streams import EVENTS, KINDS
+from graph.spec import PipelineSpec
 from graph.tail import Ack
 from stages.stage import Session
 
@@ -87,7 +86,7 @@ def announce(
         # Where nobody has answered, whoever takes that one's place will send.
         if reply is not None and not edge.kind.is_control and reply.error is None and not reply.result():
             replicas.end_input(stage, going.replicas[stage], going.session.id, edge.id)
-    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=_speaks(stage))
+    tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=_speaks(spec, stage))
 
 
 def tell(
@@ -101,8 +100,10 @@ def tell(
 ) -> Reply[None]:
     """Let a stage that can tell an event of a session. cuts: what was said and not heard is lost, if it speaks."""
     passed = stages_of(going.session, spec)
-    tellers = (stage for stage in spec.wiring.downstream_first if EVENTS in STAGES[stage].outputs.values())
-    teller = next(stage for stage in tellers if stage in passed)
+    tellers = [s for s in spec.wiring.downstream_first if s in passed and any(k.is_event for k in _made(spec, s))]
+    teller = next((stage for stage in tellers if stage == _listening(spec)), next(iter(tellers), None))
+    if teller is None:  # no stage here tells anything
+        return answered("", None)
     cuts = cuts and teller == _listening(spec)
     return replicas.tell(teller, going.replicas[teller], going.session.id, kind, attrs, cuts=cuts)
 
@@ -120,13 +121,13 @@ def _listener(replicas: Replicas, spec: PipelineSpec, going: Going) -> Reply[Lis
 
 def _listening(spec: PipelineSpec) -> str | None:
     """The stage that knows how far the listener has heard, and tells the others."""
-    return next((stage for stage in spec.stages if any(kind.is_control for kind in _made(stage))), None)
+    return next((stage for stage in spec.stages if any(kind.is_control for kind in _made(spec, stage))), None)
 
 
-def _speaks(stage: str) -> bool:
+def _speaks(spec: PipelineSpec, stage: str) -> bool:
     """Whether what this stage makes is said."""
-    return any(kind.is_fenced for kind in _made(stage))
+    return any(kind.is_fenced for kind in _made(spec, stage))
 
 
-def _made(stage: str) -> list[Kind]:
-    return [KINDS[name] for name in STAGES[stage].outputs.values()]
+def _made(spec: PipelineSpec, stage: str) -> list[Kind[Any]]:
+    return [port.kind for port in spec.types[stage].outputs.values()]

@@ -35,6 +35,7 @@ from model_shards.nano.synthetic import SyntheticRoom
 from model_shards.nano.teacher import Teacher
 from model_shards.nano.truth import truth_of
 from model_shards.nano.world import Activity
+from stages.catalog import CATALOG
 
 EPISODE_S: Final = 60
 GROUP: Final = 12
@@ -169,7 +170,7 @@ def _run(episodes: Iterable[Episode], ablation: Ablation, settings: Sequence[str
     """`pipeline up --speed max --for 60s --out …` over these rooms, with the defaults for all the rest."""
     cameras = {episode.name: {"source": episode.source(ablation), "fps": ablation.fps} for episode in episodes}
     asked = {"version": 1, "model": NANO, "cameras": cameras, "console": {"listen": "127.0.0.1:0"}}
-    spec = parse_spec(json.dumps(asked), "nano eval", [*GREEDY, *ablation.settings, *settings])
+    spec = parse_spec(json.dumps(asked), "nano eval", CATALOG, [*GREEDY, *ablation.settings, *settings])
     options = UpOptions(EPISODE_S * NS_PER_S, out, paced=False, state=StateFolder(Path.cwd() / "nano eval"))
     if run_up(spec, options, _tell).interrupted:
         raise KeyboardInterrupt  # half an episode can't be judged

@@ -13,14 +13,13 @@ from deploy.run.hub import HubId, fetch
 from deploy.run.memory import available_memory, needed_memory
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
-from graph.sections import NANO, TINY
+from graph.sections import NANO, TINY, StageOptions
 from graph.spec import PipelineSpec
 
 if TYPE_CHECKING:
     from model_shards.checkpoint import ComponentInfo
     from model_shards.config import ModelConfig
 
-STAGE_OF = {"vision": "vision_encoder", "audio": "audio_encoder", "llm": "llm", "tts": "tts", "vocoder": "vocoder"}
 MAX_DIFFERENCES_TOLD = 10
 UNTRAINED = "UNTRAINED: random weights, for trying the machinery; what it says means nothing"
 OF_THE_ROOM = "trained on a synthetic room (synthetic://room); it knows nothing else"
@@ -53,20 +52,21 @@ class Checkpoint:
         """The pipeline without the stages whose component the checkpoint switches off (`init_vision: false` …)."""
         config = self.config
         parts = {"vision": config.vision, "audio": config.audio, "tts": config.tts, "vocoder": config.vocoder}
-        off = {STAGE_OF[name] for name, part in parts.items() if part is None} & spec.stages.keys()
-        if config.audio is not None and "audio_encoder" in spec.stages:
+        off = {stage for name, part in parts.items() if part is None for stage in stages_with(spec, name)}
+        if config.audio is not None and stages_with(spec, "audio"):
             window_ns = round(config.audio.chunk_length_s * NS_PER_S)
             if spec.window.length_ns != window_ns:
                 raise CheckpointError(
                     f"window.length is {spec.window.length_ns / NS_PER_S:g}s, but the model of {self.path} works in "
                     f"windows of {window_ns / NS_PER_S:g}s; set window.length: {window_ns / NS_PER_S:g}s"
                 )
-        llm, codes = spec.stages.get("llm"), config.llm.quantization
-        if codes is not None and llm is not None and llm.dtype == "float32":
-            raise CheckpointError(
-                f"stages.llm.dtype is float32, but the LLM of {self.path} is in {codes}, which is computed with in "
-                "bfloat16; set stages.llm.dtype: auto"
-            )
+        codes = config.llm.quantization
+        for name in stages_with(spec, "llm") if codes is not None else ():
+            if spec.stages[name].dtype == "float32":
+                raise CheckpointError(
+                    f"stages.{name}.dtype is float32, but the LLM of {self.path} is in {codes}, which is computed with "
+                    f"in bfloat16; set stages.{name}.dtype: auto"
+                )
         return spec.without(off) if off else spec
 
     def check_tensors(self, spec: PipelineSpec) -> None:
@@ -76,12 +76,12 @@ class Checkpoint:
         """
         from model_shards.checkpoint import COMPONENTS, VOICE_FILE, check
 
-        if "vocoder" in spec.stages and not (self.path / VOICE_FILE).is_file():
+        if stages_with(spec, "vocoder") and not (self.path / VOICE_FILE).is_file():
             raise CheckpointError(
                 f"{self.path} holds no voice ({VOICE_FILE}); make one with `pipeline shards voice {self.path} "
                 "--from speech.wav`, or run without speech: --set stages.tts.replicas=0"
             )
-        check(self.path, [component for component in COMPONENTS if STAGE_OF[component] in spec.stages])
+        check(self.path, [component for component in COMPONENTS if stages_with(spec, component)])
 
     def check_memory(self, spec: PipelineSpec, root: Path = Path("/")) -> None:
         """Raises CheckpointError when a pipeline of its own will not fit here. root: where /proc and /sys are."""
@@ -106,19 +106,27 @@ def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoi
 
     path = _folder_of(spec.model, tell)
     config = load_config(path)
-    sizes = {STAGE_OF[info.component]: _loaded_bytes(info, spec, config) for info in inspect(path)}
+    sizes = {
+        stage: _loaded_bytes(info, spec.stages[stage], config)
+        for info in inspect(path)
+        for stage in stages_with(spec, info.component)
+    }
     checkpoint = Checkpoint(path, config, sizes)
     tell(": ".join(filter(None, (f"model {spec.model}", checkpoint.caution))))
     tell_differences(config, tell)
     return checkpoint
 
 
-def _loaded_bytes(info: ComponentInfo, spec: PipelineSpec, config: ModelConfig) -> int:
+def stages_with(spec: PipelineSpec, component: str) -> list[str]:
+    """The stages that compute with a part of the checkpoint."""
+    return [name for name, each in spec.types.items() if each.component == component]
+
+
+def _loaded_bytes(info: ComponentInfo, stage: StageOptions, config: ModelConfig) -> int:
     """Codes stay what they are; other weights take the type in which they are computed with."""
     from stages.tensors import runtime
 
-    stage = spec.stages.get(STAGE_OF[info.component])
-    if stage is None or (info.component == "llm" and config.llm.quantization is not None):
+    if info.component == "llm" and config.llm.quantization is not None:
         return info.num_bytes
     dtype = "float32" if info.component == "vocoder" else stage.dtype
     return info.num_parameters * runtime(device_of(stage), dtype).dtype.itemsize

@@ -15,9 +15,9 @@ import psutil
 
 from deploy.actor.build import device_of
 from deploy.control.placement import processes_of
-from graph.sections import LlmSpec
 from graph.spec import PipelineSpec
 from graph.units import format_bytes
+from stages.llm import LlmOptions
 
 MIB: Final = 1024**2
 # What a process has for itself, measured with nano: its code is shared, and given back when memory is short.
@@ -140,14 +140,12 @@ class Needed:
 
 def needed_memory(spec: PipelineSpec, weights_of: Mapping[str, int]) -> Needed:
     """What a pipeline takes on a machine of its own. weights_of: by stage, bytes of one replica's weights."""
-    llm = spec.stages.get("llm")
-    has_pool = isinstance(llm, LlmSpec) and device_of(llm) == "cpu"
-    num_pools = llm.replicas if llm is not None and has_pool else 0
-    pool_bytes = llm.kv_memory_bytes if isinstance(llm, LlmSpec) else 0
+    pools = [s for s in spec.stages.values() if isinstance(s, LlmOptions) and device_of(s) == "cpu"]
+    num_pools = sum(stage.replicas for stage in pools)
     loads = [process.stages.keys() & weights_of.keys() for process in processes_of(spec)]
     return Needed(
         weights=sum(weights_of[stage] for stages in loads for stage in stages),
-        kv_caches=num_pools * pool_bytes,
+        kv_caches=sum(stage.replicas * stage.kv_memory_bytes for stage in pools),
         processes=sum(ACTOR_BYTES if stages else LIGHT_ACTOR_BYTES for stages in loads),
         decoders=len(spec.cameras) * DECODER_BYTES,
         ray=RAY_BYTES,

@@ -257,8 +257,9 @@ class _Run:
 
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec
-        pictures = "camera" in spec.stages
-        microphone = camera.microphone == "embedded" and "microphone" in spec.stages
+        made = [port.kind for stage in spec.types.values() for port in stage.outputs.values()]
+        pictures = any(kind.is_picture for kind in made)
+        microphone = camera.microphone == "embedded" and any(kind.is_sound for kind in made)
         needs_pictures = self._checkpoint.config.generation.needs_pictures or not microphone
         return Session(
             id=SessionId(name),
@@ -267,7 +268,7 @@ class _Run:
             fps=camera.fps,
             max_pixels=camera.max_pixels,
             pictures=pictures,
-            speech="speaker" in spec.stages,
+            speech=any(kind.is_control for kind in made),
             microphone=microphone,
             window_ns=spec.window.length_ns,
             lateness_ns=spec.window.lateness_ns,

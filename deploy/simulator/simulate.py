@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from deploy.simulator.virtual_stages import (
     Costly,
     OutOfOrder,
     Spoilt,
+    StandIn,
     VirtualAudio,
     VirtualCamera,
     VirtualEvents,
@@ -41,16 +42,27 @@ from deploy.simulator.virtual_stages import (
     own_of,
 )
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
+from graph.costs import StageCost
 from graph.credit import Limit
 from graph.edge import CONTROL_PER_CHUNK, Arrival, EdgeRule, Receiver, Sender, SilentObserver
+from graph.edges import EdgeSpec
 from graph.gather import Gathering
+from graph.kinds import Kind
 from graph.ledger import REASONS, Account, Reason, merge
-from graph.sections import ReplicasSpec, StageSpec
-from graph.spec import EdgeSpec, PipelineSpec
+from graph.sections import ReplicasSpec, StageOptions
+from graph.spec import PipelineSpec
 from graph.tail import Ack
-from stages.events import WINDOW_EVENT
+from stages.audio_encoder import AudioEncoder
+from stages.camera import Camera
+from stages.catalog import stage_class
+from stages.events import WINDOW_EVENT, Events
+from stages.llm import Llm
+from stages.microphone import Microphone
 from stages.speaker import Speaker
 from stages.stage import ListenerAction, Session, Stage
+from stages.tts import Tts
+from stages.vision_encoder import VisionEncoder
+from stages.vocoder import Vocoder
 
 ORIGIN_NS: Final = NS_PER_S  # of the sessions, in the world's time
 UPTIME_NS: Final = 1000 * 86_400 * NS_PER_S  # of a host, at most: its monotonic clock counts from its start
@@ -60,6 +72,13 @@ FEW: Final = 8
 CHECK_NS: Final = 500 * NS_PER_MS
 
 
+TWINS: Final[Mapping[type[Stage], type[Costly]]] = {
+    VisionEncoder: VirtualVision,
+    AudioEncoder: VirtualAudio,
+    Tts: VirtualTts,
+    Vocoder: VirtualVocoder,
+}
+FREE: Final = StageCost(0, 0)
 _Way: TypeAlias = tuple[str, bytes, SessionId, int]
 """Of chunks: their edge, who sent them, their session and its incarnation."""
 
@@ -130,12 +149,12 @@ class VirtualMeter:
         """ended: windows of each session that have come to their end."""
         self._figures, self._violated, self._ended = figures, violated, ended
 
-    def opened(self, session: Session, *, ends_windows: bool) -> None: ...
+    def opened(self, session: Session, ended: Collection[str] | None) -> None: ...
     def closed(self, session: Session) -> None: ...
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
     def passed(self, num_units: int) -> None: ...
     def carried(self, num_chunks: int) -> None: ...
-    def made(self, session: Session, chunk: Chunk) -> None: ...
+    def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def moved(self, session: Session, level: int) -> None: ...
 
@@ -273,7 +292,7 @@ class Simulation:
         drift_ppm = self._rng.randint(-self._scenario.drift_ppm, self._scenario.drift_ppm)
         return HostClock(self.world, drift_ppm=drift_ppm, begun_ns=self._rng.randint(0, UPTIME_NS))
 
-    def _runner(self, actor: Actor, process: Process, name: str, spec: StageSpec) -> StageRunner:
+    def _runner(self, actor: Actor, process: Process, name: str, spec: StageOptions) -> StageRunner:
         incoming = {
             receiver.rule.id: receiver
             for _, receiver in actor.receivers
@@ -301,32 +320,29 @@ class Simulation:
         """One replica's. Overridden by who tries real ones (tests/benchmarks/stages.py)."""
         scenario = self._scenario
         rng = self._new_rng()
-        if name == "camera":
+        cls = stage_class(self.spec.types[name].use)
+        if cls is Camera:
             return VirtualCamera(rng, self._dead_cameras())
-        if name == "microphone":
+        if cls is Microphone:
             return VirtualMicrophone()
-        if name == "speaker":
+        if cls is Speaker:
             return self._speaker
-        if name == "events":
+        if cls is Events:
             return self._events
         device = self._devices[scenario.on.get(name, next(iter(self._devices)))]
-        stage = self._costly(name, device, rng)
+        stage = self._costly(name, cls, device, rng)
         stage.spoils = scenario.spoils
         return stage
 
-    def _costly(self, name: str, device: Device, rng: Random) -> Costly:
+    def _costly(self, name: str, cls: type[Stage], device: Device, rng: Random) -> Costly:
         scenario = self._scenario
-        cost = scenario.costs[name]
-        if name == "llm":
+        cost = scenario.costs.get(name) or cls.cost or FREE
+        if cls is Llm:
             self._llms.append(VirtualLlm(cost, scenario.token_ns, scenario.picture_ns, device, rng))
             return self._llms[-1]
-        kinds = {
-            "vision_encoder": VirtualVision,
-            "audio_encoder": VirtualAudio,
-            "tts": VirtualTts,
-            "vocoder": VirtualVocoder,
-        }
-        return kinds[name](cost, device, rng)
+        if cls in TWINS:
+            return TWINS[cls](cost, device, rng)
+        return StandIn(self.spec.types[name], cost, device, rng)
 
     def _dead_cameras(self) -> dict[SessionId, tuple[int, int]]:
         dead: dict[SessionId, tuple[int, int]] = {}

@@ -13,16 +13,29 @@ from typing import Final
 import numpy as np
 
 from deploy.simulator.virtual import Device
-from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId
 from graph.costs import StageCost
+from graph.kinds import attrs_of
 from graph.ladder import Level, holds_window
-from graph.streams import AUDIO, CODES, CODES_PER_S, IMAGE, MIC, SPEECH, SPEECH_RATE_HZ, TEXT, camera_stream, kind_of
+from graph.stage_type import StageType
 from graph.tail import Ack, Playback, SpeechQueue, TextBudget
 from graph.window import Unit
+from stages.audio_encoder import AudioEncoder
+from stages.camera import Camera
+from stages.kinds import TEXT, Said
+from stages.llm import Llm
+from stages.microphone import Microphone
+from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
 from stages.stage import Session, Stage
+from stages.tts import Tts
+from stages.vision_encoder import VisionEncoder
+from stages.vocoder import Vocoder
 
 PICTURE: Final = np.zeros((1, 1, 3), np.uint8)
 SOUND: Final = np.zeros(16, np.float32)
+PICTURE_EMBEDS: Final = {"embeds": np.zeros((1, 1, 1), np.float32)}
+SOUND_EMBEDS: Final = {"embeds": np.zeros((1, 1), np.float32)}
+HIDDEN: Final = np.zeros((64, 1), np.float32)
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
 CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
 
@@ -119,22 +132,21 @@ class VirtualCamera(Stage):
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         shots, chunks = self._open[session], list[Chunk]()
-        stream, end_ns = camera_stream(shots.session.camera), shots.session.duration_ns or 0
+        end_ns = shots.session.duration_ns or 0
         while shots.next_ns < end_ns and shots.here_ns <= now_ns:
             if not shots.is_dead:
-                chunks += self._settle(shots, stream, shots.next_ns)
-                chunks.append(
-                    Chunk(session, stream, shots.next_ns, arrays={"image": self._look(session, shots.next_ns)})
-                )
+                chunks += self._settle(shots, shots.next_ns)
+                image = self._look(session, shots.next_ns)
+                chunks.append(Camera.frames.chunk(session, shots.next_ns, arrays={"image": image}))
             shots.next_ns += shots.period_ns
             shots.delay_ns = int(self._rng.random() * self._delay_ns)
             if not shots.is_dead:
-                chunks += self._settle(shots, stream, min(shots.next_ns, end_ns))
+                chunks += self._settle(shots, min(shots.next_ns, end_ns))
         window_ns = shots.session.window_ns
-        chunks += self._settle(shots, stream, (now_ns - shots.session.lateness_ns) // window_ns * window_ns)
+        chunks += self._settle(shots, (now_ns - shots.session.lateness_ns) // window_ns * window_ns)
         if not shots.ended and shots.next_ns >= end_ns and now_ns >= end_ns:
             shots.ended = True
-            chunks.append(end_of_stream(session, stream, end_ns))
+            chunks.append(Camera.frames.end(session, end_ns))
         return chunks
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
@@ -147,11 +159,11 @@ class VirtualCamera(Stage):
         return self._open[session].ended
 
     @staticmethod
-    def _settle(shots: _Shots, stream: str, at_ns: int) -> list[Chunk]:
+    def _settle(shots: _Shots, at_ns: int) -> list[Chunk]:
         if at_ns <= shots.watermark_ns or shots.ended:
             return []
         shots.watermark_ns = at_ns
-        return [watermark(shots.session.id, stream, at_ns)]
+        return [Camera.frames.watermark(shots.session.id, at_ns)]
 
 
 @dataclass(slots=True)
@@ -192,12 +204,13 @@ class VirtualMicrophone(Stage):
         chunks: list[Chunk] = []
         while sent_ns + state.window_ns <= min(now_ns, state.duration_ns or 0):
             samples = self._listen(session, sent_ns, sent_ns + state.window_ns)
-            chunks.append(Chunk(session, MIC, sent_ns, state.window_ns, arrays={"samples": samples}))
+            sound = Microphone.sound.chunk(session, sent_ns, state.window_ns, arrays={"samples": samples})
+            chunks.append(sound)
             sent_ns += state.window_ns
-            chunks.append(watermark(session, MIC, sent_ns))
+            chunks.append(Microphone.sound.watermark(session, sent_ns))
         self._open[session] = (state, sent_ns)
         if chunks and self.finished(session):
-            chunks.append(end_of_stream(session, MIC, sent_ns))
+            chunks.append(Microphone.sound.end(session, sent_ns))
         return chunks
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
@@ -210,24 +223,24 @@ class VirtualMicrophone(Stage):
 
 
 class VirtualVision(Costly):
-    outputs = (IMAGE,)
+    image = VisionEncoder.image
 
     def is_idle(self, unit: Unit) -> bool:
         return not unit.chunks
 
     def make(self, unit: Unit) -> list[Chunk]:
-        pictures = [chunk for stream in unit.chunks if kind_of(stream).is_picture for chunk in unit.of(stream)]
-        return [Chunk(unit.session, IMAGE, picture.start_ns) for picture in pictures]
+        pictures = unit.of(VisionEncoder.frames)
+        return [self.image.like(picture, arrays=PICTURE_EMBEDS, attrs={}) for picture in pictures]
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
         return len(made)
 
 
 class VirtualAudio(Costly):
-    outputs = (AUDIO,)
+    audio = AudioEncoder.audio
 
     def make(self, unit: Unit) -> list[Chunk]:
-        return [unit.emit(AUDIO)] if unit.of(MIC) else []
+        return [self.audio.over(unit, arrays=SOUND_EMBEDS)] if unit.of(AudioEncoder.sound) else []
 
 
 def ns_per_token(session: SessionId) -> int:
@@ -258,7 +271,7 @@ class Talk:
 class VirtualLlm(Costly):
     """Begins a turn now and then, and goes on with it as far as TAIL allows."""
 
-    outputs = (TEXT,)
+    text = Llm.text
     paced_by_listener = True
     MOST_TOKENS: Final = 12  # a window
     TURN: Final = (2, 40)  # tokens
@@ -286,14 +299,14 @@ class VirtualLlm(Costly):
         talk = self._talks[session]
         if not talk.left or talk.is_cut:
             return []
-        attrs: dict[str, Scalar] = {"text": "", "turn_start": False, "end_of_turn": True}
         window_ns = talk.session.window_ns
         end_ns = (self._next[session] or 0) * window_ns
-        return [Chunk(session, TEXT, end_ns, window_ns, arrays={"token_ids": np.zeros(0, np.int64)}, attrs=attrs)]
+        attrs = attrs_of(Said(end_of_turn=True))
+        return [self.text.chunk(session, end_ns, window_ns, arrays=_tokens(0), attrs=attrs)]
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         made = super().process(units)
-        if num_pictures := sum(len(unit.of(IMAGE)) for unit in units):
+        if num_pictures := sum(len(unit.of(Llm.image)) for unit in units):
             self._device.work(num_pictures * self._picture_ns)
         self._device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
         return made
@@ -324,8 +337,12 @@ class VirtualLlm(Costly):
         talk.left -= count
         talk.said += count
         talk.budget.generated(count, end_of_turn=talk.left == 0)
-        attrs = {"text": "word", "turn_start": begins, "end_of_turn": talk.left == 0}
-        return [unit.emit(TEXT, arrays={"token_ids": np.zeros(count, np.int64)}, attrs=attrs)]
+        attrs = attrs_of(Said("word", turn_start=begins, end_of_turn=talk.left == 0))
+        return [self.text.over(unit, arrays=_tokens(count), attrs=attrs)]
+
+
+def _tokens(count: int) -> dict[str, Array]:
+    return {"token_ids": np.zeros(count, np.int64), "hidden": HIDDEN[:count]}
 
 
 @dataclass(slots=True)
@@ -339,7 +356,7 @@ class _Speech:
 class VirtualTts(Costly):
     """A window of codes at most."""
 
-    outputs = (CODES,)
+    codes = Tts.codes
     paced_by_listener = True
 
     def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
@@ -360,13 +377,13 @@ class VirtualTts(Costly):
         return bool(self._open[session].queue)
 
     def is_idle(self, unit: Unit) -> bool:
-        return not (unit.of(TEXT) or self._open[unit.session].queue)
+        return not (unit.of(Tts.text) or self._open[unit.session].queue)
 
     def make(self, unit: Unit) -> list[Chunk]:
         state = self._open[unit.session]
-        for text in unit.of(TEXT):
-            goes_on = len(text.arrays["token_ids"]) == 0 and not text.attrs.get("end_of_turn")
-            if not (goes_on and state.queue):
+        for text in unit.of(Tts.text):
+            is_silent = len(text.arrays["token_ids"]) == 0 and not TEXT.read(text).end_of_turn
+            if not (is_silent and state.queue):
                 state.queue.put(text)
         taken = state.queue.take(lambda text: state.window_ns, unit.end_ns)
         if taken is None:
@@ -375,14 +392,14 @@ class VirtualTts(Costly):
         num_codes = min(state.owed_ns * CODES_PER_S // NS_PER_S, CODES_PER_S)
         state.owed_ns = 0 if taken.attrs["end_of_turn"] else state.owed_ns - num_codes * NS_PER_S // CODES_PER_S
         state.queue.made(state.window_ns, unit.end_ns)
-        return [unit.emit(CODES, arrays={"codes": np.zeros(num_codes, np.int64)}, attrs=taken.attrs)]
+        return [self.codes.over(unit, arrays={"codes": np.zeros(num_codes, np.int64)}, attrs=taken.attrs)]
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
         return len(made)
 
 
 class VirtualVocoder(Costly):
-    outputs = (SPEECH,)
+    speech = Vocoder.speech
     paced_by_listener = True
 
     def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
@@ -401,11 +418,11 @@ class VirtualVocoder(Costly):
         return bool(self._open[session])
 
     def is_idle(self, unit: Unit) -> bool:
-        return not (unit.of(CODES) or self._open[unit.session])
+        return not (unit.of(Vocoder.codes) or self._open[unit.session])
 
     def make(self, unit: Unit) -> list[Chunk]:
         queue = self._open[unit.session]
-        for codes in unit.of(CODES):
+        for codes in unit.of(Vocoder.codes):
             queue.put(codes)
         taken = queue.take(_duration_ns, unit.end_ns)
         if taken is None or not len(taken.arrays["codes"]):
@@ -413,7 +430,8 @@ class VirtualVocoder(Costly):
         duration_ns = _duration_ns(taken)
         queue.made(duration_ns, unit.end_ns)
         samples = SILENCE[: duration_ns * SPEECH_RATE_HZ // NS_PER_S]
-        return [Chunk(unit.session, SPEECH, unit.start_ns, duration_ns, arrays={"samples": samples}, attrs=taken.attrs)]
+        arrays = {"samples": samples}
+        return [self.speech.chunk(unit.session, unit.start_ns, duration_ns, arrays=arrays, attrs=taken.attrs)]
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
         return len(made)
@@ -427,9 +445,21 @@ def _duration_ns(codes: Chunk) -> int:
 class VirtualEvents(Stage):
     """Keeps what is told."""
 
-    windowed = False
     chunks: list[Chunk] = field(default_factory=list)
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         self.chunks += [chunk for unit in units for chunks in unit.chunks.values() for chunk in chunks]
         return []
+
+
+class StandIn(Costly):
+    """For a stage of the user's own: it costs what its class says, and lets pass what comes in at a port of each kind
+    that it makes."""
+
+    def __init__(self, stage_type: StageType, cost: StageCost, device: Device, rng: Random) -> None:
+        super().__init__(cost, device, rng)
+        makes = {port.kind.name: port for port in stage_type.outputs.values()}
+        self._ways = [(port, makes[port.kind.name]) for port in stage_type.inputs.values() if port.kind.name in makes]
+
+    def make(self, unit: Unit) -> list[Chunk]:
+        return [output.like(chunk) for port, output in self._ways for chunk in unit.of(port)]

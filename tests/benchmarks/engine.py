@@ -17,14 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deploy.actor.build import MODEL_STAGES
 from deploy.evaluate.bench import FOLDER, ROOT, Row, command_of, find_benchmarks, less_is_better, option
 from deploy.run.checkpoints import open_checkpoint
 from deploy.simulator.scenarios import COSTS, SCENARIOS, Scenario
 from deploy.simulator.simulate import Simulation
 from graph.chunk import NS_PER_MS
 from graph.costs import StageCost
-from graph.spec import load_spec
+from tests.support.specs import load_spec, model_stages
 
 NAME = "engine"
 RIVAL = "each of them alone (batch: 1)"
@@ -48,14 +47,14 @@ def _work(num_sessions: int, batch: int) -> Mapping[str, float]:
     """ms of each stage per session and window."""
     model, num_windows = option("MODEL", "nano"), int(option("WINDOWS", "20"))
     print(f"{num_sessions} sessions, batches of {batch}", file=sys.stderr, flush=True)
-    settings = [f"stages.{stage}.batch={batch}" for stage in MODEL_STAGES]
+    settings = [f"stages.{stage}.batch={batch}" for stage in model_stages()]
     spec = load_spec(ROOT / "pipeline.yaml", [f"model={model}", "shedding.ladder=[]", *settings])
     checkpoint = open_checkpoint(spec, lambda line: None)
     watched: type[Any] = find_benchmarks(FOLDER)["stages"].Watched
     scenario = Scenario("engine", "", num_sessions, num_windows, devices={"cpu": 16})
     samples = watched(checkpoint.fit(spec), scenario, checkpoint.path).watch(num_warm_up=0)
     windows = num_sessions * num_windows
-    return {stage: sum(ns for _, ns in samples[stage]) / NS_PER_MS / windows for stage in MODEL_STAGES}
+    return {stage: sum(ns for _, ns in samples[stage]) / NS_PER_MS / windows for stage in model_stages()}
 
 
 def _scheduler(num_sessions: int) -> list[Row]:

@@ -16,7 +16,7 @@ from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, more_is_bet
 from deploy.simulator.scenarios import LOADS, SCENARIOS
 from deploy.simulator.simulate import Simulation
 from graph.chunk import Scalar
-from graph.spec import load_spec
+from tests.support.specs import load_spec
 
 NAME = "overload"
 RIVAL = "the same without a ladder (shedding.ladder: [])"

@@ -30,7 +30,6 @@ import numpy as np
 import psutil
 import torch
 
-from deploy.actor.build import MODEL_STAGES
 from deploy.control import ray_environment
 from deploy.evaluate.bench import (
     FOLDER,
@@ -47,10 +46,11 @@ from deploy.run.checkpoints import Checkpoint, open_checkpoint
 from deploy.simulator.scenarios import Scenario
 from graph.chunk import SessionId
 from graph.sections import NANO
-from graph.spec import PipelineSpec, load_spec
+from graph.spec import PipelineSpec
 from model_shards.kv_cache import KvCache
 from model_shards.llm import LanguageModel, SequenceInput
 from stages.stage import Session, Stage
+from tests.support.specs import load_spec, model_stages
 
 NAME = "sessions"
 NUM_SESSIONS = "4,8,12,16"
@@ -61,7 +61,7 @@ NUM_WARM_UP_WINDOWS = 2
 DRAIN_S = 10.0  # after the sources' end; the listener may still have a lead to hear
 FIFO = "fifo: one session at a time in each model stage (batch: 1, wait: 0s)"
 SEQUENTIAL = "sequential: one process, one session after the other, prefill token by token"
-UNBATCHED = [f"stages.{stage}.{setting}" for stage in MODEL_STAGES for setting in ("batch=1", "wait=0s")]
+UNBATCHED = [f"stages.{stage}.{setting}" for stage in model_stages() for setting in ("batch=1", "wait=0s")]
 
 
 def run() -> list[Row]:

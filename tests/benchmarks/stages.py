@@ -20,7 +20,8 @@ from statistics import median
 
 import psutil
 
-from deploy.actor.build import MODEL_STAGES, build_stage
+from deploy.actor.build import build_stage
+from deploy.actor.plan import StagePlan, stage_plan
 from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, describe_machine, less_is_better, option
 from deploy.run.checkpoints import open_checkpoint
 from deploy.simulator.scenarios import Scenario
@@ -29,12 +30,12 @@ from deploy.simulator.virtual import Device
 from deploy.simulator.virtual_stages import VirtualCamera, VirtualMicrophone
 from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import Profile, fit
-from graph.spec import PipelineSpec, load_spec
+from graph.spec import PipelineSpec
 from graph.tail import Ack
 from graph.window import Unit
 from model_shards.nano.synthetic import SyntheticRoom
-from stages.feed import Feeds
 from stages.stage import Session, Stage
+from tests.support.specs import load_spec, model_stages
 
 NAME = "stages"
 SIZES = "1,2,4,8,16"
@@ -50,7 +51,7 @@ def run() -> list[Row]:
     """A row per model stage."""
     sizes = sorted(int(size) for size in option("SIZES", SIZES).split(","))
     model = option("MODEL", "nano")
-    settings = [f"stages.{stage}.batch={sizes[-1]}" for stage in MODEL_STAGES]
+    settings = [f"stages.{stage}.batch={sizes[-1]}" for stage in model_stages()]
     spec = load_spec(ROOT / "pipeline.yaml", [f"model={model}", *settings])
     checkpoint = open_checkpoint(spec, _tell)
     spec = checkpoint.fit(spec)
@@ -104,11 +105,14 @@ class Watched(Simulation):
             return VirtualCamera(self._rng, {}, lambda session, at_ns: self._room(session).picture(at_ns), delay_ns=0)
         if name == "microphone":
             return VirtualMicrophone(lambda session, start, end: self._room(session).samples(start, end))
-        if name not in MODEL_STAGES:
+        if name not in model_stages():
             return super().make_stage(name)
-        stage = build_stage(name, self.spec.stages[name], self._checkpoint, Feeds())
+        stage = build_stage(name, self._plan(name), self._checkpoint, {})
         self._timed[name] = Timed(stage, self._devices["cpu"], counts_made=name in ("vision_encoder", "tts", "vocoder"))
         return self._timed[name]
+
+    def _plan(self, name: str) -> StagePlan:
+        return stage_plan(self.spec.types[name].use, self.spec.stages[name])
 
     def _room(self, session: SessionId) -> SyntheticRoom:
         if session not in self._rooms:

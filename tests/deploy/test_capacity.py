@@ -12,7 +12,8 @@ from deploy.cli import app as cli
 from deploy.control.capacity import MAX_LOAD, CapacityError, admit, most_cameras, plan_for, reckon
 from graph.chunk import NS_PER_MS
 from graph.costs import Profile, ProfileError, StageCost
-from graph.spec import PipelineSpec, default_spec_path, load_spec
+from graph.spec import PipelineSpec, default_spec_path
+from tests.support.specs import load_spec
 
 COST = StageCost(10 * NS_PER_MS, 4 * NS_PER_MS)
 ON_GPU = [f"stages.{stage}.gpus=0.2" for stage in ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")]

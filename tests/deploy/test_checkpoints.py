@@ -17,10 +17,11 @@ from deploy.run.checkpoints import (
     cache_folder,
     open_checkpoint,
 )
-from graph.spec import PipelineSpec, parse_spec
+from graph.spec import PipelineSpec
 from model_shards.config import ModelConfig, Quantization
 from model_shards.errors import ModelError
 from model_shards.init import TINY
+from tests.support.specs import parse_spec
 from tests.support.tiny import Tiny
 
 MINIMAL = "version: 1\nmodel: tiny\ncameras: {test: {source: 'test://pattern'}}\n"

@@ -9,8 +9,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from deploy.cli.app import app
-from graph.ports import STAGES
-from graph.spec import default_spec_path, load_spec
+from graph.spec import default_spec_path
+from stages.catalog import CATALOG
+from tests.support.specs import load_spec
 
 
 def invoke(*arguments: str) -> Result:
@@ -23,9 +24,14 @@ def test_every_stage_is_listed_with_its_ports_and_its_own_options() -> None:
     assert "image, audio, playback (feedback)" in llm and "text, events" in llm
     assert "kv_memory" in llm and "gpus" not in llm, "what all stages have is none of its own"
     described = json.loads(invoke("stages", "--json").stdout)
-    assert described.keys() == STAGES.keys()
+    assert described.keys() == CATALOG.built_in.keys()
     assert described["vocoder"]["options"] == {"steps": 5, "seed": 0}
-    assert described["vocoder"]["inputs"]["playback"] == {"kind": "playback", "feedback": True}
+    assert described["vocoder"]["inputs"]["playback"] == {
+        "kind": "playback",
+        "feedback": True,
+        "side": False,
+        "optional": True,
+    }
 
 
 def test_every_edge_of_what_runs_is_printed_upstream_first() -> None:

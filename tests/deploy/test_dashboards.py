@@ -61,7 +61,7 @@ def run_llm(connection: Connection) -> None:
     """A process with the LLM, the receiving end of the edge, the sink and the coordinator."""
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    edge, stage, tokens = metrics.edge(EDGE), metrics.stage("llm"), metrics.tokens()
+    edge, stage, tokens = metrics.edge(EDGE), metrics.stage("llm"), metrics.tokens(["text", "codes"])
     windows, playback = metrics.windows("door", ["camera/door", "mic"], STAGES), metrics.playback("door")
     turns, coordinator = metrics.turns("door"), metrics.coordinator(STAGES, ["crash"])
     server = serve_metrics(registry)

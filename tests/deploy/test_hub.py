@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from deploy.run.hub import ALLOWED, HubId, missing_files
-from graph.spec import parse_spec
 from model_shards.checkpoint import inspect
+from tests.support.specs import parse_spec
 from tests.support.tiny import Tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

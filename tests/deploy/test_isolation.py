@@ -9,8 +9,8 @@ from deploy.actor.isolation import MAX_REASON_CHARS, breaks_process, process, re
 from graph.chunk import NS_PER_S, Chunk, Failure, SessionId, end_of_stream, watermark
 from graph.ladder import STEPS
 from graph.ledger import Account
-from graph.streams import MIC, TEXT
 from graph.window import Unit
+from stages.llm import Llm
 from stages.stage import BatchLost, Session, Stage, StageError
 from tests.support.house import (
     NOTED,
@@ -26,6 +26,7 @@ from tests.support.house import (
     barge_in,
     heard,
 )
+from tests.support.streams import MIC, TEXT
 from tests.support.units import session as session_of
 
 DOOR, YARD = SessionId("door"), SessionId("yard")
@@ -219,7 +220,7 @@ def test_two_failures_and_a_success_are_none_in_a_row(build, clock: ManualClock)
 def test_what_no_receiver_would_take_costs_its_session_and_no_credit(build, clock: ManualClock):
     class Counting(Echo):
         def process(self, units: list[Unit]) -> list[Chunk]:
-            return [unit.emit(TEXT, attrs={"n": np.int64(3)}) for unit in units if unit.session == "door"]
+            return [Llm.text.over(unit, attrs={"n": np.int64(3)}) for unit in units if unit.session == "door"]
 
     house = build({"llm": Counting()}, (SOUND, SPOKEN))
     house.open("door"), house.open("yard")
@@ -309,7 +310,8 @@ def test_a_chunk_of_a_stream_that_is_none_of_the_stages_costs_its_session(build,
 
 def test_a_stage_beside_the_way_ends_no_window(build):
     class Counter(Echo):
-        outputs = ("counts",)
+        def process(self, units: list[Unit]) -> list[Chunk]:
+            return []
 
     sides = {"microphone": Ticker(3), "llm": Echo(), "counter": Counter(), "speaker": Ear(), "events": Notes()}
     edges = (SOUND, COUNTED, SPOKEN, PLAYED, NOTED, "counter.events->events.events")

@@ -17,10 +17,10 @@ from deploy.gateway.observe import MAX_BODY_BYTES, build_gateway
 from graph.costs import Profile, StageCost
 from graph.errors import GraphError
 from graph.sections import AdmissionSpec, CameraSpec
-from graph.spec import parse_spec
 from stages.media import MediaError
 from stages.stage import StageError
 from tests.deploy.test_observe import FakePipeline
+from tests.support.specs import parse_spec
 
 SPEC = parse_spec("version: 1\ncameras: {door: {source: 'test://pattern'}}", "here")
 PATTERN = {"source": "test://pattern?seed=2"}

@@ -17,7 +17,7 @@ from deploy.process.masked_output import MaskedStream, MaskingFormatter, environ
 from graph.errors import GraphError
 from graph.reference import resolve
 from graph.secret import KNOWN, hide
-from graph.spec import parse_spec
+from tests.support.specs import parse_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [

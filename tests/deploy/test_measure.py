@@ -7,9 +7,11 @@ from prometheus_client import CollectorRegistry
 from deploy.actor.measure import StageMeter
 from graph.chunk import NS_PER_S, Chunk
 from graph.metrics import MAX_CAMERAS, Metrics
-from graph.streams import CODES, EVENTS, TEXT, camera_stream
+from graph.stage_type import Out
+from stages import kinds
 from stages.media_health import Totals
 from stages.stage import Session, Stage
+from tests.support.streams import CODES, EVENTS, TEXT, camera_stream, kind_of
 from tests.support.units import DOOR, ack, session
 
 STAGES = ("camera", "llm", "speaker")
@@ -18,11 +20,38 @@ STAGES = ("camera", "llm", "speaker")
 class FakeLlm(Stage):
     """A stage with readings."""
 
+    text = Out(kinds.TEXT)
+
     def kv_usage(self) -> float:
         return 0.25
 
     def text_budget(self, session: object) -> int:
         return 7
+
+
+class FakeCamera(Stage):
+    """A stage that says what was damaged so far, one total after the other."""
+
+    def __init__(self, *totals: Totals) -> None:
+        self._totals = list(totals)
+
+    def totals(self, session: object) -> Totals:
+        return self._totals.pop(0) if self._totals else Totals()
+
+    def delivers(self, session: object) -> frozenset[str]:
+        return frozenset({"video"})
+
+
+class FakeTts(Stage):
+    codes = Out(kinds.CODES)
+
+
+class FakeSpeaker(Stage):
+    playback = Out(kinds.PLAYBACK)
+
+
+FAKES = {"camera": FakeCamera, "llm": FakeLlm, "tts": FakeTts, "speaker": FakeSpeaker}
+UPSTREAM = ("image", "audio", "text", "codes", "speech")
 
 
 class Meter:
@@ -32,10 +61,10 @@ class Meter:
         self, name: str, stage: Stage | None = None, ends_windows: bool | None = None, **fields: object
     ) -> None:
         self.registry = CollectorRegistry()
-        self.meter = StageMeter(Metrics(self.registry), name, stage or Stage(), STAGES)
+        self.meter = StageMeter(Metrics(self.registry), name, stage or FAKES.get(name, Stage)(), STAGES)
         self.session: Session = session("door", **fields)
         self.ends_windows = name == "speaker" if ends_windows is None else ends_windows
-        self.meter.opened(self.session, ends_windows=self.ends_windows)
+        self.meter.opened(self.session, UPSTREAM if self.ends_windows else None)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -44,10 +73,10 @@ class Meter:
         return self.value(name, camera="door", **labels)
 
     def made(self, stream: str, **arrays: np.ndarray) -> None:
-        self.meter.made(self.session, Chunk(DOOR, stream, 0, arrays=arrays))
+        self.meter.made(self.session, Chunk(DOOR, stream, 0, arrays=arrays), kind_of(stream))
 
     def told(self, kind: str, **attrs: object) -> None:
-        self.meter.made(self.session, Chunk(DOOR, EVENTS, 0, attrs={"type": kind, **attrs}))
+        self.meter.made(self.session, Chunk(DOOR, EVENTS, 0, attrs={"type": kind, **attrs}), kinds.EVENTS)
 
 
 def test_a_batch_counts_its_units_and_both_its_times():
@@ -91,19 +120,6 @@ def test_pictures_are_counted_as_they_come():
     assert (meter.of_door("omni_camera_last_frame_timestamp_seconds") or 0) > 0
 
 
-class FakeCamera(Stage):
-    """A stage that says what was damaged so far, one total after the other."""
-
-    def __init__(self, *totals: Totals) -> None:
-        self._totals = list(totals)
-
-    def totals(self, session: object) -> Totals:
-        return self._totals.pop(0)
-
-    def delivers(self, session: object) -> frozenset[str]:
-        return frozenset({"video"})
-
-
 def test_what_is_damaged_within_a_camera_is_counted_by_track():
     meter = Meter("camera", FakeCamera(Totals(1, 0, 7), Totals(1, 2, 7), Totals(3, 2, 9)))
     for _ in range(3):
@@ -133,13 +149,16 @@ def test_a_session_that_closed_leaves_no_series():
 def test_of_cameras_that_come_and_go_nothing_is_left():
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    stages = [StageMeter(metrics, name, Stage(), STAGES) for name in ("camera", "microphone", "speaker", "events")]
+    stages = [
+        StageMeter(metrics, name, FAKES.get(name, Stage)(), STAGES)
+        for name in ("camera", "microphone", "speaker", "events")
+    ]
     before = {(sample.name, *sample.labels.values()) for family in registry.collect() for sample in family.samples}
     seen = set()
     for number in range(2 * MAX_CAMERAS):
         camera = session(f"camera-{number}")
         for stage in stages:
-            stage.opened(camera, ends_windows=stage is stages[2])
+            stage.opened(camera, UPSTREAM if stage is stages[2] else None)
         seen |= {sample.labels.get("camera") for family in registry.collect() for sample in family.samples}
         for stage in reversed(stages):
             stage.closed(camera)
@@ -152,7 +171,7 @@ def test_a_camera_with_the_name_of_one_that_ended_counts_from_zero():
     meter = Meter("speaker")
     meter.told("barge_in")
     meter.meter.closed(meter.session)
-    meter.meter.opened(meter.session, ends_windows=True)
+    meter.meter.opened(meter.session, UPSTREAM)
     assert meter.of_door("omni_speech_interrupted_total") == 0
 
 

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from deploy.run.memory import ACTOR_BYTES, DECODER_BYTES, Available, available_memory, needed_memory
-from graph.spec import PipelineSpec, parse_spec
+from graph.spec import PipelineSpec
+from tests.support.specs import parse_spec
 
 GIB = 1 << 30
 NO_LIMIT_V1 = 9223372036854771712

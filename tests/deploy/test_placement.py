@@ -3,7 +3,8 @@
 import pytest
 
 from deploy.control.placement import PlacementError, Process, check_fits, num_cpus_for, processes_of
-from graph.spec import PipelineSpec, parse_spec
+from graph.spec import PipelineSpec
+from tests.support.specs import parse_spec
 
 MINIMAL = "version: 1\ncameras: {test: {source: 'test://pattern'}}\n"
 

@@ -11,9 +11,10 @@ from deploy.actor.session_plan import Listener, SessionPlan
 from deploy.control.calls import ActorDied, Reply, answered, at_once, failed
 from deploy.control.recovery import Going, announce, redirect, reopen
 from graph.chunk import Scalar, SessionId
-from graph.spec import PipelineSpec, default_spec_path, load_spec
+from graph.spec import PipelineSpec, default_spec_path
 from graph.tail import Ack
 from stages.stage import Session
+from tests.support.specs import load_spec
 
 DOOR = SessionId("door")
 HEARD = Listener(Ack(7, heard_ns=5, received_ns=6, epoch=2), level=1)

@@ -3,7 +3,8 @@
 import pytest
 
 from deploy.control.routing import stages_of
-from graph.spec import PipelineSpec, default_spec_path, load_spec
+from graph.spec import PipelineSpec, default_spec_path
+from tests.support.specs import load_spec
 from tests.support.units import session
 
 
@@ -28,16 +29,9 @@ def test_the_cameras_are_closed_first_and_the_events_last():
     ("settings", "last"),
     [([], "speaker"), (["stages.tts.replicas=0"], "llm"), (["stages.audio_encoder.replicas=0"], "speaker")],
 )
-def test_windows_end_at_the_end_of_the_longest_way(settings: list[str], last: str):
+def test_windows_end_where_speech_is_heard_else_at_the_llm(settings: list[str], last: str):
     spec = load_spec(default_spec_path(), settings)
-    assert spec.wiring.last(spec.stages) == last
-
-
-def test_a_stage_beside_the_way_which_nothing_follows_ends_no_windows():
-    spec = load_spec(default_spec_path())
-    beside = {"camera", "vision_encoder", "microphone", "audio_encoder", "llm", "tts", "events"}
-    assert spec.wiring.last(beside) == "tts"
-    assert spec.wiring.last({"camera", "vision_encoder", "events"}) == "vision_encoder"
+    assert spec.wiring.ends(spec.ends_windows) == {last}
 
 
 def test_the_cameras_and_microphones_are_the_sources():

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from deploy.actor.runner import StageRunner
-from deploy.actor.session_plan import Listener, SessionPlan
+from deploy.actor.session_plan import Listener
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival, Sender, SilentObserver
 from graph.ladder import STEPS
-from graph.streams import MIC, SPEECH, TEXT, camera_stream
 from graph.tail import Ack, ack_chunk
 from graph.window import Unit
+from stages.llm import Llm
 from stages.stage import Session, StageError
 from tests.support.house import (
     LEVELS,
@@ -34,6 +34,7 @@ from tests.support.house import (
     barge_in,
     heard,
 )
+from tests.support.streams import MIC, SPEECH, TEXT, camera_stream
 from tests.support.units import session as session_of
 
 DOOR, YARD = SessionId("door"), SessionId("yard")
@@ -214,7 +215,7 @@ def test_a_stage_that_falls_behind_still_takes_what_comes(build, clock: ManualCl
 def test_a_source_is_silent_until_its_sessions_time_begins(build, clock: ManualClock):
     house = build({"microphone": Ticker(1)}, (SOUND,))
     runner = house.runners["microphone"]
-    runner.open_session(SessionPlan(Session(DOOR, "door", "test://pattern"), peers={SOUND: 0}))
+    runner.open_session(house.plan("microphone", Session(DOOR, "door", "test://pattern")))
     runner.step()
     assert house.account(SOUND).accepted == 0
     runner.begin_session(DOOR, 0)
@@ -258,11 +259,10 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
 HEARD = Listener(Ack(3 * NS_PER_S, heard_ns=NS_PER_S, received_ns=2 * NS_PER_S, num_turns=1, epoch=2), level=1)
 
 
-def go_on(house: House, stage: str = "llm", edges: tuple[str, ...] = (), **streams: str) -> StageRunner:
+def go_on(house: House, stage: str = "llm") -> StageRunner:
     """Session `door` goes on at this stage."""
     runner = house.runners[stage]
-    peers = dict.fromkeys(edges, 0)
-    runner.open_session(SessionPlan(session_of("door", paced=True), streams, len(streams), peers, goes_on=HEARD))
+    runner.open_session(house.plan(stage, session_of("door", paced=True), goes_on=HEARD))
     runner.begin_session(DOOR, 0)
     return runner
 
@@ -270,7 +270,7 @@ def go_on(house: House, stage: str = "llm", edges: tuple[str, ...] = (), **strea
 def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClock):
     house = build({"llm": (echo := Echo())}, (SOUND, SPOKEN))
     clock.advance(3.4)
-    go_on(house, edges=(SPOKEN,), mic="drop")
+    go_on(house)
     house.window("door", 2), house.window("door", 3)
     house.runners["llm"].step()
     assert echo.batches == [[("door", 3)]]
@@ -281,7 +281,7 @@ def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClo
 
 def test_it_knows_the_listener_as_the_others_do(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND,))
-    state = go_on(house, mic="drop")._open[DOOR]
+    state = go_on(house)._open[DOOR]
     assert (state.session.playback.latest, state.session.level.num_steps) == (HEARD.ack, 1)
     assert house.runners["llm"].listener(DOOR) == HEARD
     assert house.runners["llm"].listener(YARD) is None
@@ -297,14 +297,14 @@ def test_numbers_of_chunks_never_come_twice(build, clock: ManualClock):
         house.runners["llm"].step()
         seqs += [chunk.seq for chunk in house.arrivals(2) if not chunk.is_control]
         house.runners["llm"].close_session(DOOR)
-        go_on(house, edges=(SPOKEN,), mic="drop")
+        go_on(house)
     assert len(seqs) == len(set(seqs)) == 2
 
 
 def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND, SPOKEN))
     clock.advance(3.4)
-    runner = go_on(house, edges=(SPOKEN,), mic="drop")
+    runner = go_on(house)
     house.window("door", 3)
     house.take(end_of_stream(DOOR, MIC, 4 * NS_PER_S))
     runner.step()
@@ -316,7 +316,7 @@ def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
 def test_an_input_that_nobody_is_left_to_end_is_ended(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND, SPOKEN))
     clock.advance(3.4)
-    runner = go_on(house, edges=(SPOKEN,), mic="drop")
+    runner = go_on(house)
     runner.end_input(DOOR, SOUND)
     runner.step()
     assert runner.snapshot().sessions == {}
@@ -464,7 +464,7 @@ def test_pictures_of_a_window_that_its_listener_gave_up_are_late_and_named(build
         house.take(watermark(DOOR, camera, (index + 1) * NS_PER_S), SEEN)
         clock.now_ns = round(now_s * NS_PER_S)
         house.runners["vision_encoder"].step()
-    assert [(unit.overdue, len(unit.of(camera)), unit.missing) for unit in echo.units] == [
+    assert [(unit.overdue, len(unit.chunks.get(camera, ())), unit.missing) for unit in echo.units] == [
         (False, 1, frozenset()),
         (True, 0, {camera}),
     ]
@@ -480,7 +480,7 @@ def test_what_is_late_may_be_carried_into_the_next_unit(build, clock: ManualCloc
     house.take(heard(DOOR, 0))
     house.window("door", 1)
     house.runners["llm"].step()
-    assert [chunk.seq for chunk in echo.units[1].of(MIC)] == [0, 1]
+    assert [chunk.seq for chunk in echo.units[1].chunks.get(MIC, ())] == [0, 1]
     assert house.account(SOUND).delivered == 2
     assert house.registry.get_sample_value("omni_stage_carried_total", {"stage": "llm"}) == 1
 
@@ -522,7 +522,7 @@ def test_after_a_barge_in_what_was_said_before_is_stale_and_others_feel_nothing(
         house.take(watermark(session, TEXT, 2 * NS_PER_S), SPOKEN)
     while house.runners["speaker"].step():
         pass
-    kept = {(unit.session, unit.index): len(unit.of(TEXT)) for unit in ear.units}
+    kept = {(unit.session, unit.index): len(unit.chunks.get(TEXT, ())) for unit in ear.units}
     assert kept == {("door", 0): 0, ("door", 1): 0, ("yard", 0): 1, ("yard", 1): 1}
     assert house.account(SPOKEN).dropped["stale"] == 2
     assert (house.account(SPOKEN).delivered, house.account(SPOKEN).in_flight) == (2, 0)
@@ -556,7 +556,7 @@ def test_what_a_stage_makes_after_a_barge_in_belongs_to_the_new_epoch(build):
     house.window("door", 0)
     house.take(end_of_stream(DOOR, MIC, NS_PER_S))
     house.run()
-    assert [chunk.epoch for chunk in ear.units[0].of(TEXT)] == [3]
+    assert [chunk.epoch for chunk in ear.units[0].chunks.get(TEXT, ())] == [3]
 
 
 def test_what_is_seen_and_heard_goes_on_through_a_barge_in(build, clock: ManualClock):
@@ -566,7 +566,7 @@ def test_what_is_seen_and_heard_goes_on_through_a_barge_in(build, clock: ManualC
     house.take(barge_in(DOOR, 0, epoch=1), PLAYED)
     house.window("door", 0)
     house.runners["llm"].step()
-    assert len(echo.units[0].of(MIC)) == 1
+    assert len(echo.units[0].chunks.get(MIC, ())) == 1
 
 
 # ---- a whole chain ---------------------------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def test_a_chain_loses_nothing_ends_and_leaves_nothing_under_way(build):
     house.run()
     units = house.runners["speaker"].stage.units
     for name in ("a", "b", "c"):
-        heard_ = [(unit.index, [int(c.arrays["token_ids"][0]) for c in unit.of(TEXT)]) for unit in units]
+        heard_ = [(unit.index, [int(c.arrays["token_ids"][0]) for c in unit.chunks.get(TEXT, ())]) for unit in units]
         mine = [row for row, unit in zip(heard_, units, strict=True) if unit.session == name]
         assert mine == [(index, [index]) for index in range(20)]
     for edge in (SOUND, SPOKEN):
@@ -737,10 +737,11 @@ class Slow(Echo):
     def process(self, units: list[Unit]) -> list[Chunk]:
         self.units += units
         (unit,) = units
-        self._waiting += [*unit.of(MIC), *unit.of(MIC)]
+        self._waiting += [*unit.chunks.get(MIC, ()), *unit.chunks.get(MIC, ())]
         if self._deaf or not self._waiting:
             return []
-        return [unit.emit(TEXT, arrays={"token_ids": self._waiting.pop().arrays["samples"].astype(np.int64)})]
+        arrays = {"token_ids": self._waiting.pop().arrays["samples"].astype(np.int64)}
+        return [Llm.text.over(unit, arrays=arrays)]
 
     def goes_on(self, session: SessionId) -> bool:
         return bool(self._waiting)
@@ -752,7 +753,7 @@ def test_what_is_left_to_say_at_the_end_has_windows_of_its_own_and_they_are_not_
     house.open("door")
     house.run()
     ear, notes = house.runners["speaker"].stage, house.runners["events"].stage
-    assert [len(unit.of(TEXT)) for unit in ear.units] == [1] * 6
+    assert [len(unit.chunks.get(TEXT, ())) for unit in ear.units] == [1] * 6
     assert [unit.is_afterword for unit in slow.units] == [False] * 3 + [True] * 3
     assert [told["index"] for told in notes.told("window")] == [0, 1, 2]
 

@@ -24,9 +24,10 @@ from graph.credit import ReceiveCredit, SendCredit
 from graph.edge import Sender
 from graph.epoch import EpochFence
 from graph.ledger import Ledger
-from graph.spec import PipelineSpec, default_spec_path, load_spec
+from graph.spec import PipelineSpec, default_spec_path
 from graph.tail import SpeechCredit
 from graph.window import WindowJoin
+from tests.support.specs import load_spec
 
 NUM_SEEDS = 6
 

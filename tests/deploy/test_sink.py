@@ -22,7 +22,7 @@ class Counting:
 def rows_of(digests: list[str]) -> list[object]:
     """Of windows 0, 1, 2 … with these digests: the indices of those that have a row."""
     meter = Counting()
-    end = WindowEnd("speaker", session(), None, meter)
+    end = WindowEnd("speaker", session(), None, meter, "events")
     told: list[Chunk] = []
     for index, digest in enumerate(digests):
         of = unit("door", index)

@@ -13,8 +13,9 @@ import pytest
 from deploy.cameras.sources import MAX_FILES_AT_ONCE, Probed, SourceError, check_cameras, probe, probe_all
 from graph.secret import Secret
 from graph.sections import CameraSpec
-from graph.spec import PipelineSpec, parse_spec
+from graph.spec import PipelineSpec
 from tests.support.media import Clip, damaged, times
+from tests.support.specs import parse_spec
 
 SILENT = ("gave nothing", True)
 PATIENCE_S = 60.0

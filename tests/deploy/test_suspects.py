@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.actor.session_plan import SessionPlan
 from deploy.actor.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
 from graph.chunk import SessionId
-from graph.streams import MIC
 from tests.support.actors import Clock
 from tests.support.house import SOUND, Echo, House, ManualClock, PacedEcho
 from tests.support.units import session
@@ -94,7 +92,7 @@ def test_a_suspect_goes_alone_for_so_many_units_and_the_others_together() -> Non
     with House({"llm": echo}, (SOUND,), clock=clock) as house:
         runner = house.runners["llm"]
         for name, alone_for in (("a", 0), ("b", 1), ("c", 0)):
-            runner.open_session(SessionPlan(session(name), {MIC: "drop"}, 1, {}, alone_for=alone_for))
+            runner.open_session(house.plan("llm", session(name), alone_for=alone_for))
             runner.begin_session(SessionId(name), 0)
         for index in range(2):
             for name in "abc":

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from graph.chunk import Chunk, ChunkType, SessionId, watermark
 from graph.epoch import EpochFence
-from graph.streams import KINDS
+from tests.support.streams import KINDS, kind_of
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
@@ -35,22 +35,27 @@ def test_the_epoch_never_moves_back_and_each_rise_is_news_once(epochs: list[int]
 
 @pytest.mark.parametrize("stream", SAID)
 def test_what_was_said_before_the_barge_in_is_stale(stream: str) -> None:
-    assert [fence(2).is_stale(piece(stream, epoch)) for epoch in (0, 1, 2, 3)] == [True, True, False, False]
+    assert [fence(2).is_stale(piece(stream, epoch), kind_of(stream)) for epoch in (0, 1, 2, 3)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("stream", SENSED)
 def test_what_is_seen_and_heard_goes_on_through_a_barge_in(stream: str) -> None:
-    assert not fence(2).is_stale(piece(stream, 0))
-    assert fence(2).epoch_of(stream) == 0
+    assert not fence(2).is_stale(piece(stream, 0), kind_of(stream))
+    assert fence(2).epoch_of(kind_of(stream)) == 0
 
 
 @pytest.mark.parametrize("stream", SAID)
 def test_what_is_said_now_belongs_to_the_new_epoch(stream: str) -> None:
-    assert fence(3).epoch_of(stream) == 3
-    assert not fence(3).is_stale(piece(stream, fence(3).epoch_of(stream)))
+    assert fence(3).epoch_of(kind_of(stream)) == 3
+    assert not fence(3).is_stale(piece(stream, fence(3).epoch_of(kind_of(stream))), kind_of(stream))
 
 
 @pytest.mark.parametrize("stream", SAID)
 def test_control_is_never_stale_so_that_windows_go_on_closing(stream: str) -> None:
-    assert not fence(2).is_stale(watermark(SessionId("porch"), stream, 0))
-    assert not fence(2).is_stale(piece(stream, 0, ChunkType.END))
+    assert not fence(2).is_stale(watermark(SessionId("porch"), stream, 0), kind_of(stream))
+    assert not fence(2).is_stale(piece(stream, 0, ChunkType.END), kind_of(stream))

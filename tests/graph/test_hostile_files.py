@@ -8,7 +8,7 @@ import pytest
 
 from graph.costs import ProfileError, read_profile
 from graph.errors import SpecError
-from graph.spec import load_spec
+from tests.support.specs import load_spec
 
 DESCRIPTIONS = {
     "empty": b"",

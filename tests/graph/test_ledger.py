@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from graph.chunk import Chunk, SessionId
 from graph.epoch import EpochFence
 from graph.ledger import REASONS, Account, Ledger, Reason, merge
+from tests.support.streams import kind_of
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
@@ -53,7 +54,7 @@ class Edge(RuleBasedStateMachine):
     @rule(pick=picks)
     def a_replica_delivers_or_drops_what_is_stale(self, pick: int) -> None:
         ledger = self.replicas[pick % 2]
-        stale = self.fence.is_stale(self.arrived.pop(pick % len(self.arrived)))
+        stale = self.fence.is_stale(self.arrived.pop(pick % len(self.arrived)), kind_of("text"))
         settle = {False: ledger.deliver, True: lambda: ledger.drop("stale")}[stale]
         settle()
         self.dropped["stale"] += stale

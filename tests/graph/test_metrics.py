@@ -49,7 +49,7 @@ def bind_everything(metrics: Metrics) -> None:
     metrics.playback("door")
     metrics.turns("door")
     metrics.llm()
-    metrics.tokens()
+    metrics.tokens(["text", "codes"])
     coordinator = metrics.coordinator(["llm"], ["crash"])
     coordinator.sessions("open", 1)
     coordinator.replicas("llm", "ready", 1)

@@ -19,10 +19,14 @@ from hypothesis import strategies as st
 from graph.credit import Limit
 from graph.errors import GraphError, SpecError
 from graph.ladder import STEPS
-from graph.ports import CAN_BE_OFF, STAGES
-from graph.sections import LlmSpec, SpeakerSpec, VisionEncoderSpec
-from graph.spec import PipelineSpec, default_spec_path, load_spec, parse_spec, render
+from graph.spec import PipelineSpec, default_spec_path, render
+from graph.stage_type import can_be_off
 from graph.units import format_bytes, format_duration, parse_bytes, parse_duration
+from stages.catalog import CATALOG
+from stages.llm import LlmOptions
+from stages.speaker import SpeakerOptions
+from stages.vision_encoder import VisionOptions
+from tests.support.specs import load_spec, parse_spec
 
 NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
@@ -112,16 +116,16 @@ def test_durations_and_sizes_are_ns_and_bytes() -> None:
     assert (spec.window.length_ns, spec.window.lateness_ns) == (500 * NS_PER_MS, 0)
     assert (spec.tail.lead_ns, spec.tail.delay_ns) == (1500 * NS_PER_MS, 300 * NS_PER_MS)
     llm = spec.stages["llm"]
-    assert isinstance(llm, LlmSpec)
+    assert isinstance(llm, LlmOptions)
     assert (llm.kv_memory_bytes, llm.wait_ns) == (3 << 29, 20 * NS_PER_MS)
 
 
 def test_stage_options_have_their_types_and_defaults() -> None:
     spec = parse(MINIMAL + "stages:\n  llm: {gpus: 1, replicas: {min: 2, max: 4}, resources: {node_a: 1}}\n  tts:\n")
-    assert list(spec.stages) == list(STAGES)
+    assert list(spec.stages) == list(CATALOG.built_in)
     llm, vision, speaker = (spec.stages[name] for name in ("llm", "vision_encoder", "speaker"))
     assert (llm.replicas, llm.max_replicas, llm.gpus, llm.resources) == (2, 4, 1.0, {"node_a": 1.0})
-    assert isinstance(vision, VisionEncoderSpec)
+    assert isinstance(vision, VisionOptions)
     assert (vision.max_slices, vision.batch, vision.replicas, vision.max_replicas, vision.process) == (
         1,
         16,
@@ -129,7 +133,7 @@ def test_stage_options_have_their_types_and_defaults() -> None:
         1,
         None,
     )
-    assert isinstance(speaker, SpeakerSpec)
+    assert isinstance(speaker, SpeakerOptions)
     assert (speaker.sink, speaker.process) == ("virtual", "io")
 
 
@@ -223,7 +227,7 @@ def test_errors_travel_to_another_process() -> None:
 )
 def test_a_stage_that_is_off_takes_its_edges_and_the_idle_with_it(off: str, gone: set[str]) -> None:
     spec = parse(MINIMAL + f"stages: {{{off}: {{replicas: 0}}}}\n")
-    assert STAGES.keys() - spec.stages.keys() == gone
+    assert CATALOG.built_in.keys() - spec.stages.keys() == gone
     assert {edge.id for edge in spec.edges} == {
         edge for edge in STATIC_EDGES if not any(port.split(".")[0] in gone for port in edge.split("->"))
     }
@@ -247,7 +251,7 @@ def test_without_refuses_what_the_pipeline_cannot_miss() -> None:
 
 @unhurried
 @given(
-    st.sets(st.sampled_from(sorted(CAN_BE_OFF)), max_size=3).filter(
+    st.sets(st.sampled_from(sorted(can_be_off(CATALOG.built_in))), max_size=3).filter(
         lambda off: not {"vision_encoder", "audio_encoder"} <= off
     ),
     st.integers(10 * NS_PER_MS, 60 * NS_PER_S),
@@ -331,7 +335,8 @@ def test_the_last_set_wins_and_repairs_the_file() -> None:
 
 def test_set_reaches_into_lists() -> None:
     spec = parse(MINIMAL + WRITTEN_EDGES, "edges.0.credit.chunks=3")
-    assert spec.edges[0].credit.chunks == 3
+    first = next(edge for edge in spec.edges if edge.id == min(STATIC_EDGES))
+    assert first.credit.chunks == 3
 
 
 # ---- Hostile files --------------------------------------------------------------------------------------------------

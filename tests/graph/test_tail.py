@@ -417,13 +417,13 @@ def test_a_flood_of_acks_is_forgotten_but_for_the_newest() -> None:
 
 def test_an_ack_travels_as_a_chunk() -> None:
     ack = Ack(5, 3, 9, 4, 2, 1, ((5, 2), (7, 4)))
-    chunk = ack_chunk(SessionId("porch"), ack)
+    chunk = ack_chunk(SessionId("porch"), ack).on("playback")
     assert chunk.is_control
     assert ack_of(decode([bytes(frame) for frame in encode(chunk)])) == ack
 
 
 def test_an_ack_with_nothing_queued_travels_too() -> None:
-    assert ack_of(decode(encode(ack_chunk(SessionId("porch"), Ack(5))))) == Ack(5)
+    assert ack_of(decode(encode(ack_chunk(SessionId("porch"), Ack(5)).on("playback")))) == Ack(5)
 
 
 def test_a_chunk_without_an_ack_is_a_mistake() -> None:

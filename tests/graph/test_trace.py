@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_S, Chunk, Scalar, SessionId, Span, Trace
-from graph.streams import IMAGE, SPEECH, TEXT
 from graph.trace import Part, digest_of, leave_stage, slowest_stage, stage_seconds, waterfall
 from graph.window import Unit, WindowJoin
+from tests.support.streams import IMAGE, SPEECH, TEXT, inputs
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
@@ -109,12 +109,13 @@ def unit(
     awaited: frozenset[str] = frozenset(),
 ) -> Unit:
     by_stream = {stream: tuple(c for c in chunks if c.stream == stream) for stream in {c.stream for c in chunks}}
-    return Unit(PORCH, 0, 0, T, chunks=by_stream, missing=missing, traces=traces or {}, awaited=awaited)
+    taken = inputs(*{*by_stream, *missing, *awaited, *(traces or {})})
+    return Unit(PORCH, 0, 0, T, by_stream, missing, traces or {}, awaited=awaited, inputs=taken)
 
 
 def joined(chunks: list[Chunk]) -> Unit:
     """The unit which a join makes of these, in this order of arrival."""
-    join = WindowJoin(PORCH, [DOOR, GARAGE, MIC], window_ns=T, lateness_ns=None)
+    join = WindowJoin(PORCH, inputs(DOOR, GARAGE, MIC), window_ns=T, lateness_ns=None)
     for chunk in chunks:
         join.add(chunk)
     return next(u for stream in (DOOR, GARAGE, MIC) for u in join.advance(stream, T).units)

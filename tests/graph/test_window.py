@@ -8,7 +8,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId, Span, Trace
-from graph.window import FOREVER_NS, Joined, Late, Unit, WindowJoin
+from graph.kinds import Late
+from graph.window import FOREVER_NS, Joined, Unit, WindowJoin
+from stages.llm import Llm
+from tests.support.streams import inputs
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
@@ -19,8 +22,7 @@ LATENESS = 150 * NS_PER_MS
 
 
 def join(*streams: str, lateness_ns: int | None = LATENESS, late: Late = "drop", window_ns: int = T) -> WindowJoin:
-    policy = dict.fromkeys(streams, late)
-    return WindowJoin(SESSION, streams, window_ns=window_ns, lateness_ns=lateness_ns, late=policy)
+    return WindowJoin(SESSION, inputs(*streams, late=late), window_ns=window_ns, lateness_ns=lateness_ns)
 
 
 def piece(stream: str, start_ns: int, duration_ns: int = 0, seq: int = 0) -> Chunk:
@@ -198,7 +200,12 @@ def test_a_window_never_waits_for_a_still_camera_whose_watermark_advances() -> N
         subject.add(piece(MIC, k * T, T, seq=k))
         subject.advance(DOOR, (k + 1) * T)
         (unit,) = subject.advance(MIC, (k + 1) * T).units
-        assert (unit.index, unit.missing, len(unit.of(MIC)), unit.of(DOOR)) == (k, {DOOR}, 1, ())
+        assert (unit.index, unit.missing, len(unit.chunks.get(MIC, ())), unit.chunks.get(DOOR, ())) == (
+            k,
+            {DOOR},
+            1,
+            (),
+        )
 
 
 def test_a_chunk_on_the_border_belongs_to_the_window_that_begins() -> None:
@@ -206,15 +213,15 @@ def test_a_chunk_on_the_border_belongs_to_the_window_that_begins() -> None:
     subject.add(piece(DOOR, T - 1, seq=0))
     subject.add(piece(DOOR, T, seq=1))
     first, second = subject.advance(DOOR, 2 * T).units
-    assert [c.seq for c in first.of(DOOR)] == [0]
-    assert [c.seq for c in second.of(DOOR)] == [1]
+    assert [c.seq for c in first.chunks.get(DOOR, ())] == [0]
+    assert [c.seq for c in second.chunks.get(DOOR, ())] == [1]
 
 
 def test_a_chunk_across_the_border_belongs_where_it_starts() -> None:
     subject = join(MIC)
     subject.add(piece(MIC, T // 2, T))
     first, second = subject.advance(MIC, 2 * T).units
-    assert (len(first.of(MIC)), len(second.of(MIC))) == (1, 0)
+    assert (len(first.chunks.get(MIC, ())), len(second.chunks.get(MIC, ()))) == (1, 0)
 
 
 def test_one_watermark_far_ahead_closes_every_window_on_its_way() -> None:
@@ -246,7 +253,7 @@ def test_expire_gives_up_on_a_dead_camera_and_names_it() -> None:
     subject.advance(MIC, T)
     assert subject.expire(T + LATENESS - 1).units == ()
     (unit,) = subject.expire(T + LATENESS).units
-    assert (unit.missing, unit.closed_by, unit.awaited, len(unit.of(MIC))) == ({DOOR}, "", {DOOR}, 1)
+    assert (unit.missing, unit.closed_by, unit.awaited, len(unit.chunks.get(MIC, ()))) == ({DOOR}, "", {DOOR}, 1)
 
 
 def test_what_was_awaited_is_named_though_a_part_of_it_had_come() -> None:
@@ -291,11 +298,11 @@ def test_a_late_chunk_is_in_the_next_unit_by_the_policy_carry_and_named() -> Non
     late, on_time = piece(MIC, T - 1, seq=0), piece(MIC, T, seq=1)
     assert (subject.add(late), subject.add(on_time)) == (Joined(carried=(late,)), Joined())
     (unit,) = subject.advance(MIC, 2 * T).units
-    assert (unit.index, unit.of(MIC)) == (1, (late, on_time))
+    assert (unit.index, unit.chunks.get(MIC, ())) == (1, (late, on_time))
 
 
 def test_the_policy_is_each_streams_own_and_drop_where_none_is_given() -> None:
-    subject = WindowJoin(SESSION, [DOOR, MIC], window_ns=T, lateness_ns=0, late={MIC: "carry"})
+    subject = WindowJoin(SESSION, inputs(DOOR, late="drop") | inputs(MIC, late="carry"), window_ns=T, lateness_ns=0)
     subject.expire(T)
     assert len(subject.add(piece(DOOR, 0)).late) == 1
     assert len(subject.add(piece(MIC, 0)).late) == 0
@@ -311,7 +318,7 @@ def test_a_chunk_carried_after_the_last_window_leaves_in_one_window_more() -> No
     assert subject.expires_ns == 2 * T
     assert subject.expire(2 * T - 1).units == ()
     (unit,) = subject.expire(2 * T).units
-    assert (unit.index, unit.of(MIC), unit.is_afterword) == (1, (late,), True)
+    assert (unit.index, unit.chunks.get(MIC, ()), unit.is_afterword) == (1, (late,), True)
     assert subject.finished
 
 
@@ -355,7 +362,7 @@ def test_a_join_may_begin_with_any_window() -> None:
     assert subject.add(piece(DOOR, 3 * T - 1)).late
     subject.add(piece(DOOR, 3 * T))
     (unit,) = subject.advance(DOOR, 4 * T).units
-    assert (unit.index, unit.start_ns, len(unit.of(DOOR))) == (3, 3 * T, 1)
+    assert (unit.index, unit.start_ns, len(unit.chunks.get(DOOR, ()))) == (3, 3 * T, 1)
 
 
 def test_one_stream_that_has_ended_holds_no_window_open() -> None:
@@ -396,6 +403,6 @@ def test_a_trace_of_a_window_that_has_left_is_forgotten() -> None:
 
 def test_what_a_unit_emits_covers_its_window() -> None:
     (_, unit) = join(DOOR).advance(DOOR, 2 * T).units
-    made = unit.emit("text", attrs={"listen": True})
+    made = Llm.text.over(unit, attrs={"listen": True})
     assert (made.session, made.stream, made.start_ns, made.end_ns) == (SESSION, "text", T, 2 * T)
     assert made.attrs == {"listen": True}

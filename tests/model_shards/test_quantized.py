@@ -9,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deploy.actor.build import build_stage
-from graph.sections import LlmSpec
 from model_shards.checkpoint import COMPONENTS, build_hollow, check, inspect, load_shard, stored_tensors
 from model_shards.config import RELEASED, LlmConfig, ModelConfig, Quantization, load_config
 from model_shards.errors import ModelError
@@ -20,7 +18,8 @@ from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.quantize import Bits, compare_speed, quantize_checkpoint
 from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle
 from model_shards.split import verify_split
-from stages.feed import Feeds
+from stages.llm import Llm, LlmOptions
+from stages.stage import Site
 from tests.support.units import audio, session, unit
 
 BITS: tuple[Bits, ...] = (8, 4)
@@ -171,7 +170,7 @@ def test_how_much_smaller_and_how_far_off_is_told(whole: Path, tmp_path: Path):
 
 
 def test_a_session_runs_on_it_in_the_type_which_its_kernels_know(small: tuple[Path, Bits]):
-    stage = build_stage("llm", LlmSpec(), small[0], Feeds())
+    stage = Llm.load(LlmOptions(), Site("llm", small[0]))
     stage.open_session(session(speech=False))
     rows = torch.randn(10, 128, generator=torch.Generator().manual_seed(1)).numpy()
     said = [chunk for index in range(12) for chunk in stage.process([unit("door", index, audio("door", index, rows))])]

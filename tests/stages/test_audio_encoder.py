@@ -3,10 +3,11 @@
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.streams import MIC, SOUND_RATE_HZ
 from graph.window import Unit
 from stages.audio_encoder import VOICE_ROLE, AudioEncoder
+from stages.rates import SOUND_RATE_HZ
 from tests.support.batching import TOLERANCE, assert_batches
+from tests.support.streams import MIC
 from tests.support.tiny import Tiny
 from tests.support.units import session, unit
 

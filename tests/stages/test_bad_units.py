@@ -7,10 +7,10 @@ import pytest
 
 from deploy.actor.isolation import process
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.streams import MIC, camera_stream
 from graph.window import Unit
 from stages.stage import Stage
 from tests.support.batching import open_all
+from tests.support.streams import MIC, camera_stream
 from tests.support.tiny import Tiny
 from tests.support.units import audio, codes, image, text, unit
 

@@ -20,15 +20,16 @@ from tests.support.media_script import (
     source,
     watermarks,
 )
+from tests.support.streams import inputs
 
-CAMERA = "camera/door"
+CAMERA = "frames"
 
 
 def windows(chunks) -> list[tuple[int, list[str]]]:
     """The windows a stage that sees and hears would get: index, and what is missing."""
-    join = WindowJoin(DOOR, (CAMERA, "mic"), window_ns=NS_PER_S, lateness_ns=None)
+    join = WindowJoin(DOOR, inputs(CAMERA, "sound"), window_ns=NS_PER_S, lateness_ns=None)
     units = []
-    for chunk in (chunk for chunk in chunks if chunk.stream in (CAMERA, "mic")):
+    for chunk in (chunk for chunk in chunks if chunk.stream in (CAMERA, "sound")):
         if chunk.type is ChunkType.DATA:
             assert join.add(chunk).late == ()
         elif chunk.type is ChunkType.END:
@@ -45,13 +46,13 @@ def test_a_source_of_20_s_gives_exactly_20_windows(paced: bool):
     said = door.until(21)
     assert windows(said) == [(index, []) for index in range(20)]
     assert [chunk.start_ns for chunk in data(said, CAMERA)] == [index * NS_PER_S for index in range(20)]
-    assert ends(said) == {CAMERA: [19 * NS_PER_S + 1], "mic": [20 * NS_PER_S]}
+    assert ends(said) == {CAMERA: [19 * NS_PER_S + 1], "sound": [20 * NS_PER_S]}
     assert door.finished == (True, True)
 
 
 def test_a_source_without_sound_gives_as_many_windows():
     said = Door(FakeMedia(source(20, sounds=False))).until(21)
-    assert windows(said) == [(index, ["mic"]) for index in range(20)]
+    assert windows(said) == [(index, ["sound"]) for index in range(20)]
 
 
 def test_a_source_without_pictures_gives_as_many_windows():
@@ -121,12 +122,12 @@ def test_a_live_camera_that_dies_costs_its_windows_and_comes_back():
     # Then: every window has left, and only those are missing something in which it was away.
     assert windows(said) == [
         *((index, []) for index in (0, 1)),
-        (2, ["mic"]),
-        *((index, [CAMERA, "mic"]) for index in (3, 4)),
+        (2, ["sound"]),
+        *((index, [CAMERA, "sound"]) for index in (3, 4)),
         *((index, []) for index in (5, 6, 7)),
     ]
     assert events(said) == ["camera_up", "camera_lost", "camera_lost", "camera_up", "camera_ended"]
-    assert ends(said) == {CAMERA: [8 * NS_PER_S], "mic": [8 * NS_PER_S]}
+    assert ends(said) == {CAMERA: [8 * NS_PER_S], "sound": [8 * NS_PER_S]}
 
 
 @pytest.mark.parametrize("paced", [True, False])
@@ -134,8 +135,8 @@ def test_a_file_that_breaks_owes_its_windows_until_the_duration(paced: bool):
     reader = FakeReader(*seconds(0, 2), Failed("unreadable", "clip.mp4 is damaged"))
     door = Door(FakeMedia(reader), paced=paced, duration_ns=6 * NS_PER_S)
     said = door.until(7)
-    assert windows(said) == [(index, [CAMERA, "mic"] if index > 1 else []) for index in range(6)]
-    assert ends(said) == {CAMERA: [6 * NS_PER_S], "mic": [6 * NS_PER_S]}
+    assert windows(said) == [(index, [CAMERA, "sound"] if index > 1 else []) for index in range(6)]
+    assert ends(said) == {CAMERA: [6 * NS_PER_S], "sound": [6 * NS_PER_S]}
     assert door.finished == (True, True)
 
 
@@ -145,7 +146,7 @@ def test_end_stops_both_sources_with_the_window_of_now():
     for stage in (door.camera, door.microphone):
         stage.end(DOOR, round(3.4 * NS_PER_S))
     said += door.until(6, start_s=3.5)
-    assert ends(said) == {CAMERA: [4 * NS_PER_S], "mic": [4 * NS_PER_S]}
+    assert ends(said) == {CAMERA: [4 * NS_PER_S], "sound": [4 * NS_PER_S]}
     assert door.finished == (True, True)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
-from graph.streams import SPEECH_RATE_HZ
 from stages.disk import Disk
 from stages.events import Events
 from stages.feed import Feed, Feeds, FeedStage, Reading
+from stages.rates import SPEECH_RATE_HZ
 from stages.speaker import Speaker
 from stages.stage import MissingDependency, Session, Stage, StageError
 from stages.wav import Output, OutputEvent

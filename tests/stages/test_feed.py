@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S, SessionId
-from graph.streams import SOUND_RATE_HZ
 from stages.feed import MAX_CLOSED, Feed, Feeds
 from stages.feed_opening import in_thread
 from stages.feed_retries import Retries
 from stages.media import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.media_health import Totals
+from stages.rates import SOUND_RATE_HZ
 from stages.stage import Session, SourceReport
 from tests.support.media_script import (
     DOOR,
@@ -279,7 +279,7 @@ def windows_of(door: Door, clock: list[float], end_s: int) -> dict[str, list[int
         clock[0] = step / 10
         said += door.at(clock[0])
     assert not ends(said), "a live camera has not ended"
-    return {stream: [chunk.start_ns // NS_PER_S for chunk in data(said, stream)] for stream in ("camera/door", "mic")}
+    return {stream: [chunk.start_ns // NS_PER_S for chunk in data(said, stream)] for stream in ("frames", "sound")}
 
 
 @pytest.mark.parametrize("tracks", [{}, {"pictures": False}, {"sounds": False}])
@@ -288,15 +288,15 @@ def test_a_track_that_one_connection_lacks_comes_with_the_next(tracks):
     media = FakeMedia(Timed(clock, 0, 3, GONE), Timed(clock, 4, 6, GONE, **tracks), Timed(clock, 8, 15))
     seen = windows_of(Door(media), clock, 15)
     between = [4, 5]
-    assert seen["camera/door"] == [0, 1, 2, *(between if tracks.get("pictures", True) else []), *range(8, 15)]
-    assert seen["mic"] == [0, 1, 2, *(between if tracks.get("sounds", True) else []), *range(8, 15)]
+    assert seen["frames"] == [0, 1, 2, *(between if tracks.get("pictures", True) else []), *range(8, 15)]
+    assert seen["sound"] == [0, 1, 2, *(between if tracks.get("sounds", True) else []), *range(8, 15)]
 
 
 def test_a_camera_that_got_its_microphone_later_is_heard_from_then_on():
     clock = [0.0]
     media = FakeMedia(Timed(clock, 0, 3, GONE, sounds=False), Timed(clock, 4, 8))
     seen = windows_of(Door(media), clock, 8)
-    assert (seen["camera/door"], seen["mic"]) == ([0, 1, 2, 4, 5, 6, 7], [4, 5, 6, 7])
+    assert (seen["frames"], seen["sound"]) == ([0, 1, 2, 4, 5, 6, 7], [4, 5, 6, 7])
 
 
 def test_nobody_waits_for_a_track_that_this_connection_lacks():
@@ -304,7 +304,7 @@ def test_nobody_waits_for_a_track_that_this_connection_lacks():
     clock = [0.0]
     door = Door(FakeMedia(Timed(clock, 0, 5, sounds=False)), lateness_ns=NS_PER_S // 2)
     clock[0] = 2.0
-    assert max(watermarks(door.at(1.0, 2.0), "mic")) == 2 * NS_PER_S, "and not half a second later"
+    assert max(watermarks(door.at(1.0, 2.0), "sound")) == 2 * NS_PER_S, "and not half a second later"
 
 
 # --- a track that stops while the other one goes on ---------------------------------------------------------------
@@ -422,12 +422,12 @@ def test_a_file_goes_on_where_it_was_when_all_of_us_were_stopped_for_an_hour():
     before, after = door.until(4.9), []
     for step in range(100):
         after += door.at(3600 + 4.9 + step / 10)
-    assert [chunk.start_ns // NS_PER_S for chunk in data(before, "camera/door")] == [0, 1, 2, 3, 4]
+    assert [chunk.start_ns // NS_PER_S for chunk in data(before, "frames")] == [0, 1, 2, 3, 4]
     late = [chunk for chunk in after if chunk.end_ns < 3600 * NS_PER_S and not chunk.is_control]
     assert len(late) <= 1, "the window that was open"
     # Then: second 5 of the file is second 3605 of the session.
-    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "camera/door")] == list(range(3605, 3615))
-    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "mic")][-9:] == list(range(3605, 3614))
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "frames")] == list(range(3605, 3615))
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "sound")][-9:] == list(range(3605, 3614))
     assert len(after) < 100
     assert [str(chunk.attrs["reason"]) for chunk in data(after, "events")] == ["stopped"]
 
@@ -440,15 +440,15 @@ def test_a_live_camera_forgets_what_has_piled_up_when_all_of_us_were_stopped():
     after = door.until(3601, start_s=3600)
     reader.give(*seconds(3601, 3602))
     after += door.until(3603, start_s=3601.1)
-    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "camera/door")] == [3600, 3601]
-    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "mic")] == [3600, 3601]
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "frames")] == [3600, 3601]
+    assert [chunk.start_ns // NS_PER_S for chunk in data(after, "sound")] == [3600, 3601]
     assert len([chunk for chunk in after if chunk.is_control]) < 20
 
 
 def test_in_virtual_time_nobody_is_ever_stopped():
     door = Door(FakeMedia(FakeReader(*seconds(0, 6), Ended("over"))), paced=False)
     said = door.at(0.0, 3600.0, 7200.0, 7200.1)
-    assert [chunk.start_ns // NS_PER_S for chunk in data(said, "camera/door")] == list(range(6))
+    assert [chunk.start_ns // NS_PER_S for chunk in data(said, "frames")] == list(range(6))
 
 
 # --- a source that takes long to open -----------------------------------------------------------------------------

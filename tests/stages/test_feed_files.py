@@ -13,8 +13,9 @@ from stages.microphone import Microphone
 from stages.stage import Session
 from tests.support.media import Clip, damaged, times
 from tests.support.media_script import DOOR
+from tests.support.streams import inputs
 
-CAMERA = "camera/door"
+CAMERA = "frames"
 CREDIT = 4  # chunks of each stream that may wait for their window
 PATIENCE_S = 60.0
 
@@ -24,8 +25,8 @@ class Pair:
 
     def __init__(self, source: Path) -> None:
         self.feeds = Feeds()
-        self.stages = {CAMERA: Camera(self.feeds), "mic": Microphone(self.feeds)}
-        self.join = WindowJoin(DOOR, (CAMERA, "mic"), window_ns=NS_PER_S, lateness_ns=None)
+        self.stages = {CAMERA: Camera(self.feeds), "sound": Microphone(self.feeds)}
+        self.join = WindowJoin(DOOR, inputs(CAMERA, "sound"), window_ns=NS_PER_S, lateness_ns=None)
         self.missing: list[set[str]] = []
         self.waiting = dict.fromkeys(self.stages, 0)
         for stage in self.stages.values():
@@ -58,10 +59,10 @@ class Pair:
         for unit in joined.units:
             self.missing.append(set(unit.missing))
             for stream in self.stages:
-                self.waiting[stream] -= len(unit.of(stream))
+                self.waiting[stream] -= len(unit.chunks.get(stream, ()))
 
 
-SOUND, PICTURES = {"mic"}, {CAMERA}
+SOUND, PICTURES = {"sound"}, {CAMERA}
 
 
 @pytest.mark.parametrize(

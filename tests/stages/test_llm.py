@@ -10,13 +10,13 @@ import torch
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.ladder import STEPS, holds_window
-from graph.streams import EVENTS, TEXT
 from graph.window import Unit
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
 from stages.llm import Llm
 from stages.stage import Session, StageError
 from tests.support.batching import assert_batches, open_all
+from tests.support.streams import EVENTS, TEXT
 from tests.support.tiny import MAX_UNIT, Tiny, session_tokens
 from tests.support.units import DOOR, ack, audio, image, session, unit
 
@@ -326,7 +326,7 @@ def test_a_model_that_needs_pictures_is_shown_the_last_one_again(tiny: Tiny, nee
     recorder = Recorder(tiny)
     stage = tiny.llm(model=recorder, needs_pictures=needs_pictures)
     stage.open_session(session(speech=False))
-    last = torch.from_numpy(window("door", 1, pictures=2).of("image")[-1].arrays["embeds"][0])
+    last = torch.from_numpy(window("door", 1, pictures=2).chunks.get("image", ())[-1].arrays["embeds"][0])
     shown = []
     for index, pictures in enumerate((0, 2, 0, 0)):
         recorder.fed.clear()
@@ -342,7 +342,7 @@ def test_pictures_for_which_a_unit_has_no_room_are_skipped_and_told(tiny: Tiny):
     told = [chunk for chunk in stage.process([window("door", 3, pictures=5)]) if chunk.stream == EVENTS]
     assert [dict(chunk.attrs) for chunk in told] == [{"type": "pictures_skipped", "window": 3, "num_pictures": 3}]
     assert len(recorder.fed[1]) == 1 + 2 * 66 + 10
-    newest = torch.from_numpy(window("door", 3, pictures=5).of("image")[-1].arrays["embeds"][0])
+    newest = torch.from_numpy(window("door", 3, pictures=5).chunks.get("image", ())[-1].arrays["embeds"][0])
     assert torch.equal(recorder.fed[1][-75:-11], newest)  # before its mark and the sound
 
 

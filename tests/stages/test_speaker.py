@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType
-from graph.streams import SPEECH_RATE_HZ
 from graph.tail import Ack, ack_of
+from stages.rates import SPEECH_RATE_HZ
 from stages.speaker import Speaker
 from stages.stage import ListenerAction
 from stages.wav import OutputEvent

@@ -107,7 +107,7 @@ def test_text_waits_in_order_until_the_listener_is_ready(tiny: Tiny):
 def test_at_most_one_window_of_speech_is_made_in_a_window(tiny: Tiny):
     stage = tiny.tts()
     opened(stage)
-    words = [chunk for index in range(3) for chunk in say("door", index).of("text")]
+    words = [chunk for index in range(3) for chunk in say("door", index).chunks.get("text", ())]
     assert texts(stage.process([unit("door", 2, *words)])) == ["door0"]
 
 

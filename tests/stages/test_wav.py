@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S
-from graph.streams import SPEECH_RATE_HZ
+from stages.rates import SPEECH_RATE_HZ
 from stages.wav import MAX_PART_S, OutputEvent, WavOutput
 
 

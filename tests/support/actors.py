@@ -12,9 +12,10 @@ from deploy.actor.session_plan import Listener, SessionSnapshot, StageSnapshot
 from deploy.control.calls import ActorDied
 from deploy.control.coordinator import Coordinator
 from graph.chunk import NS_PER_S, SessionId
-from graph.spec import default_spec_path, load_spec
+from graph.spec import default_spec_path
 from graph.tail import Ack
 from stages.stage import Session, StageError
+from tests.support.specs import load_spec
 
 AHEAD_NS = 5 * NS_PER_S
 HEARD = Listener(Ack(3), 1)

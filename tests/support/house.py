@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -18,12 +19,13 @@ from graph.clock import Clock, SystemClock
 from graph.credit import Grant, Limit
 from graph.edge import Arrival, EdgeRule
 from graph.gather import Gathering
+from graph.kinds import Late
 from graph.ledger import Account, merge
 from graph.metrics import Metrics
-from graph.streams import MIC, TEXT, camera_stream
 from graph.tail import Ack, ack_chunk
-from graph.window import Late, Unit
+from graph.window import Input, Unit
 from stages.stage import Session, Stage, StageError
+from tests.support.streams import KINDS, MIC, TEXT, input_of, outputs, stream_of
 from tests.support.units import session
 
 SEEN = "camera.frames->vision_encoder.frames"
@@ -80,8 +82,8 @@ class Ticker(Stage):
         index = self._next[session]
         self._next[session] = min(index + 1, self._num_windows + 1)
         if index < self._num_windows:
-            return [heard(session, index), watermark(session, MIC, (index + 1) * NS_PER_S)]
-        return [end_of_stream(session, MIC, index * NS_PER_S)] if index == self._num_windows else []
+            return [replace(heard(session, index), stream="sound"), watermark(session, "sound", (index + 1) * NS_PER_S)]
+        return [end_of_stream(session, "sound", index * NS_PER_S)] if index == self._num_windows else []
 
     def finished(self, session: SessionId) -> bool:
         return self._next[session] > self._num_windows
@@ -96,7 +98,7 @@ class Shutter(Stage):
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         self._num_taken += 1
         image = np.zeros((1, 1, 3), np.uint8)
-        return [Chunk(session, camera_stream(session), self._num_taken * NS_PER_S, arrays={"image": image})]
+        return [Chunk(session, "frames", self._num_taken * NS_PER_S, arrays={"image": image})]
 
     def finished(self, session: SessionId) -> bool:
         return False
@@ -104,8 +106,6 @@ class Shutter(Stage):
 
 class Echo(Stage):
     """Says what it hears, chunk by chunk; remembers its batches and interruptions. Has room for `room` sessions."""
-
-    outputs = (TEXT,)
 
     def __init__(self, room: int = 100) -> None:
         self.room = room
@@ -126,7 +126,7 @@ class Echo(Stage):
     def process(self, units: list[Unit]) -> list[Chunk]:
         self.batches.append([(unit.session, unit.index) for unit in units])
         self.units += units
-        return [_said(unit, chunk) for unit in units for chunk in unit.of(MIC)]
+        return [_said(unit, chunk) for unit in units for chunk in unit.chunks.get(MIC, ())]
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         self.interruptions.append((session, ack))
@@ -166,8 +166,6 @@ class Ear(Stage):
 
 class Notes(Stage):
     """Takes each chunk as it comes."""
-
-    windowed = False
 
     def __init__(self) -> None:
         self.chunks: list[Chunk] = []
@@ -238,22 +236,31 @@ class House:
         """A session at every stage here, those that send last."""
         opened = session(name, **fields)
         for stage in reversed(list(self.runners)):
-            inputs = [edge for edge in self.edges if _ends(edge)[1] == stage and _port(edge) != "playback"]
-            named = {"sound": MIC, "frames": camera_stream(name)}
-            streams = {named.get(port, port): self.late for port in map(_port, inputs) if port != "events"}
-            peers = {edge: 0 for edge in self.edges if _ends(edge)[0] == stage}
-            ends = not [edge for edge in peers if _port(edge) not in ("playback", "events")]
-            ends = ends if self.ends_windows is None else stage == self.ends_windows
-            plan = SessionPlan(opened, streams, len(inputs), peers, ends_windows=ends, makes=self._makes(stage, name))
-            self.runners[stage].open_session(plan)
+            self.runners[stage].open_session(self.plan(stage, opened))
         for runner in self.runners.values():
             runner.begin_session(opened.id, origin_ns)
         return opened
 
-    def _makes(self, stage: str, name: str) -> tuple[str, ...]:
-        named = {"sound": MIC, "frames": camera_stream(name)}
-        ports = [_port(edge) for edge in self.edges if _ends(edge)[0] == stage and _port(edge) != "playback"]
-        return tuple(named.get(port, port) for port in ports)
+    def plan(self, stage: str, opened: Session, **fields: object) -> SessionPlan:
+        """How a stage here takes part in a session."""
+        inputs = [edge for edge in self.edges if _ends(edge)[1] == stage and _port(edge) != "playback"]
+        peers = {edge: 0 for edge in self.edges if _ends(edge)[0] == stage}
+        ends = not [edge for edge in peers if _port(edge) not in ("playback", "events")]
+        plan = SessionPlan(
+            opened,
+            {s: i for s, i in (self._input(edge, opened.camera) for edge in inputs) if i.kind.is_windowed},
+            ports={edge: _port(edge) for edge in inputs},
+            num_inputs=len(inputs),
+            outputs=outputs(opened.camera, peers),
+            peers=peers,
+            to_sources=frozenset(edge for edge in peers if _ends(edge)[1] in ("camera", "microphone")),
+            ends_windows=ends if self.ends_windows is None else stage == self.ends_windows,
+        )
+        return replace(plan, **fields)
+
+    def _input(self, edge: str, camera: str) -> tuple[str, Input]:
+        stream = stream_of(KINDS[_port(edge)], camera)
+        return stream, input_of(stream, self.late, edge, _ends(edge)[0])
 
     def take(self, chunk: Chunk, edge: str = SOUND) -> None:
         """A chunk comes in on an edge, as from the bus."""
@@ -307,7 +314,8 @@ def heard(session: SessionId, index: int, epoch: int = 0) -> Chunk:
 
 
 def _said(unit: Unit, chunk: Chunk) -> Chunk:
-    return unit.emit(TEXT, arrays={"token_ids": chunk.arrays["samples"].astype(np.int64)})
+    arrays = {"token_ids": chunk.arrays["samples"].astype(np.int64)}
+    return Chunk(unit.session, TEXT, unit.start_ns, unit.end_ns - unit.start_ns, arrays=arrays)
 
 
 def barge_in(session: SessionId, at_ns: int, epoch: int) -> Chunk:

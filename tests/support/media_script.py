@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
-from graph.streams import SOUND_RATE_HZ
 from stages.camera import Camera
 from stages.feed import Feeds
 from stages.media import FOREVER_NS, Ended, Failed, Frame, MediaError, MediaItem, MediaRequest, Progress, Sound
 from stages.microphone import Microphone
+from stages.rates import SOUND_RATE_HZ
 from stages.stage import Session
 
 DOOR = SessionId("door")

@@ -5,10 +5,11 @@ from collections import defaultdict
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
-from graph.streams import AUDIO, CODES, IMAGE, SPEECH, SPEECH_RATE_HZ, TEXT
 from graph.tail import Ack
 from graph.window import Unit
+from stages.rates import SPEECH_RATE_HZ
 from stages.stage import Session
+from tests.support.streams import AUDIO, CODES, IMAGE, SPEECH, TEXT, inputs
 
 DOOR = SessionId("door")
 
@@ -26,7 +27,8 @@ def unit(name: str, index: int, *chunks: Chunk) -> Unit:
         by_stream[chunk.stream].append(chunk)
     streams = {stream: tuple(found) for stream, found in by_stream.items()}
     closed_by = next(iter(streams), "text")
-    return Unit(SessionId(name), index, index * NS_PER_S, (index + 1) * NS_PER_S, streams, closed_by=closed_by)
+    start_ns, taken = index * NS_PER_S, inputs(*streams)
+    return Unit(SessionId(name), index, start_ns, start_ns + NS_PER_S, streams, closed_by=closed_by, inputs=taken)
 
 
 def image(name: str, start_ns: int, embeds: np.ndarray) -> Chunk:

@@ -1,0 +1,240 @@
+"""What the machinery must know of a kind of stage: it stands on the stage's class and is read off it here. Pure.
+
+Rule: nothing outside a stage's class says what the stage takes, makes or needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+from graph.chunk import Array, Chunk, Scalar, SessionId, end_of_stream, watermark
+from graph.costs import StageCost
+from graph.errors import GraphError
+from graph.kinds import Kind, Late
+from graph.sections import StageOptions
+from graph.window import Unit
+from graph.wording import listed
+
+Scope: TypeAlias = Literal["session", "pipeline"]
+
+
+class StageTypeError(GraphError):
+    """A class can't be a stage; says why and what instead."""
+
+
+class In:
+    """An input of a stage, as an attribute of its class: `frames = In(FRAMES)`.
+
+    side:        it holds nobody up and ends no window: what does not come in time is counted, and left out.
+    many:        several stages may feed it; only for kinds without windows, such as events.
+    optional:    the stage is of use without it.
+    window_ns:   its units hold what came in this time before their end (a sliding window); None: in their window.
+    lateness_ns: a unit waits for it this long after its end; None: as the pipeline says.
+    late:        what happens to a chunk whose window has left; None: as its kind says.
+    """
+
+    is_feedback = False
+
+    def __init__(
+        self,
+        kind: Kind[Any],
+        *,
+        side: bool = False,
+        many: bool = False,
+        optional: bool = False,
+        window_ns: int | None = None,
+        lateness_ns: int | None = None,
+        late: Late | None = None,
+    ) -> None:
+        self.kind = kind
+        self.side = side
+        self.many = many
+        self.optional = optional
+        self.window_ns = window_ns
+        self.lateness_ns = lateness_ns
+        self.late = late
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+
+class Feedback(In):
+    """An input that carries news from downstream, such as what the listener has heard; it may close a circle."""
+
+    is_feedback = True
+
+    def __init__(self, kind: Kind[Any]) -> None:
+        super().__init__(kind, optional=True)
+
+
+class Out:
+    """An output of a stage, as an attribute of its class: `moving = Out(FRAMES)`. Makes what leaves there.
+
+    view: of which of a camera's views it is, for those that have several.
+    """
+
+    def __init__(self, kind: Kind[Any]) -> None:
+        self.kind = kind
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def chunk(
+        self,
+        session: SessionId,
+        start_ns: int,
+        duration_ns: int = 0,
+        *,
+        arrays: Mapping[str, Array] | None = None,
+        attrs: Mapping[str, Scalar] | None = None,
+        view: str = "",
+    ) -> Chunk:
+        """A chunk of data, which covers [start_ns, start_ns + duration_ns) of the session's event time."""
+        return Chunk(session, self._stream(view), start_ns, duration_ns, arrays=arrays or {}, attrs=attrs or {})
+
+    def over(
+        self, unit: Unit, *, arrays: Mapping[str, Array] | None = None, attrs: Mapping[str, Scalar] | None = None
+    ) -> Chunk:
+        """A chunk of data, which covers the unit's window."""
+        return self.chunk(unit.session, unit.start_ns, unit.end_ns - unit.start_ns, arrays=arrays, attrs=attrs)
+
+    def like(
+        self, chunk: Chunk, *, arrays: Mapping[str, Array] | None = None, attrs: Mapping[str, Scalar] | None = None
+    ) -> Chunk:
+        """What came in, of the same time, with the same content or another one."""
+        return Chunk(
+            chunk.session,
+            self.name,
+            chunk.start_ns,
+            chunk.duration_ns,
+            arrays=chunk.arrays if arrays is None else arrays,
+            attrs=chunk.attrs if attrs is None else attrs,
+        )
+
+    def event(self, session: SessionId, at_ns: int, kind: str, **attrs: Scalar) -> Chunk:
+        """Something worth telling; kind: what it is, as the other events of its kind are called."""
+        return Chunk(session, self.name, at_ns, attrs={"type": kind, **attrs})
+
+    def watermark(self, session: SessionId, at_ns: int, *, view: str = "") -> Chunk:
+        """For sources. A promise: nothing before `at_ns` will leave here."""
+        return watermark(session, self._stream(view), at_ns)
+
+    def end(self, session: SessionId, at_ns: int, *, view: str = "") -> Chunk:
+        """For sources. Nothing will leave here any more; what has left ends at `at_ns` at the latest."""
+        return end_of_stream(session, self._stream(view), at_ns)
+
+    def _stream(self, view: str) -> str:
+        return f"{self.name}/{view}" if view else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class StageType:
+    """A kind of stage.
+
+    use:          where its class is, "module:Class".
+    options:      what may be written of it in pipeline.yaml.
+    scope:        session: each session has a state of its own, and keeps to one replica. pipeline: one replica has the
+                  state of all sessions.
+    component:    the part of the checkpoint that it computes with; "" for none. With one it has a process of its own.
+    cost:         what a batch takes, until it is measured.
+    is_local:     it opens files, cameras or devices of the machine on which `pipeline up` runs.
+    can_be_off:   `replicas: 0` is allowed. is_needed: it is of use though nothing takes what it makes.
+    shares:       what it reads together with other stages, which then live in one process with it; "" for nothing.
+    ends_windows: a window has come to its end when it has passed this stage, if no other such stage comes behind it.
+    """
+
+    use: str
+    about: str
+    inputs: Mapping[str, In]
+    outputs: Mapping[str, Out]
+    options: type[StageOptions]
+    scope: Scope = "session"
+    component: str = ""
+    cost: StageCost | None = None
+    is_local: bool = False
+    can_be_off: bool = True
+    is_needed: bool = False
+    ends_windows: bool = False
+    shares: str = ""
+
+    @property
+    def has_model(self) -> bool:
+        return bool(self.component)
+
+
+class Catalog(Protocol):
+    """Where stages are found (stages/catalog.py)."""
+
+    @property
+    def built_in(self) -> Mapping[str, StageType]:
+        """Those that every pipeline has, by name, in the order in which a window passes them."""
+
+    @property
+    def installed(self) -> Mapping[str, str]:
+        """Those that other packages bring: by name, where the class is."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Folders in which classes are looked for, beside the installed packages."""
+
+    def find(self, use: str) -> StageType:
+        """The stage of a class ("module:Class") or of a name. Raises StageTypeError: what is wrong with it."""
+
+
+def stage_type_of(cls: Any, use: str) -> StageType:
+    """What a stage's class declares. use: where it is. Raises StageTypeError."""
+    ports = {name: port for base in reversed(cls.__mro__) for name, port in vars(base).items()}
+    inputs = {name: port for name, port in ports.items() if isinstance(port, In)}
+    outputs = {name: port for name, port in ports.items() if isinstance(port, Out)}
+    _check(cls, use, inputs, outputs)
+    return StageType(
+        use=use,
+        about=(cls.__doc__ or "").strip().partition("\n")[0],
+        inputs=inputs,
+        outputs=outputs,
+        options=cls.Options,
+        scope=cls.scope,
+        component=cls.component,
+        cost=cls.cost,
+        is_local=cls.is_local,
+        can_be_off=cls.can_be_off,
+        is_needed=cls.is_needed,
+        ends_windows=cls.ends_windows,
+        shares=cls.shares,
+    )
+
+
+def can_be_off(types: Mapping[str, StageType]) -> set[str]:
+    """Those of the stages that may be switched off."""
+    return {name for name, each in types.items() if each.can_be_off}
+
+
+def needed_among(types: Mapping[str, StageType]) -> set[str]:
+    """Those of the stages that are of use though nothing takes what they make."""
+    return {name for name, each in types.items() if each.is_needed}
+
+
+def _check(cls: Any, use: str, inputs: Mapping[str, In], outputs: Mapping[str, Out]) -> None:
+    if not inputs and not outputs:
+        raise StageTypeError(f"{use} has no ports; write some in the class, like `frames = In(FRAMES)`")
+    ports: list[In | Out] = [*inputs.values(), *outputs.values()]
+    for port in ports:
+        if not isinstance(port.kind, Kind):
+            raise StageTypeError(f"{use}: {port.name} is of kind {port.kind!r}; give it a Kind, like FRAMES")
+    if both := inputs.keys() & outputs.keys():
+        raise StageTypeError(f"{use}: {listed(both)} is an input and an output; give them names of their own")
+    if many := [name for name, port in inputs.items() if port.many and port.kind.is_windowed]:
+        raise StageTypeError(f"{use}: {listed(many)}: windows come from one source; many=True is for events")
+    windows = {port.kind.is_windowed for port in inputs.values() if not port.is_feedback}
+    if len(windows) > 1:
+        raise StageTypeError(f"{use}: some inputs come in windows and some do not; make two stages of it")
+    if not (isinstance(cls.Options, type) and issubclass(cls.Options, StageOptions)):
+        raise StageTypeError(f"{use}: its Options are no StageOptions; write `class Options(StageOptions):`")
+    if cls.scope not in get_args(Scope):
+        raise StageTypeError(f"{use}: scope is {cls.scope!r}; it must be 'session' or 'pipeline'")
+    if lacking := [name for name, field in cls.Options.model_fields.items() if field.is_required()]:
+        raise StageTypeError(f"{use}: Options.{lacking[0]} has no default; give it one")

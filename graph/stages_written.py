@@ -1,0 +1,52 @@
+"""Which stages a description names, and what each of them is. Pure, but for the classes that are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graph.sections import class_path, name_of
+from graph.stage_type import Catalog, StageType, StageTypeError
+from graph.wording import suggest
+from graph.yaml_file import Document, KeyPath
+
+
+def stages_of(document: Document, catalog: Catalog) -> dict[str, StageType]:
+    """What each stage is, by its name: those that every pipeline has, and those that the document adds.
+
+    What can't be found is noted as a problem of the document, and taken out of it.
+    """
+    types = dict(catalog.built_in)
+    written = document.tree.get("stages") if isinstance(document.tree, dict) else None
+    if not isinstance(written, dict):
+        return types
+    for name in list(written):
+        section = written[name]
+        use = section.get("use") if isinstance(section, dict) else None
+        path: KeyPath = ("stages", name)
+        if use is None and name in catalog.built_in:
+            continue
+        problem = _problem(name, use, types, catalog)
+        if problem:
+            place = document.place((*path, "use") if use is not None else path, of_key=use is None)
+            document.problems.append((place, problem))
+            del written[name]
+            types.pop(name, None) if name not in catalog.built_in else None
+    return types
+
+
+def _problem(name: str, use: Any, types: dict[str, StageType], catalog: Catalog) -> str:
+    """Enter the stage into `types`, or say what is wrong with it."""
+    try:
+        name_of(name)
+        types[name] = catalog.find(name if use is None else class_path(use))
+    except (ValueError, StageTypeError) as error:
+        if use is None:
+            return _unknown(name, catalog.built_in, catalog.installed)
+        return f"stages.{name}.use: {error}"
+    return ""
+
+
+def _unknown(name: str, built_in: Mapping[str, object], installed: Mapping[str, object]) -> str:
+    instead = suggest(name, [*built_in, *installed], alone=False)
+    return f"there is no stage {name!r}{instead or '; one of your own names its class: use: module:Class'}"

@@ -1,0 +1,102 @@
+"""Where stages are found: built in, brought by other packages (entry points `omni.stages`), or by "module:Class"."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from graph.stage_type import StageType, StageTypeError, stage_type_of
+from graph.wording import clipped, suggest
+from stages.stage import Stage
+
+GROUP: Final = "omni.stages"
+# In the order in which a window passes them.
+BUILT_IN: Final[Mapping[str, str]] = {
+    "camera": "stages.camera:Camera",
+    "microphone": "stages.microphone:Microphone",
+    "vision_encoder": "stages.vision_encoder:VisionEncoder",
+    "audio_encoder": "stages.audio_encoder:AudioEncoder",
+    "llm": "stages.llm:Llm",
+    "tts": "stages.tts:Tts",
+    "vocoder": "stages.vocoder:Vocoder",
+    "speaker": "stages.speaker:Speaker",
+    "events": "stages.events:Events",
+}
+
+
+class StageCatalog:
+    """The stages of this installation, and of a folder; a class is imported when it is looked up."""
+
+    def __init__(self, beside: Path | None = None) -> None:
+        """beside: where the pipeline.yaml is."""
+        self._beside = beside
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return () if self._beside is None else (str(self._beside.absolute()),)
+
+    @cached_property
+    def built_in(self) -> Mapping[str, StageType]:
+        return {name: self.find(use) for name, use in BUILT_IN.items()}
+
+    @cached_property
+    def installed(self) -> Mapping[str, str]:
+        return {entry.name: entry.value for entry in entry_points(group=GROUP)}
+
+    def every(self) -> dict[str, StageType]:
+        """All there are, built in and brought by other packages. Raises StageTypeError for one that is broken."""
+        return {**self.built_in, **{name: self.find(use) for name, use in self.installed.items()}}
+
+    def find(self, use: str) -> StageType:
+        """The stage of a class ("module:Class") or of a name. Raises StageTypeError: what is wrong with it."""
+        path = BUILT_IN.get(use) or self.installed.get(use) or use
+        if path not in BUILT_IN.values():
+            for folder in self.modules:
+                look_beside(folder)
+        return stage_type_of(stage_class(path), path)
+
+
+CATALOG: Final = StageCatalog()
+
+
+def stage_class(path: str) -> type[Stage]:
+    """The class at "module:Class". Raises StageTypeError: what is wrong with it."""
+    module_name, colon, name = path.partition(":")
+    if not colon:
+        raise StageTypeError(f"there is no stage {path!r}{suggest(path, [*BUILT_IN, *CATALOG.installed])}")
+    module = _module(module_name, path)
+    found = getattr(module, name, None)
+    if found is None:
+        classes = [key for key, value in vars(module).items() if _is_stage(value) and value.__module__ == module_name]
+        raise StageTypeError(f"module {module_name} has no {name!r}{suggest(name, classes) if classes else ''}")
+    if not _is_stage(found):
+        raise StageTypeError(f"{path} is no Stage; derive it from stages.api.Stage")
+    return found  # type: ignore[no-any-return]
+
+
+def _is_stage(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Stage)
+
+
+def _module(name: str, path: str) -> object:
+    """Raises StageTypeError."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            where = "install it, or put it beside the pipeline.yaml"
+            raise StageTypeError(f"there is no module {error.name!r} (of {path}); {where}") from None
+        raise StageTypeError(f"{path} can't be imported: it needs {error.name!r}, which is not installed") from error
+    except Exception as error:  # whatever a module of the user's raises
+        raise StageTypeError(f"{path} can't be imported: {type(error).__name__}: {clipped(str(error))}") from error
+
+
+def look_beside(folder: str) -> None:
+    """Let modules of this folder be found, behind all others: none of them takes another one's place."""
+    if folder not in sys.path:
+        sys.path.append(folder)
