@@ -21,8 +21,6 @@ import re
 import select
 import signal
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -32,6 +30,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from graph.chunk import NS_PER_S
 from graph.secret import mask_source, split_login
+from stages.media_fork import FORK_SERVER, DecoderProcess, ForkServer
 from stages.media_types import FILM_SUFFIXES, picture_type, read_head
 from stages.media_wire import (
     FOREVER_NS,
@@ -80,7 +79,6 @@ _ENCODE_IT: Final = (
 DEATH_LOOK_S: Final = 0.005
 GOODBYE_S: Final = 0.3  # for telling a camera that we go
 MAX_LOOK_S: Final = 1.0  # between two looks at the pipe; more was not the source's silence, but we who were stopped
-PIPE_BYTES: Final = 1 << 18  # a kernel buffer which holds 4 s of sound, or 40 % of a 448x448 frame
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _KINDS: Final[dict[str, SourceKind]] = {
@@ -223,12 +221,14 @@ class MediaReader:
         allow: Collection[str] = (),
         open_timeout_s: float = 10.0,
         silence_timeout_s: float = 4.0,
+        fork_server: ForkServer = FORK_SERVER,
     ) -> None:
         """MediaError as by check_source: a source is judged before anything starts."""
         kind = check_source(request.source, allow)
         self._order = Order(kind, _with_absolute_path(request, kind), open_timeout_s, silence_timeout_s, origin_ns=0)
         self._parser = ItemParser(request)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._fork_server = fork_server
+        self._process: DecoderProcess | None = None
         self._poll = select.poll()
         self._quiet_s = 0.0  # for so long the pipe has been looked at in vain
         self._looked_s = 0.0
@@ -248,7 +248,7 @@ class MediaReader:
 
     def fileno(self) -> int:
         """The pipe's descriptor: readable when `read(0)` has something to give. Only between start() and close()."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
         return self._process.stdout.fileno()
 
     def start(self, now_ns: int = 0, at_ns: int | None = None) -> None:
@@ -265,11 +265,9 @@ class MediaReader:
             last_ns = max(time.monotonic_ns() - origin_ns, 0) + round(self._patience_s * NS_PER_S)
             self._parser = ItemParser(self._order.request, (start_ns, last_ns))
         try:
-            self._process = _spawn()
+            self._process = self._fork_server.fork(self._order.open_timeout_s)
         except OSError as error:
             raise MediaError("limit", f"{self._name}: no decoder could be started: {error.strerror}") from error
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         self._poll.register(self._process.stdout.fileno(), select.POLLIN)
         self._looked_s = time.monotonic()
@@ -316,7 +314,6 @@ class MediaReader:
     def _pump(self) -> MediaItem | None:
         """Take bytes out of the pipe until an item is complete or the pipe is empty."""
         assert self._process is not None, "start() comes before read()"
-        assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
         try:
             while num_bytes := os.readv(fd, [self._parser.space()]):
@@ -363,7 +360,6 @@ class MediaReader:
         process, self._process = self._process, None
         if process is None:
             return
-        assert process.stdout is not None
         self._poll.unregister(process.stdout.fileno())
         process.stdout.close()
         REAPER.end(process, goodbye_s)
@@ -385,27 +381,3 @@ def _with_absolute_path(request: MediaRequest, kind: SourceKind) -> MediaRequest
     source = str(Path(request.source).absolute())
     as_written = request.masked == mask_source(request.source)
     return dataclasses.replace(request, source=source, masked="" if as_written else request.masked)
-
-
-def _spawn() -> subprocess.Popen[bytes]:
-    """A decoder in a session of its own, with nothing of our environment: no proxies, no tokens."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        # -P: a file called av.py in the working directory is not the PyAV we want.
-        [sys.executable, "-P", "-s", "-m", "stages.media_decoder"],
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        pipesize=PIPE_BYTES,
-        close_fds=True,
-        start_new_session=True,
-        cwd="/",
-        env=environment | {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ},
-    )

@@ -1,7 +1,4 @@
-"""The process which touches foreign bytes: `python -m stages.media_decoder` decodes one source, then it is gone.
-
-An order comes in as one line on stdin, messages of stages/media_wire.py go out on stdout. Starts in about 0.2 s, for
-it imports PyAV and numpy only. stdin stays open as a lifeline: when it closes, the parent is gone or has had enough.
+"""What touches foreign bytes: one source is opened, decoded and sent, in a process of its own, stages/media_process.py.
 
 This file opens sources; stages/media_play.py reads them, and stages/media_tracks.py decides what is sent, and with
 which times.
@@ -13,11 +10,6 @@ import contextlib
 import math
 import os
 import re
-import resource
-import select
-import signal
-import sys
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -45,7 +37,6 @@ from stages.media_view import MAX_PICTURE_PIXELS, check_size
 from stages.media_why import explaining
 from stages.media_wire import (
     FOREVER_NS,
-    GOODBYE_SIGNAL,
     LIVE_KINDS,
     Ended,
     Failed,
@@ -69,7 +60,6 @@ if TYPE_CHECKING:
     from model_shards.nano.world import Activity
 
 MAX_MEMORY_BYTES: Final = 3 << 29  # address space. H.264 with 4 reference pictures takes 0.36 GiB in 4K, 0.62 in 8K
-MAX_FILES: Final = 32
 MAX_STREAMS: Final = 64
 COUNTED_STREAMS: Final = 4096  # libav calls more a lack of memory
 ROOM_SIDE: Final = 224
@@ -431,62 +421,3 @@ def decode_order(order: Order, outlet: Outlet) -> MediaItem:
         frames = traceback.extract_tb(error.__traceback__)
         where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
         return Failed("crashed", f"{order.request.masked} met a bug of ours: {type(error).__name__} in {where}")
-
-
-# --- the process --------------------------------------------------------------------------------------------------
-
-
-def limit_resources() -> None:
-    """After the imports: no core, no file, little memory. Processor time is the parent's watchdog's business."""
-    for limit, value in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, MAX_FILES),
-        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
-    ):
-        resource.setrlimit(limit, (value, value))
-
-
-def watch_lifeline(fd: int) -> None:
-    """End this process when the parent's end of `fd` closes, or another one adopts us.
-
-    Not PR_SET_PDEATHSIG: that fires when the *thread* which started us ends, and actors start us from thread pools.
-    """
-    parent = os.getppid()
-    poll = select.poll()
-    poll.register(fd, 0)  # hang-up only
-    while os.getppid() == parent and not poll.poll(500):
-        pass
-    os._exit(0)
-
-
-def read_order(fd: int) -> Order:
-    line = b""
-    while not line.endswith(b"\n"):
-        part = os.read(fd, 65_536)
-        if not part:
-            raise ParentGone
-        line += part
-    return Order.from_line(line)
-
-
-def main() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # these end the pipeline, which ends us
-        signal.signal(number, signal.SIG_IGN)
-    outlet = Outlet(os.dup(1))
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)  # a library which prints would break the messages
-    os.close(quiet)
-    try:
-        order = read_order(0)
-        threading.Thread(target=watch_lifeline, args=(0,), daemon=True).start()
-        limit_resources()
-        signal.signal(GOODBYE_SIGNAL, lambda *_: sys.exit(0))  # so that a camera is told goodbye
-        outlet.put(decode_order(order, outlet))
-    except ParentGone:
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Protocol
 
 from stages.media_wire import GOODBYE_SIGNAL
 
@@ -16,9 +15,22 @@ RARE_LOOK_S: Final = 1.0  # at one that not even SIGKILL ends: it hangs in the k
 STUBBORN_S: Final = 5.0
 
 
+class Process(Protocol):
+    """A process which we have started, as `subprocess.Popen` has it."""
+
+    @property
+    def stdin(self) -> Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 @dataclass(slots=True)
 class _Ending:
-    process: subprocess.Popen[bytes]
+    process: Process
     since_s: float
     goodbye_s: float
     killed: bool = False
@@ -44,7 +56,7 @@ class Reaper:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def end(self, process: subprocess.Popen[bytes], goodbye_s: float) -> None:
+    def end(self, process: Process, goodbye_s: float) -> None:
         """Ask a process to end, and kill it when it has not after goodbye_s; 0: at once. Waits for nothing."""
         if goodbye_s > 0:
             process.send_signal(GOODBYE_SIGNAL)

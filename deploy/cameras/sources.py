@@ -23,7 +23,7 @@ PROBE_AGAIN_S = 1.0  # between two tries where `up` waits for cameras
 PROBE_DECODE_S = 5.0  # for the first picture or sound of a file; a large one on a busy machine takes longer
 PROBE_LOOK_S = 0.2  # between two looks whether that is enough
 MAX_LIVE_AT_ONCE = 64
-MAX_FILES_AT_ONCE = 8  # a decoder takes a core 0.2 s to start, and a file that waits for one is not broken
+MAX_FILES_AT_ONCE = 8  # each decodes ahead until its pipe is full, and a file that waits for a core is not broken
 
 
 class SourceError(GraphError):

@@ -39,7 +39,7 @@ from stages.catalog import CATALOG
 
 EPISODE_S: Final = 60
 GROUP: Final = 12
-"""Cameras at once: each has a decoder process of about 70 MB."""
+"""Cameras at once: each has a decoder process and a session."""
 ACTIVITIES: Final[tuple[Activity, ...]] = ("calm", "busy", "quiet")
 FIRST_SEED: Final = 900_000_000
 """Rooms in which nothing was ever tuned; none that `synthetic://` shows is one of the training's."""

@@ -23,7 +23,7 @@ MIB: Final = 1024**2
 # What a process has for itself, measured with nano: its code is shared, and given back when memory is short.
 ACTOR_BYTES: Final = 250 * MIB  # with torch, before its weights: 183 to 204 MiB, and what a batch takes
 LIGHT_ACTOR_BYTES: Final = 120 * MIB  # without: 54 MiB, and what is on its way through it
-DECODER_BYTES: Final = 100 * MIB  # of each camera: 29 MiB at 640x480, 75 MiB at 1920x1080
+DECODER_BYTES: Final = 80 * MIB  # of each camera: 11 MiB at 640x360, 39 to 54 MiB at 1920x1080
 RAY_BYTES: Final = 400 * MIB  # its own processes, and 80 MiB of object store
 LEAST_KV_BYTES: Final = 32 * MIB  # a pool worth setting
 _NO_LIMIT: Final = 1 << 60  # what cgroup v1 writes for "none" is a bit less than 2**63

@@ -23,6 +23,7 @@ from graph.costs import Profile, StageCost
 from graph.secret import Secret
 from graph.sections import CameraSpec
 from stages.media import check_source
+from stages.media_fork import FORK_SERVER
 from stages.reaper import REAPER
 from tests.support.media import Clip, times
 
@@ -38,6 +39,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
     before = set(psutil.Process().children(recursive=True))
     yield tmp_path
     assert REAPER.settle(20.0)  # decoders that have been given up
+    FORK_SERVER.close()
     assert set(psutil.Process().children(recursive=True)) - before == set()
 
 
