@@ -27,10 +27,11 @@ from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
 from stages.media_health import Warner
-from stages.media_play import Decoding, Feed, Lane, Teller, play, session_ns
+from stages.media_play import Decode, Decoding, Feed, Lane, Teller, play, session_ns
 from stages.media_rtsp import open_camera
 from stages.media_screen import FrameGrid
 from stages.media_sound import SoundTrack
+from stages.media_thinning import LiveDecoder
 from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, period_ns, to_ns
 from stages.media_types import foreign_type, is_jpeg_film, read_head, unreadable_type
 from stages.media_view import MAX_PICTURE_PIXELS, check_size
@@ -204,7 +205,8 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, w
     for stream in streams:
         tracks = next(tracks for container, tracks in feeds if container is stream.container)
         stream.codec_context.thread_count = 1  # 30 cameras share a core; more threads buy delay and memory only
-        tracks[stream.index] = Decoding(make_lane(order, stream, origin_ns, put), request.masked, warner)
+        lane = make_lane(order, stream, origin_ns, put)
+        tracks[stream.index] = Decoding(lane, request.masked, warner, decode_for(order, stream, lane))
     for container, tracks in feeds:
         for other in container.streams:
             other.discard = Discard.default if other.index in tracks else Discard.all
@@ -223,6 +225,13 @@ def make_lane(order: Order, stream: VideoStream | AudioStream, origin_ns: int | 
     stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
     end_ns = None if is_live else media_end_ns(stream, origin_ns)
     return Lane(VideoTrack(stream, order.request, axis, put, start_ns, live=is_live, media_end_ns=end_ns), items)
+
+
+def decode_for(order: Order, stream: VideoStream | AudioStream, lane: Lane) -> Decode | None:
+    """How packets are decoded; None: each as it comes."""
+    if order.kind in LIVE_KINDS and isinstance(stream, VideoStream) and isinstance(lane.track, VideoTrack):
+        return LiveDecoder(stream, lane.track, order.request.fps).decode
+    return None
 
 
 def media_end_ns(stream: VideoStream, origin_ns: int | None) -> int | None:

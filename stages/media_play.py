@@ -39,6 +39,7 @@ from stages.media_wire import (
 )
 
 Track: TypeAlias = VideoTrack | SoundTrack
+Decode: TypeAlias = "Callable[[Packet[Any], int], list[Any] | None]"
 
 MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
 TELL_NO_KEYFRAME: Final = 150  # pictures which could not be decoded for want of a keyframe, before that is told
@@ -74,13 +75,18 @@ class Lane:
         return self.track.done and not self.items
 
 
+def _decode_now(packet: Packet[Any], arrival_ns: int) -> list[Any]:
+    frames: list[Any] = packet.decode()
+    return frames
+
+
 class Decoding:
     """One track: its packets are decoded, damaged ones are counted, and it is given up when all are.
 
-    source: as it may be shown.
+    source: as it may be shown. decode: a packet that came at a time to what is shown of it, None where it is kept.
     """
 
-    def __init__(self, lane: Lane, source: str, warner: Warner) -> None:
+    def __init__(self, lane: Lane, source: str, warner: Warner, decode: Decode | None = None) -> None:
         self.lane = lane
         self.track = track = lane.track
         self.name: TrackName = "audio" if isinstance(track, SoundTrack) else "video"
@@ -89,6 +95,7 @@ class Decoding:
         self.num_alive = 0  # signs of life: what was decoded, and packets while a keyframe is awaited
         self._source = source
         self._warner = warner
+        self._decode = decode or _decode_now
         self._num_before_key: int | None = 0 if isinstance(track, VideoTrack) else None  # None: a keyframe has come
 
     def decode(self, packet: Packet[Any], arrival_ns: int) -> None:
@@ -104,7 +111,7 @@ class Decoding:
             self._num_before_key = None
         num_jumps = self.track.axis.num_jumps
         with self._guard(packet):
-            for frame in self._frames_of(packet, is_last):
+            for frame in self._frames_of(packet, arrival_ns, is_last):
                 if not self.track.done:
                     self.track.add(frame, arrival_ns)
         if self.track.axis.num_jumps > num_jumps:
@@ -113,15 +120,16 @@ class Decoding:
         if is_last:
             self.finish()
 
-    def _frames_of(self, packet: Packet[Any], is_last: bool) -> list[Any]:
+    def _frames_of(self, packet: Packet[Any], arrival_ns: int, is_last: bool) -> list[Any]:
         """What it decodes to, of the track's own kind."""
         try:
-            frames: list[Any] = packet.decode()
+            frames = self._decode(packet, arrival_ns)
         except _DECODER_ERRORS:
             if is_last:
                 return []  # a decoder which was given nothing that is whole
             raise
-        self.num_alive += bool(frames)
+        self.num_alive += frames is None or bool(frames)
+        frames = frames or []
         if self._num_before_key is None and (packet.is_corrupt or any(frame.is_corrupt for frame in frames)):
             self.damage("not all of it is there; the rest goes on")
         return frames

@@ -93,6 +93,7 @@ class Screen(Generic[P]):
         self._live = live
         self._held: tuple[int, P] | None = None
         self._doubted = live
+        self._vouched_ns = start_ns  # until then the source went on, though nothing newer is shown
         self._has_sampled = False
         self._distances = deque([usual_ns] if usual_ns else [], maxlen=9)
 
@@ -135,13 +136,18 @@ class Screen(Generic[P]):
         """The picture which should come next is lost: what is on the screen is no longer what would be there."""
         self._doubted = True
 
+    def vouch(self, time_ns: int) -> None:
+        """A picture has come that is not shown: what is on the screen was all there is until then."""
+        self._vouched_ns = time_ns
+
     def stand(self, until_ns: int) -> list[Shot[P]]:
         """What is on the screen stays there until then, as far as it is trusted; the frames that makes."""
         if self._held is None:
             return []
         time_ns, picture = self._held
         until_ns = min(until_ns, self._until_ns - 1)
-        until_ns = min(until_ns, time_ns + self.trust_ns) if self._doubted else until_ns
+        trusted_ns = max(time_ns, self._vouched_ns) + self.trust_ns
+        until_ns = min(until_ns, trusted_ns) if self._doubted else until_ns
         shots = []
         while self.next_ns <= until_ns:
             start_ns = time_ns if time_ns >= self._grid.first_ns(self._index) else self.next_ns

@@ -35,6 +35,7 @@ FILE_AHEAD_NS: Final = 3600 * NS_PER_S  # a screen recording may stand still for
 Put: TypeAlias = Callable[[MediaItem], None]  # where items go; may block
 
 Picture: TypeAlias = tuple[VideoFrame, Fraction | None]  # and the aspect of its pixels
+Deferred: TypeAlias = Callable[[], VideoFrame]  # a picture that is decoded when it is sampled
 
 # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ def to_ns(count: int | None, time_base: Fraction | None) -> int | None:
 
 
 class VideoTrack:
-    """One video stream: decodes every picture, sends what is on the screen at the sampling instants.
+    """One video stream: takes its pictures, sends what is on the screen at the sampling instants.
 
     start_ns: event time at which the source was opened; nothing is earlier. media_end_ns: where the file says it ends.
     """
@@ -174,7 +175,7 @@ class VideoTrack:
         self._grid = FrameGrid(request.fps, request.window_ns)
         rated_ns = NS_PER_S // stream.average_rate if stream.average_rate else 0
         self._until_ns = FOREVER_NS if request.duration_ns is None else request.duration_ns
-        self._screen: Screen[Picture] = Screen(
+        self._screen: Screen[Picture | Deferred] = Screen(
             self._grid,
             start_ns,
             until_ns=self._until_ns,
@@ -183,7 +184,9 @@ class VideoTrack:
         )
         self._scaler = Scaler(request.max_pixels)
         self._pixel_aspect = PixelAspect(stream)
-        self._converted: tuple[Picture, npt.NDArray[np.uint8]] | None = None  # the last picture sent, and as RGB
+        self._converted: tuple[Picture | Deferred, npt.NDArray[np.uint8]] | None = (
+            None  # the last picture sent, and as RGB
+        )
         self._media_end_ns = media_end_ns
         self._start_ns = self._time_ns = start_ns
         self._duration_ns = 0  # of the last picture
@@ -213,15 +216,7 @@ class VideoTrack:
         return self._screen.next_ns + self._grid.grace_ns
 
     def add(self, frame: VideoFrame, arrival_ns: int) -> None:
-        pts_ns = to_ns(frame.dts if frame.pts is None else frame.pts, frame.time_base)
-        if pts_ns is None:
-            expected_ns = self._anchor_ns + self._num_since * self._period_ns
-        else:  # the average period says little about the next picture of an uneven stream
-            expected_ns = self._time_ns
-        self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
-        if pts_ns is not None:
-            self._anchor_ns, self._num_since = self._time_ns, 0
-        self._num_since += 1
+        self._move_on(to_ns(frame.dts if frame.pts is None else frame.pts, frame.time_base), arrival_ns)
         self.num_decoded += 1
         duration_ns = to_ns(frame.duration, frame.time_base) or 0
         self._duration_ns = duration_ns if 0 < duration_ns <= MAX_PERIOD_NS else self._period_ns
@@ -230,6 +225,29 @@ class VideoTrack:
             raise MediaError("limit", f"has more than {MAX_SOURCE_FPS} pictures per second")
         self._stand(self._time_ns - 1)
         self._send(self._screen.show(self._time_ns, (frame, self._pixel_aspect.now())))
+
+    def show(self, picture: Deferred, pts_ns: int, arrival_ns: int) -> None:
+        """A picture comes on the screen that is decoded when it is sampled."""
+        self._move_on(pts_ns, arrival_ns)
+        self._stand(self._time_ns - 1)
+        self._send(self._screen.show(self._time_ns, picture))
+
+    def pass_by(self, pts_ns: int, arrival_ns: int) -> None:
+        """A picture comes that is not shown: the one before stays on the screen, and the source goes on."""
+        self._move_on(pts_ns, arrival_ns)
+        self._screen.vouch(self._time_ns)
+        self._stand(self._time_ns - 1)
+
+    def _move_on(self, pts_ns: int | None, arrival_ns: int) -> None:
+        """To the time of the next picture."""
+        if pts_ns is None:
+            expected_ns = self._anchor_ns + self._num_since * self._period_ns
+        else:  # the average period says little about the next picture of an uneven stream
+            expected_ns = self._time_ns
+        self._time_ns = max(self.axis.place(pts_ns, expected_ns, arrival_ns), self._time_ns)
+        if pts_ns is not None:
+            self._anchor_ns, self._num_since = self._time_ns, 0
+        self._num_since += 1
 
     def hold(self, now_ns: int) -> bool:
         """Send what is still on the screen though nothing came until now, as far as that is trusted; whether it did."""
@@ -251,13 +269,14 @@ class VideoTrack:
         while self._send(self._screen.stand(min(until_ns, self._screen.next_ns + STAND_NS))):
             pass
 
-    def _send(self, shots: list[Shot[Picture]]) -> bool:
+    def _send(self, shots: list[Shot[Picture | Deferred]]) -> bool:
         for shot in shots:
             self._put(Frame(shot.start_ns, self._to_rgb(shot.picture), shot.age_ns))
         return bool(shots)
 
-    def _to_rgb(self, picture: Picture) -> npt.NDArray[np.uint8]:
-        """Converted once, however often it is sent."""
+    def _to_rgb(self, picture: Picture | Deferred) -> npt.NDArray[np.uint8]:
+        """Decoded and converted once, however often it is sent."""
         if self._converted is None or self._converted[0] is not picture:
-            self._converted = (picture, self._scaler.to_rgb(*picture))
+            frame, aspect = picture if isinstance(picture, tuple) else (picture(), self._pixel_aspect.now())
+            self._converted = (picture, self._scaler.to_rgb(frame, aspect))
         return self._converted[1]

@@ -115,6 +115,15 @@ def test_a_slow_camera_is_seen_in_every_window_too(every_s):
     assert max(frame.age_ns for frame in frames) < 3 * NS_PER_S
 
 
+def test_a_camera_of_which_keyframes_are_enough_is_seen_in_every_window():
+    with camera("gop", "1.0") as url:
+        items, _ = read_all(url, 8)
+    assert isinstance(items[-1], Ended), items[-1]
+    assert set(whole_windows(items, 8)[1:]) <= set(seen_in(items)), "its first keyframe comes after a second"
+    frames = [item for item in items if isinstance(item, Frame)]
+    assert all(frame.age_ns <= 1.2 * NS_PER_S for frame in frames)
+
+
 def test_what_a_camera_has_saved_up_does_not_run_ahead_of_the_clock():
     with camera("burst", "2") as url:
         items, took_s = read_all(url, 5)
