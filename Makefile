@@ -62,8 +62,8 @@ bench: .venv/installed-dev
 	@$(COMPILE_WHAT_IS_USED)
 	@touch $@
 
-.venv/installed-dev: .venv/torch
-	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+.venv/installed-dev: .venv/torch tests/outside/pyproject.toml
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]' -e tests/outside
 	@$(COMPILE_WHAT_IS_USED)
 	@touch .venv/installed $@
 

@@ -185,11 +185,15 @@ class Catalog(Protocol):
         """The stage of a class ("module:Class") or of a name. Raises StageTypeError: what is wrong with it."""
 
 
+def outputs_of(cls: type[Any]) -> list[Out]:
+    """The outputs that a stage's class declares, in their order."""
+    return [port for port in _attributes(cls).values() if isinstance(port, Out)]
+
+
 def stage_type_of(cls: Any, use: str) -> StageType:
     """What a stage's class declares. use: where it is. Raises StageTypeError."""
-    ports = {name: port for base in reversed(cls.__mro__) for name, port in vars(base).items()}
-    inputs = {name: port for name, port in ports.items() if isinstance(port, In)}
-    outputs = {name: port for name, port in ports.items() if isinstance(port, Out)}
+    inputs = {name: port for name, port in _attributes(cls).items() if isinstance(port, In)}
+    outputs = {port.name: port for port in outputs_of(cls)}
     _check(cls, use, inputs, outputs)
     return StageType(
         use=use,
@@ -206,6 +210,10 @@ def stage_type_of(cls: Any, use: str) -> StageType:
         ends_windows=cls.ends_windows,
         shares=cls.shares,
     )
+
+
+def _attributes(cls: type[Any]) -> dict[str, Any]:
+    return {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
 
 
 def can_be_off(types: Mapping[str, StageType]) -> set[str]:

@@ -18,7 +18,7 @@ from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import StageCost
 from graph.ladder import Level, Step
 from graph.sections import StageOptions
-from graph.stage_type import Scope
+from graph.stage_type import Scope, outputs_of
 from graph.tail import Ack, Playback
 from graph.window import Unit
 
@@ -228,6 +228,62 @@ class Stage:
     def wakes(self) -> Sequence[int]:
         """File descriptors that become readable when `advance` has something to do."""
         return ()
+
+
+@dataclass(slots=True)
+class _Making:
+    """How far a source has come with a session. end_ns: where it ends, once that is known."""
+
+    session: Session
+    made_ns: int = 0
+    end_ns: int | None = None
+    is_over: bool = False
+
+
+class Source(Stage):
+    """Base of a stage to which nothing comes: `make` is asked for each window, at its end.
+
+    A subclass that overrides `open_session` or `close_session` calls these.
+    """
+
+    is_local = True
+
+    def __init__(self) -> None:
+        self._making: dict[SessionId, _Making] = {}
+
+    def make(self, session: Session, start_ns: int, end_ns: int) -> list[Chunk] | None:
+        """What there was from `start_ns` to `end_ns` of event time, at most; None: it had ended before."""
+        raise NotImplementedError
+
+    def open_session(self, session: Session) -> None:
+        self._making[session.id] = _Making(session, end_ns=session.duration_ns)
+
+    def close_session(self, session: SessionId) -> None:
+        self._making.pop(session, None)
+
+    def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
+        state = self._making[session]
+        end_ns = state.made_ns + state.session.window_ns
+        if state.is_over or (state.session.paced and now_ns < end_ns):
+            return []
+        is_past = state.end_ns is not None and state.made_ns >= state.end_ns
+        made = None if is_past else self.make(state.session, state.made_ns, end_ns)
+        streams = [port for port in outputs_of(type(self)) if port.kind.is_windowed]
+        if made is None:
+            state.is_over = True
+            return [port.end(session, state.made_ns) for port in streams]
+        state.made_ns = end_ns
+        return [*made, *(port.watermark(session, end_ns) for port in streams)]
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        state = self._making[session]
+        return max(state.made_ns + state.session.window_ns - now_ns, 0) if state.session.paced else 0
+
+    def end(self, session: SessionId, now_ns: int) -> None:
+        self._making[session].end_ns = now_ns
+
+    def finished(self, session: SessionId) -> bool:
+        return self._making[session].is_over
 
 
 def session_seed(seed: int, session: SessionId) -> int:

@@ -8,7 +8,7 @@ breaks the process, out of memory or a lost device, ends the actor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
@@ -71,31 +71,33 @@ class Outcome:
                     self.failed[chunk.session] = error
 
 
-def process(stage: Stage, units: list[Unit]) -> Outcome:
+def process(stage: Stage, units: list[Unit], sessions: Collection[SessionId] = ()) -> Outcome:
     """Let a stage work on a batch, and where that raises, on one unit at a time: so only those fail that raise alone.
+
+    sessions: those that are open, where the stage may answer any of them; else it answers those of its units.
 
     A stage that could not leave its sessions as they were says so (`BatchLost`); then nothing is tried again.
     """
     if not units:
         return Outcome()
     try:
-        return Outcome(_made(stage, units))
+        return Outcome(_made(stage, units, sessions))
     except Exception as error:
         if breaks_process(error):
             raise
         if isinstance(error, BatchLost) or len(units) == 1:
             return Outcome(failed={unit.session: error for unit in units})
-    alone = [process(stage, [unit]) for unit in units]
+    alone = [process(stage, [unit], sessions) for unit in units]
     chunks = [chunk for each in alone for chunk in each.chunks]
     return Outcome(chunks, {session: error for each in alone for session, error in each.failed.items()})
 
 
-def _made(stage: Stage, units: Iterable[Unit]) -> list[Chunk]:
-    chunks, sessions = list(stage.process(list(units))), {unit.session for unit in units}
+def _made(stage: Stage, units: Iterable[Unit], sessions: Collection[SessionId]) -> list[Chunk]:
+    chunks, answered = list(stage.process(list(units))), {unit.session for unit in units}
     for chunk in chunks:
         if not isinstance(chunk, Chunk):
             raise BatchLost("process() is to return chunks") from TypeError(f"it returned a {type(chunk).__name__}")
-        if chunk.session not in sessions:
+        if chunk.session not in answered and chunk.session not in sessions:
             raise BatchLost("a chunk of no session of the batch") from ValueError(f"a chunk of {chunk.session!r}")
     return chunks
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
-from graph.stage_type import Out
+from graph.stage_type import outputs_of
 from graph.tail import Ack
 from stages.media_health import Totals
 from stages.stage import Session, Stage
@@ -57,7 +57,7 @@ class StageMeter:
         self._name = name
         self._stage = metrics.stage(name)
         self._stages = stages
-        kinds = [port.kind for base in type(stage).__mro__ for port in vars(base).values() if isinstance(port, Out)]
+        kinds = [port.kind for port in outputs_of(type(stage))]
         tokens = [kind.name for kind in kinds if kind.tokens]
         self._tokens = metrics.tokens(tokens) if tokens else None
         self._speaks = any(kind.is_control for kind in kinds)

@@ -526,7 +526,7 @@ class StageRunner:
         started_ns = self._clock.monotonic_ns()
         units = [ready.unit for state, ready in batch if not state.faults.given_up]
         with self._working_on([unit.session for unit in units]):
-            outcome = process(self.stage, units)
+            outcome = process(self.stage, units, self._open if self.stage.scope == "pipeline" else ())
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
         if idle:

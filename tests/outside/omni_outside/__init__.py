@@ -1,0 +1,1 @@
+"""Stages that nothing in the pipeline knows of."""
