@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import queue
 import threading
 import time
@@ -29,18 +28,17 @@ from deploy.actor.runner import StageRunner
 from deploy.actor.suspects import WorkNote, note_path
 from deploy.process.masked_output import MaskingFormatter
 from deploy.process.packages import check_packages
+from graph.bus import Bus
 from graph.chunk import NS_PER_S
 from graph.clock import SystemClock
-from graph.errors import GraphError
 from graph.exporter import serve_metrics
 from graph.gather import Gathering
-from graph.metrics import Metrics
-from model_shards.errors import ModelError
+from graph.metrics import EdgeMetrics, Metrics
 from stages.catalog import look_beside
-from stages.stage import StageError
 
 T = TypeVar("T")
 GAUGE_PERIOD_S = 1.0
+INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
 IDLE_S = 0.05  # what Ray's threads ask for waits at most so long
 
 
@@ -58,6 +56,7 @@ class Actor:
         self._address = Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._failure: str | None = None
+        self._edges: dict[str, EdgeMetrics] = {}
         self._gauges_at = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
@@ -74,7 +73,7 @@ class Actor:
 
         Raises RuntimeError when the loop has failed, with its reason.
         """
-        return self._do(lambda: [self._answer(call) for call in calls])
+        return self._do(lambda: self._commands.perform(calls))
 
     def stop(self) -> None:
         """End the loop, close sockets and decoders."""
@@ -109,8 +108,10 @@ class Actor:
 
     def _run(self) -> None:
         try:
-            self._ends = Ends(self._plan, self._metrics, _node_ip())
-            self._commands = Commands(self._address, self._ends, self._metrics, self._build)
+            on_invalid = self._metrics.bus(INVALID_REASONS).invalid
+            self._bus = Bus(self._plan.peer, self._plan.directory, on_invalid)
+            self._ends = Ends(self._plan, self._bus, _node_ip(), self._observe)
+            self._commands = Commands(self._address, self._ends, self._build)
         except OSError as error:
             self._failure = f"{self._plan.name}: {error}"
             return
@@ -122,7 +123,7 @@ class Actor:
             logging.exception("%s: the loop has failed", self._plan.name)
             self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"
             self._commands.close_stages()
-        self._ends.bus.close()
+        self._bus.close()
 
     def _turn(self) -> None:
         while not self._work.empty():
@@ -133,18 +134,20 @@ class Actor:
         loop = self._commands.loop
         due_ns = loop.due_in_ns()
         sleep_s = IDLE_S if due_ns is None else min(due_ns / NS_PER_S, IDLE_S)
-        loop.turn(self._ends.bus.wait(sleep_s, loop.files()))
+        loop.turn(self._bus.wait(sleep_s, loop.files()))
         if time.monotonic() >= self._gauges_at:
             self._gauges_at = time.monotonic() + GAUGE_PERIOD_S
-            self._ends.set_gauges()
+            self._set_gauges()
 
-    def _answer(self, call: Call) -> Answer:
-        try:
-            return Answer(self._commands.do(call.method, call.arguments))
-        except Exception as error:
-            if not isinstance(error, GraphError | StageError | ModelError):
-                logging.exception("%s: %s has failed", self._plan.name, call.method)
-            return Answer(error=_portable(error))
+    def _observe(self, edge: str) -> EdgeMetrics:
+        self._edges[edge] = self._metrics.edge(edge)
+        return self._edges[edge]
+
+    def _set_gauges(self) -> None:
+        for edge, senders in self._ends.senders.items():
+            gauges = self._edges[edge]
+            gauges.queue(sum(s.num_waiting for s in senders), senders[0].rule.limit.chunks if senders else 0)
+            gauges.in_flight(sum(s.num_in_flight for s in senders))
 
     def _build(self) -> list[StageRunner]:
         note = WorkNote(note_path(self._plan.directory, self._plan.peer))
@@ -164,15 +167,6 @@ class Actor:
             SystemClock(),
             note.of,
         )
-
-
-def _portable(error: Exception) -> Exception:
-    """The error as another process can take it: what can't be sent is told by its text."""
-    try:
-        pickle.loads(pickle.dumps(error))  # some can be written and not read
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _node_ip() -> str:

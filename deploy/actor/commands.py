@@ -1,56 +1,67 @@
-"""What the coordinator may ask of an actor. Everything here runs in the loop's thread, between two turns."""
+"""What the coordinator may ask of an actor. Everything here runs in the loop's thread, between two turns.
+
+How its ends reach others is the bus's (`EdgeBus`): sockets in an actor's process, time alone in the simulator.
+"""
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from deploy.actor.accounts import EdgeEnds
 from deploy.actor.loop import ActorLoop
-from deploy.actor.plan import ActorPlan, Address, Report
+from deploy.actor.plan import REFUSALS, ActorPlan, Address, Answer, Call, Report
 from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import SessionPlan
-from graph.bus import Bus
 from graph.chunk import Scalar, SessionId
-from graph.edge import EdgeRule, Receiver, Sender
+from graph.edge import EdgeObserver, EdgeRule, Receiver, Sender
 from graph.ledger import Account, merge
-from graph.metrics import EdgeMetrics, Metrics
 
-INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
+
+class EdgeBus(Protocol):
+    """What opens and closes the ends of an actor's edges (graph/bus.py: Bus)."""
+
+    def bind(self, rule: EdgeRule, address: str | None, observer: EdgeObserver) -> tuple[Receiver, str]: ...
+    def connect(self, rule: EdgeRule, endpoint: str, observer: EdgeObserver) -> Sender: ...
+    def bury(self, sender: Sender) -> None: ...
+    def reconnect(self, sender: Sender, endpoint: str, observer: EdgeObserver) -> None: ...
 
 
 class Ends:
-    """An actor's ends of its edges. host: where it is reached over TCP."""
+    """An actor's ends of its edges."""
 
-    def __init__(self, plan: ActorPlan, metrics: Metrics, host: str) -> None:
-        self._plan, self._metrics, self._host = plan, metrics, host
-        self.bus = Bus(plan.peer, plan.directory, metrics.bus(INVALID_REASONS).invalid)
+    def __init__(self, plan: ActorPlan, bus: EdgeBus, host: str, observe: Callable[[str], EdgeObserver]) -> None:
+        """host: where it is reached over TCP. observe: makes what is told of an edge."""
+        self._plan, self._bus, self._host, self._observe = plan, bus, host, observe
         self.receivers: dict[str, Receiver] = {}
         self.senders: dict[str, list[Sender]] = {}
-        self._observers: dict[str, EdgeMetrics] = {}
+        self._observers: dict[str, EdgeObserver] = {}
 
     def bind(self, over_tcp: Mapping[str, bool]) -> dict[str, str]:
         """Open the receiving ends; returns the endpoints. over_tcp: by edge."""
         endpoints: dict[str, str] = {}
         for edge, tcp in over_tcp.items():
             host = self._host if tcp else None
-            self.receivers[edge], endpoints[edge] = self.bus.bind(self._rule(edge), host, self._observer(edge))
+            self.receivers[edge], endpoints[edge] = self._bus.bind(self._rule(edge), host, self._observer(edge))
         return endpoints
 
     def connect(self, endpoints: Mapping[str, list[str]]) -> None:
         """Open the sending ends: per edge the endpoints of all replicas of the other stage."""
         for edge, replicas in endpoints.items():
             rule, observer = self._rule(edge), self._observer(edge)
-            self.senders[edge] = [self.bus.connect(rule, endpoint, observer) for endpoint in replicas]
+            self.senders[edge] = [self._bus.connect(rule, endpoint, observer) for endpoint in replicas]
 
     def bury(self, ends: Sequence[tuple[str, int]]) -> None:
         """Replicas that this actor sends to have died: on which edge, and which one."""
         for edge, replica in ends:
-            self.bus.bury(self.senders[edge][replica])
+            self._bus.bury(self.senders[edge][replica])
 
     def reconnect(self, ends: Sequence[tuple[str, int, str]]) -> None:
         """Others have taken their place: on which edge, which one, and its endpoint."""
         for edge, replica, endpoint in ends:
-            self.bus.reconnect(self.senders[edge][replica], endpoint, self._observer(edge))
+            self._bus.reconnect(self.senders[edge][replica], endpoint, self._observer(edge))
 
     def accounts(self) -> dict[str, EdgeEnds]:
         """This actor's ends, by edge."""
@@ -63,28 +74,22 @@ class Ends:
             for edge in self._plan.edges
         }
 
-    def set_gauges(self) -> None:
-        for edge, senders in self.senders.items():
-            capacity = senders[0].rule.limit.chunks if senders else 0
-            self._observers[edge].queue(sum(s.num_waiting for s in senders), capacity)
-            self._observers[edge].in_flight(sum(s.num_in_flight for s in senders))
-
     def _rule(self, edge: str) -> EdgeRule:
         spec = next(e for e in self._plan.edges if e.id == edge)
         return EdgeRule(edge, spec.credit, spec.when_full)
 
-    def _observer(self, edge: str) -> EdgeMetrics:
+    def _observer(self, edge: str) -> EdgeObserver:
         if edge not in self._observers:
-            self._observers[edge] = self._metrics.edge(edge)
+            self._observers[edge] = self._observe(edge)
         return self._observers[edge]
 
 
 class Commands:
     """By their names, as the coordinator posts them (deploy/actor/plan.py: Call)."""
 
-    def __init__(self, address: Address, ends: Ends, metrics: Metrics, build: Callable[[], list[StageRunner]]) -> None:
+    def __init__(self, address: Address, ends: Ends, build: Callable[[], list[StageRunner]]) -> None:
         """address: of this actor. build: makes the stages, with their weights."""
-        self._ends, self._metrics, self._build = ends, metrics, build
+        self._ends, self._build = ends, build
         self.runners: dict[str, StageRunner] = {}
         self.loop = ActorLoop([])
         self._by_name: Mapping[str, Callable[..., object]] = {
@@ -106,9 +111,9 @@ class Commands:
             "tell": self._tell,
         }
 
-    def do(self, method: str, arguments: Sequence[object]) -> object:
-        """Raises what the stage raises, or the machinery."""
-        return self._by_name[method](*arguments)
+    def perform(self, calls: Sequence[Call]) -> list[Answer]:
+        """Do these, in order, each whatever became of those before it."""
+        return [self._answer(call) for call in calls]
 
     def close_sessions(self) -> None:
         """All of them, as if each had been closed."""
@@ -121,6 +126,14 @@ class Commands:
         for runner in self.runners.values():
             for session in runner.snapshot().sessions:
                 runner.stage.close_session(session)
+
+    def _answer(self, call: Call) -> Answer:
+        try:
+            return Answer(self._by_name[call.method](*call.arguments))
+        except Exception as error:
+            if not isinstance(error, REFUSALS):
+                logging.exception("%s has failed", call.method)
+            return Answer(error=_portable(error))
 
     def _load(self) -> None:
         runners = self._build()
@@ -147,3 +160,12 @@ class Commands:
 
     def _tell(self, stage: str, session: SessionId, kind: str, attrs: Mapping[str, Scalar], cuts: bool) -> None:
         self.runners[stage].tell(session, kind, attrs, cuts=cuts)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can take it: what can't be sent is told by its text."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some can be written and not read
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from deploy.actor.accounts import EdgeEnds
 from deploy.actor.session_plan import StageSnapshot
 from graph.credit import Limit
 from graph.edges import EdgeSpec
+from graph.errors import GraphError
 from graph.kinds import WhenFull
 from graph.sections import StageOptions
+from model_shards.errors import ModelError
+from stages.stage import StageError
+
+REFUSALS: Final = (GraphError, StageError, ModelError)
+"""What a call may raise that is no fault of ours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Suspects:
     def died(self, stage: str, working_on: Iterable[SessionId]) -> list[SessionId]:
         """A replica of a stage has died; returns the guilty. A death without anybody at work says nothing."""
         before = self._suspects.get(stage, {})
-        suspects = {session: self._again(before.get(session)) for session in working_on}
+        suspects = {session: self._again(before.get(session)) for session in sorted(working_on)}
         if not suspects:
             return []
         again = [session for session, suspect in suspects.items() if suspect.num_deaths >= DEATHS_OF_ONE]

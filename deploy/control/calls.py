@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from deploy.actor.plan import Answer, Call
+from deploy.actor.plan import REFUSALS, Answer, Call
 from graph.errors import GraphError
-from model_shards.errors import ModelError
-from stages.stage import StageError
 
 T = TypeVar("T")
 NowS = Callable[[], float]
@@ -146,7 +144,7 @@ class Line:
         for posted, answer in zip(batch, answers, strict=True):
             if answer.error is None:
                 posted.reply.answer(answer.value)
-            elif isinstance(answer.error, GraphError | StageError | ModelError):
+            elif isinstance(answer.error, REFUSALS):
                 posted.reply.fail(answer.error)
             else:  # a fault of ours; its log has the traceback
                 posted.reply.fail(CallError(f"{self.name}: {answer.error}; see {self._log}"))

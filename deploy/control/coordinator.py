@@ -10,6 +10,7 @@ run is to be whole or none.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,14 +50,15 @@ class Coordinator:
         cluster: Cluster,
         tell: Callable[[str], None],
         now_s: NowS = time.monotonic,
+        num_cores: int = os.cpu_count() or 1,
     ) -> None:
-        """directory: for sockets and logs, mode 0700. tell: one line for the user."""
+        """directory: for sockets and logs, mode 0700. tell: one line for the user. num_cores: of this machine."""
         self._spec = spec
         self._checkpoint = checkpoint
         self._directory = directory
         self._now_s = now_s
         self._processes = processes_of(spec)
-        self._table = SessionTable(spec, self._now_ns)
+        self._table = SessionTable(spec, self._now_ns, num_cores)
         self._tools = Tools(
             spec=spec,
             cluster=cluster,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from deploy.actor.accounts import EdgeEnds
@@ -13,6 +14,7 @@ from deploy.actor.session_plan import StageSnapshot
 from deploy.control.calls import CoordinatorError, Line, Reply, Transport
 from deploy.control.placement import Process
 from deploy.control.sessions import Placement
+from graph.chunk import SessionId
 
 
 class Cluster(Transport, Protocol):
@@ -25,6 +27,7 @@ class Cluster(Transport, Protocol):
     def place(self, processes: Iterable[Process], plans: Iterable[ActorPlan]) -> Mapping[str, Any]: ...
     def replace(self, process: Process, plan: ActorPlan) -> Any: ...
     def clock_ns(self, handle: Any, timeout_s: float) -> int: ...
+    def working_on(self, handle: Any, directory: Path, peer: str) -> frozenset[SessionId]: ...
     def stop(self, handles: Iterable[Any], timeout_s: float) -> None: ...
     def kill(self, handle: Any) -> None: ...
 

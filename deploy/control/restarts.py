@@ -19,7 +19,7 @@ from typing import Any
 from deploy.actor.accounts import Accounts
 from deploy.actor.plan import ActorPlan
 from deploy.actor.session_plan import Listener, SessionPlan
-from deploy.actor.suspects import NUM_ALONE, Suspects, note_path, read_note
+from deploy.actor.suspects import NUM_ALONE, Suspects
 from deploy.control.calls import (
     ActorDied,
     CallError,
@@ -128,7 +128,7 @@ class Restarts:
         if process.is_local or not paced:
             raise error
         stage = stage_of(process)
-        working_on = read_note(note_path(tools.plan(process).directory, living.peer))
+        working_on = tools.cluster.working_on(living.line.handle, tools.plan(process).directory, living.peer)
         tools.fleet.remove(living)
         self._bury(living)
         tools.tell(str(error))

@@ -6,7 +6,6 @@ does not pass it has no replica.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,8 +51,10 @@ class Placement:
 class SessionTable:
     """The sessions that are open, or about to be."""
 
-    def __init__(self, spec: PipelineSpec, now_ns: Callable[[], int]) -> None:
+    def __init__(self, spec: PipelineSpec, now_ns: Callable[[], int], num_cores: int) -> None:
+        """num_cores: of the machine where decoders start."""
         self._spec = spec
+        self._num_cores = num_cores
         self._now_ns = now_ns
         self.placements: dict[SessionId, Placement] = {}
         self._first_origin_ns: int | None = None
@@ -101,7 +102,7 @@ class SessionTable:
         For one that comes while others run, which somebody waits for, its first window may have begun already.
         """
         window = self._spec.window
-        soon_ns = self._now_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // (os.cpu_count() or 1)
+        soon_ns = self._now_ns() + HEAD_START_NS + DECODER_START_NS * len(sessions) // self._num_cores
         if self._first_origin_ns is None:
             self._first_origin_ns = soon_ns
         elif all(session.paced for session in sessions):

@@ -9,6 +9,7 @@ from deploy.actor.accounts import EdgeEnds
 from deploy.actor.plan import ActorPlan, Address, Answer, Report
 from deploy.actor.plan import Call as Posted
 from deploy.actor.session_plan import Listener, SessionSnapshot, StageSnapshot
+from deploy.actor.suspects import note_path, read_note
 from deploy.control.calls import ActorDied
 from deploy.control.coordinator import Coordinator
 from graph.chunk import NS_PER_S, SessionId
@@ -156,6 +157,9 @@ class FakeCluster:
             self.clock.advance(timeout_s)
             raise TimeoutError
         return self.clock.now_ns() + handle.ahead_ns
+
+    def working_on(self, handle: FakeActor, directory: Path, peer: str) -> frozenset[SessionId]:
+        return read_note(note_path(directory, peer))
 
     def stop(self, handles: Iterable[FakeActor], timeout_s: float) -> None:
         if any(actor.is_stopped for actor in handles):
