@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from deploy.actor.accounts import EdgeEnds
@@ -17,7 +18,9 @@ from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.edge import EdgeObserver, EdgeRule, Receiver, Sender
+from graph.ladder import Level
 from graph.ledger import Account, merge
+from graph.tail import Playback
 
 
 class EdgeBus(Protocol):
@@ -146,7 +149,7 @@ class Commands:
     def _open_sessions(self, stage: str, plans: Sequence[SessionPlan]) -> None:
         """Raises StageError when there is no room for one; those before it are open then."""
         for plan in plans:
-            self.runners[stage].open_session(plan)
+            self.runners[stage].open_session(_own(plan))
 
     def _begin_sessions(self, stage: str, origins_ns: Mapping[SessionId, int]) -> None:
         """Let their clocks run, each from event time 0 at its origin, of this node's monotonic clock."""
@@ -155,11 +158,17 @@ class Commands:
 
     def _resume_session(self, stage: str, plan: SessionPlan, origin_ns: int) -> None:
         """Both, for a session that goes on here. Raises StageError when there is no room."""
-        self.runners[stage].open_session(plan)
+        self.runners[stage].open_session(_own(plan))
         self.runners[stage].begin_session(plan.session.id, origin_ns)
 
     def _tell(self, stage: str, session: SessionId, kind: str, attrs: Mapping[str, Scalar], cuts: bool) -> None:
         self.runners[stage].tell(session, kind, attrs, cuts=cuts)
+
+
+def _own(plan: SessionPlan) -> SessionPlan:
+    """A stage knows of a session what it was told itself, and nothing of what others in its process were: what comes
+    in one batch of calls is one object for all of them."""
+    return replace(plan, session=replace(plan.session, playback=Playback(), level=Level()))
 
 
 def _portable(error: Exception) -> Exception:
