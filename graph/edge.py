@@ -13,7 +13,8 @@ one before it is still under way (chunks, grants) is none of its own. Such a chu
 credit back, for who had sent it has forgotten the session or begun it anew.
 
 When the replica at the receiving end dies (`bury`), what was under way to it is lost and counted `crash`, and what
-waited goes on waiting: for the replica that takes its place (`meet`), or until its session goes to another (`move`).
+waited goes on waiting: a lane is held until its session is open again, at the replica that takes the dead one's place
+(`release`, and `meet` for all), or at another one (`move`).
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class _Lane:
     credit: SendCredit
     waits: bool
     incarnation: int
+    is_held: bool = False  # at the other end the session is not open
     waiting: deque[tuple[Chunk, int]] = field(default_factory=deque)  # (chunk, queued at, monotonic ns)
     num_data: int = 0
 
@@ -131,10 +133,13 @@ class Sender:
         self._is_down = False  # there is nobody at the other end
         self._has_eased = False
 
-    def open_session(self, session: SessionId, incarnation: int = 0, *, lossless: bool = False) -> None:
-        """incarnation: as the receiver has it. lossless: in virtual time a full edge waits, whatever its rule says."""
+    def open_session(
+        self, session: SessionId, incarnation: int = 0, *, lossless: bool = False, held: bool = False
+    ) -> None:
+        """incarnation: as the receiver has it. lossless: in virtual time a full edge waits, whatever its rule says.
+        held: it is not open there; nothing is sent before `release` or `move`."""
         waits = lossless or self.rule.when_full == "wait"
-        self._lanes[session] = _Lane(SendCredit(self.rule.limit), waits, incarnation)
+        self._lanes[session] = _Lane(SendCredit(self.rule.limit), waits, incarnation, held)
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session. What still waits is dropped as `shed`."""
@@ -157,13 +162,20 @@ class Sender:
         self._ledger.deliver(account.in_flight - self.num_waiting)
         for lane in self._lanes.values():
             lane.credit = SendCredit(self.rule.limit)
+            lane.is_held = True
 
     def meet(self, link: SendLink) -> None:
-        """Another replica has taken the place of the one that has died, and has its sessions open."""
+        """Another replica has taken the place of the one that has died."""
         self._link = link
         self._is_down = False
         self.is_blocked = True
         self.flush()
+
+    def release(self, session: SessionId) -> None:
+        """A session is open again at the other end, where that has been replaced."""
+        lane = self._lanes[session]
+        lane.is_held = False
+        self.is_blocked = not self._flush_lane(lane) or self.is_blocked
 
     def move(self, session: SessionId, other: Sender) -> None:
         """Let a session whose replica has died go on at another one, which has it open: what waits goes there."""
@@ -171,7 +183,7 @@ class Sender:
         self._ledger.accept(-lane.num_data)
         other._ledger.accept(lane.num_data)
         other._lanes[session] = lane
-        other.is_blocked = not other._flush_lane(lane) or other.is_blocked
+        other.release(session)
 
     def has_room(self, session: SessionId) -> bool:
         """False while this session waits for credit, or for a link that is full: its stage shall not make more."""
@@ -204,7 +216,7 @@ class Sender:
         chunk = chunk.of_incarnation(lane.incarnation)
         check(chunk)
         if chunk.type in (ChunkType.PLAYBACK, ChunkType.BARGE_IN):
-            if self._is_down:  # whoever comes is told of the listener when it is opened
+            if self._is_down or lane.is_held:  # whoever comes is told of the listener when it is opened
                 return
             was_sent = self._link.send(chunk)
             if not was_sent and chunk.type is ChunkType.BARGE_IN:  # of a lost playback the next one tells
@@ -253,7 +265,7 @@ class Sender:
         return granted
 
     def _flush_lane(self, lane: _Lane) -> bool:
-        while lane.waiting and not self._is_down:
+        while lane.waiting and not self._is_down and not lane.is_held:
             chunk, queued_ns = lane.waiting[0]
             if not chunk.is_control and not lane.credit.fits(chunk.duration_ns):
                 return True

@@ -110,8 +110,8 @@ class StageRunner:
             session.playback.ack(plan.goes_on.ack)
         self._open_at_stage(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
-        for sender in lanes.values():
-            sender.open_session(session.id, plan.incarnation, lossless=not session.paced)
+        for edge, sender in lanes.items():
+            sender.open_session(session.id, plan.incarnation, lossless=not session.paced, held=edge in plan.held)
         for receiver in self._receivers.values():
             receiver.open_session(session.id, plan.incarnation)
         hears = any(output.kind.is_control and output.edges for output in plan.outputs.values())
@@ -191,7 +191,9 @@ class StageRunner:
         if state is None:
             return False
         before, sender = state.lanes[edge], self._senders[edge][replica]
-        if sender is not before:
+        if sender is before:
+            sender.release(session)
+        else:
             before.move(session, sender)
             state.lanes[edge] = sender
         with state.faults.within("peer_begins_anew"):

@@ -47,6 +47,10 @@ DEATHS_WITHIN_S = 600.0
 PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)  # before the first try to bring one up after a death of late, the second, …
 
 
+class NoSessionLeft(CoordinatorError):
+    """The last session was closed, since actors die of its data."""
+
+
 @dataclass(slots=True, eq=False)
 class Coming:
     """An actor that takes the place of a dead one, or will. line None: not before its pause is over."""
@@ -138,7 +142,7 @@ class Restarts:
         for session in guilty:
             self._end(session, f"{stage} died twice in a row while it worked on its data")
         if guilty and not tools.table.placements.keys() - set(guilty):
-            raise CoordinatorError(f"{error}; no session is left")
+            raise NoSessionLeft(f"{error}; no session is left")
         self._try_again(process, error, explained=bool(working_on))
         tools.procedures.begin(self._resume(process))
 
@@ -295,8 +299,10 @@ class Remote:
         if living is None or placement is None:
             return _gone(stage, replica)
         placement.absent.discard(stage)  # what is posted from now on comes behind this
-        if self._suspects.goes_on(stage, plan.session.id):
-            plan = replace(plan, alone_for=NUM_ALONE)
+        nowhere = placement.absent | placement.in_hand
+        held = (e.id for e in self._tools.spec.edges if e.source.stage == stage and e.target.stage in nowhere)
+        alone_for = NUM_ALONE if self._suspects.goes_on(stage, plan.session.id) else 0
+        plan = replace(plan, held=frozenset(held), alone_for=alone_for)
         origin_ns = self._tools.fleet.origin_ns(living, placement.origin_ns)
         return living.line.post("resume_session", stage, plan, origin_ns)
 

@@ -238,6 +238,21 @@ def test_one_that_takes_the_place_of_a_dead_one_is_sent_to_once_its_sessions_are
     assert (coordinator.problem, coordinator.num_deaths) == ("", {"tts.0": 1})
 
 
+def test_one_that_is_back_before_its_neighbour_sends_nothing_there_before_its_sessions_are_open(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a"))
+    cluster.starts_at_once = False
+    cluster.actors["tts.0"].is_dead = cluster.actors["vocoder.0"].is_dead = True
+    look(coordinator)
+    for name in ("tts.0", "vocoder.0"):
+        cluster.actors[name].is_up = True
+        look(coordinator)
+    held = {stage: plan.held for _, stage, (plan, _) in of(cluster.calls, "resume_session")}
+    assert held == {"tts": {"tts.codes->vocoder.codes"}, "vocoder": set()}
+    assert ("tts", "tts.codes->vocoder.codes") in [(call[1], call[2][1]) for call in of(cluster.calls, "reroute")]
+
+
 def test_sessions_that_find_no_room_elsewhere_wait_for_the_next_one(coordinator: Coordinator, cluster: FakeCluster):
     coordinator.open_sessions(sessions("a", "b"))
     cluster.starts_at_once = False

@@ -629,6 +629,7 @@ def test_what_waited_goes_to_the_replica_that_takes_the_place_of_a_dead_one(open
     with closing(Bus("llm-0-1", directory)) as bus:
         receiver, endpoint = bus.bind(WAIT)
         receiver.open_session(PORCH)
+        edge.sender.release(PORCH)
         edge.upstream.reconnect(edge.sender, endpoint)
         edge.downstream, edge.receiver, before, edge.arrived = bus, receiver, edge.downstream, []
         before.close()
