@@ -232,6 +232,11 @@ class Procedures:
     def are_running(self) -> bool:
         return bool(self._running)
 
+    @property
+    def awaited(self) -> set[str]:
+        """The actors whose answers are waited for."""
+        return {reply.actor for running in self._running for reply in running.awaited if not reply.is_done}
+
     def step(self) -> None:
         """Go on with all that can."""
         for running in list(self._running):

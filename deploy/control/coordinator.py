@@ -22,7 +22,7 @@ from deploy.actor.session_plan import StageSnapshot
 from deploy.control.calls import CoordinatorError, Lines, NowS, Procedures, Reply
 from deploy.control.ending import last_ledger, ledger_of, take_reports
 from deploy.control.fleet import Cluster, Fleet, Living
-from deploy.control.opening import Openings
+from deploy.control.opening import SILENT_S, Openings
 from deploy.control.placement import Process, processes_of
 from deploy.control.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
 from deploy.control.sessions import SessionTable
@@ -200,6 +200,12 @@ class Coordinator:
     def is_busy(self) -> bool:
         """Is there something under way that goes on with the next poll?"""
         return self._tools.procedures.are_running
+
+    @property
+    def expects_answers(self) -> bool:
+        """Will an answer come soon with which something goes on? Not of one that loads, or is silent."""
+        awaited = [self._tools.fleet.living.get(name) for name in self._tools.procedures.awaited]
+        return any(living is not None and living.line.silent_s < SILENT_S for living in awaited)
 
     def ledger(self) -> dict[str, Account]:
         """The account of every edge, both ends and all replicas put together, as reported last."""

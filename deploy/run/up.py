@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 MAX_ENDED = 64  # sessions which `ps` goes on showing
-BUSY_S = 0.02  # between two looks while a camera opens
+BUSY_S = 0.02  # between two looks while a camera opens, or moves
 CLOSING_S = 1.0  # after the last word
 # From the first signal to the end of the process, whatever hangs; most of it is for a listener who still hears. What is
 # left is for the last word of all actors, for stopping them, and for Ray.
@@ -214,7 +214,7 @@ class _Run:
             self._poll(coordinator, meter)
             self._state.keep()
             if coordinator.sessions:
-                self._live.wait(BUSY_S if coordinator.is_busy else POLL_S)
+                self._live.wait(BUSY_S if coordinator.expects_answers else POLL_S)
 
     def _poll(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
         """Look at the actors once, and let the gateway and the metrics know."""

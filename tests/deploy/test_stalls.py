@@ -398,3 +398,17 @@ def test_ending_a_session_whose_actor_hangs_waits_for_nobody(coordinator: Coordi
     coordinator.end_session(SessionId("a"))
     coordinator.close_session(SessionId("b"))
     assert cluster.clock.now_s == began_s
+
+
+def test_what_waits_for_one_that_loads_or_is_silent_is_not_looked_at_more_often(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a"))
+    cluster.starts_at_once = False
+    cluster.actors["tts.0"].is_dead = True
+    for _ in range(20):
+        coordinator.poll()
+    assert (coordinator.is_busy, coordinator.expects_answers) == (True, False)
+    cluster.actors["tts.0"].is_up = True
+    coordinator.poll()
+    assert coordinator.expects_answers
