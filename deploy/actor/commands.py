@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from deploy.actor.accounts import EdgeEnds
+from deploy.actor.accounts import NOTHING, EdgeEnds
 from deploy.actor.loop import ActorLoop
 from deploy.actor.plan import REFUSALS, ActorPlan, Address, Answer, Call, Report
 from deploy.actor.runner import StageRunner
@@ -19,7 +19,7 @@ from deploy.actor.session_plan import SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.edge import EdgeObserver, EdgeRule, Receiver, Sender
 from graph.ladder import Level
-from graph.ledger import Account, merge
+from graph.ledger import merge
 from graph.tail import Playback
 
 
@@ -68,14 +68,15 @@ class Ends:
 
     def accounts(self) -> dict[str, EdgeEnds]:
         """This actor's ends, by edge."""
-        return {
-            edge.id: EdgeEnds(
-                merge(sender.account() for sender in self.senders.get(edge.id, ())),
-                receiver.account() if (receiver := self.receivers.get(edge.id)) else Account(),
-                {peer.decode(): number for peer, number in receiver.arrived.items()} if receiver else {},
-            )
-            for edge in self._plan.edges
-        }
+        edges = dict.fromkeys((*self.receivers, *self.senders))
+        return {edge: self._ends_of(self.senders.get(edge, ()), self.receivers.get(edge)) for edge in edges}
+
+    @staticmethod
+    def _ends_of(senders: Sequence[Sender], receiver: Receiver | None) -> EdgeEnds:
+        sent = merge(sender.account() for sender in senders) if senders else NOTHING
+        if receiver is None:
+            return EdgeEnds(sent)
+        return EdgeEnds(sent, receiver.account(), {peer.decode(): number for peer, number in receiver.arrived.items()})
 
     def _rule(self, edge: str) -> EdgeRule:
         spec = next(e for e in self._plan.edges if e.id == edge)

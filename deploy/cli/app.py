@@ -194,8 +194,10 @@ def simulate(
 
     Exits with 3 when something did not.
     """
+    from deploy.simulator.report import Report, parse_seeds, print_scenarios
+    from deploy.simulator.scenarios import find_scenario
     from deploy.simulator.shrink import print_report, shrink
-    from deploy.simulator.simulate import Report, find_scenario, parse_seeds, print_scenarios, run_scenario
+    from deploy.simulator.simulate import run_scenario
     from graph.costs import read_profile
 
     if scenario is None:

@@ -256,12 +256,3 @@ class Procedures:
         except BaseException:
             self._running.remove(running)
             raise
-
-
-def at_once(steps: Steps[T]) -> T:
-    """Do all steps where every reply is there when it is returned (the simulator's)."""
-    try:
-        while True:
-            assert all(reply.is_done for reply in next(steps))
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]

@@ -203,9 +203,12 @@ class Coordinator:
 
     @property
     def expects_answers(self) -> bool:
-        """Will an answer come soon with which something goes on? Not of one that loads, or is silent."""
-        awaited = [self._tools.fleet.living.get(name) for name in self._tools.procedures.awaited]
-        return any(living is not None and living.line.silent_s < SILENT_S for living in awaited)
+        """Will an answer come soon with which something goes on? Not of one that has been silent or has loaded for
+        seconds."""
+        lines = {name: living.line for name, living in self._tools.fleet.living.items()}
+        lines |= {name: coming.line for name, coming in self._restarts.coming.items() if coming.line is not None}
+        awaited = [lines[name] for name in self._tools.procedures.awaited if name in lines]
+        return any(line.silent_s < SILENT_S for line in awaited)
 
     def ledger(self) -> dict[str, Account]:
         """The account of every edge, both ends and all replicas put together, as reported last."""

@@ -4,7 +4,7 @@ A session goes on with the window that it is in. What the dead replica held is l
 forgotten: an LLM begins with its system prompt. Where speech came through it, what was said and not heard is taken
 back, as if the listener had interrupted: so all who speak begin anew together.
 
-Whoever runs these steps (control/restarts.py over Ray, simulator/virtual_deaths.py in virtual time) answers the calls.
+Whoever runs these steps (control/restarts.py) answers the calls.
 """
 
 from __future__ import annotations

@@ -18,11 +18,6 @@ def stages_of(session: Session, spec: PipelineSpec) -> set[str]:
     return spec.stages.keys() - spec.wiring.idle(off, spec.needed)
 
 
-def least_loaded(num_sessions: Sequence[int]) -> int:
-    """The replica that a new session goes to, by how many each has."""
-    return num_sessions.index(min(num_sessions))
-
-
 def phase_ns(number: int, window: WindowSpec) -> int:
     """How long after the first session's windows those of the session end that was opened as the `number`-th."""
     return number % window.phases * window.length_ns // window.phases

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
-from deploy.simulator.virtual import Network
+from deploy.simulator.world import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, StageCost
 from graph.credit import Limit
@@ -36,6 +36,8 @@ COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
 
 
 USUAL: Final = Network()
+CALLS: Final = Network(NS_PER_MS, 0)
+POLL_NS: Final = 250 * NS_PER_MS  # as deploy/run/up.py; where nobody comes, goes or dies, there is little to see
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,16 @@ class Scenario:
 
     num_sessions, num_windows: that begin together and end together; or, where there are some, the arrivals.
     devices: what computes, and how many stages at once on it. on: per stage its device; else the first. token_ns: a
-    decode step of all who speak. picture_ns: what a picture costs the LLM. stagger_ns: between the sessions' windows.
-    credit, batch: of every edge and stage; None: as described.
-    network, acks, grants: how messages travel.
+    decode step of all who speak. picture_ns: what a picture costs the LLM.
+    credit, batch, phases: of every edge, stage and window; None: as described.
+    network, acks, grants: how messages travel. calls: how those of the coordinator do, and their answers.
+    poll_ns: how often it looks at its actors.
     barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
     nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
     times slower it is for so long. drift_ppm: of each actor's clock, at most.
-    deaths: how often on average each actor that computes dies. replicas: of stages; else as described.
+    steps: how likely each of two times that a host's wall clock is set to another hour.
+    deaths: how often on average each actor that computes dies. hangs: how likely it hangs so long that it is taken for
+    dead. replicas: of stages; else as described.
     returns: how likely each session is closed by force and comes again under its name. spoils: how likely a unit of a
     stage that computes is one at which it raises.
     """
@@ -80,11 +85,13 @@ class Scenario:
     batch: int | None = None
     devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
     on: Mapping[str, str] = field(default_factory=dict)
-    stagger_ns: int = 0
+    phases: int | None = None
     credit: Limit | None = None
     network: Network = USUAL
     acks: Network = USUAL
     grants: Network = USUAL
+    calls: Network = CALLS
+    poll_ns: int = NS_PER_S
     barges_in: float = 0.0
     pauses: float = 0.0
     dies: float = 0.0
@@ -92,7 +99,9 @@ class Scenario:
     longest_stall_ns: int = 500 * NS_PER_MS
     slow: Mapping[str, float] = field(default_factory=dict)
     drift_ppm: int = 0
+    steps: float = 0.0
     deaths: float = 0.0
+    hangs: float = 0.0
     replicas: Mapping[str, int] = field(default_factory=dict)
     returns: float = 0.0
     spoils: float = 0.0
@@ -145,7 +154,7 @@ _STORM: Final = replace(
     stalls=0.3,
     longest_stall_ns=1500 * NS_PER_MS,
     slow={"llm": 5.0},
-    stagger_ns=130 * NS_PER_MS,
+    phases=7,
     drift_ppm=200,
 )
 SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
@@ -198,6 +207,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 barges_in=0.6,
                 deaths=0.1,
                 returns=0.1,
+                poll_ns=POLL_NS,
             ),
             replace(
                 _STEADY,
@@ -211,6 +221,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 pauses=0.2,
                 deaths=1.0,
                 replicas={"llm": 2, "vocoder": 2},
+                poll_ns=POLL_NS,
                 drift_ppm=200,
             ),
             replace(
@@ -225,6 +236,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 barges_in=0.3,
                 stalls=0.5,
                 returns=0.8,
+                poll_ns=POLL_NS,
                 drift_ppm=200,
             ),
             replace(
@@ -235,6 +247,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 network=Network(100_000, 5 * NS_PER_MS),
                 barges_in=0.3,
                 spoils=0.05,
+                poll_ns=POLL_NS,
             ),
             Scenario(
                 "overload",
@@ -257,3 +270,10 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
         )
     }
 )
+
+
+def find_scenario(name: str) -> Scenario:
+    """Raises SimulateError when there is none of that name."""
+    if name not in SCENARIOS:
+        raise SimulateError(f"no scenario {name!r}; there are: {', '.join(SCENARIOS)}")
+    return SCENARIOS[name]

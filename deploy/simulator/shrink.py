@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from deploy.simulator.scenarios import USUAL, Scenario
-from deploy.simulator.simulate import Report, Simulation, Violation
+from deploy.simulator.invariants import Violation
+from deploy.simulator.report import Report
+from deploy.simulator.scenarios import CALLS, USUAL, Scenario
+from deploy.simulator.simulate import Simulation
 from graph.spec import PipelineSpec
 
 MAX_TRIES: Final = 100
@@ -92,17 +94,20 @@ _USUAL: Final[dict[str, object]] = {
     "network": USUAL,
     "acks": USUAL,
     "grants": USUAL,
+    "calls": CALLS,
     "barges_in": 0.0,
     "pauses": 0.0,
     "dies": 0.0,
     "stalls": 0.0,
     "slow": {},
+    "steps": 0.0,
     "deaths": 0.0,
+    "hangs": 0.0,
     "replicas": {},
     "returns": 0.0,
     "spoils": 0.0,
     "drift_ppm": 0,
-    "stagger_ns": 0,
+    "phases": None,
     "credit": None,
 }
 

@@ -6,19 +6,19 @@ They spend what TAIL allows as the real ones do, through the same graph/tail.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
 import numpy as np
 
-from deploy.simulator.virtual import Device
+from deploy.simulator.world import Device
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId
 from graph.costs import StageCost
 from graph.kinds import attrs_of
-from graph.ladder import Level, holds_window
+from graph.ladder import holds_window
 from graph.stage_type import StageType
-from graph.tail import Ack, Playback, SpeechQueue, TextBudget
+from graph.tail import Ack, SpeechQueue, TextBudget
 from graph.window import Unit
 from stages.audio_encoder import AudioEncoder
 from stages.camera import Camera
@@ -38,11 +38,6 @@ SOUND_EMBEDS: Final = {"embeds": np.zeros((1, 1), np.float32)}
 HIDDEN: Final = np.zeros((64, 1), np.float32)
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
 CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
-
-
-def own_of(session: Session) -> Session:
-    """A session as one stage is told of it: each knows what it was told, and nothing of what others were."""
-    return replace(session, playback=Playback(), level=Level())
 
 
 class OutOfOrder(AssertionError):
@@ -463,3 +458,13 @@ class StandIn(Costly):
 
     def make(self, unit: Unit) -> list[Chunk]:
         return [output.like(chunk) for port, output in self._ways for chunk in unit.of(port)]
+
+
+TWINS: Final[Mapping[type[Stage], type[Costly]]] = {
+    VisionEncoder: VirtualVision,
+    AudioEncoder: VirtualAudio,
+    Tts: VirtualTts,
+    Vocoder: VirtualVocoder,
+}
+"""What stands for a stage, where it needs no more than its costs."""
+FREE: Final = StageCost(0, 0)

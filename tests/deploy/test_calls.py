@@ -15,7 +15,6 @@ from deploy.control.calls import (
     Reply,
     Steps,
     answered,
-    at_once,
 )
 from stages.stage import StageError
 from tests.support.actors import Clock, FakeActor, FakeCluster
@@ -153,12 +152,3 @@ def test_an_error_in_one_procedure_is_told_and_ends_no_other() -> None:
         procedures.step()
     procedures.step()
     assert not procedures.are_running
-
-
-def test_where_every_answer_is_there_the_steps_are_done_at_once() -> None:
-    def steps() -> Steps[int]:
-        yield [answered("a", 1)]
-        yield []
-        return 3
-
-    assert at_once(steps()) == 3

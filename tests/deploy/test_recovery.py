@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deploy.actor.session_plan import Listener, SessionPlan
-from deploy.control.calls import ActorDied, Reply, answered, at_once, failed
+from deploy.control.calls import ActorDied, Reply, Steps, answered, failed
 from deploy.control.recovery import Going, announce, redirect, reopen
 from graph.chunk import Scalar, SessionId
 from graph.spec import PipelineSpec, default_spec_path
@@ -63,10 +63,16 @@ def going(spec: PipelineSpec, **fields: object) -> Going:
     return Going(session, {**dict.fromkeys(spec.stages, 0), "llm": 1}, incarnation=7)
 
 
+def all_of(steps: Steps[Any]) -> None:
+    """Every reply is there when it is returned."""
+    for replies in steps:
+        assert all(reply.is_done for reply in replies)
+
+
 def recover(written: Written, spec: PipelineSpec, stage: str, going: Going) -> None:
-    at_once(reopen(written, spec, stage, [going]))
+    all_of(reopen(written, spec, stage, [going]))
     redirected = redirect(written, spec, stage, going)
-    at_once(announce(written, spec, stage, going, "llm.0", redirected))
+    all_of(announce(written, spec, stage, going, "llm.0", redirected))
 
 
 def recovered(spec: PipelineSpec, stage: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
