@@ -182,7 +182,7 @@ class VideoTrack:
             live=live,
             usual_ns=min(rated_ns, MAX_RATED_NS) if live else 0,
         )
-        self._scaler = Scaler(request.max_pixels)
+        self._scaler = Scaler(request.max_pixels, is_exact=not live)
         self._pixel_aspect = PixelAspect(stream)
         self._converted: tuple[Picture | Deferred, npt.NDArray[np.uint8]] | None = (
             None  # the last picture sent, and as RGB

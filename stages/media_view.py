@@ -33,13 +33,15 @@ _MATRICES: Final = {
 
 
 class Scaler:
-    """Pictures to RGB of at most max_pixels: as a player shows them, with even sizes."""
+    """Pictures to RGB of at most max_pixels: as a player shows them, with even sizes.
 
-    # Bit-exact: frames of one file are the same bytes on every CPU.
-    HOW = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+    is_exact: the same bytes on every CPU, as a file's digests promise, at twice the cost.
+    """
 
-    def __init__(self, max_pixels: int) -> None:
+    def __init__(self, max_pixels: int, *, is_exact: bool = True) -> None:
         self._max_pixels = max_pixels
+        exactly = Interpolation.BITEXACT if is_exact else 0
+        self._how = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | exactly)
         self._reformatter = VideoReformatter()
 
     def to_rgb(self, picture: VideoFrame, pixel_aspect: Fraction | None = None) -> npt.NDArray[np.uint8]:
@@ -56,7 +58,7 @@ class Scaler:
             "rgba" if has_alpha else "rgb24",
             src_colorspace=_matrix_of(picture),
             dst_color_range=ColorRange.JPEG,
-            interpolation=int(self.HOW),
+            interpolation=self._how,
             threads=1,
         )
         image = np.asarray(rgb.to_ndarray(), np.uint8)

@@ -20,6 +20,10 @@ QUICK |= {
     "OMNI_BENCH_BATCHED": "2",
     "OMNI_BENCH_SCHEDULED": "4",
     "OMNI_BENCH_WIDTH": "256",
+    "OMNI_BENCH_CAMERAS": "2:1",
+    "OMNI_BENCH_SETTLE": "1",
+    "OMNI_BENCH_BESIDE": "2",
+    "OMNI_BENCH_TURNS": "1",
     "OMP_NUM_THREADS": "1",
 }
 ROW_KEYS = {"name", "value", "unit", "rival", "rival_value", "ratio", "command"}
@@ -43,7 +47,16 @@ def run_quickly(name: str) -> dict[str, object]:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("name", "num_rows"),
-    [("bus", 36), ("decoders", 3), ("engine", 8), ("overload", 6), ("quantized", 10), ("sessions", 6), ("stages", 5)],
+    [
+        ("bus", 36),
+        ("cameras", 9),
+        ("decoders", 3),
+        ("engine", 8),
+        ("overload", 6),
+        ("quantized", 10),
+        ("sessions", 6),
+        ("stages", 5),
+    ],
 )
 def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_measured(name: str, num_rows: int) -> None:
     report = run_quickly(name)
