@@ -181,7 +181,7 @@ class CameraSpec(Section):
     """source may hold credentials: print `masked`, open `reveal()`. microphone: the sound in source, or none.
 
     max_pixels: the decoder makes larger pictures smaller, before the bus. The default is twice the model's 448 x 448
-    in each direction; nine slices want 9 x 448 x 448. The limits are within those of stages/media_wire.py.
+    in each direction; nine slices want 9 x 448 x 448. The limits are within those of stages/media/wire.py.
     """
 
     source: Annotated[Secret, PlainValidator(_camera_source), _as_text]

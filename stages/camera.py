@@ -8,12 +8,12 @@ from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import attrs_of
 from graph.stage_type import Feedback, Out
 from graph.window import FOREVER_NS
-from stages.feed import Feeds, FeedStage, Reading
-from stages.feed_buffer import Notice
 from stages.kinds import EVENTS, FRAMES, PLAYBACK, Picture
 from stages.light import LightOptions
-from stages.media_health import Totals
-from stages.media_wire import TrackName
+from stages.media.feed import Feeds, FeedStage, Reading
+from stages.media.feed_buffer import Notice
+from stages.media.health import Totals
+from stages.media.wire import TrackName
 from stages.stage import Session, Site
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.stage_type import Out
-from stages.feed import Feeds, FeedStage, Reading
 from stages.kinds import SOUND
 from stages.light import LightOptions
+from stages.media.feed import Feeds, FeedStage, Reading
 from stages.rates import SOUND_RATE_HZ
 from stages.stage import Site
 

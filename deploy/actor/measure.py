@@ -13,7 +13,7 @@ from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
 from graph.stage_type import outputs_of
 from graph.tail import Ack
-from stages.media_health import Totals
+from stages.media.health import Totals
 from stages.stage import Session, Stage
 
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")

@@ -27,8 +27,8 @@ from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
 from graph.spec_check import MAX_CAMERAS
 from stages.catalog import CATALOG
-from stages.media import MediaError
-from stages.media_wire import is_control
+from stages.media.reader import MediaError
+from stages.media.wire import is_control
 
 ANSWER_S: Final = 60.0  # until the pipeline's thread must have begun; it looks four times a second
 RETRY_S: Final = 30.0  # where nobody knows when there will be room

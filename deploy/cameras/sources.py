@@ -15,8 +15,18 @@ from graph.errors import GraphError
 from graph.secret import mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.media import Ended, Failed, MediaError, MediaItem, MediaReader, MediaRequest, Progress, Warned, check_source
-from stages.media_wire import FOREVER_NS, LIVE_KINDS
+from stages.media.reader import (
+    Ended,
+    Failed,
+    MediaError,
+    MediaItem,
+    MediaReader,
+    MediaRequest,
+    Progress,
+    Warned,
+    check_source,
+)
+from stages.media.wire import FOREVER_NS, LIVE_KINDS
 
 PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
 PROBE_AGAIN_S = 1.0  # between two tries where `up` waits for cameras

@@ -95,7 +95,7 @@ def _exit_code(error: Exception) -> int | None:
     """None: it is no error of the world, but ours, and its traceback is what we need."""
     from graph.errors import GraphError
     from model_shards.errors import DependencyError, ModelError
-    from stages.media_wire import MediaError
+    from stages.media.wire import MediaError
     from stages.stage import MissingDependency, StageError
 
     if isinstance(error, DependencyError | MissingDependency):

@@ -36,10 +36,10 @@ from deploy.evaluate.films import FilmSpec, make_film
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId
 from graph.window import Input, Joined, WindowJoin
 from stages.camera import Camera
-from stages.feed import Feed, Feeds
-from stages.feed_opening import in_thread
 from stages.kinds import FRAMES
-from stages.media_fork import FORK_SERVER
+from stages.media.feed import Feed, Feeds
+from stages.media.feed_opening import in_thread
+from stages.media.fork import FORK_SERVER
 from stages.stage import Session
 
 NAME: Final = "cameras"

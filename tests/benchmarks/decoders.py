@@ -24,8 +24,8 @@ from typing import Any
 from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, less_is_better, option
 from deploy.evaluate.films import FilmSpec, make_film
 from graph.chunk import NS_PER_MS
-from stages.media import Ended, Failed, Frame, MediaReader, MediaRequest, Progress
-from stages.media_fork import PIPE_BYTES, ForkServer
+from stages.media.fork import PIPE_BYTES, ForkServer
+from stages.media.reader import Ended, Failed, Frame, MediaReader, MediaRequest, Progress
 
 NAME = "decoders"
 RIVAL = "a fresh Python per decoder"
@@ -34,7 +34,7 @@ SETTLE_S = 0.5  # until the pipe is full
 PATIENCE_S = 30.0
 PROGRAM = """
 import os
-from stages.media_process import run_decoder
+from stages.media.process import run_decoder
 os._exit(run_decoder(0, 1, os.pidfd_open(os.getppid())))
 """
 

@@ -13,7 +13,7 @@ from deploy.process.search_path import ROOT
 
 THEIRS = ("deploy", "graph", "stages", "model_shards", "ray", "numpy", "torch", "av", "psutil", "sitecustomize")
 SLEEP = "import time; time.sleep(1000)"
-IMPORT_ALL = "import deploy.cli.background, deploy.actor.actor, stages.media_fork_server, sys; sys.exit(0)"
+IMPORT_ALL = "import deploy.cli.background, deploy.actor.actor, stages.media.fork_server, sys; sys.exit(0)"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from deploy.gateway.observe import MAX_BODY_BYTES, build_gateway
 from graph.costs import Profile, StageCost
 from graph.errors import GraphError
 from graph.sections import AdmissionSpec, CameraSpec
-from stages.media import MediaError
+from stages.media.reader import MediaError
 from stages.stage import StageError
 from tests.deploy.test_observe import FakePipeline
 from tests.support.specs import parse_spec

@@ -9,7 +9,7 @@ from graph.chunk import NS_PER_S, Chunk
 from graph.metrics import MAX_CAMERAS, Metrics
 from graph.stage_type import Out
 from stages import kinds
-from stages.media_health import Totals
+from stages.media.health import Totals
 from stages.stage import Session, Stage
 from tests.support.streams import CODES, EVENTS, TEXT, camera_stream, kind_of
 from tests.support.units import DOOR, ack, session

@@ -22,9 +22,9 @@ from deploy.run.up import Outcome
 from graph.costs import Profile, StageCost
 from graph.secret import Secret
 from graph.sections import CameraSpec
-from stages.media import check_source
-from stages.media_fork import FORK_SERVER
-from stages.reaper import REAPER
+from stages.media.fork import FORK_SERVER
+from stages.media.reader import check_source
+from stages.media.reaper import REAPER
 from tests.support.media import Clip, times
 
 PATTERN = ("--camera", "door=test://pattern")

@@ -51,7 +51,7 @@ def with_a_dead_decoder(place: Place, clip: Path) -> Run:
 
 def reads(process: psutil.Process, path: Path) -> bool:
     try:
-        is_decoder = "stages.media_fork_server" in process.cmdline()
+        is_decoder = "stages.media.fork_server" in process.cmdline()
         return is_decoder and any(Path(file.path) == path.resolve() for file in process.open_files())
     except psutil.Error:
         return False

@@ -4,7 +4,7 @@ import pytest
 
 from graph.chunk import NS_PER_S, ChunkType
 from graph.window import WindowJoin
-from stages.media import Ended, Failed
+from stages.media.reader import Ended, Failed
 from tests.support.media_script import (
     DOOR,
     GONE,

@@ -13,7 +13,7 @@ import pytest
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from stages.disk import Disk
 from stages.events import Events
-from stages.feed import Feed, Feeds, FeedStage, Reading
+from stages.media.feed import Feed, Feeds, FeedStage, Reading
 from stages.rates import SPEECH_RATE_HZ
 from stages.speaker import Speaker
 from stages.stage import MissingDependency, Session, Stage, StageError

@@ -1,4 +1,4 @@
-"""stages/feed.py: one camera's media on the session's axis, whatever its connection does."""
+"""stages/media/feed.py: one camera's media on the session's axis, whatever its connection does."""
 
 import itertools
 from collections import deque
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S, SessionId
-from stages.feed import MAX_CLOSED, Feed, Feeds
-from stages.feed_opening import in_thread
-from stages.feed_retries import Retries
-from stages.media import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
-from stages.media_health import Totals
+from stages.media.feed import MAX_CLOSED, Feed, Feeds
+from stages.media.feed_opening import in_thread
+from stages.media.feed_retries import Retries
+from stages.media.health import Totals
+from stages.media.reader import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.rates import SOUND_RATE_HZ
 from stages.stage import Session, SourceReport
 from tests.support.media_script import (

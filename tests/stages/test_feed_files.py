@@ -8,7 +8,7 @@ import pytest
 from graph.chunk import NS_PER_S, Chunk, ChunkType
 from graph.window import WindowJoin
 from stages.camera import Camera
-from stages.feed import Feeds
+from stages.media.feed import Feeds
 from stages.microphone import Microphone
 from stages.stage import Session
 from tests.support.media import Clip, damaged, times

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.sections import CameraSpec
-from stages.media import (
+from stages.media.fork import FORK_SERVER
+from stages.media.play import Lane, Teller
+from stages.media.reader import (
     FOREVER_NS,
     Ended,
     Failed,
@@ -35,12 +37,10 @@ from stages.media import (
     Sound,
     check_source,
 )
-from stages.media_fork import FORK_SERVER
-from stages.media_play import Lane, Teller
-from stages.media_sound import SoundTrack
-from stages.media_tracks import LIVE_DRIFT_NS, FileAxis, LiveAxis, VideoTrack
-from stages.media_view import scaled_size
-from stages.reaper import REAPER
+from stages.media.reaper import REAPER
+from stages.media.sound import SoundTrack
+from stages.media.tracks import LIVE_DRIFT_NS, FileAxis, LiveAxis, VideoTrack
+from stages.media.view import scaled_size
 from tests.support.media import Clip, picture, recorded_clip, times
 from tests.support.reading import read_to_end
 
@@ -410,7 +410,9 @@ def test_what_a_decoder_inherits_is_no_secret(monkeypatch):
 
 
 def test_the_parent_loads_no_decoder():
-    code = "import sys, stages.media; sys.exit(any(name in sys.modules for name in ('av', 'torch', 'ray', 'zmq')))"
+    code = (
+        "import sys, stages.media.reader; sys.exit(any(name in sys.modules for name in ('av', 'torch', 'ray', 'zmq')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""stages/media_colour.py, and the sizes of stages/media_still.py: pictures as viewers show them, however made."""
+"""stages/media/colour.py, and the sizes of stages/media/still.py: pictures as viewers show them, however made."""
 
 import io
 import struct
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from stages.media import Failed
+from stages.media.reader import Failed
 from tests.stages.test_media_pictures import BLUE, GREEN, RED, WHITE, noise, quartered
 from tests.support.reading import first_image, frames_of, quarters, read_all
 

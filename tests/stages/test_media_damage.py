@@ -1,4 +1,4 @@
-"""stages/media_play.py: what is damaged costs itself, and tracks live and die apart."""
+"""stages/media/play.py: what is damaged costs itself, and tracks live and die apart."""
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S
-from stages.media import Ended, Failed, Frame, MediaItem, MediaRequest, Progress, Sound, Warned
-from stages.media_decoder import explain
-from stages.media_health import Warner
-from stages.media_play import (
+from stages.media.decoder import explain
+from stages.media.health import Warner
+from stages.media.play import (
     MAX_HOLE_READS,
     MAX_NO_KEYFRAME,
     Decoding,
     Lane,
     packets,
 )
-from stages.media_sound import SoundTrack
-from stages.media_tracks import FileAxis, VideoTrack
-from stages.media_wire import Order
+from stages.media.reader import Ended, Failed, Frame, MediaItem, MediaRequest, Progress, Sound, Warned
+from stages.media.sound import SoundTrack
+from stages.media.tracks import FileAxis, VideoTrack
+from stages.media.wire import Order
 from tests.support.media import Clip, damaged, picture, times
 from tests.support.reading import read_to_end
 

@@ -1,4 +1,4 @@
-"""stages/media_fork.py and stages/media_fork_server.py: decoders are forked, and each is a process of its own."""
+"""stages/media/fork.py and stages/media/fork_server.py: decoders are forked, and each is a process of its own."""
 
 import contextlib
 import errno
@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.media import Ended, Failed, Frame, MediaError, MediaItem, MediaReader
-from stages.media_fork import FORK, REPORT, ForkServer
-from stages.media_fork_server import Forks
+from stages.media.fork import FORK, REPORT, ForkServer
+from stages.media.fork_server import Forks
+from stages.media.reader import Ended, Failed, Frame, MediaError, MediaItem, MediaReader
 from tests.support.media import Clip, times
 from tests.support.reading import request
 
@@ -188,8 +188,8 @@ def test_a_fork_server_that_nobody_wants_ends():
 
 OWNER = """
 import sys, time
-from stages.media import MediaReader, MediaRequest
-from stages.media_fork import FORK_SERVER
+from stages.media.reader import MediaReader, MediaRequest
+from stages.media.fork import FORK_SERVER
 reader = MediaReader(MediaRequest('test://pattern', 1.0, 200704, True, True, 10**9, None))
 reader.start()
 print(FORK_SERVER.pid, reader.pid, flush=True)

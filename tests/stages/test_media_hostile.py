@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_S
-from stages.media import (
+from stages.media.decoder import explain
+from stages.media.reader import (
     Ended,
     Failed,
     Frame,
@@ -34,9 +35,8 @@ from stages.media import (
     check_source,
     mask_source,
 )
-from stages.media_decoder import explain
-from stages.media_wire import HEADER, MAGIC, ItemParser, Order, WireError, to_bytes
-from stages.reaper import REAPER
+from stages.media.reaper import REAPER
+from stages.media.wire import HEADER, MAGIC, ItemParser, Order, WireError, to_bytes
 from tests.support.reading import read_to_end
 
 MIB = 1 << 20
@@ -396,7 +396,7 @@ def test_an_unread_source_takes_neither_memory_nor_time():
 
 def test_a_killed_parent_takes_its_decoder_with_it():
     code = (
-        "from stages.media import MediaReader, MediaRequest\n"
+        "from stages.media.reader import MediaReader, MediaRequest\n"
         "reader = MediaReader(MediaRequest('test://pattern', 1.0, 200704, True, True, 10**9, None))\n"
         "reader.start(); print(reader.pid, flush=True); import time; time.sleep(60)\n"
     )

@@ -9,7 +9,7 @@ import pytest
 from graph.chunk import NS_PER_S
 from graph.reference import resolve
 from graph.secret import Secret
-from stages.media import Failed, MediaError, MediaReader, MediaRequest, check_source
+from stages.media.reader import Failed, MediaError, MediaReader, MediaRequest, check_source
 from tests.support.login_camera import LoginCamera
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from graph.chunk import NS_PER_S
-from stages.media import FOREVER_NS, Ended, Failed, MediaItem, Progress, Warned, check_source
-from stages.media_pictures import natural_key, ticking
-from stages.media_still import OutOfTime, limited_processor_time
+from stages.media.pictures import natural_key, ticking
+from stages.media.reader import FOREVER_NS, Ended, Failed, MediaItem, Progress, Warned, check_source
+from stages.media.still import OutOfTime, limited_processor_time
 from tests.support.media import Clip, times
 from tests.support.reading import first_image, frames_of, quarters, read_all, starts_s
 

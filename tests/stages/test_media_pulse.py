@@ -1,14 +1,14 @@
-"""stages/media_play.py: which tracks of a live source have stopped, or never come."""
+"""stages/media/play.py: which tracks of a live source have stopped, or never come."""
 
 import pytest
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media import MediaItem, MediaRequest, Warned
-from stages.media_health import Warner
-from stages.media_play import FIRST_PATIENCE_NS, Decoding, Lane, Pulse, PulseWatch
-from stages.media_sound import SoundTrack
-from stages.media_tracks import LiveAxis
-from stages.media_wire import Order
+from stages.media.health import Warner
+from stages.media.play import FIRST_PATIENCE_NS, Decoding, Lane, Pulse, PulseWatch
+from stages.media.reader import MediaItem, MediaRequest, Warned
+from stages.media.sound import SoundTrack
+from stages.media.tracks import LiveAxis
+from stages.media.wire import Order
 
 REQUEST = MediaRequest("rtsp://door", 1.0, 448 * 448, True, True, NS_PER_S // 20, None)
 

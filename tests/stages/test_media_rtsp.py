@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound, Warned
-from stages.media_rtsp import read_challenges
+from stages.media.reader import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest, Progress, Sound, Warned
+from stages.media.rtsp import read_challenges
 
 SERVER = Path(__file__).with_name("rtsp_server.py")
 SYSTEM_PYTHON = "/usr/bin/python3"  # Debian's gi is not in the virtual environment

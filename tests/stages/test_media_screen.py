@@ -1,4 +1,4 @@
-"""stages/media_screen.py: the picture on the screen at each sampling instant, whatever the rate of the source."""
+"""stages/media/screen.py: the picture on the screen at each sampling instant, whatever the rate of the source."""
 
 from fractions import Fraction
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_screen import FrameGrid, Screen, Shot
+from stages.media.screen import FrameGrid, Screen, Shot
 
 Shots = list[Shot[int]]
 

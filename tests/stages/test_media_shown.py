@@ -11,9 +11,9 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from graph.chunk import NS_PER_S
-from stages.media import Ended, Failed, Frame, MediaItem, Sound
-from stages.media_tracks import LiveAxis, VideoTrack
-from stages.media_view import PixelAspect
+from stages.media.reader import Ended, Failed, Frame, MediaItem, Sound
+from stages.media.tracks import LiveAxis, VideoTrack
+from stages.media.view import PixelAspect
 from tests.support.media import Clip, damaged, times
 from tests.support.reading import first_image, frames_of, quarters, read_all, request, starts_s
 

@@ -1,4 +1,4 @@
-"""stages/media_sound.py: what stamps beside the sample count do to the sound, which is nothing unless they mean it."""
+"""stages/media/sound.py: what stamps beside the sample count do to the sound, which is nothing unless they mean it."""
 
 import random
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_sound import GAP_NS, SoundTrack
-from stages.media_tracks import FileAxis, LiveAxis
-from stages.media_wire import MediaItem, MediaRequest, Sound
+from stages.media.sound import GAP_NS, SoundTrack
+from stages.media.tracks import FileAxis, LiveAxis
+from stages.media.wire import MediaItem, MediaRequest, Sound
 
 RATE_HZ = 16_000
 FRAME = 320  # 20 ms, as G.711 cameras send

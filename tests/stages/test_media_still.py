@@ -1,4 +1,4 @@
-"""stages/media_still.py: a damaged picture is shown as far as viewers show it, in its true shades, the right way up."""
+"""stages/media/still.py: a damaged picture is shown as far as viewers show it, in its true shades, the right way up."""
 
 import io
 import struct
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.media import Failed
-from stages.media_still import BLOCK_ROWS
+from stages.media.reader import Failed
+from stages.media.still import BLOCK_ROWS
 from tests.stages.test_media_pictures import BLUE, GREEN, RED, WHITE, noise, num_bad, quartered, shades, warnings
 from tests.support.reading import first_image, frames_of, quarters, read_all
 

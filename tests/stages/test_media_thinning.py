@@ -1,4 +1,4 @@
-"""stages/media_thinning.py: of a live video no more is decoded than what is seen takes."""
+"""stages/media/thinning.py: of a live video no more is decoded than what is seen takes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +12,9 @@ import pytest
 from av.video.frame import PictureType
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_thinning import MAX_REORDER_NS, Keyframes, LiveDecoder
-from stages.media_tracks import LiveAxis, VideoTrack
-from stages.media_wire import Frame, MediaItem
+from stages.media.thinning import MAX_REORDER_NS, Keyframes, LiveDecoder
+from stages.media.tracks import LiveAxis, VideoTrack
+from stages.media.wire import Frame, MediaItem
 from tests.support.media import picture
 from tests.support.reading import request
 

@@ -8,9 +8,9 @@ import av
 import pytest
 
 from graph.chunk import NS_PER_S
-from stages.media import Ended
-from stages.media_screen import FrameGrid, Screen
-from stages.media_tracks import FileAxis, period_ns
+from stages.media.reader import Ended
+from stages.media.screen import FrameGrid, Screen
+from stages.media.tracks import FileAxis, period_ns
 from tests.support.media import Clip, picture, times
 from tests.support.reading import frames_of, read_all, starts_s
 

@@ -1,4 +1,4 @@
-"""stages/media_types.py: files are what their bytes say; what is not read is named. And which names are read."""
+"""stages/media/types.py: files are what their bytes say; what is not read is named. And which names are read."""
 
 import errno
 import gzip
@@ -15,10 +15,10 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from stages.media import Ended, Failed, MediaError, Sound, Warned, check_source
-from stages.media_decoder import explain
-from stages.media_types import foreign_type, picture_type
-from stages.media_wire import Order
+from stages.media.decoder import explain
+from stages.media.reader import Ended, Failed, MediaError, Sound, Warned, check_source
+from stages.media.types import foreign_type, picture_type
+from stages.media.wire import Order
 from tests.support.media import Clip, times
 from tests.support.reading import first_image, frames_of, read_all, request, starts_s
 

@@ -1,4 +1,4 @@
-"""stages/media_why.py: servers that give no media say why, in the owner's words."""
+"""stages/media/why.py: servers that give no media say why, in the owner's words."""
 
 import contextlib
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stages.media import Ended, Failed, MediaReader
+from stages.media.reader import Ended, Failed, MediaReader
 from tests.support.reading import request
 
 

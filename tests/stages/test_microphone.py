@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media import Ended
+from stages.media.reader import Ended
 from stages.rates import SOUND_RATE_HZ
 from tests.support.media_script import (
     Door,

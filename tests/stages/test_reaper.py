@@ -1,9 +1,9 @@
-"""stages/reaper.py: who ends a process does not wait for it."""
+"""stages/media/reaper.py: who ends a process does not wait for it."""
 
 import subprocess
 import sys
 
-from stages.reaper import Reaper
+from stages.media.reaper import Reaper
 
 STUBBORN = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)"
 POLITE = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))"

@@ -1,4 +1,4 @@
-"""A camera that does what a test writes down: the readers behind `stages.feed`, without a process."""
+"""A camera that does what a test writes down: the readers behind `stages.media.feed`, without a process."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
 from stages.camera import Camera
-from stages.feed import Feeds
-from stages.media import FOREVER_NS, Ended, Failed, Frame, MediaError, MediaItem, MediaRequest, Progress, Sound
+from stages.media.feed import Feeds
+from stages.media.reader import FOREVER_NS, Ended, Failed, Frame, MediaError, MediaItem, MediaRequest, Progress, Sound
 from stages.microphone import Microphone
 from stages.rates import SOUND_RATE_HZ
 from stages.stage import Session

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from graph.chunk import NS_PER_S
-from stages.media import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest
+from stages.media.reader import Ended, Failed, Frame, MediaItem, MediaReader, MediaRequest
 
 PATIENCE_S = 120.0
 

@@ -1,7 +1,7 @@
 """Why a server's source could not be opened, where libav's error does not say it.
 
 Rule: nothing that libav logs is shown, which may hold a password; only a status, a scheme and a host are taken from it.
-A question of our own is asked as in stages/media_rtsp.py.
+A question of our own is asked as in stages/media/rtsp.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import av
 from av.error import FFmpegError
 
-from stages.media_rtsp import ask, rtsp_address
-from stages.media_wire import MediaError, Order
+from stages.media.rtsp import ask, rtsp_address
+from stages.media.wire import MediaError, Order
 
 _STATUS: Final = re.compile(r"(?:failed: |HTTP error )([3-6]\d\d)(?: \(?([A-Za-z][A-Za-z ,'-]{0,60}))?")
 _BLOCKED: Final = re.compile(r"Protocol '([\w.+-]{1,20})' not on whitelist")

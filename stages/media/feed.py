@@ -22,10 +22,11 @@ import numpy as np
 
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.window import FOREVER_NS
-from stages.feed_buffer import Notice, Sides
-from stages.feed_opening import Opener, Opening, at_once, in_thread
-from stages.feed_retries import Retries
-from stages.media import (
+from stages.media.feed_buffer import Notice, Sides
+from stages.media.feed_opening import Opener, Opening, at_once, in_thread
+from stages.media.feed_retries import Retries
+from stages.media.health import Health, Totals
+from stages.media.reader import (
     Ended,
     Failed,
     Frame,
@@ -38,8 +39,7 @@ from stages.media import (
     Warned,
     mask_source,
 )
-from stages.media_health import Health, Totals
-from stages.media_wire import TrackName
+from stages.media.wire import TrackName
 from stages.rates import SOUND_RATE_HZ
 from stages.stage import Session, Site, SourceReport, Stage
 

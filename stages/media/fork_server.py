@@ -1,4 +1,4 @@
-"""The process that decoders are forked from: `python -m stages.media_fork_server` has imported all that they need.
+"""The process that decoders are forked from: `python -m stages.media.fork_server` has imported all that they need.
 
 A forked decoder starts within a tenth of the time of a Python of its own, and shares with the others the memory of what
 is imported. It is a process of its own all the same: with its limits, its lifeline, a session and a death of its own.
@@ -25,16 +25,16 @@ from itertools import pairwise
 from typing import Final, NoReturn
 
 import model_shards.nano.synthetic
-import stages.media_pictures
-from stages.media_fork import FORK, NUM_DESCRIPTORS, REPORT
-from stages.media_process import run_decoder
+import stages.media.pictures
+from stages.media.fork import FORK, NUM_DESCRIPTORS, REPORT
+from stages.media.process import run_decoder
 
 IDLE_S: Final = 60.0  # without a decoder; longer than a lost camera waits until it is looked for again
 OWNER_GONE_S: Final = 2.0  # for decoders to end by themselves, whose owner has closed the socket
 KILLED_S: Final = 1.0  # for the kernel to end a killed one, unless that hangs in a driver or on a dead disk
 MAX_DESCRIPTORS: Final = 1 << 20
 
-_PRELOADED: Final = (model_shards.nano.synthetic, stages.media_pictures)  # which decoders import where they need them
+_PRELOADED: Final = (model_shards.nano.synthetic, stages.media.pictures)  # which decoders import where they need them
 
 
 class Forks:

@@ -30,9 +30,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from graph.chunk import NS_PER_S
 from graph.secret import mask_source, split_login
-from stages.media_fork import FORK_SERVER, DecoderProcess, ForkServer
-from stages.media_types import FILM_SUFFIXES, picture_type, read_head
-from stages.media_wire import (
+from stages.media.fork import FORK_SERVER, DecoderProcess, ForkServer
+from stages.media.reaper import REAPER
+from stages.media.types import FILM_SUFFIXES, picture_type, read_head
+from stages.media.wire import (
     FOREVER_NS,
     LIVE_KINDS,
     Ended,
@@ -51,7 +52,6 @@ from stages.media_wire import (
     WireError,
     is_control,
 )
-from stages.reaper import REAPER
 
 __all__ = [
     "FOREVER_NS",

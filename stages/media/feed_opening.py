@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from graph.chunk import NS_PER_S
-from stages.media import MediaError, MediaReader
+from stages.media.reader import MediaError, MediaReader
 
 PATIENCE_NS = 15 * NS_PER_S  # a disk that sleeps wakes up in less
 

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from graph.chunk import NS_PER_MS
-from stages.media_health import Warner
-from stages.media_screen import FrameGrid, Screen
-from stages.media_still import BadPicture, PictureReader, moves
-from stages.media_tracks import Put
-from stages.media_types import PICTURE_SUFFIXES, foreign_name, picture_type, read_head
-from stages.media_wire import FOREVER_NS, Ended, Frame, MediaError, MediaItem, MediaRequest, Order, Progress
+from stages.media.health import Warner
+from stages.media.screen import FrameGrid, Screen
+from stages.media.still import BadPicture, PictureReader, moves
+from stages.media.tracks import Put
+from stages.media.types import PICTURE_SUFFIXES, foreign_name, picture_type, read_head
+from stages.media.wire import FOREVER_NS, Ended, Frame, MediaError, MediaItem, MediaRequest, Order, Progress
 
 MAX_PICTURES: Final = 100_000
 MAX_NAMED: Final = 20  # bad pictures which are named; the others are counted

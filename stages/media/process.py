@@ -1,6 +1,6 @@
-"""A decoder's process: its order, its limits, its lifeline; forked by stages/media_fork_server.py.
+"""A decoder's process: its order, its limits, its lifeline; forked by stages/media/fork_server.py.
 
-An order comes in as one line, messages of stages/media_wire.py go out. The order's descriptor stays open as a lifeline:
+An order comes in as one line, messages of stages/media/wire.py go out. The order's descriptor stays open as a lifeline:
 when it closes, the owner is gone or has had enough.
 """
 
@@ -14,8 +14,8 @@ import sys
 import threading
 from typing import Final
 
-from stages.media_decoder import MAX_MEMORY_BYTES, Outlet, ParentGone, decode_order
-from stages.media_wire import GOODBYE_SIGNAL, Order
+from stages.media.decoder import MAX_MEMORY_BYTES, Outlet, ParentGone, decode_order
+from stages.media.wire import GOODBYE_SIGNAL, Order
 
 MAX_FILES: Final = 32
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final
 
-from stages.media_wire import Progress, TrackName, WarnCode, Warned
+from stages.media.wire import Progress, TrackName, WarnCode, Warned
 
 _ENDS: Final[dict[WarnCode, WarnCode]] = {"track_back": "track_frozen", "track_frozen": "track_back"}
 

@@ -1,4 +1,4 @@
-"""Decoded pictures in, items out; and the time which a decoder gives to pictures and samples (stages/media_sound.py).
+"""Decoded pictures in, items out; and the time which a decoder gives to pictures and samples (stages/media/sound.py).
 
 Rule: event time is made in this file. A file's time is its PTS, and zero its first media. A live source's time is PTS
 too, moved onto the clock of arrival, which is the session's, whenever the two drift apart.
@@ -16,9 +16,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_screen import FrameGrid, Screen, Shot
-from stages.media_view import PixelAspect, Scaler, check_size
-from stages.media_wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest
+from stages.media.screen import FrameGrid, Screen, Shot
+from stages.media.view import PixelAspect, Scaler, check_size
+from stages.media.wire import FOREVER_NS, Frame, MediaError, MediaItem, MediaRequest
 
 MAX_SOURCE_FPS: Final = 1000
 DEFAULT_FPS: Final = Fraction(25)  # where the container has no idea

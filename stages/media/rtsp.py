@@ -18,8 +18,8 @@ import av
 from av.container import InputContainer
 from av.error import FFmpegError
 
-from stages.media_health import Warner
-from stages.media_wire import MediaError, Order, TrackName
+from stages.media.health import Warner
+from stages.media.wire import MediaError, Order, TrackName
 
 RTSP_PORT: Final = 554
 MAX_ANSWER_BYTES: Final = 16_384

@@ -18,7 +18,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_tracks import VideoTrack, to_ns
+from stages.media.tracks import VideoTrack, to_ns
 
 NUM_REGULAR: Final = 3  # distances in a row before keyframes are relied on; twice as many whenever that was wrong
 MAX_REGULAR: Final = 96

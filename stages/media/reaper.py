@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from stages.media_wire import GOODBYE_SIGNAL
+from stages.media.wire import GOODBYE_SIGNAL
 
 LOOK_S: Final = 0.02
 RARE_LOOK_S: Final = 1.0  # at one that not even SIGKILL ends: it hangs in the kernel, on a device or a dead disk

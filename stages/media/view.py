@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from stages.media_wire import MediaError
+from stages.media.wire import MediaError
 
 MAX_SIDE: Final = 65_535  # of a JPEG; a panorama is as wide
 MAX_PICTURE_PIXELS: Final = 1 << 26  # 64 Mpixel, twice 8K

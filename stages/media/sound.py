@@ -15,9 +15,9 @@ from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_tracks import Axis, Put
-from stages.media_tracks import to_ns as stamp_ns
-from stages.media_wire import FOREVER_NS, MIN_HOLE_SAMPLES, MediaRequest, Sound
+from stages.media.tracks import Axis, Put
+from stages.media.tracks import to_ns as stamp_ns
+from stages.media.wire import FOREVER_NS, MIN_HOLE_SAMPLES, MediaRequest, Sound
 from stages.rates import SOUND_RATE_HZ
 
 MAX_PLACED: Final = 8  # of so many channels libswresample knows where they belong, though nothing says it

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Final, Generic, TypeVar
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media_wire import FOREVER_NS
+from stages.media.wire import FOREVER_NS
 
 MIN_TRUST_NS: Final = 2 * NS_PER_S  # a picture which nothing vouches for stands so long, or TRUST_PERIODS
 TRUST_PERIODS: Final = 3  # usual distances: of a camera with a picture every 3 s two may be late

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graph.chunk import NS_PER_S
-from stages.media import Frame
+from stages.media.reader import Frame
 from stages.rates import SOUND_RATE_HZ
 
 Samples = npt.NDArray[np.float32]

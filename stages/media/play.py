@@ -20,10 +20,10 @@ from av.error import FFmpegError
 from av.packet import Packet
 
 from graph.chunk import NS_PER_S
-from stages.media_health import Warner
-from stages.media_sound import OddSound, SoundTrack
-from stages.media_tracks import Put, VideoTrack, to_ns
-from stages.media_wire import (
+from stages.media.health import Warner
+from stages.media.sound import OddSound, SoundTrack
+from stages.media.tracks import Put, VideoTrack, to_ns
+from stages.media.wire import (
     FOREVER_NS,
     LIVE_KINDS,
     FailKind,

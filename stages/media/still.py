@@ -16,9 +16,9 @@ from av.video.frame import VideoFrame
 from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
-from stages.media_colour import from_cmyk, in_srgb
-from stages.media_types import PictureType, foreign_type, picture_type, read_head
-from stages.media_view import MAX_PICTURE_PIXELS, Scaler, broken_limit, scaled_size, turned
+from stages.media.colour import from_cmyk, in_srgb
+from stages.media.types import PictureType, foreign_type, picture_type, read_head
+from stages.media.view import MAX_PICTURE_PIXELS, Scaler, broken_limit, scaled_size, turned
 
 BLOCK_ROWS: Final = 18  # of a JPEG with halved colours: 16, and 2 which are smoothed with the next ones
 MAX_JPEG_PIXELS: Final = 4 * MAX_PICTURE_PIXELS  # as telephones take them; 1/64 of it is decoded

@@ -2,7 +2,7 @@
 
 A pidfd means that process and no later one of its number, whoever has reaped it. It takes Linux 5.3.
 
-The fork server (stages/media_fork_server.py) is started with the first decoder of a process. It ends when nobody wants
+The fork server (stages/media/fork_server.py) is started with the first decoder of a process. It ends when nobody wants
 one for long, and may die: running decoders live on, and the next one starts another fork server.
 """
 
@@ -175,13 +175,13 @@ def _start(requests: socket.socket) -> subprocess.Popen[bytes]:
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
         "MALLOC_TRIM_THRESHOLD_": "131072",  # bytes: what was freed of a picture goes back to the system
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",  # which would start threads when it is imported
     }
     return subprocess.Popen(
         # -P: a file called av.py in the working directory is not the PyAV we want.
-        [sys.executable, "-P", "-s", "-m", "stages.media_fork_server"],
+        [sys.executable, "-P", "-s", "-m", "stages.media.fork_server"],
         stdin=requests.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
-"""What touches foreign bytes: one source is opened, decoded and sent, in a process of its own, stages/media_process.py.
+"""What touches foreign bytes: one source is opened, decoded and sent, in a process of its own, stages/media/process.py.
 
-This file opens sources; stages/media_play.py reads them, and stages/media_tracks.py decides what is sent, and with
+This file opens sources; stages/media/play.py reads them, and stages/media/tracks.py decides what is sent, and with
 which times.
 """
 
@@ -26,17 +26,17 @@ from av.stream import Discard, Disposition, Stream
 from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
-from stages.media_health import Warner
-from stages.media_play import Decode, Decoding, Feed, Lane, Teller, play, session_ns
-from stages.media_rtsp import open_camera
-from stages.media_screen import FrameGrid
-from stages.media_sound import SoundTrack
-from stages.media_thinning import LiveDecoder
-from stages.media_tracks import FileAxis, LiveAxis, Put, VideoTrack, period_ns, to_ns
-from stages.media_types import foreign_type, is_jpeg_film, read_head, unreadable_type
-from stages.media_view import MAX_PICTURE_PIXELS, check_size
-from stages.media_why import explaining
-from stages.media_wire import (
+from stages.media.health import Warner
+from stages.media.play import Decode, Decoding, Feed, Lane, Teller, play, session_ns
+from stages.media.rtsp import open_camera
+from stages.media.screen import FrameGrid
+from stages.media.sound import SoundTrack
+from stages.media.thinning import LiveDecoder
+from stages.media.tracks import FileAxis, LiveAxis, Put, VideoTrack, period_ns, to_ns
+from stages.media.types import foreign_type, is_jpeg_film, read_head, unreadable_type
+from stages.media.view import MAX_PICTURE_PIXELS, check_size
+from stages.media.why import explaining
+from stages.media.wire import (
     FOREVER_NS,
     LIVE_KINDS,
     Ended,
@@ -314,7 +314,7 @@ def check_duration(request: MediaRequest) -> None:
 
 def run_images(order: Order, outlet: Outlet) -> MediaItem:
     """A picture, or the pictures of a folder."""
-    from stages.media_pictures import run_pictures  # here, so that other sources don't wait for Pillow
+    from stages.media.pictures import run_pictures  # here, so that other sources don't wait for Pillow
 
     check_duration(order.request)
     return run_pictures(order, outlet.put)
