@@ -22,11 +22,23 @@ SESSIONS = ("door", "garage", "yard")
 NUM_WINDOWS = 12
 ON_A = ("vision_encoder", "audio_encoder", "vocoder")
 ON_B = ("llm", "tts")
+# Two stages that nothing in the pipeline knows of: one on the way of the pictures, one beside it, across the nodes.
+OUTSIDE = (
+    "stages.motion.use=omni_outside.motion:MotionGate",
+    "stages.motion.threshold=-1",
+    "stages.motion.inputs={frames: camera.frames}",
+    "stages.motion.resources={b: 0.1}",
+    "stages.vision_encoder.inputs={frames: motion.moving}",
+    "stages.counter.use=omni_outside.counter:Counter",
+    "stages.counter.inputs={frames: camera.frames}",
+    "stages.counter.resources={b: 0.1}",
+)
 PLACEMENT = [
     *(f"stages.{stage}.resources={{a: 0.1}}" for stage in ON_A),
     *(f"stages.{stage}.resources={{b: 0.1}}" for stage in ON_B),
     "stages.vision_encoder.replicas=2",
     "stages.llm.replicas=2",
+    *OUTSIDE,
 ]
 # Ray of both nodes, of the pipeline that joins them, and of whoever asks: without token, on the loopback.
 RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -112,6 +124,15 @@ def test_a_pipeline_over_two_nodes_runs_to_its_end(split: SplitRun) -> None:
         windows = split.run.windows(session)
         assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
         assert all(window["missing"] == [] for window in windows) or split.run.events(session, "recovered")
+
+
+def test_stages_of_other_packages_run_on_the_nodes_where_their_resources_are(split: SplitRun) -> None:
+    node_of = {row["process"]: row["node_id"] for row in split.status["stages"]}
+    assert node_of["motion.0"] == node_of["counter.0"] == node_of["llm.0"] != node_of["vision_encoder.0"]
+    for session in SESSIONS:
+        counted = split.run.events(session, "counted")
+        assert [event["window"] for event in counted] == list(range(NUM_WINDOWS))
+        assert len(split.run.events(session, "motion")) == sum(event["pictures"] for event in counted)
 
 
 def test_sessions_of_a_replica_that_dies_go_on_at_the_other_one(split: SplitRun) -> None:

@@ -1,6 +1,6 @@
 """The names under which streams travel, and plans of how a test's stages take and make them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from deploy.actor.session_plan import Output
@@ -58,10 +58,10 @@ def input_of(stream: str, late: Late | None = None, edge: str = "", source: str 
     return Input(kind.name, kind, edge, source, late=late or kind.late, is_original=kind.is_raw)
 
 
-def outputs(camera: str, edges: Iterable[str] = ()) -> dict[str, Output]:
-    """All that a test's stage may make, on these edges of its."""
+def outputs(camera: str, edges: Iterable[str] = (), kinds: Mapping[str, Kind] = KINDS) -> dict[str, Output]:
+    """All that a test's stage may make, on these edges of its. kinds: by port."""
     edges = list(edges)
     return {
         name: Output(stream_of(kind, camera), kind, tuple(edge for edge in edges if f".{name}->" in edge))
-        for name, kind in KINDS.items()
+        for name, kind in kinds.items()
     }

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import time
 
+from pydantic import Field
+
 from stages.api import EVENTS, FRAMES, Chunk, Duration, In, Out, Stage, StageOptions, Unit
 
 
 class CounterOptions(StageOptions):
     """work: how long a batch takes."""
 
-    work_ns: Duration = 0
+    work_ns: Duration = Field(default=0, alias="work")
 
 
 class Counter(Stage):
