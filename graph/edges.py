@@ -68,6 +68,7 @@ class Edges:
         self.found = tuple(self._edge(*ends, policies.get(_id(*ends[:2]))) for ends in self._ends())
         self._check_policies(policies)
         self._check_circles()
+        self._check_fed()
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
@@ -88,9 +89,13 @@ class Edges:
 
     def _sources(self, stage: str, port: In, written: InputSpec) -> list[OutPort] | None:
         """As they are written; None: nothing is."""
-        if not written.source and "source" not in written.model_fields_set:
-            return None
         path = (stage, "inputs", port.name)
+        if not written.source:
+            if "source" not in written.model_fields_set:
+                return None
+            if not (port.optional or port.many):
+                self._note(path, f"comes from nowhere, but {stage} needs it; write stage.port", name=True)
+            return []
         sources = [source for name in written.source if (source := self._output(name, path)) is not None]
         for source in sources:
             if source.kind.name != port.kind.name:
@@ -113,11 +118,14 @@ class Edges:
             return fitting
         running = [output for output in fitting if self._written[output.stage].replicas]
         candidates = running if len(fitting) > 1 else fitting
+        is_off = not self._written[target.stage].replicas
         if len(candidates) > 1:
+            if is_off:
+                return []
             either = " or ".join(sorted(map(str, candidates)))
             self._note((target.stage,), f"input {target.name} may come from {either}; write which: {_how(target)}")
             return []
-        if not candidates and not port.optional and self._written[target.stage].replicas:
+        if not candidates and not port.optional and not is_off:
             message = f"input {target.name} has no source: no other stage makes {port.kind}"
             self._note((target.stage,), message)
         return candidates
@@ -206,6 +214,15 @@ class Edges:
             last = next(e for e in self.found if (e.source.stage, e.target.stage) == circle[-2:])
             path = self._places.get(last.id, ("stages",))
             self.findings.append(Finding(path, f"stages feed each other in a circle: {' -> '.join(circle)}"))
+
+    def _check_fed(self) -> None:
+        """A stage all of whose inputs are optional needs one of them."""
+        fed = {edge.target.stage for edge in self.found if not edge.target.is_feedback}
+        for stage in self._types.keys() - fed:
+            inputs = [port for port in self._types[stage].inputs.values() if not port.is_feedback]
+            if inputs and all(port.optional for port in inputs) and self._written[stage].replicas:
+                names = listed(port.name for port in inputs)
+                self._note((stage,), f"nothing comes to it; one of its inputs needs a source: {names}")
 
 
 def wiring_of(stages: Iterable[str], edges: Iterable[EdgeSpec]) -> Wiring:

@@ -53,7 +53,8 @@ from graph.yaml_file import MAX_BYTES, Document, apply_override, in_file_order, 
 class PipelineSpec:
     """A checked pipeline. `stages` and `edges` hold what runs; `model` is one of BUILT_IN, a folder, or a hub id.
 
-    types: what each stage is, by its name. off: stages that are off, of those that may be.
+    types: what each stage is, by its name. off: stages that are off, of those that may be. off_classes: where their
+    classes are, for those that name one.
     modules: folders in which the classes of stages may lie, beside the installed packages.
     wiring: what follows from the edges.
     """
@@ -70,6 +71,7 @@ class PipelineSpec:
     shedding: SheddingSpec
     console: ConsoleSpec
     off: frozenset[str] = frozenset()
+    off_classes: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     wiring: Wiring = field(init=False, compare=False, repr=False)
 
@@ -90,6 +92,7 @@ class PipelineSpec:
             types={name: each for name, each in self.types.items() if name not in off},
             edges=tuple(edge for edge in self.edges if not {edge.source.stage, edge.target.stage} & off),
             off=self.off | (off & possible),
+            off_classes={**self.off_classes, **{name: use for name in off if (use := self.stages[name].use)}},
         )
 
     @property
@@ -137,14 +140,27 @@ def load_spec(path: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> Pi
 
     catalog: the stages that there are. overrides: `--set` strings like "stages.llm.gpus=1".
     """
+    return parse_spec(_text_of(path), str(path), catalog, overrides)
+
+
+def load_types(path: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> Mapping[str, StageType]:
+    """What each stage of a pipeline.yaml is, also of those that are off. Raises SpecError where one can't be found."""
+    document = _document(_text_of(path), str(path), overrides, os.environ)
+    types = stages_of(document, catalog)
+    if document.problems:
+        raise SpecError(in_file_order(document.problems))
+    return types
+
+
+def _text_of(path: Path) -> str:
+    """Raises SpecError."""
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
+            return file.read(MAX_BYTES + 1).decode("utf-8-sig")
     except OSError as error:
         raise SpecError([Problem(str(path), f"can't be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
         raise SpecError([Problem(str(path), f"not UTF-8 text: byte {error.start + 1}")]) from None
-    return parse_spec(text, str(path), catalog, overrides)
 
 
 def parse_spec(
@@ -166,17 +182,23 @@ def parse_spec(
 def _parsed(
     text: str, name: str, catalog: Catalog, overrides: Sequence[str], environment: Mapping[str, str]
 ) -> PipelineSpec:
+    document = _document(text, name, overrides, environment)
+    types = stages_of(document, catalog)
+    file, edges = _check(document, types)
+    if document.problems:
+        raise SpecError(in_file_order(document.problems))
+    return dataclasses.replace(_build(file, types, edges), modules=catalog.modules)
+
+
+def _document(text: str, name: str, overrides: Sequence[str], environment: Mapping[str, str]) -> Document:
+    """The file with what is set from outside. Raises SpecError where it is no mapping."""
     document = read_yaml(text, name, environment)
     if not isinstance(document.tree, dict):
         document.problems.append((document.place(()), _NOT_A_MAPPING if document.tree is not None else _EMPTY))
         raise SpecError(in_file_order(document.problems))
     for assignment in overrides:
         apply_override(document, assignment, environment)
-    types = stages_of(document, catalog)
-    file, edges = _check(document, types)
-    if document.problems:
-        raise SpecError(in_file_order(document.problems))
-    return dataclasses.replace(_build(file, types, edges), modules=catalog.modules)
+    return document
 
 
 _EMPTY: Final = "the file is empty; the least is `version: 1` and one camera"
@@ -199,7 +221,8 @@ def _check(document: Document, types: Mapping[str, StageType]) -> tuple[FileSpec
 def render(spec: PipelineSpec) -> str:
     """The whole description as YAML, defaults filled in, secrets masked; `parse_spec` reads it back."""
     stages: dict[str, object] = {name: _dump(stage) for name, stage in spec.stages.items()}
-    stages |= {name: {"replicas": 0} for name in sorted(spec.off)}
+    classes = {name: {"use": use} for name, use in spec.off_classes.items()}
+    stages |= {name: {**classes.get(name, {}), "replicas": 0} for name in sorted(spec.off)}
     tree = {
         "version": spec.version,
         "model": spec.model,

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
+from pydantic.fields import FieldInfo
+
 from graph.chunk import Array, Chunk, Scalar, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
 from graph.errors import GraphError
@@ -71,10 +73,7 @@ class Feedback(In):
 
 
 class Out:
-    """An output of a stage, as an attribute of its class: `moving = Out(FRAMES)`. Makes what leaves there.
-
-    view: of which of a camera's views it is, for those that have several.
-    """
+    """An output of a stage, as an attribute of its class: `moving = Out(FRAMES)`. Makes what leaves there."""
 
     def __init__(self, kind: Kind[Any]) -> None:
         self.kind = kind
@@ -93,7 +92,10 @@ class Out:
         attrs: Mapping[str, Scalar] | None = None,
         view: str = "",
     ) -> Chunk:
-        """A chunk of data, which covers [start_ns, start_ns + duration_ns) of the session's event time."""
+        """A chunk of data, which covers [start_ns, start_ns + duration_ns) of the session's event time.
+
+        view: of which of the camera's views it is, for those that have several.
+        """
         return Chunk(session, self._stream(view), start_ns, duration_ns, arrays=arrays or {}, attrs=attrs or {})
 
     def over(
@@ -233,8 +235,10 @@ def _check(cls: Any, use: str, inputs: Mapping[str, In], outputs: Mapping[str, O
     for port in ports:
         if not isinstance(port.kind, Kind):
             raise StageTypeError(f"{use}: {port.name} is of kind {port.kind!r}; give it a Kind, like FRAMES")
-    if both := inputs.keys() & outputs.keys():
-        raise StageTypeError(f"{use}: {listed(both)} is an input and an output; give them names of their own")
+        if _is_taken(cls, port.name):
+            raise StageTypeError(
+                f"{use}: a port can't be called {port.name}: every stage has that; give it another name"
+            )
     if many := [name for name, port in inputs.items() if port.many and port.kind.is_windowed]:
         raise StageTypeError(f"{use}: {listed(many)}: windows come from one source; many=True is for events")
     windows = {port.kind.is_windowed for port in inputs.values() if not port.is_feedback}
@@ -244,5 +248,23 @@ def _check(cls: Any, use: str, inputs: Mapping[str, In], outputs: Mapping[str, O
         raise StageTypeError(f"{use}: its Options are no StageOptions; write `class Options(StageOptions):`")
     if cls.scope not in get_args(Scope):
         raise StageTypeError(f"{use}: scope is {cls.scope!r}; it must be 'session' or 'pipeline'")
-    if lacking := [name for name, field in cls.Options.model_fields.items() if field.is_required()]:
-        raise StageTypeError(f"{use}: Options.{lacking[0]} has no default; give it one")
+    for name, field in cls.Options.model_fields.items():
+        if field.is_required():
+            raise StageTypeError(f"{use}: Options.{name} has no default; give it one")
+        if not _is_apart(name, field):
+            raise StageTypeError(f"{use}: Options.{name} is an option of every stage; give yours another name")
+
+
+def _is_taken(cls: type[Any], name: str) -> bool:
+    """Is it the name of something that is no port?"""
+    others = [base for base in cls.__mro__ if not isinstance(vars(base).get(name), In | Out)]
+    return any(name in vars(base) or name in vars(base).get("__annotations__", ()) for base in others)
+
+
+def _is_apart(name: str, field: FieldInfo) -> bool:
+    """Is it an option of the stage's own, or one of every stage with another default?"""
+    for theirs, shared in StageOptions.model_fields.items():
+        same = (name == theirs, (field.alias or name) == (shared.alias or theirs))
+        if any(same) and not (all(same) and field.annotation == shared.annotation):
+            return False
+    return True

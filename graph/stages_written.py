@@ -26,9 +26,11 @@ def stages_of(document: Document, catalog: Catalog) -> dict[str, StageType]:
         path: KeyPath = ("stages", name)
         if use is None and name in catalog.built_in:
             continue
-        problem = _problem(name, use, types, catalog)
+        problem = _misnamed(name) if use is not None else ""
+        is_of_key = use is None or bool(problem)
+        problem = problem or _problem(name, use, types, catalog)
         if problem:
-            place = document.place((*path, "use") if use is not None else path, of_key=use is None)
+            place = document.place(path if is_of_key else (*path, "use"), of_key=is_of_key)
             document.problems.append((place, problem))
             del written[name]
             types.pop(name, None) if name not in catalog.built_in else None
@@ -38,12 +40,19 @@ def stages_of(document: Document, catalog: Catalog) -> dict[str, StageType]:
 def _problem(name: str, use: Any, types: dict[str, StageType], catalog: Catalog) -> str:
     """Enter the stage into `types`, or say what is wrong with it."""
     try:
-        name_of(name)
         types[name] = catalog.find(name if use is None else class_path(use))
     except (ValueError, StageTypeError) as error:
-        if use is None:
+        if use is None and name not in catalog.installed:
             return _unknown(name, catalog.built_in, catalog.installed)
-        return f"stages.{name}.use: {error}"
+        return f"stages.{name}{'' if use is None else '.use'}: {error}"
+    return ""
+
+
+def _misnamed(name: str) -> str:
+    try:
+        name_of(name)
+    except ValueError as error:
+        return f"stages: {error}"
     return ""
 
 

@@ -48,10 +48,6 @@ class StageCatalog:
     def installed(self) -> Mapping[str, str]:
         return {entry.name: entry.value for entry in entry_points(group=GROUP)}
 
-    def every(self) -> dict[str, StageType]:
-        """All there are, built in and brought by other packages. Raises StageTypeError for one that is broken."""
-        return {**self.built_in, **{name: self.find(use) for name, use in self.installed.items()}}
-
     def find(self, use: str) -> StageType:
         """The stage of a class ("module:Class") or of a name. Raises StageTypeError: what is wrong with it."""
         path = BUILT_IN.get(use) or self.installed.get(use) or use

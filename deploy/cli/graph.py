@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.cli.common import File, Json, Set, clear_errors, load, table, usage
+from deploy.process.terminal import tell
 from graph.chunk import NS_PER_S
 
 if TYPE_CHECKING:
@@ -17,26 +19,39 @@ if TYPE_CHECKING:
     from graph.stage_type import StageType
 
 
-def stages(as_json: Json = False) -> None:
-    """List the stages with their ports and options.
+def stages(file: File = None, overrides: Set = None, as_json: Json = False) -> None:
+    """List the stages with their ports and options: the description's, and those that other packages bring.
 
-    --json: {stage: {class, about, inputs: {port: {kind, feedback, side, optional}}, outputs: {port: kind}, options,
-    scope, component, is_local, can_be_off}}.
+    --json: {stage: {class, about, inputs: {port: {kind, feedback, side, many, optional, window_s}}, outputs:
+    {port: kind}, options, scope, component, is_local, can_be_off}}.
     """
-    found = _described()
+    with clear_errors(), usage():
+        found = _described(file, overrides or [])
     if as_json:
         print(json.dumps(found, indent=2))
         return
     rows = [
         {
             "stage": name,
-            "inputs": ", ".join(f"{port} (feedback)" if i["feedback"] else port for port, i in stage["inputs"].items()),
-            "outputs": ", ".join(stage["outputs"]),
+            "inputs": ", ".join(_input(port, each) for port, each in stage["inputs"].items()),
+            "outputs": ", ".join(_output(port, kind) for port, kind in stage["outputs"].items()),
             "options": ", ".join(stage["options"]),
         }
         for name, stage in found.items()
     ]
     table(rows, ("stage", "inputs", "outputs", "options"))
+
+
+def _input(port: str, each: Mapping[str, Any]) -> str:
+    """Its name, its kind where that has another one, and how it differs from others."""
+    notes = [each["kind"]] if each["kind"] != port else []
+    notes += ["feedback"] if each["feedback"] else [name for name in ("side", "many", "optional") if each[name]]
+    notes += [f"{each['window_s']:g} s"] if each["window_s"] else []
+    return f"{port} ({', '.join(notes)})" if notes else port
+
+
+def _output(port: str, kind: str) -> str:
+    return port if kind == port else f"{port} ({kind})"
 
 
 def graph(
@@ -99,13 +114,23 @@ def _told(credit: dict[str, Any]) -> str:
     return f"{credit['chunks']} chunks" + (f", {credit['time_s']:g} s" if credit["time_s"] else "")
 
 
-def _described() -> dict[str, dict[str, Any]]:
+def _described(file: Path | None, overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """The description's stages, then those installed that it does not name; a broken one of these is reported."""
     from graph.sections import StageOptions
+    from graph.spec import default_spec_path, load_types
+    from graph.stage_type import StageTypeError
     from stages.catalog import StageCatalog
 
-    catalog = StageCatalog()
+    path = file or default_spec_path()
+    catalog = StageCatalog(path.parent)
+    types = dict(load_types(path, catalog, overrides))
+    for name, use in catalog.installed.items():
+        try:
+            types.setdefault(name, catalog.find(use))
+        except StageTypeError as error:
+            tell(f"pipeline: stage {name} of an installed package: {error}")
     shared = StageOptions().model_dump(by_alias=True)
-    return {name: _type(each, shared) for name, each in catalog.every().items()}
+    return {name: _type(each, shared) for name, each in types.items()}
 
 
 def _type(each: StageType, shared: Collection[str]) -> dict[str, Any]:
@@ -114,7 +139,14 @@ def _type(each: StageType, shared: Collection[str]) -> dict[str, Any]:
         "class": each.use,
         "about": each.about,
         "inputs": {
-            name: {"kind": str(port.kind), "feedback": port.is_feedback, "side": port.side, "optional": port.optional}
+            name: {
+                "kind": str(port.kind),
+                "feedback": port.is_feedback,
+                "side": port.side,
+                "many": port.many,
+                "optional": port.optional,
+                "window_s": _seconds(port.window_ns),
+            }
             for name, port in each.inputs.items()
         },
         "outputs": {name: str(port.kind) for name, port in each.outputs.items()},

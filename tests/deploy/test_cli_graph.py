@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from click.testing import Result
@@ -21,17 +22,40 @@ def invoke(*arguments: str) -> Result:
 def test_every_stage_is_listed_with_its_ports_and_its_own_options() -> None:
     lines = invoke("stages").stdout.splitlines()
     (llm,) = [line for line in lines if line.startswith("llm ")]
-    assert "image, audio, playback (feedback)" in llm and "text, events" in llm
+    assert "image (optional), audio (optional), playback (feedback)" in llm and "text, events" in llm
     assert "kv_memory" in llm and "gpus" not in llm, "what all stages have is none of its own"
     described = json.loads(invoke("stages", "--json").stdout)
-    assert described.keys() == CATALOG.built_in.keys()
+    assert described.keys() == CATALOG.built_in.keys() | CATALOG.installed.keys()
     assert described["vocoder"]["options"] == {"steps": 5, "seed": 0}
     assert described["vocoder"]["inputs"]["playback"] == {
         "kind": "playback",
         "feedback": True,
         "side": False,
+        "many": False,
         "optional": True,
+        "window_s": None,
     }
+
+
+def test_stages_of_a_description_are_listed_with_the_kinds_of_their_ports(tmp_path: Path) -> None:
+    (tmp_path / "gate.py").write_text(
+        "from stages.api import FRAMES, NS_PER_S, SOUND, In, Out, Stage, StageOptions\n"
+        "class Gate(Stage):\n"
+        "    frames, noise, moving = In(FRAMES), In(SOUND, side=True, window_ns=2 * NS_PER_S), Out(FRAMES)\n"
+        "    class Options(StageOptions):\n"
+        "        threshold: float = 0.5\n"
+    )
+    file = tmp_path / "pipeline.yaml"
+    file.write_text('version: 1\nstages: {gate: {use: "gate:Gate", replicas: 0}, vision_encoder: {replicas: 0}}\n')
+    lines = invoke("stages", "-f", str(file)).stdout.splitlines()
+    (gate,) = [line for line in lines if line.startswith("gate ")]
+    assert re.split(" {2,}", gate) == ["gate", "frames, noise (sound, side, 2 s)", "moving (frames)", "threshold"]
+
+
+def test_a_stage_that_cannot_be_found_is_reported_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text('version: 1\nstages: {gate: {use: "nowhere:Gate"}}\n')
+    result = invoke("stages", "-f", str(tmp_path / "pipeline.yaml"))
+    assert result.exit_code == 2 and result.stdout == ""
 
 
 def test_every_edge_of_what_runs_is_printed_upstream_first() -> None:

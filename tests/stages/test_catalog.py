@@ -1,0 +1,128 @@
+"""Where stages are found, and what is said of a class that can't be one."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graph.stage_type import StageTypeError
+from stages.api import Stage, StageOptions
+from stages.catalog import StageCatalog
+
+IMPORTS = "from stages.api import *\n"
+GATE = """
+class Gate(Stage):
+    '''Lets a picture through.
+
+    Or not.
+    '''
+    frames = In(FRAMES)
+    moving = Out(FRAMES)
+    class Options(StageOptions):
+        threshold: float = 0.02
+        batch: int = 4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Of a pipeline.yaml; nothing of it is left behind."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield tmp_path
+    sys.path[:] = path
+    for name in sys.modules.keys() - modules:
+        del sys.modules[name]
+
+
+def refusal(folder: Path, text: str, use: str = "zoo:Gate") -> str:
+    """What is said of a class in zoo.py."""
+    (folder / "zoo.py").write_text(IMPORTS + text)
+    with pytest.raises(StageTypeError) as error:
+        StageCatalog(folder).find(use)
+    return str(error.value)
+
+
+def declared(*lines: str) -> str:
+    return "class Gate(Stage):\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def test_a_class_beside_the_description_is_found(folder: Path):
+    (folder / "zoo.py").write_text(IMPORTS + GATE)
+    found = StageCatalog(folder).find("zoo:Gate")
+    assert (found.use, found.about) == ("zoo:Gate", "Lets a picture through.")
+    assert list(found.inputs) == ["frames"] and list(found.outputs) == ["moving"]
+    assert found.options(threshold=0.5).batch == 4, "an option of every stage may have another default"
+
+
+def test_an_installed_module_goes_before_one_beside_the_description(folder: Path):
+    (folder / "json.py").write_text(IMPORTS + GATE)
+    with pytest.raises(StageTypeError, match="module json has no 'Gate'"):
+        StageCatalog(folder).find("json:Gate")
+
+
+def test_a_stage_of_an_installed_package_is_found_by_its_name():
+    assert StageCatalog().find("census").use == "omni_outside.census:Census"
+
+
+@pytest.mark.parametrize(
+    ("text", "use", "message"),
+    [
+        ("", "zo:Gate", "there is no module 'zo' (of zo:Gate); install it, or put it beside the pipeline.yaml"),
+        (GATE, "zoo:Gat", "module zoo has no 'Gat'; did you mean 'Gate'?"),
+        (
+            "import no_such",
+            "zoo:Gate",
+            "zoo:Gate can't be imported: it needs 'no_such', which is not installed",
+        ),
+        ("def f(:", "zoo:Gate", "zoo:Gate can't be imported: SyntaxError: invalid syntax (zoo.py, line 2)"),
+        ("raise OSError('no licence')", "zoo:Gate", "zoo:Gate can't be imported: OSError: no licence"),
+        ("class Gate: ...", "zoo:Gate", "zoo:Gate is no Stage; derive it from stages.api.Stage"),
+    ],
+)
+def test_a_class_that_cannot_be_had_is_said_with_its_reason(folder: Path, text: str, use: str, message: str):
+    assert refusal(folder, text, use) == message
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["..."], "zoo:Gate has no ports; write some in the class, like `frames = In(FRAMES)`"),
+        (["frames = In('frames')"], "zoo:Gate: frames is of kind 'frames'; give it a Kind, like FRAMES"),
+        (["frames = In(FRAMES, many=True)"], "zoo:Gate: frames: windows come from one source; many=True is for events"),
+        (
+            ["frames, events = In(FRAMES), In(EVENTS)"],
+            "zoo:Gate: some inputs come in windows and some do not; make two stages of it",
+        ),
+        (
+            ["frames = In(FRAMES)", "class Options: ..."],
+            "zoo:Gate: its Options are no StageOptions; write `class Options(StageOptions):`",
+        ),
+        (
+            ["frames = In(FRAMES)", "scope = 'global'"],
+            "zoo:Gate: scope is 'global'; it must be 'session' or 'pipeline'",
+        ),
+        (
+            ["frames = In(FRAMES)", "class Options(StageOptions):", "    limit: int"],
+            "zoo:Gate: Options.limit has no default; give it one",
+        ),
+    ],
+)
+def test_a_class_that_declares_what_cannot_be_is_refused(folder: Path, lines: list[str], message: str):
+    assert refusal(folder, declared(*lines)) == message
+
+
+@pytest.mark.parametrize("name", [name for name in (*vars(Stage), "options") if not name.startswith("_")])
+def test_a_port_takes_no_name_that_every_stage_has(folder: Path, name: str):
+    message = f"zoo:Gate: a port can't be called {name}: every stage has that; give it another name"
+    assert refusal(folder, declared("frames = In(FRAMES)", f"{name} = Out(EVENTS)")) == message
+
+
+@pytest.mark.parametrize("name", StageOptions.model_fields)
+def test_an_option_takes_neither_name_nor_key_that_every_stage_has(folder: Path, name: str):
+    lines = ["frames = In(FRAMES)", "class Options(StageOptions):", f"    {name}: bytes = b''"]
+    assert f"Options.{name} is an option of every stage" in refusal(folder, declared(*lines))
+    key = StageOptions.model_fields[name].alias or name
+    lines[-1] = f"    mine: bytes = __import__('pydantic').Field(default=b'', alias={key!r})"
+    sys.modules.pop("zoo")
+    assert "Options.mine is an option of every stage" in refusal(folder, declared(*lines))
