@@ -74,6 +74,17 @@ def test_every_link_leads_somewhere(name: str):
             assert anchor in map(slug, headings), f"{path}#{anchor}"
 
 
+def test_every_file_and_function_of_the_architecture_is_there():
+    text = text_of("ARCHITECTURE.md")
+    files = re.findall(r"`([a-z_/]+/[a-z_]+\.py)`", text)
+    assert files and [path for path in files if not (ROOT / path).is_file()] == []
+    packages = ("graph", "stages", "deploy", "model_shards")
+    code = "\n".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
+    defined = set(re.findall(r"^ *(?:def|class) (\w+)", code, re.MULTILINE))
+    functions = re.findall(r"`(?:\w+\.)?(\w+)\(\)`", text)
+    assert functions and [name for name in functions if name not in defined] == []
+
+
 def test_the_table_of_kinds_is_what_the_kinds_are():
     rows = dict(re.findall(r"^\| `([A-Z]+)` \|.*\| ([^|]*) \|$", text_of("stages/README.md"), re.MULTILINE))
     built_in = {name: kind for name, kind in vars(kinds).items() if isinstance(kind, Kind)}
