@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from typing import NewType
 
 import numpy as np
+
+from graph.value import value
 
 SessionId = NewType("SessionId", str)
 Scalar = int | float | str | bool | None
@@ -27,7 +29,7 @@ class ChunkType(IntEnum):
     BARGE_IN = 4  # the listener interrupts: raises the session's epoch to `epoch`
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Span:
     """A window's stay in one stage, in ns on the session's axis: received, then (queue) started, then finished."""
 
@@ -37,7 +39,7 @@ class Span:
     finished_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failure:
     """A stage that could not do its part of a window. reason: one line."""
 
@@ -50,7 +52,7 @@ MAX_IN_TRACE = 256
 """Spans, missing streams and failures of a trace, each; more than stages on any way."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Trace:
     """What is known of a window when it leaves a stage; travels with its watermark.
 
@@ -67,7 +69,7 @@ class Trace:
     failures: tuple[Failure, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Chunk:
     """One piece of one stream on the session's event-time axis; covers [start_ns, start_ns + duration_ns).
 
@@ -96,14 +98,14 @@ class Chunk:
     def is_control(self) -> bool:
         return self.type is not ChunkType.DATA
 
-    def numbered(self, stream: str, seq: int, epoch: int) -> Chunk:
-        """The same chunk with its place in a stream."""
-        own = (self.arrays, self.attrs, self.trace, self.incarnation)
+    def numbered(self, stream: str, seq: int, epoch: int, incarnation: int) -> Chunk:
+        """The same chunk with its place in a stream of a session."""
+        own = (self.arrays, self.attrs, self.trace, incarnation)
         return Chunk(self.session, stream, self.start_ns, self.duration_ns, seq, epoch, self.type, *own)
 
-    def on(self, stream: str) -> Chunk:
-        """The same chunk on a stream."""
-        return self if stream == self.stream else self.numbered(stream, self.seq, self.epoch)
+    def on(self, stream: str, incarnation: int = 0) -> Chunk:
+        """The same chunk on a stream of a session."""
+        return self.numbered(stream, self.seq, self.epoch, incarnation)
 
     def of_incarnation(self, incarnation: int) -> Chunk:
         """The same chunk, of this session of its name and no other."""

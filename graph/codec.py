@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import msgpack
@@ -181,7 +182,12 @@ def _check_trace(trace: Any) -> None:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and (value.isascii() or _is_unicode(value))
+    return isinstance(value, str) and _may_be_name(value)
+
+
+@lru_cache(maxsize=4096)  # the same few hundred come again and again
+def _may_be_name(value: str) -> bool:
+    return 0 < len(value) <= MAX_NAME_CHARS and (value.isascii() or _is_unicode(value))
 
 
 def _is_text(value: Any) -> bool:

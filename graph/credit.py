@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graph.value import value
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -17,7 +19,7 @@ class Limit:
     duration_ns: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Grant:
     """Totals since the session began."""
 

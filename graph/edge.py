@@ -29,6 +29,7 @@ from graph.chunk import Chunk, ChunkType, SessionId
 from graph.codec import check
 from graph.credit import Grant, Limit, ReceiveCredit, SendCredit
 from graph.ledger import Account, Ledger, Reason
+from graph.value import value
 
 MAX_SESSIONS = 256  # sizes the sockets' high-water marks, together with the edge's limit
 CONTROL_PER_CHUNK = 2  # watermarks that may stand beside a data chunk
@@ -96,7 +97,7 @@ class EdgeRule:
 
 
 @dataclass(slots=True)
-class _Lane:
+class Lane:
     """One session on one edge, at the sender."""
 
     credit: SendCredit
@@ -105,6 +106,11 @@ class _Lane:
     is_held: bool = False  # at the other end the session is not open
     waiting: deque[tuple[Chunk, int]] = field(default_factory=deque)  # (chunk, queued at, monotonic ns)
     num_data: int = 0
+
+    @property
+    def has_room(self) -> bool:
+        """False while it waits for credit, or for a link that is full: its stage shall not make more."""
+        return not self.waits or not self.waiting
 
     def queue(self, chunk: Chunk, queued_ns: int) -> None:
         """Append. Of the watermarks at the tail, the latest of each stream says it all, but for their traces: only an
@@ -128,18 +134,19 @@ class Sender:
         self._observer = observer
         self._now_ns = now_ns
         self._ledger = Ledger()
-        self._lanes: dict[SessionId, _Lane] = {}
+        self._lanes: dict[SessionId, Lane] = {}
         self.is_blocked = False  # the link was full; nobody tells when it no longer is
         self._is_down = False  # there is nobody at the other end
         self._has_eased = False
 
     def open_session(
         self, session: SessionId, incarnation: int = 0, *, lossless: bool = False, held: bool = False
-    ) -> None:
+    ) -> Lane:
         """incarnation: as the receiver has it. lossless: in virtual time a full edge waits, whatever its rule says.
-        held: it is not open there; nothing is sent before `release` or `move`."""
+        held: it is not open there; nothing is sent before `release` or `move`. Returns what waits of it here."""
         waits = lossless or self.rule.when_full == "wait"
-        self._lanes[session] = _Lane(SendCredit(self.rule.limit), waits, incarnation, held)
+        self._lanes[session] = lane = Lane(SendCredit(self.rule.limit), waits, incarnation, held)
+        return lane
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session. What still waits is dropped as `shed`."""
@@ -187,8 +194,7 @@ class Sender:
 
     def has_room(self, session: SessionId) -> bool:
         """False while this session waits for credit, or for a link that is full: its stage shall not make more."""
-        lane = self._lanes[session]
-        return not lane.waits or not lane.waiting
+        return self._lanes[session].has_room
 
     def is_drained(self, session: SessionId) -> bool:
         """True when nothing of this session waits any more, control included: it may be closed without loss."""
@@ -255,8 +261,8 @@ class Sender:
         eased, self._has_eased = self._has_eased, False
         return eased
 
-    def _take_grants(self) -> list[_Lane]:
-        granted: list[_Lane] = []
+    def _take_grants(self) -> list[Lane]:
+        granted: list[Lane] = []
         for session, incarnation, grant in () if self._is_down else self._link.grants():
             lane = self._lanes.get(session)
             if lane is not None and lane.incarnation == incarnation:
@@ -264,7 +270,7 @@ class Sender:
                 granted.append(lane)
         return granted
 
-    def _flush_lane(self, lane: _Lane) -> bool:
+    def _flush_lane(self, lane: Lane) -> bool:
         while lane.waiting and not self._is_down and not lane.is_held:
             chunk, queued_ns = lane.waiting[0]
             if not chunk.is_control and not lane.credit.fits(chunk.duration_ns):
@@ -278,7 +284,7 @@ class Sender:
                 self._observer.waited((self._now_ns() - queued_ns) * 1e-9)
         return True
 
-    def _drop_oldest(self, lane: _Lane) -> None:
+    def _drop_oldest(self, lane: Lane) -> None:
         entries = list(lane.waiting)
         del entries[next(index for index, (chunk, _) in enumerate(entries) if not chunk.is_control)]
         lane.waiting.clear()
@@ -293,7 +299,7 @@ class Sender:
             self._observer.dropped(reason)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arrival:
     """A chunk that came in on an edge, and from whom. Data must be settled by `Receiver.deliver` or `drop`."""
 

@@ -10,15 +10,15 @@ who has much left may wait as long as the stage is told, who has little waits le
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from graph.chunk import SessionId
+from graph.value import value
 
 # Five stages and six edges lie on a window's way. If each spends a fiftieth of what is left, a tenth goes into waiting.
 SLACK_SHARE = 50
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Waiting:
     """A unit that is ready.
 

@@ -18,7 +18,7 @@ makes the bound hold whatever happens to the Acks.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
+from graph.value import value
 
 Item = TypeVar("Item")
 
@@ -38,7 +39,7 @@ ACK_TIMEOUT_NS = 5 * NS_PER_S  # a listener unheard of for so long is taken to b
 MAX_ACKS = 64  # while there is speech they come every 100 ms and at each event; a decision looks back one window
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ack:
     """What the sink says of its listener, as of event time `at_ns`. Totals count from the session's start.
 
@@ -69,29 +70,50 @@ class Playback:
     """A distant listener, as the Acks describe it. Acks may be lost, doubled and come late or out of order."""
 
     def __init__(self) -> None:
-        self._acks = [Ack(0)]  # in the order in which they were made
+        self._at_ns = [0]  # of the acks, in the order in which they were made
+        self._acks: list[Ack | Chunk] = [Ack(0)]  # as they came: few of them are ever read
 
     @property
     def latest(self) -> Ack:
-        return self._acks[-1]
+        return self._read(len(self._acks) - 1)
 
     def ack(self, ack: Ack) -> None:
         """Take an Ack, in any order, any number of times."""
-        if ack.at_ns > self._acks[-1].at_ns:  # as nearly all are
-            self._acks.append(ack)
-            del self._acks[:-MAX_ACKS]
+        if ack.at_ns > self._at_ns[-1]:  # as nearly all are
+            self._append(ack.at_ns, ack)
             return
-        place = bisect_left(self._acks, _order(ack), key=_order)
-        if place == len(self._acks) or self._acks[place] != ack:
+        known = [self._read(index) for index in range(len(self._acks))]
+        place = bisect_left(known, _order(ack), key=_order)
+        if place == len(known) or known[place] != ack:
             self._acks.insert(place, ack)
-            del self._acks[:-MAX_ACKS]
+            self._at_ns.insert(place, ack.at_ns)
+            self._forget()
+
+    def hear(self, chunk: Chunk) -> None:
+        """Take an Ack as it travels. Where it holds none, whoever reads it gets a KeyError."""
+        if chunk.start_ns > self._at_ns[-1]:
+            self._append(chunk.start_ns, chunk)
+        else:
+            self.ack(ack_of(chunk))
 
     def as_of(self, now_ns: int) -> Ack:
         """The newest Ack that was made at or before `now_ns`."""
-        for ack in reversed(self._acks):
-            if ack.at_ns <= now_ns:
-                return ack
-        return self._acks[0]
+        return self._read(max(bisect_right(self._at_ns, now_ns) - 1, 0))
+
+    def _append(self, at_ns: int, ack: Ack | Chunk) -> None:
+        self._at_ns.append(at_ns)
+        self._acks.append(ack)
+        self._forget()
+
+    def _forget(self) -> None:
+        if len(self._acks) > MAX_ACKS:
+            del self._at_ns[:-MAX_ACKS], self._acks[:-MAX_ACKS]
+
+    def _read(self, index: int) -> Ack:
+        ack = self._acks[index]
+        if isinstance(ack, Chunk):
+            self._acks[index] = ack = ack_of(ack)
+        return ack
 
     def parked(self, now_ns: int) -> bool:
         """True when nothing has been heard of the listener for 5 s."""
@@ -233,7 +255,7 @@ class _Piece:
     heard_ns: int = 0  # of duration_ns
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Heard:
     """A stretch of a received piece that the listener has heard: `piece` counts the pieces received, from 0."""
 

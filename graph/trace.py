@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from graph.chunk import AFTERWORD, MAX_IN_TRACE, Chunk, Failure, Span, Trace
+from graph.value import value
 from graph.window import Unit
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Part:
     """A stretch of a window's latency: the way to a stage (hop), its wait there (queue), or its work (compute)."""
 

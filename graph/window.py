@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from graph.chunk import Chunk, SessionId, Trace
 from graph.kinds import Kind, Late
+from graph.value import value
 
 FOREVER_NS = 2**63 - 1
 
@@ -49,7 +50,7 @@ class Input:
     is_original: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Unit:
     """All chunks of one session and window, per stream ordered by time; `missing` names the streams that gave nothing.
 
@@ -83,7 +84,7 @@ class Unit:
         return self.inputs[stream].port if stream in self.inputs else stream
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Joined:
     """What came out of the join: complete units, chunks too late to be in any, and those which are in a later one."""
 

@@ -110,8 +110,10 @@ class StageRunner:
             session.playback.ack(plan.goes_on.ack)
         self._open_at_stage(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
-        for edge, sender in lanes.items():
+        queues = tuple(
             sender.open_session(session.id, plan.incarnation, lossless=not session.paced, held=edge in plan.held)
+            for edge, sender in lanes.items()
+        )
         for receiver in self._receivers.values():
             receiver.open_session(session.id, plan.incarnation)
         hears = any(output.kind.is_control and output.edges for output in plan.outputs.values())
@@ -120,7 +122,7 @@ class StageRunner:
         ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
         faults = Faults(self.name, lambda error: self._meter.failed(session, error))
-        state = OpenSession(plan, self._join(plan), lanes, self._clock, ladder, faults)
+        state = OpenSession(plan, self._join(plan), lanes, queues, self._clock, ladder, faults)
         if plan.ends_windows:
             state.sink = WindowEnd(self.name, session, ladder, self._meter, state.events)
         self._open[session.id] = state
@@ -256,8 +258,10 @@ class StageRunner:
         """One chunk from the bus."""
         chunk = arrival.chunk
         state = self._open.get(chunk.session)
-        if state is None or chunk.type is not ChunkType.PLAYBACK or not state.session.paced:
-            self._touch(chunk.session)  # in real time nobody waits for the listener's news: they are looked up
+        if state is not None and chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
+            self._hear(state, chunk)
+            return
+        self._touch(chunk.session)
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
                 self._receivers[arrival.edge].drop(arrival, "shed")
@@ -267,6 +271,13 @@ class StageRunner:
             return
         if state.arrivals.pop(id(chunk), None) is not None:
             self._receivers[arrival.edge].drop(arrival, "failed")
+
+    def _hear(self, state: OpenSession, chunk: Chunk) -> None:
+        """News of the listener. In real time they wake nothing: a stage reads the newest when it decides."""
+        state.session.playback.hear(chunk)
+        state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
+        if not state.session.paced:
+            self._touch(chunk.session)
 
     def _take(self, state: OpenSession, arrival: Arrival) -> None:
         chunk = arrival.chunk
@@ -302,8 +313,7 @@ class StageRunner:
             state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
         else:
             if chunk.type is ChunkType.PLAYBACK:
-                state.session.playback.ack(ack_of(chunk))
-                state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
+                self._hear(state, chunk)
             self._raise_epoch(state, chunk.epoch)
 
     def _is_stale(self, state: OpenSession, chunk: Chunk, kind: Kind[Any]) -> bool:
@@ -512,9 +522,8 @@ class StageRunner:
 
     @staticmethod
     def _has_room(state: OpenSession) -> bool:
-        session = state.plan.session.id
-        for sender in state.lanes.values():  # noqa: SIM110 - asked at every step: a generator takes twice as long
-            if not sender.has_room(session):
+        for lane in state.queues:  # noqa: SIM110 - asked at every step: a generator takes twice as long
+            if lane.waits and lane.waiting:
                 return False
         return True
 
@@ -659,7 +668,7 @@ class StageRunner:
         elif chunk.type is ChunkType.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for output in state.outputs_of(chunk):
-            sent = chunk.on(output.stream)
+            sent = chunk.on(output.stream, state.plan.incarnation)
             for edge in output.edges:
                 if chunk.type is not ChunkType.PLAYBACK or self._is_news(state, edge):
                     self._send_on(state.lanes[edge], sent, chunk.stream)
@@ -673,7 +682,7 @@ class StageRunner:
         except KindError as error:
             raise StageError(f"stage {self.name}, port {chunk.stream}: {error}") from error
         name, seq = chunk.stream, state.seqs.get(chunk.stream, state.first_seq)
-        chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind))
+        chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)
         may_shed = output.kind.is_sheddable and state.join is None  # where it is taken, and nowhere again
         is_shed = may_shed and sheds_picture(state.session.taken, chunk.session, seq)
         for edge in output.edges:

@@ -10,7 +10,7 @@ from deploy.actor.session_plan import Output, SessionPlan
 from deploy.actor.sink import WindowEnd
 from graph.chunk import Chunk, ChunkType
 from graph.clock import Clock
-from graph.edge import Arrival, Sender
+from graph.edge import Arrival, Lane, Sender
 from graph.epoch import EpochFence
 from graph.gather import Waiting
 from graph.ladder import Ladder
@@ -33,6 +33,7 @@ class OpenSession:
     plan: SessionPlan
     join: WindowJoin | None
     lanes: dict[str, Sender]
+    queues: tuple[Lane, ...]  # what waits at them; it goes along when the session moves to another replica
     clock: Clock
     ladder: Ladder | None
     faults: Faults

@@ -86,7 +86,7 @@ def build(clock: ManualClock) -> Iterator[Callable[[Speaks], House]]:
 
 
 def run(house: House, lost: Collection[int] = range(NUM_WINDOWS)) -> list[Chunk]:
-    """All windows of all cameras; returns what the stage said. lost: windows of the bad one's which it says nothing in."""
+    """All windows of all cameras; returns what was said. lost: windows of the bad one in which it says nothing."""
     said: list[Chunk] = []
     for index in range(NUM_WINDOWS):
         for name in NAMES:
