@@ -16,27 +16,12 @@ from typing import Any, Protocol
 from deploy.actor.session_plan import Listener, SessionPlan
 from deploy.control.calls import Reply, Steps, answered
 from deploy.control.routing import session_plan, stages_of
-from graph.chunk import Scalar, SessionId
+from graph.chunk import Scalar
 from graph.edges import EdgeSpec
 from graph.kinds import Kind
 from graph.spec import PipelineSpec
 from graph.tail import Ack
 from stages.stage import Session
-
-
-class Replicas(Protocol):
-    """The stages' replicas, each named by its stage and number. Calls to one of them are done in the order in which
-    they are made; where one is not there, its reply has failed."""
-
-    def resume(self, stage: str, replica: int, plan: SessionPlan) -> Reply[None]:
-        """Open a session and let its clock run. Fails with StageError where there is no room."""
-
-    def listener(self, stage: str, replica: int, session: SessionId) -> Reply[Listener | None]: ...
-    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> Reply[bool]: ...
-    def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None: ...
-    def tell(
-        self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> Reply[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +33,19 @@ class Going:
     incarnation: int
 
 
+class Replicas(Protocol):
+    """Per stage, the replica at which a session is. Calls to one of them are done in the order in which they are made;
+    where it is not there, or the session is over, whoever has its name by now, the reply has failed."""
+
+    def resume(self, stage: str, going: Going, plan: SessionPlan) -> Reply[None]:
+        """Open a session and let its clock run. Fails with StageError where there is no room."""
+
+    def listener(self, stage: str, going: Going) -> Reply[Listener | None]: ...
+    def reroute(self, stage: str, going: Going, edge: str, target: int) -> Reply[bool]: ...
+    def end_input(self, stage: str, going: Going, edge: str) -> None: ...
+    def tell(self, stage: str, going: Going, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]: ...
+
+
 def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Sequence[Going]) -> Steps[list[Reply[None]]]:
     """Open sessions again at a stage; returns what became of each."""
     heard = [_listener(replicas, spec, each) for each in going]
@@ -56,7 +54,7 @@ def reopen(replicas: Replicas, spec: PipelineSpec, stage: str, going: Sequence[G
     for each, reply in zip(going, heard, strict=True):
         listener = (None if reply.error else reply.result()) or Listener(Ack(0), 0)
         plan = replace(session_plan(spec, stage, each.session, each.replicas, each.incarnation), goes_on=listener)
-        opened.append(replicas.resume(stage, each.replicas[stage], plan))
+        opened.append(replicas.resume(stage, each, plan))
     yield opened
     return opened
 
@@ -68,9 +66,7 @@ def redirect(replicas: Replicas, spec: PipelineSpec, stage: str, going: Going) -
     """
     passed = stages_of(going.session, spec)
     return {
-        edge.id: replicas.reroute(
-            edge.source.stage, going.replicas[edge.source.stage], going.session.id, edge.id, going.replicas[stage]
-        )
+        edge.id: replicas.reroute(edge.source.stage, going, edge.id, going.replicas[stage])
         for edge in inputs_of(spec, stage)
         if edge.source.stage in passed
     }
@@ -85,7 +81,7 @@ def announce(
         reply = redirected.get(edge.id)
         # Where nobody has answered, whoever takes that one's place will send.
         if reply is not None and not edge.kind.is_control and reply.error is None and not reply.result():
-            replicas.end_input(stage, going.replicas[stage], going.session.id, edge.id)
+            replicas.end_input(stage, going, edge.id)
     tell(replicas, spec, going, "recovered", {"actor": actor}, cuts=_speaks(spec, stage))
 
 
@@ -105,7 +101,7 @@ def tell(
     if teller is None:  # no stage here tells anything
         return answered("", None)
     cuts = cuts and teller == _listening(spec)
-    return replicas.tell(teller, going.replicas[teller], going.session.id, kind, attrs, cuts=cuts)
+    return replicas.tell(teller, going, kind, attrs, cuts=cuts)
 
 
 def inputs_of(spec: PipelineSpec, stage: str) -> list[EdgeSpec]:
@@ -116,7 +112,7 @@ def inputs_of(spec: PipelineSpec, stage: str) -> list[EdgeSpec]:
 def _listener(replicas: Replicas, spec: PipelineSpec, going: Going) -> Reply[Listener | None]:
     if (stage := _listening(spec)) is None or stage not in stages_of(going.session, spec):
         return answered("", None)
-    return replicas.listener(stage, going.replicas[stage], going.session.id)
+    return replicas.listener(stage, going)
 
 
 def _listening(spec: PipelineSpec) -> str | None:

@@ -252,8 +252,7 @@ class Restarts:
         tools, stage = self._tools, stage_of(living.process)
         placement.in_hand.discard(stage)
         placement.since = tools.fleet.num_reports
-        if not tools.table.holds(placement):  # it was closed meanwhile
-            living.line.post("close_session", stage, placement.session.id)
+        if not tools.table.holds(placement):  # it was closed meanwhile, there as well: that comes behind its opening
             return
         redirected = redirect(self._remote, tools.spec, stage, _going(placement))
         tools.procedures.begin(announce(self._remote, tools.spec, stage, _going(placement), dead, redirected))
@@ -293,11 +292,10 @@ class Remote:
     def __init__(self, tools: Tools, suspects: Suspects) -> None:
         self._tools, self._suspects = tools, suspects
 
-    def resume(self, stage: str, replica: int, plan: SessionPlan) -> Reply[None]:
-        living = self._tools.fleet.replica(stage, replica)
-        placement = self._tools.table.placements.get(plan.session.id)
+    def resume(self, stage: str, going: Going, plan: SessionPlan) -> Reply[None]:
+        living, placement = self._tools.fleet.replica(stage, going.replicas[stage]), self._placement(going)
         if living is None or placement is None:
-            return _gone(stage, replica)
+            return _gone(stage, going)
         placement.absent.discard(stage)  # what is posted from now on comes behind this
         nowhere = placement.absent | placement.in_hand
         held = (e.id for e in self._tools.spec.edges if e.source.stage == stage and e.target.stage in nowhere)
@@ -306,27 +304,29 @@ class Remote:
         origin_ns = self._tools.fleet.origin_ns(living, placement.origin_ns)
         return living.line.post("resume_session", stage, plan, origin_ns)
 
-    def listener(self, stage: str, replica: int, session: SessionId) -> Reply[Listener | None]:
-        return self._post(stage, replica, session, "listener")
+    def listener(self, stage: str, going: Going) -> Reply[Listener | None]:
+        return self._post(stage, going, "listener")
 
-    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> Reply[bool]:
-        return self._post(stage, replica, session, "reroute", edge, target)
+    def reroute(self, stage: str, going: Going, edge: str, target: int) -> Reply[bool]:
+        return self._post(stage, going, "reroute", edge, target)
 
-    def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
-        self._post(stage, replica, session, "end_input", edge)
+    def end_input(self, stage: str, going: Going, edge: str) -> None:
+        self._post(stage, going, "end_input", edge)
 
-    def tell(
-        self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> Reply[None]:
-        return self._post(stage, replica, session, "tell", kind, attrs, cuts)
+    def tell(self, stage: str, going: Going, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]:
+        return self._post(stage, going, "tell", kind, attrs, cuts)
 
-    def _post(self, stage: str, replica: int, session: SessionId, method: str, *arguments: object) -> Reply[Any]:
-        living = self._tools.fleet.replica(stage, replica)
-        placement = self._tools.table.placements.get(session)
+    def _post(self, stage: str, going: Going, method: str, *arguments: object) -> Reply[Any]:
+        living, placement = self._tools.fleet.replica(stage, going.replicas[stage]), self._placement(going)
         if living is None or placement is None or stage in placement.absent:
-            return _gone(stage, replica)
-        return living.line.post(method, stage, session, *arguments)
+            return _gone(stage, going)
+        return living.line.post(method, stage, going.session.id, *arguments)
+
+    def _placement(self, going: Going) -> Placement | None:
+        """None where it is over; another session may have its name by now."""
+        placement = self._tools.table.placements.get(going.session.id)
+        return placement if placement is not None and placement.incarnation == going.incarnation else None
 
 
-def _gone(stage: str, replica: int) -> Reply[Any]:
-    return failed(ActorDied(f"{stage}.{replica} has died and is being started again"))
+def _gone(stage: str, going: Going) -> Reply[Any]:
+    return failed(ActorDied(f"{stage}.{going.replicas[stage]} is not there, or {going.session.id} is over"))

@@ -14,6 +14,7 @@ from graph.chunk import SessionId
 from tests.support.actors import Batch, FakeActor, FakeCluster, sessions, started
 
 NUM_STEPS = 120
+NUM_NAMES = 12
 MORTAL = ("llm.0", "llm.1", "tts.0", "vocoder.0", "vocoder.1", "audio_encoder.0", "audio_encoder.1", "vision_encoder.0")
 REPLICAS = tuple(f"stages.{stage}.replicas=2" for stage in ("llm", "vocoder", "audio_encoder"))
 
@@ -45,16 +46,16 @@ class Story:
         self.rng = Random(seed)
         self.cluster = SlowCluster(self.rng)
         self.coordinator = started(self.cluster, folder, *REPLICAS)
-        self.num_cameras = 0
 
     def step(self) -> None:
         getattr(self, self.rng.choice([*["come", "wait"] * 4, "go", "die", "hang", "resume", "resume"]))()
         self.coordinator.poll()
 
     def come(self) -> None:
-        self.num_cameras += 1
-        (session,) = sessions(f"camera{self.num_cameras}", microphone=self.rng.random() < 0.7)
-        self.coordinator.begin_to_open(session, lambda: None)
+        """Under a name that another one may have had before."""
+        (session,) = sessions(f"camera{self.rng.randint(1, NUM_NAMES)}", microphone=self.rng.random() < 0.7)
+        if session.id not in self.coordinator.sessions:
+            self.coordinator.begin_to_open(session, lambda: None)
 
     def go(self) -> None:
         if self.coordinator.sessions:

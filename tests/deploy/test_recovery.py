@@ -29,26 +29,24 @@ class Written:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     plans: dict[str, SessionPlan] = field(default_factory=dict)
 
-    def resume(self, stage: str, replica: int, plan: SessionPlan) -> Reply[None]:
+    def resume(self, stage: str, going: Going, plan: SessionPlan) -> Reply[None]:
         self.plans[stage] = plan
-        self.calls.append(("resume", stage, replica))
+        self.calls.append(("resume", stage, going.replicas[stage]))
         return answered(stage, None)
 
-    def listener(self, stage: str, replica: int, session: SessionId) -> Reply[Listener | None]:
+    def listener(self, stage: str, going: Going) -> Reply[Listener | None]:
         return answered(stage, None if stage in self.gone else HEARD)
 
-    def reroute(self, stage: str, replica: int, session: SessionId, edge: str, target: int) -> Reply[bool]:
-        self.calls.append(("reroute", stage, replica, edge.partition(".")[2], target))
+    def reroute(self, stage: str, going: Going, edge: str, target: int) -> Reply[bool]:
+        self.calls.append(("reroute", stage, going.replicas[stage], edge.partition(".")[2], target))
         if stage in self.dead:
             return failed(ActorDied(stage))
         return answered(stage, stage not in self.gone)
 
-    def end_input(self, stage: str, replica: int, session: SessionId, edge: str) -> None:
-        self.calls.append(("end_input", stage, replica, edge.partition(".")[2]))
+    def end_input(self, stage: str, going: Going, edge: str) -> None:
+        self.calls.append(("end_input", stage, going.replicas[stage], edge.partition(".")[2]))
 
-    def tell(
-        self, stage: str, replica: int, session: SessionId, kind: str, attrs: dict[str, Scalar], *, cuts: bool
-    ) -> Reply[None]:
+    def tell(self, stage: str, going: Going, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]:
         self.calls.append(("tell", stage, kind, attrs["actor"], cuts))
         return answered(stage, None)
 
