@@ -1,4 +1,8 @@
-"""The time, as what decides about it is told: on the machine's clock, or on one that a test or a simulation moves."""
+"""The time, as what decides about it is told: on the machine's clock, or on one that a test or a simulation moves.
+
+Rule: whatever decides goes by `monotonic_ns`. The time of day is for people and for dashboards; it is read here, and
+the simulator sets it on its hosts to see that nothing changes (deploy/simulator/faults.py).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """monotonic_ns never goes back, and knows nothing of the time of day, which may be set at any moment; in ns."""
+    """In ns. monotonic_ns never goes back; wall_ns, since 1970, may be set at any moment."""
 
     def monotonic_ns(self) -> int: ...
+    def wall_ns(self) -> int: ...
 
 
 class SystemClock:
@@ -17,3 +22,6 @@ class SystemClock:
 
     def monotonic_ns(self) -> int:
         return time.monotonic_ns()
+
+    def wall_ns(self) -> int:
+        return time.time_ns()

@@ -156,15 +156,15 @@ class Actor:
 
     def _runner(self, name: str, plan: StagePlan, shared: dict[type, object], note: WorkNote) -> StageRunner:
         stage = build_stage(name, plan, self._plan.checkpoint, shared)
-        options = options_of(type(stage), plan)
+        options, clock = options_of(type(stage), plan), SystemClock()
         return StageRunner(
             name,
             stage,
             {e.id: self._ends.receivers[e.id] for e in self._plan.edges if e.target == name},
             {e.id: self._ends.senders[e.id] for e in self._plan.edges if e.source == name},
-            StageMeter(self._metrics, name, stage, self._plan.all_stages),
+            StageMeter(self._metrics, name, stage, self._plan.all_stages, clock),
             Gathering(options.batch, options.wait_ns),
-            SystemClock(),
+            clock,
             note.of,
         )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
+from graph.clock import Clock
 from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
 from graph.stage_type import outputs_of
@@ -51,10 +51,11 @@ class _Camera:
 class StageMeter:
     """Counts for one stage replica."""
 
-    def __init__(self, metrics: Metrics, name: str, stage: Stage, stages: tuple[str, ...]) -> None:
+    def __init__(self, metrics: Metrics, name: str, stage: Stage, stages: tuple[str, ...], clock: Clock) -> None:
         """stages: the names of all stages of the pipeline, for the attribution of late windows."""
         self._metrics = metrics
         self._name = name
+        self._clock = clock
         self._stage = metrics.stage(name)
         self._stages = stages
         kinds = [port.kind for port in outputs_of(type(stage))]
@@ -109,7 +110,7 @@ class StageMeter:
         """The stage made a data chunk."""
         bound = self._sessions[session.id]
         if bound.camera is not None and kind.is_raw:
-            bound.camera.frame(time.time())
+            bound.camera.frame(self._clock.wall_ns() / NS_PER_S)
         elif kind.tokens and self._tokens is not None:
             bound.num_spoken += 1
             self._tokens.add(kind.name, len(chunk.arrays[kind.tokens]))

@@ -69,10 +69,10 @@ class Comings:
             ladder=self._spec.shedding.steps(),
         )
 
-    def open(self, world: World, operator: Operator) -> None:
-        """Open those that come first, together, and let the others come."""
+    def start(self, world: World, operator: Operator) -> None:
+        """Start the pipeline with those that come first, together, and let the others come."""
         first = [session for session, begin_ns in zip(self.sessions, self._begins_ns, strict=True) if begin_ns == 0]
-        operator.open_together(first)
+        operator.start(first)
         for session, begin_ns in zip(self.sessions, self._begins_ns, strict=True):
             if begin_ns:
                 operator.open_at(world.now_ns + begin_ns, session)

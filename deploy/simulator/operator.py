@@ -44,14 +44,11 @@ class Operator:
         self.ledger: dict[str, Account] | None = None
         self.failure: CoordinatorError | None = None
 
-    def start(self) -> None:
-        """Start the pipeline, and look at it from now on."""
+    def start(self, sessions: list[Session]) -> None:
+        """Start the pipeline with these sessions, and look at it from now on."""
         self._coordinator.start()
-        self._schedule(self._world.now_ns + self._poll_ns)
-
-    def open_together(self, sessions: list[Session]) -> None:
-        """Before the first look: open sessions, and wait until they are."""
         self._coordinator.open_sessions(sessions)
+        self._schedule(self._world.now_ns + self._poll_ns)
 
     def open_at(self, at_ns: int, session: Session) -> None:
         """Open a session then, or as soon as it can be."""

@@ -37,6 +37,7 @@ COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
 
 USUAL: Final = Network()
 CALLS: Final = Network(NS_PER_MS, 0)
+SLOW_CALLS: Final = Network(NS_PER_MS, 300 * NS_PER_MS)
 POLL_NS: Final = 250 * NS_PER_MS  # as deploy/run/up.py; where nobody comes, goes or dies, there is little to see
 
 
@@ -144,7 +145,7 @@ _STEADY: Final = Scenario("steady", "nothing goes wrong", num_sessions=4, num_wi
 _STORM: Final = replace(
     _STEADY,
     name="storm",
-    about="all of it at once, on clocks that drift by up to 200 ppm",
+    about="all of it at once, on clocks that drift by up to 200 ppm and are set to other hours",
     network=Network(100_000, 50 * NS_PER_MS, refused=0.01),
     acks=Network(100_000, 400 * NS_PER_MS, lost=0.05, doubled=0.05),
     grants=Network(100_000, 50 * NS_PER_MS, doubled=0.1),
@@ -156,6 +157,8 @@ _STORM: Final = replace(
     slow={"llm": 5.0},
     phases=7,
     drift_ppm=200,
+    steps=0.3,
+    calls=SLOW_CALLS,
 )
 SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
     {
@@ -206,13 +209,14 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 num_windows=5,
                 barges_in=0.6,
                 deaths=0.1,
+                hangs=0.01,
                 returns=0.1,
                 poll_ns=POLL_NS,
             ),
             replace(
                 _STEADY,
                 name="kill-storm",
-                about="what computes dies once on average; LLM and vocoder have another beside them",
+                about="what computes dies once on average, or hangs; LLM and vocoder have another beside them",
                 num_sessions=6,
                 num_windows=20,
                 network=Network(100_000, 5 * NS_PER_MS),
@@ -220,6 +224,8 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 barges_in=0.2,
                 pauses=0.2,
                 deaths=1.0,
+                hangs=0.1,
+                calls=Network(NS_PER_MS, 50 * NS_PER_MS),
                 replicas={"llm": 2, "vocoder": 2},
                 poll_ns=POLL_NS,
                 drift_ppm=200,

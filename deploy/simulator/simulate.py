@@ -88,8 +88,7 @@ class Simulation:
             self.spec, NOWHERE, NOWHERE, self._cluster, self._invariants.note, here.monotonic_s, NUM_CORES
         )
         self._operator = Operator(self.world, coordinator, here, scenario.poll_ns)
-        self._operator.start()
-        self._comings.open(self.world, self._operator)
+        self._comings.start(self.world, self._operator)
         self._begin_ns = min(self._comings.origins_ns.values(), default=self.world.now_ns)
         self.end_ns = self._begin_ns + self._comings.last_ns
         span_ns = (self._begin_ns, self.end_ns)

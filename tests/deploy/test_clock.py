@@ -12,7 +12,7 @@ from tests.support.actors import Clock
 ROOT = Path(__file__).parents[2]
 WALL_CLOCK = re.compile(r"time\.time(_ns)?\b|datetime\.(now|today|utcnow)|\.create_time\(|time\.(localtime|gmtime)\b")
 TELLS_PEOPLE = {
-    "deploy/actor/measure.py": "when a camera's last picture came, which Prometheus compares with its own clock",
+    "graph/clock.py": "where all others read it, when a camera's last picture came for example; the simulator sets it",
     "deploy/run/state.py": "a process that is younger than the description of it is another one",
     "deploy/run/up.py": "when the pipeline was started, for the description of it",
 }

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.actor.measure import StageMeter
 from graph.chunk import NS_PER_S, Chunk
+from graph.clock import SystemClock
 from graph.metrics import MAX_CAMERAS, Metrics
 from graph.stage_type import Out
 from stages import kinds
@@ -61,7 +62,7 @@ class Meter:
         self, name: str, stage: Stage | None = None, ends_windows: bool | None = None, **fields: object
     ) -> None:
         self.registry = CollectorRegistry()
-        self.meter = StageMeter(Metrics(self.registry), name, stage or FAKES.get(name, Stage)(), STAGES)
+        self.meter = StageMeter(Metrics(self.registry), name, stage or FAKES.get(name, Stage)(), STAGES, SystemClock())
         self.session: Session = session("door", **fields)
         self.ends_windows = name == "speaker" if ends_windows is None else ends_windows
         self.meter.opened(self.session, UPSTREAM if self.ends_windows else None)
@@ -150,7 +151,7 @@ def test_of_cameras_that_come_and_go_nothing_is_left():
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     stages = [
-        StageMeter(metrics, name, FAKES.get(name, Stage)(), STAGES)
+        StageMeter(metrics, name, FAKES.get(name, Stage)(), STAGES, SystemClock())
         for name in ("camera", "microphone", "speaker", "events")
     ]
     before = {(sample.name, *sample.labels.values()) for family in registry.collect() for sample in family.samples}

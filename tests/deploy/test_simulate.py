@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.actor.runner import StageRunner
+from deploy.actor.session_state import OpenSession
 from deploy.cli import app as cli
 from deploy.cli.common import EXIT_USAGE, EXIT_VIOLATED
 from deploy.control.routing import session_plan
@@ -18,7 +19,7 @@ from deploy.simulator.invariants import MAX_VIOLATIONS
 from deploy.simulator.report import Report, parse_seeds
 from deploy.simulator.scenarios import COSTS, SCENARIOS, Scenario, SimulateError, find_scenario
 from deploy.simulator.shrink import faults_of, shrink
-from deploy.simulator.simulate import Simulation, run_scenario
+from deploy.simulator.simulate import DAY_NS, Simulation, run_scenario
 from deploy.simulator.world import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, ProfileError, StageCost
@@ -164,6 +165,29 @@ def test_with_another_replica_a_death_costs_fewer_windows(spec: PipelineSpec):
         for replicas in (both, {})
     )
     assert ours > theirs
+
+
+def test_who_hangs_is_taken_for_dead_and_what_must_hold_does(spec: PipelineSpec):
+    report = run_scenario(spec, replace(SCENARIOS["kill-storm"], deaths=0.0, hangs=0.5), range(3))
+    assert report.violations == ()
+    assert report.figures.num_deaths > 0
+    assert report.figures.drops["crash"] > 0
+
+
+def test_wall_clocks_that_are_set_to_other_hours_change_nothing(spec: PipelineSpec):
+    set_often, never = (replace(SCENARIOS["squall"], steps=steps) for steps in (1.0, 0.0))
+    ours, theirs = (run_scenario(spec, scenario, range(NUM_SEEDS)) for scenario in (set_often, never))
+    assert (ours.figures, ours.simulated_s, ours.violations) == (theirs.figures, theirs.simulated_s, ())
+
+
+def test_where_something_went_by_the_wall_clock_that_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
+    def wall_ns(state: OpenSession) -> int:
+        clock = state.clock
+        return state.session_ns(clock.wall_ns() - DAY_NS + clock._begun_ns)  # type: ignore[attr-defined]
+
+    broken.setattr(OpenSession, "now_ns", wall_ns)
+    assert run(spec, "steady", 1).violations == (), "as long as nobody sets it"
+    assert rules(run_scenario(spec, replace(SCENARIOS["steady"], steps=1.0), range(1)))
 
 
 def test_sessions_that_are_closed_by_force_come_again_under_their_names(spec: PipelineSpec):

@@ -64,6 +64,9 @@ class ManualClock:
     def monotonic_ns(self) -> int:
         return self.now_ns
 
+    def wall_ns(self) -> int:
+        raise AssertionError("nothing is decided by the time of day")
+
 
 class Ticker(Stage):
     """A source: one window of sound per call, and then its end."""
@@ -220,7 +223,7 @@ class House:
             stage,
             {edge: receiver for edge, receiver in self.receivers.items() if _ends(edge)[1] == name},
             {edge: [sender] for edge, sender in self.senders.items() if _ends(edge)[0] == name},
-            StageMeter(self.metrics, name, stage, stages),
+            StageMeter(self.metrics, name, stage, stages, SystemClock()),
             gathering,
             self.clock,
         )
