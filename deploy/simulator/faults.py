@@ -19,7 +19,7 @@ NUM_STEPS: Final = 2  # of each host, at most
 
 
 class Faults:
-    """Plans them all. num_deaths: of actors, by now, and of those that hang until they are taken for dead."""
+    """Plans them all. num_deaths: of actors, by now; num_hung: of those that were taken for dead."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Faults:
         """span_ns: from when until when something may go wrong. actors: by name, those which live then."""
         self._world, self._scenario, self._rng = world, scenario, rng
         self._span_ns, self._actors = span_ns, actors
-        self.num_deaths = 0
+        self.num_deaths = self.num_hung = 0
 
     def plan(self, processes: Sequence[Process]) -> None:
         for process in processes:
@@ -79,6 +79,7 @@ class Faults:
         """For so long that it is taken for dead."""
         if self._lives(name):
             self.num_deaths += 1
+            self.num_hung += 1
             self._stall(name, self._rng.randint(*HANGS_NS))
 
     def _die(self, name: str) -> None:

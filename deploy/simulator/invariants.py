@@ -46,8 +46,12 @@ class Invariants:
     trace: what has happened, a line per event, where it is kept.
     """
 
-    def __init__(self, world: World, seed: int, edges: Sequence[str], num_sessions: int, *, traced: bool) -> None:
+    def __init__(
+        self, world: World, seed: int, edges: Sequence[str], num_sessions: int, longest: int, *, traced: bool
+    ) -> None:
+        """longest: for how many windows an actor may hang; what comes without credit waits for it."""
         self._world, self._seed, self._edges, self._num_sessions = world, seed, edges, num_sessions
+        self._few = FEW + CONTROL_PER_CHUNK * longest
         self._traced = traced
         self._under_way: dict[_Way, list[Chunk]] = {}
         self._accounts = Accounts()
@@ -137,7 +141,7 @@ class Invariants:
 
     def _bound(self, what: str, number: int, limit: Limit) -> None:
         """Per session: what credit allows, and the control and the windows without anything beside it."""
-        most = self._num_sessions * (limit.chunks * (1 + CONTROL_PER_CHUNK) + FEW)
+        most = self._num_sessions * (limit.chunks * (1 + CONTROL_PER_CHUNK) + self._few)
         if number > most:
             self.violated("bounded queues", f"{what}: {number}, {most} is the most")
 
