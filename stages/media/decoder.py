@@ -27,11 +27,11 @@ from av.video.stream import VideoStream
 
 from graph.chunk import NS_PER_S
 from stages.media.health import Warner
-from stages.media.play import Decode, Decoding, Feed, Lane, Teller, play, session_ns
+from stages.media.play import Decoding, Feed, Lane, Teller, play, session_ns
 from stages.media.rtsp import open_camera
 from stages.media.screen import FrameGrid
 from stages.media.sound import SoundTrack
-from stages.media.thinning import LiveDecoder
+from stages.media.thinning import Decoder, LiveDecoder
 from stages.media.tracks import FileAxis, LiveAxis, Put, VideoTrack, period_ns, to_ns
 from stages.media.types import foreign_type, is_jpeg_film, read_head, unreadable_type
 from stages.media.view import MAX_PICTURE_PIXELS, check_size
@@ -206,7 +206,7 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, w
         tracks = next(tracks for container, tracks in feeds if container is stream.container)
         stream.codec_context.thread_count = 1  # 30 cameras share a core; more threads buy delay and memory only
         lane = make_lane(order, stream, origin_ns, put)
-        tracks[stream.index] = Decoding(lane, request.masked, warner, decode_for(order, stream, lane))
+        tracks[stream.index] = Decoding(lane, request.masked, warner, decoder_for(order, stream, lane))
     for container, tracks in feeds:
         for other in container.streams:
             other.discard = Discard.default if other.index in tracks else Discard.all
@@ -227,10 +227,10 @@ def make_lane(order: Order, stream: VideoStream | AudioStream, origin_ns: int | 
     return Lane(VideoTrack(stream, order.request, axis, put, start_ns, live=is_live, media_end_ns=end_ns), items)
 
 
-def decode_for(order: Order, stream: VideoStream | AudioStream, lane: Lane) -> Decode | None:
-    """How packets are decoded; None: each as it comes."""
+def decoder_for(order: Order, stream: VideoStream | AudioStream, lane: Lane) -> Decoder | None:
+    """What decodes fewer packets than come; None: each is decoded."""
     if order.kind in LIVE_KINDS and isinstance(stream, VideoStream) and isinstance(lane.track, VideoTrack):
-        return LiveDecoder(stream, lane.track, order.request.fps).decode
+        return LiveDecoder(stream, lane.track, order.request.fps)
     return None
 
 

@@ -22,6 +22,7 @@ from av.packet import Packet
 from graph.chunk import NS_PER_S
 from stages.media.health import Warner
 from stages.media.sound import OddSound, SoundTrack
+from stages.media.thinning import Decoder, EagerDecoder
 from stages.media.tracks import Put, VideoTrack, to_ns
 from stages.media.wire import (
     FOREVER_NS,
@@ -39,7 +40,6 @@ from stages.media.wire import (
 )
 
 Track: TypeAlias = VideoTrack | SoundTrack
-Decode: TypeAlias = "Callable[[Packet[Any], int], list[Any] | None]"
 
 MAX_BAD_AT_START: Final = 300  # 10 s of a 30 fps camera
 TELL_NO_KEYFRAME: Final = 150  # pictures which could not be decoded for want of a keyframe, before that is told
@@ -75,18 +75,13 @@ class Lane:
         return self.track.done and not self.items
 
 
-def _decode_now(packet: Packet[Any], arrival_ns: int) -> list[Any]:
-    frames: list[Any] = packet.decode()
-    return frames
-
-
 class Decoding:
     """One track: its packets are decoded, damaged ones are counted, and it is given up when all are.
 
-    source: as it may be shown. decode: a packet that came at a time to what is shown of it, None where it is kept.
+    source: as it may be shown.
     """
 
-    def __init__(self, lane: Lane, source: str, warner: Warner, decode: Decode | None = None) -> None:
+    def __init__(self, lane: Lane, source: str, warner: Warner, decoder: Decoder | None = None) -> None:
         self.lane = lane
         self.track = track = lane.track
         self.name: TrackName = "audio" if isinstance(track, SoundTrack) else "video"
@@ -95,7 +90,7 @@ class Decoding:
         self.num_alive = 0  # signs of life: what was decoded, and packets while a keyframe is awaited
         self._source = source
         self._warner = warner
-        self._decode = decode or _decode_now
+        self.decoder = decoder or EagerDecoder()
         self._num_before_key: int | None = 0 if isinstance(track, VideoTrack) else None  # None: a keyframe has come
 
     def decode(self, packet: Packet[Any], arrival_ns: int) -> None:
@@ -123,7 +118,7 @@ class Decoding:
     def _frames_of(self, packet: Packet[Any], arrival_ns: int, is_last: bool) -> list[Any]:
         """What it decodes to, of the track's own kind."""
         try:
-            frames = self._decode(packet, arrival_ns)
+            frames = self.decoder.decode(packet, arrival_ns)
         except _DECODER_ERRORS:
             if is_last:
                 return []  # a decoder which was given nothing that is whole
@@ -406,6 +401,7 @@ def play_connection(order: Order, feed: Feed, teller: Teller) -> bool:
                 teller.tell()
             if over or all(d.track.done for d in decodings):
                 return not all(d.track.ended for d in decodings)
+            time.sleep(min(d.decoder.rest_ns(session_ns(order)) for d in decodings) / NS_PER_S)
             watch.listen(session_ns(order))
     return False
 

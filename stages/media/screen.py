@@ -29,24 +29,25 @@ class FrameGrid:
     """
 
     def __init__(self, fps: float, window_ns: int = NS_PER_S) -> None:
-        self._rate = Fraction(fps).limit_denominator(1000)
+        rate = Fraction(fps).limit_denominator(1000)
+        self._num, self._den = rate.numerator, rate.denominator  # frames per second
         self._window_ns = window_ns
 
     @property
     def grace_ns(self) -> int:
         """So long after an instant its picture may still come, and be encoded before the window closes."""
-        return min(MAX_GRACE_NS, NS_PER_S * self._rate.denominator // (10 * self._rate.numerator))
+        return min(MAX_GRACE_NS, NS_PER_S * self._den // (10 * self._num))
 
     def instant_ns(self, index: int) -> int:
-        return (10 * index + 8) * NS_PER_S * self._rate.denominator // (10 * self._rate.numerator)
+        return (10 * index + 8) * NS_PER_S * self._den // (10 * self._num)
 
     def index_at(self, time_ns: int) -> int:
         """The period which this time lies in."""
-        return int(self._rate * time_ns / NS_PER_S)
+        return self._num * time_ns // (self._den * NS_PER_S)
 
     def first_ns(self, index: int) -> int:
         """The earliest time which frame `index` may have: its period's begin, or that of its instant's window."""
-        period_ns = -(-index * NS_PER_S * self._rate.denominator // self._rate.numerator)
+        period_ns = -(-index * NS_PER_S * self._den // self._num)
         return max(period_ns, self.instant_ns(index) // self._window_ns * self._window_ns)
 
 

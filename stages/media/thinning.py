@@ -3,7 +3,9 @@
 Where keyframes come at least once per period of the frames that are wanted, they alone are shown, each decoded when it
 is sampled and not before. What is seen is then older by one such distance at most, and its frame says so (`age_ns`).
 What has come since the last keyframe is kept: where the next one is overdue, it is decoded at once, and from then on
-everything is. Elsewhere, pictures on which no other one builds are left out where there are many more than are wanted.
+everything is. Until then packets are read a few at a time: to wake up for one costs more than to keep it.
+
+Elsewhere, pictures on which no other one builds are left out where there are many more than are wanted.
 
 Rule: of live sources only. A file gives the same pictures at every run and speed, which its digests promise; both ways
 would show older ones of it. A live source is never the same twice, and is where cameras are many.
@@ -11,7 +13,7 @@ would show older ones of it. A live source is never the same twice, and is where
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
@@ -25,7 +27,32 @@ MAX_REGULAR: Final = 96
 TOLERANCE: Final = 10  # a distance may be a tenth of a period longer: stamps jitter, and clocks of cameras are not ours
 MAX_REORDER_NS: Final = 250 * NS_PER_MS  # pictures may come so much before their time; LiveAxis takes more for a jump
 MAX_KEPT_BYTES: Final = 8 << 20  # since the last keyframe: 2 s of 32 Mbit/s
+MAX_REST_NS: Final = 200 * NS_PER_MS
+MAX_RESTING_RATE: Final = 512 * 1024  # bytes per second: 100 KiB in that time, which any socket holds
 MANY: Final = 8  # pictures per period: of these three B-frames in a row are less than half a period
+
+
+class Decoder(Protocol):
+    """Decodes the packets of one track."""
+
+    def decode(self, packet: Packet[Any], arrival_ns: int) -> list[Any] | None:
+        """What is to be shown, or heard, of a packet; None where it is kept, and the track knows of it."""
+        ...
+
+    def rest_ns(self, now_ns: int) -> int:
+        """How long its packets may wait in their socket."""
+        ...
+
+
+class EagerDecoder:
+    """Decodes everything at once."""
+
+    def decode(self, packet: Packet[Any], arrival_ns: int) -> list[Any]:
+        frames: list[Any] = packet.decode()
+        return frames
+
+    def rest_ns(self, now_ns: int) -> int:
+        return 0
 
 
 class Keyframes:
@@ -42,6 +69,8 @@ class Keyframes:
         self._num_pictures = 0  # since the last keyframe
         self._num_regular = 0
         self._num_required = NUM_REGULAR
+        self.step_ns = 0
+        """Between two pictures."""
         self.are_many = False
         """Many more pictures come than are wanted."""
 
@@ -64,6 +93,7 @@ class Keyframes:
             return
         if self._last_ns is not None:
             self._num_regular += distance_ns <= self._limit_ns
+            self.step_ns = distance_ns // self._num_pictures
             self.are_many = self._num_pictures * self._period_ns >= MANY * max(distance_ns, 1)
         self._last_ns, self._num_pictures = time_ns, 0
 
@@ -83,7 +113,8 @@ class LiveDecoder:
         self._keyframes = Keyframes(round(NS_PER_S / fps))
         self._kept: list[Packet[Any]] = []  # the last keyframe and what came since; empty: everything is decoded
         self._num_bytes = 0  # of these
-        self._latest_ns = 0
+        self._bytes_per_s = 0  # of the last keyframe and what came until the next one
+        self._shown_ns = self._latest_ns = 0
         self._keyframe_pts: int | None = None
         self._are_whole = True  # keyframes are pictures of their own; of a gradual refresh they are not
 
@@ -103,11 +134,20 @@ class LiveDecoder:
         self._num_bytes += packet.size
         return None
 
+    def rest_ns(self, now_ns: int) -> int:
+        """Until the next sampling instant at most, where keyframes are relied on and all that was due has come."""
+        has_all = self._track.time_ns + self._keyframes.step_ns > now_ns
+        if not (self._kept and has_all and 0 < self._bytes_per_s <= MAX_RESTING_RATE):
+            return 0
+        return max(min(self._track.next_ns - now_ns, MAX_REST_NS), 0)
+
     def _show(self, keyframe: Packet[Any], time_ns: int, arrival_ns: int) -> None:
         if not self._kept:
             for frame in self._codec.decode(None):  # what it holds back to put it in order
                 self._track.add(frame, arrival_ns)
-        self._kept, self._num_bytes, self._latest_ns = [keyframe], 0, time_ns
+        self._bytes_per_s = self._num_bytes * NS_PER_S // max(time_ns - self._shown_ns, 1)
+        self._kept, self._num_bytes = [keyframe], 0
+        self._shown_ns = self._latest_ns = time_ns
         self._track.show(lambda: self._decode_alone(keyframe), time_ns, arrival_ns)
 
     def _pass_by(self, packet: Packet[Any], time_ns: int, arrival_ns: int) -> None:

@@ -211,6 +211,16 @@ class VideoTrack:
         return self.axis.num_jumps
 
     @property
+    def time_ns(self) -> int:
+        """When the last picture that came was shown."""
+        return self._time_ns
+
+    @property
+    def next_ns(self) -> int:
+        """The next sampling instant."""
+        return self._screen.next_ns
+
+    @property
     def due_ns(self) -> int:
         """When the picture on the screen is to be sent though no newer one has come; of live sources."""
         return self._screen.next_ns + self._grid.grace_ns

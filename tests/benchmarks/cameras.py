@@ -186,8 +186,9 @@ class House:
                     poll.register(descriptor, select.POLLIN)
             while (left_s := begin_s + TURN_S - time.monotonic()) > 0:
                 for descriptor, _ in poll.poll(1000 * left_s):
-                    poll.unregister(descriptor)
                     self._look(by_descriptor[descriptor])
+                    if descriptor not in by_descriptor[descriptor].feed.wakes():
+                        poll.unregister(descriptor)
 
     def _look(self, watched: Watched) -> None:
         now_ns = watched.now_ns()

@@ -12,7 +12,7 @@ import pytest
 from av.video.frame import PictureType
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from stages.media.thinning import MAX_REORDER_NS, Keyframes, LiveDecoder
+from stages.media.thinning import MAX_REORDER_NS, MAX_REST_NS, Keyframes, LiveDecoder
 from stages.media.tracks import LiveAxis, VideoTrack
 from stages.media.wire import Frame, MediaItem
 from tests.support.media import picture
@@ -226,3 +226,19 @@ def test_pictures_on_which_no_other_builds_are_left_out_where_there_are_many(tmp
     assert seconds_of(frames) == list(range(9))
     assert viewer.num_decoded < 7 * FPS
     assert all(frame.age_ns < 300 * NS_PER_MS for frame in frames)
+
+
+# --- when packets are read ----------------------------------------------------------------------------------------
+
+
+def test_packets_are_left_in_their_socket_until_the_next_instant_where_keyframes_are_relied_on(tmp_path):
+    viewer = Viewer(film(tmp_path / "film.mp4", 6, lambda index: index % FPS == 0))
+    step_ns, rests_ns = NS_PER_S // FPS, []
+    for index, packet in enumerate(viewer.packets()):
+        now_ns = index * step_ns
+        viewer.take(packet, now_ns)
+        rests_ns.append(viewer.decoder.rest_ns(now_ns))
+        assert viewer.decoder.rest_ns(now_ns + 2 * step_ns) == 0, "more has come"
+    assert set(rests_ns[: 4 * FPS]) == {0}, "everything is decoded, then it is not known yet how much comes"
+    assert rests_ns[4 * FPS + 1] == MAX_REST_NS
+    assert rests_ns[4 * FPS + 11] == pytest.approx(800 * NS_PER_MS - 11 * step_ns, abs=100)
