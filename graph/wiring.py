@@ -52,9 +52,9 @@ class Wiring:
     def ends(self, candidates: Iterable[str]) -> set[str]:
         """Those of the candidates behind which no other one comes on the way of the windows."""
         among = set(candidates)
-        return {stage for stage in among if not self._behind(stage) & among}
+        return {stage for stage in among if not self.behind(stage) & among}
 
-    def _behind(self, stage: str) -> set[str]:
+    def behind(self, stage: str) -> set[str]:
         """All stages to which windows of this one come, but for side branches."""
         behind: set[str] = set()
         ways = [stage]

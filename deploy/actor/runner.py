@@ -21,6 +21,7 @@ from graph.chunk import (
     NS_PER_S,
     Chunk,
     ChunkType,
+    Failure,
     Scalar,
     SessionId,
     Span,
@@ -449,9 +450,12 @@ class StageRunner:
     def _tell_failures(self, state: OpenSession) -> None:
         """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
         if state.join is None and state.faults.are_new:
-            for failure in state.faults.take():
-                attrs = {"type": "unit_failed", "stage": failure.stage, "reason": failure.reason}
-                self._tell(state, state.now_ns(), attrs)
+            self._tell_of(state, state.faults.take())
+
+    def _tell_of(self, state: OpenSession, failures: Iterable[Failure], **window: int) -> None:
+        for failure in failures:
+            what = {"stage": failure.stage, "reason": failure.reason}
+            self._tell(state, state.now_ns(), {"type": "unit_failed", **window, **what})
 
     def _tell(self, state: OpenSession, at_ns: int, attrs: Mapping[str, Scalar]) -> None:
         """An event of the machinery's; where the stage makes none, there is nobody who would take it."""
@@ -598,7 +602,10 @@ class StageRunner:
         self._meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.since_ns)
         span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
-        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=state.faults.take())
+        failures = state.faults.take()
+        if state.plan.is_aside:
+            self._tell_of(state, failures, window=unit.index)
+        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=failures)
         if state.sink is not None:
             self._send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
         for name, output in state.windowed:

@@ -43,6 +43,7 @@ class SessionPlan:
     to_sources:     edges to stages where windows begin, which ask nothing of the listener but the shed level.
     incarnation:    tells it from other sessions of its name, on every edge.
     ends_windows:   its windows end here. upstream: the streams that windows have passed before, other than sources'.
+    is_aside:       no window ends behind it, as on a side branch: it reports itself what fails here.
     goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
     held:           edges at whose other end it is not open now; nothing is sent there before it is (`reroute`).
     alone_for:      so many of its units go without others, since an actor died of one of several (actor/suspects.py).
@@ -59,6 +60,7 @@ class SessionPlan:
     incarnation: int = 0
     ends_windows: bool = False
     upstream: tuple[str, ...] = ()
+    is_aside: bool = False
     goes_on: Listener | None = None
     held: frozenset[str] = frozenset()
     alone_for: int = 0

@@ -44,6 +44,7 @@ def session_plan(
         incarnation=incarnation,
         ends_windows=stage in ends,
         upstream=_upstream(spec, edges, session) if stage in ends else (),
+        is_aside=not ends & {stage, *spec.wiring.behind(stage)},
     )
 
 

@@ -31,6 +31,7 @@ from tests.support.units import session as session_of
 
 DOOR, YARD = SessionId("door"), SessionId("yard")
 COUNTED = "microphone.sound->counter.sound"
+ASIDE = "counter.events->events.events"
 
 
 class Picky(Echo):
@@ -314,11 +315,24 @@ def test_a_stage_beside_the_way_ends_no_window(build):
             return []
 
     sides = {"microphone": Ticker(3), "llm": Echo(), "counter": Counter(), "speaker": Ear(), "events": Notes()}
-    edges = (SOUND, COUNTED, SPOKEN, PLAYED, NOTED, "counter.events->events.events")
+    edges = (SOUND, COUNTED, SPOKEN, PLAYED, NOTED, ASIDE)
     house = build(sides, edges, manual=False, ends_windows="speaker")
     house.open("door")
     house.run()
     assert [row["index"] for row in rows(house, "window")] == [0, 1, 2]
+
+
+def test_a_stage_on_a_side_branch_reports_itself_what_fails_there(build, clock: ManualClock):
+    house = build({"counter": Picky("door", at=1, until=2), "events": Notes()}, (COUNTED, ASIDE))
+    for name, fields in (("counter", {"is_aside": True}), ("events", {})):
+        house.runners[name].open_session(house.plan(name, session_of("door", paced=True), ends_windows=False, **fields))
+        house.runners[name].begin_session(DOOR, 0)
+    for index in range(3):
+        house.take(heard(DOOR, index), COUNTED)
+        house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
+    house.settle()
+    told = {"type": "unit_failed", "window": 1, "stage": "counter", "reason": "ValueError: no such picture: 1"}
+    assert rows(house, "unit_failed") == [told]
 
 
 def test_a_ladder_belongs_to_where_windows_end(build, clock: ManualClock):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from deploy.control.routing import stages_of
+from deploy.control.routing import session_plan, stages_of
 from graph.spec import PipelineSpec, default_spec_path
-from tests.support.specs import load_spec
+from tests.support.specs import load_spec, parse_spec
 from tests.support.units import session
 
 
@@ -48,3 +48,15 @@ def test_what_works_side_by_side_is_counted_once():
     spec = load_spec(default_spec_path())
     costs = {"vision_encoder": 80, "audio_encoder": 30, "llm": 100, "tts": 50, "vocoder": 20}
     assert spec.wiring.longest(costs) == 80 + 100 + 50 + 20
+
+
+def test_no_window_ends_behind_a_side_branch():
+    spec = parse_spec(
+        'version: 1\ncameras: {hall: {source: "test://pattern"}}\nstages:\n  census: {}\n'
+        '  motion: {use: "omni_outside.motion:MotionGate"}\n  vision_encoder: {inputs: {frames: motion.moving}}\n',
+        "p.yaml",
+        ["stages.census.inputs.frames=motion.moving"],
+    )
+    replicas = dict.fromkeys(spec.stages, 0)
+    aside = {name for name in spec.stages if session_plan(spec, name, session(), replicas, 0).is_aside}
+    assert aside == {"census", "events"}
