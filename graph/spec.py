@@ -16,12 +16,13 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ruamel.yaml import YAML
 
 from graph.edges import Edges, EdgeSpec, no_senses, wiring_of
 from graph.errors import GraphError, Problem, SpecError
+from graph.kinds import Kind
 from graph.secret import KNOWN, mask_urls
 from graph.sections import (
     BUILT_IN,
@@ -99,6 +100,25 @@ class PipelineSpec:
     def ends_windows(self) -> frozenset[str]:
         """The stages at which a window may have come to its end."""
         return frozenset(name for name, each in self.types.items() if each.ends_windows)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether something is seen."""
+        return any(kind.is_picture for kind in self._made)
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether something is heard."""
+        return any(kind.is_sound for kind in self._made)
+
+    @property
+    def has_speech(self) -> bool:
+        """Whether there is a listener, of whom news come."""
+        return any(kind.is_control for kind in self._made)
+
+    @property
+    def _made(self) -> list[Kind[Any]]:
+        return [port.kind for each in self.types.values() for port in each.outputs.values()]
 
     @property
     def needed(self) -> set[str]:

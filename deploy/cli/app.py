@@ -207,7 +207,7 @@ def simulate(
         spec, numbers = load(file, overrides or []), parse_seeds(seeds)
         found = find_scenario(scenario).sized(sessions, windows)
         if profile is not None:
-            found = found.priced(read_profile(profile))
+            found = found.priced(read_profile(profile), spec)
     with clear_errors():
         report: Report = run_scenario(spec, found, numbers)
     shortest = shrink(spec, found, report.violations[0]) if report.violations else None

@@ -257,9 +257,7 @@ class _Run:
 
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec
-        made = [port.kind for stage in spec.types.values() for port in stage.outputs.values()]
-        pictures = any(kind.is_picture for kind in made)
-        microphone = camera.microphone == "embedded" and any(kind.is_sound for kind in made)
+        microphone = camera.microphone == "embedded" and spec.has_sound
         needs_pictures = self._checkpoint.config.generation.needs_pictures or not microphone
         return Session(
             id=SessionId(name),
@@ -267,8 +265,8 @@ class _Run:
             source=anchored(camera.source.reveal()),
             fps=camera.fps,
             max_pixels=camera.max_pixels,
-            pictures=pictures,
-            speech=any(kind.is_control for kind in made),
+            pictures=spec.has_pictures,
+            speech=spec.has_speech,
             microphone=microphone,
             window_ns=spec.window.length_ns,
             lateness_ns=spec.window.lateness_ns,
@@ -277,7 +275,7 @@ class _Run:
             duration_ns=options.duration_ns,
             paced=options.paced,
             listener=options.listener,
-            ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not pictures),
+            ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not spec.has_pictures),
             out=None if options.out is None else options.out.absolute(),
             masked_source=camera.source.masked,
         )

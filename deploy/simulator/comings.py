@@ -62,9 +62,9 @@ class Comings:
             lead_ns=self._spec.tail.lead_ns,
             delay_ns=self._spec.tail.delay_ns,
             duration_ns=num_windows * window_ns,
-            pictures="camera" in self._spec.stages,
-            microphone="microphone" in self._spec.stages,
-            speech="speaker" in self._spec.stages,
+            pictures=self._spec.has_pictures,
+            microphone=self._spec.has_sound,
+            speech=self._spec.has_speech,
             listener=tuple(actions),
             ladder=self._spec.shedding.steps(),
         )

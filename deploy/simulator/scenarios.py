@@ -9,36 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from deploy.simulator.world import Network
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, StageCost
 from graph.credit import Limit
 from graph.errors import GraphError
+from graph.spec import PipelineSpec
+from stages.kinds import CODES, SPEECH, TEXT
 
-SPREAD: Final = 0.2
+V = TypeVar("V")
 
 
 class SimulateError(GraphError):
     """There is no such scenario, or the seeds or sizes make no sense."""
 
 
-COSTS: Final[Mapping[str, StageCost]] = MappingProxyType(
-    {
-        "vision_encoder": StageCost(8 * NS_PER_MS, 4 * NS_PER_MS, SPREAD),
-        "audio_encoder": StageCost(6 * NS_PER_MS, 1 * NS_PER_MS, SPREAD),
-        "llm": StageCost(20 * NS_PER_MS, 3 * NS_PER_MS, SPREAD),
-        "tts": StageCost(40 * NS_PER_MS, 2 * NS_PER_MS, SPREAD),
-        "vocoder": StageCost(25 * NS_PER_MS, 5 * NS_PER_MS, SPREAD),
-    }
-)
-
-
 USUAL: Final = Network()
 CALLS: Final = Network(NS_PER_MS, 0)
 SLOW_CALLS: Final = Network(NS_PER_MS, 300 * NS_PER_MS)
 POLL_NS: Final = 250 * NS_PER_MS  # as deploy/run/up.py; where nobody comes, goes or dies, there is little to see
+
+
+def by_stage(spec: PipelineSpec, by_kind: Mapping[str, V]) -> dict[str, V]:
+    """What is said of stages by the kind that they make, by their names in a pipeline."""
+    return {
+        name: by_kind[port.kind.name]
+        for name, each in spec.types.items()
+        for port in each.outputs.values()
+        if port.kind.name in by_kind
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,17 @@ class Scenario:
     """What happens in one seed.
 
     num_sessions, num_windows: that begin together and end together; or, where there are some, the arrivals.
-    devices: what computes, and how many stages at once on it. on: per stage its device; else the first. token_ns: a
-    decode step of all who speak. picture_ns: what a picture costs the LLM.
+    devices: what computes, and how many stages at once on it. costs: per stage; else as its class says; each_times: and
+    a unit so many times that. token_ns: a decode step of all who speak. picture_ns: what a picture costs the LLM.
     credit, batch, phases: of every edge, stage and window; None: as described.
     network, acks, grants: how messages travel. calls: how those of the coordinator do, and their answers.
     poll_ns: how often it looks at its actors.
     barges_in, pauses, dies: how likely for each session, that its listener interrupts or pauses, that its camera gives
-    nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: per stage, how many
-    times slower it is for so long. drift_ppm: of each actor's clock, at most.
+    nothing for a while. stalls: how likely for each actor, for at most longest_stall_ns. slow: by the kind that a stage
+    makes, how many times slower it is for so long. drift_ppm: of each actor's clock, at most.
     steps: how likely each of two times that a host's wall clock is set to another hour.
     deaths: how often on average each actor that computes dies. hangs: how likely it hangs so long that it is taken for
-    dead. replicas: of stages; else as described.
+    dead. replicas: of stages, by the kind that they make; else as described.
     returns: how likely each session is closed by force and comes again under its name. spoils: how likely a unit of a
     stage that computes is one at which it raises.
     """
@@ -80,12 +81,12 @@ class Scenario:
     num_sessions: int = 4
     num_windows: int = 8
     arrivals: tuple[Arrivals, ...] = ()
-    costs: Mapping[str, StageCost] = field(default_factory=lambda: COSTS)
+    costs: Mapping[str, StageCost] = field(default_factory=dict)
+    each_times: int = 1
     token_ns: int = 8 * NS_PER_MS
     picture_ns: int = 0
     batch: int | None = None
     devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
-    on: Mapping[str, str] = field(default_factory=dict)
     phases: int | None = None
     credit: Limit | None = None
     network: Network = USUAL
@@ -107,9 +108,9 @@ class Scenario:
     returns: float = 0.0
     spoils: float = 0.0
 
-    def priced(self, profile: Profile) -> Scenario:
-        """The same where stages cost what was measured. Raises ProfileError where a stage of ours was not."""
-        costs = {name: profile.of(name) for name in self.costs}
+    def priced(self, profile: Profile, spec: PipelineSpec) -> Scenario:
+        """The same where stages cost what was measured. Raises ProfileError where one with a model was not."""
+        costs = {name: profile.of(name) for name, each in spec.types.items() if each.has_model}
         return replace(self, costs=costs, token_ns=0, picture_ns=0)  # what is said and seen is in what was measured
 
     def sized(self, num_sessions: int | None, num_windows: int | None) -> Scenario:
@@ -154,7 +155,7 @@ _STORM: Final = replace(
     dies=0.3,
     stalls=0.3,
     longest_stall_ns=1500 * NS_PER_MS,
-    slow={"llm": 5.0},
+    slow={TEXT.name: 5.0},
     phases=7,
     drift_ppm=200,
     steps=0.3,
@@ -196,7 +197,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 _STEADY,
                 name="slow-tts",
                 about="the TTS is 20 times slower for two seconds",
-                slow={"tts": 20.0},
+                slow={CODES.name: 20.0},
                 longest_stall_ns=2000 * NS_PER_MS,
                 barges_in=0.3,
             ),
@@ -225,7 +226,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 pauses=0.2,
                 deaths=1.0,
                 calls=Network(NS_PER_MS, 50 * NS_PER_MS),
-                replicas={"llm": 2, "vocoder": 2},
+                replicas={TEXT.name: 2, SPEECH.name: 2},
                 poll_ns=POLL_NS,
                 drift_ppm=200,
             ),
@@ -238,7 +239,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 acks=Network(100_000, 100 * NS_PER_MS, lost=0.01),
                 hangs=0.2,
                 calls=SLOW_CALLS,
-                replicas={"llm": 2},
+                replicas={TEXT.name: 2},
                 poll_ns=POLL_NS,
                 drift_ppm=200,
             ),
@@ -271,7 +272,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 "overload",
                 "one device that serves 10 sessions; 8 come, from 20 s on 8 more, from 80 s on 16 more; 24 go at 140 s",
                 arrivals=OVERLOAD,
-                costs={name: replace(cost, each_ns=4 * cost.each_ns) for name, cost in COSTS.items()},
+                each_times=4,
                 picture_ns=8 * NS_PER_MS,
                 batch=64,
                 devices={"gpu": 1},

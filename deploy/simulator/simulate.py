@@ -29,7 +29,7 @@ from deploy.simulator.invariants import Invariants, Violation
 from deploy.simulator.links import Wires
 from deploy.simulator.operator import Operator
 from deploy.simulator.report import Report
-from deploy.simulator.scenarios import Scenario
+from deploy.simulator.scenarios import Scenario, by_stage
 from deploy.simulator.stages import (
     FREE,
     TWINS,
@@ -94,7 +94,8 @@ class Simulation:
         self._begin_ns = min(self._comings.origins_ns.values(), default=self.world.now_ns)
         self.end_ns = self._begin_ns + self._comings.last_ns
         span_ns = (self._begin_ns, self.end_ns)
-        self._faults = Faults(self.world, scenario, self._named_rng("faults"), span_ns, self.actors)
+        slowed = replace(scenario, slow=by_stage(self.spec, scenario.slow))
+        self._faults = Faults(self.world, slowed, self._named_rng("faults"), span_ns, self.actors)
         self._plan_faults()
 
     @property
@@ -161,7 +162,7 @@ class Simulation:
             return self._speaker
         if cls is Events:
             return self._events
-        device = self._devices[scenario.on.get(name, next(iter(self._devices)))]
+        device = next(iter(self._devices.values()))
         stage = self._costly(name, cls, device, rng)
         stage.spoils = scenario.spoils
         return stage
@@ -169,6 +170,7 @@ class Simulation:
     def _costly(self, name: str, cls: type[Stage], device: Device, rng: Random) -> Costly:
         scenario = self._scenario
         cost = scenario.costs.get(name) or cls.cost or FREE
+        cost = replace(cost, each_ns=scenario.each_times * cost.each_ns)
         if cls is Llm:
             self._llms.append(VirtualLlm(cost, scenario.token_ns, scenario.picture_ns, device, rng))
             return self._llms[-1]
@@ -266,7 +268,7 @@ class Simulation:
         invariants.check_exact(self.accounts())
         invariants.check_exact(operator.ledger or {})
         self._check_said()
-        may_lack = self._faults.num_deaths and "speaker" not in self.spec.stages  # who counts them has died
+        may_lack = self._faults.num_deaths and not self.spec.has_speech  # who counts them has died
         for session, num_ended, num_due in () if may_lack else self._comings.lacking():
             invariants.violated("every window ends", f"{num_ended} of {num_due} windows of {session} have come to it")
 
@@ -296,10 +298,11 @@ class Simulation:
 
 def described(spec: PipelineSpec, scenario: Scenario) -> PipelineSpec:
     """The pipeline as a scenario has it: its replicas, batches, credit and phases."""
+    replicas = by_stage(spec, scenario.replicas)
     stages = {
         name: stage.model_copy(
             update={
-                **({"scale": ReplicasSpec(min=scenario.replicas[name])} if name in scenario.replicas else {}),
+                **({"scale": ReplicasSpec(min=replicas[name])} if name in replicas else {}),
                 **({"batch": scenario.batch} if scenario.batch else {}),
             }
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 from deploy.evaluate.bench import FOLDER, ROOT, Row, command_of, find_benchmarks, less_is_better, option
 from deploy.run.checkpoints import open_checkpoint
-from deploy.simulator.scenarios import COSTS, SCENARIOS, Scenario
+from deploy.simulator.scenarios import SCENARIOS, Scenario
 from deploy.simulator.simulate import Simulation
 from graph.chunk import NS_PER_MS
 from graph.costs import StageCost
@@ -58,7 +58,7 @@ def _work(num_sessions: int, batch: int) -> Mapping[str, float]:
 
 
 def _scheduler(num_sessions: int) -> list[Row]:
-    nothing = {name: StageCost(0, 0) for name in COSTS}
+    nothing = {name: StageCost(0, 0) for name in model_stages()}
     scenario = replace(
         SCENARIOS["steady"], num_sessions=num_sessions, num_windows=NUM_WINDOWS, costs=nothing, token_ns=0
     )

@@ -17,7 +17,7 @@ from deploy.cli.common import EXIT_USAGE, EXIT_VIOLATED
 from deploy.control.routing import session_plan
 from deploy.simulator.invariants import MAX_VIOLATIONS
 from deploy.simulator.report import Report, parse_seeds
-from deploy.simulator.scenarios import COSTS, SCENARIOS, Scenario, SimulateError, find_scenario
+from deploy.simulator.scenarios import SCENARIOS, Scenario, SimulateError, find_scenario
 from deploy.simulator.shrink import faults_of, shrink
 from deploy.simulator.simulate import DAY_NS, Simulation, run_scenario
 from deploy.simulator.world import Network
@@ -30,7 +30,7 @@ from graph.ledger import Ledger
 from graph.spec import PipelineSpec, default_spec_path
 from graph.tail import SpeechCredit
 from graph.window import WindowJoin
-from tests.support.specs import load_spec
+from tests.support.specs import load_spec, model_stages
 
 NUM_SEEDS = 6
 
@@ -79,12 +79,14 @@ def test_a_day_has_a_fifth_of_its_cameras_at_night_and_all_of_them_at_noon(spec:
 
 def test_a_profile_says_what_stages_cost(spec: PipelineSpec):
     steady = SCENARIOS["steady"]
-    slow = {name: StageCost(900 * NS_PER_MS, 0) for name in COSTS}
+    slow = {name: StageCost(900 * NS_PER_MS, 0) for name in model_stages()}
     profile = Profile("tiny", {}, 2, slow)
-    usual, figures = (run_scenario(spec, each, range(1)).figures.as_dict() for each in (steady, steady.priced(profile)))
+    usual, figures = (
+        run_scenario(spec, each, range(1)).figures.as_dict() for each in (steady, steady.priced(profile, spec))
+    )
     assert figures["latency_p50_s"] > 3 * usual["latency_p50_s"]
     with pytest.raises(ProfileError, match="the profile says nothing of vocoder"):
-        SCENARIOS["steady"].priced(replace(profile, stages={n: c for n, c in slow.items() if n != "vocoder"}))
+        SCENARIOS["steady"].priced(replace(profile, stages={n: c for n, c in slow.items() if n != "vocoder"}), spec)
 
 
 def test_a_seed_happens_the_same_each_time(spec: PipelineSpec):
