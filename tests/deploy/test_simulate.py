@@ -161,7 +161,7 @@ def test_what_has_failed_once_does_not_fail_again(spec: PipelineSpec, name: str,
 
 def test_with_another_replica_a_death_costs_fewer_windows(spec: PipelineSpec):
     alone = replace(SCENARIOS["kill-storm"], replicas={})
-    both = dict.fromkeys(("vision_encoder", "audio_encoder", "llm", "tts", "vocoder"), 2)
+    both = dict.fromkeys(("image", "audio", "text", "codes", "speech"), 2)
     ours, theirs = (
         run_scenario(spec, replace(alone, replicas=replicas), range(NUM_SEEDS)).figures.as_dict()["on_time"]
         for replicas in (both, {})
