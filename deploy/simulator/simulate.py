@@ -40,6 +40,7 @@ from deploy.simulator.stages import (
     VirtualEvents,
     VirtualLlm,
     VirtualMicrophone,
+    silent,
 )
 from deploy.simulator.world import Device, HostClock, Network, World, WorldOver
 from graph.chunk import NS_PER_MS, NS_PER_S, Scalar, SessionId
@@ -53,7 +54,7 @@ from stages.events import WINDOW_EVENT, Events
 from stages.llm import Llm
 from stages.microphone import Microphone
 from stages.speaker import Speaker
-from stages.stage import Stage
+from stages.stage import Source, Stage
 
 UPTIME_NS: Final = 1000 * 86_400 * NS_PER_S  # of a host, at most: its monotonic clock counts from its start
 DAY_NS: Final = 1_700_000_000 * NS_PER_S  # what a host's wall clock says when all begins
@@ -162,6 +163,8 @@ class Simulation:
             return self._speaker
         if cls is Events:
             return self._events
+        if issubclass(cls, Source):
+            return silent(cls)
         device = next(iter(self._devices.values()))
         stage = self._costly(name, cls, device, rng)
         stage.spoils = scenario.spoils

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId
 from graph.costs import StageCost
 from graph.kinds import attrs_of
 from graph.ladder import holds_window
-from graph.stage_type import StageType
+from graph.stage_type import StageType, outputs_of
 from graph.tail import Ack, SpeechQueue, TextBudget
 from graph.window import Unit
 from stages.audio_encoder import AudioEncoder
@@ -26,7 +26,7 @@ from stages.kinds import TEXT, Said
 from stages.llm import Llm
 from stages.microphone import Microphone
 from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
-from stages.stage import Session, Stage
+from stages.stage import Session, Source, Stage
 from stages.tts import Tts
 from stages.vision_encoder import VisionEncoder
 from stages.vocoder import Vocoder
@@ -458,6 +458,13 @@ class StandIn(Costly):
 
     def make(self, unit: Unit) -> list[Chunk]:
         return [output.like(chunk) for port, output in self._ways for chunk in unit.of(port)]
+
+
+def silent(cls: type[Source]) -> Source:
+    """For a source of the user's own: its windows come, and nothing is in them."""
+    ports: dict[str, Any] = {port.name: port for port in outputs_of(cls)}
+    made: type[Source] = type(cls.__name__, (Source,), {**ports, "make": lambda *_: []})
+    return made()
 
 
 TWINS: Final[Mapping[type[Stage], type[Costly]]] = {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -28,8 +29,10 @@ from graph.edge import Sender
 from graph.epoch import EpochFence
 from graph.ledger import Ledger
 from graph.spec import PipelineSpec, default_spec_path
+from graph.spec import load_spec as read_spec
 from graph.tail import SpeechCredit
 from graph.window import WindowJoin
+from stages.catalog import StageCatalog
 from tests.support.specs import load_spec, model_stages
 
 NUM_SEEDS = 6
@@ -211,6 +214,27 @@ def test_bad_units_are_failed_windows_of_their_sessions_and_cost_nobody_else_any
     assert report.figures.drops["failed"] > 0
     whole = NUM_SEEDS * SCENARIOS["bad-units"].num_sessions * SCENARIOS["bad-units"].num_windows
     assert report.figures.num_windows >= whole
+
+
+THERMOMETER = """
+from stages.api import EVENTS, In, Kind, Out, Source, Stage
+TEMPERATURE = Kind("temperature")
+class Thermometer(Source):
+    readings = Out(TEMPERATURE)
+class Heat(Stage):
+    readings, notes = In(TEMPERATURE), Out(EVENTS)
+"""
+
+
+def test_a_source_of_ones_own_has_its_windows(tmp_path: Path):
+    (tmp_path / "thermometer.py").write_text(THERMOMETER)
+    stages = 'thermo: {use: "thermometer:Thermometer"}, heat: {use: "thermometer:Heat"}'
+    (tmp_path / "p.yaml").write_text(
+        f'version: 1\ncameras: {{a: {{source: "test://pattern"}}}}\nstages: {{{stages}}}\n'
+    )
+    report = run_scenario(read_spec(tmp_path / "p.yaml", StageCatalog(tmp_path)), SCENARIOS["squall"], range(3))
+    assert report.violations == ()
+    assert report.figures.num_windows > 0
 
 
 def test_where_sessions_of_one_name_are_taken_for_one_another_that_is_seen(
