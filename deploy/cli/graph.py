@@ -62,7 +62,8 @@ def graph(
 ) -> None:
     """Print how the described pipeline is wired: every edge with its credit and what it does when it is full.
 
-    --json: {stages, edges: [{from, to, kind, feedback, credit: {chunks, time_s}, when_full, late}]}, upstream first.
+    --json: {stages, edges: [{from, to, kind, feedback, side, credit: {chunks, time_s}, when_full, late}]}, upstream
+    first.
     """
     with clear_errors(), usage():
         spec = load(file, overrides or [])
@@ -72,7 +73,7 @@ def graph(
         print("\n".join(mermaid(spec)))
     else:
         table(
-            [row | {"credit": _told(row["credit"])} for row in _rows(spec)],
+            [row | {"to": _target(row), "credit": _told(row["credit"])} for row in _rows(spec)],
             ("from", "to", "kind", "credit", "when_full", "late"),
         )
 
@@ -92,12 +93,17 @@ def _rows(spec: PipelineSpec) -> list[dict[str, Any]]:
             "to": str(edge.target),
             "kind": str(edge.kind),
             "feedback": edge.target.is_feedback,
+            "side": edge.target.is_side,
             "credit": {"chunks": edge.credit.chunks, "time_s": _seconds(edge.credit.duration_ns)},
             "when_full": edge.when_full,
             "late": edge.late,
         }
         for edge in _upstream_first(spec)
     ]
+
+
+def _target(row: Mapping[str, Any]) -> str:
+    return f"{row['to']} (side)" if row["side"] else str(row["to"])
 
 
 def _upstream_first(spec: PipelineSpec) -> list[EdgeSpec]:

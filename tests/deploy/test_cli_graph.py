@@ -75,6 +75,14 @@ def test_the_table_has_a_line_per_edge() -> None:
     ]
 
 
+def test_a_side_input_is_marked(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text('version: 1\ncameras: {a: {source: "test://pattern"}}\nstages: {census: {}}\n')
+    assert "census.frames (side)" in invoke("graph", "-f", str(file)).stdout
+    printed = json.loads(invoke("graph", "-f", str(file), "--json").stdout)
+    assert [edge["to"] for edge in printed["edges"] if edge["side"]] == ["census.frames"]
+
+
 def test_the_flowchart_has_whole_arrows_for_windows_and_dotted_ones_for_news() -> None:
     lines = invoke("graph", "-f", str(default_spec_path()), "--mermaid").stdout.splitlines()
     assert lines[0] == "flowchart LR"
