@@ -153,6 +153,7 @@ class Bus:
         self._senders: dict[zmq.Socket[bytes], Sender] = {}
         self._receivers: dict[zmq.Socket[bytes], Receiver] = {}
         self._watched: frozenset[int] = frozenset()
+        self.woken: frozenset[int] = frozenset()  # the descriptors that were readable in the last `wait`
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)  # it may have been there
 
@@ -214,6 +215,7 @@ class Bus:
         if self._only_grants(ready) and not self._have_eased() and (ready or owes):
             left_s = until_s - monotonic()
             ready = self._poll(left_s if self._flush_receivers() else min(left_s, RETRY_S))
+        self.woken = self._watched & ready.keys() if self._watched else self._watched
         return [
             arrival for socket, receiver in self._receivers.items() if socket in ready for arrival in receiver.receive()
         ]

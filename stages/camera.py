@@ -10,7 +10,7 @@ from graph.stage_type import Feedback, Out
 from graph.window import FOREVER_NS
 from stages.kinds import EVENTS, FRAMES, PLAYBACK, Picture
 from stages.light import LightOptions
-from stages.media.feed import Feeds, FeedStage, Reading
+from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.media.feed_buffer import Notice
 from stages.media.health import Totals
 from stages.media.wire import TrackName
@@ -63,6 +63,14 @@ class Camera(FeedStage[_Open]):
             attrs = attrs_of(Picture(age_s=frame.age_ns / NS_PER_S))
             chunks.append(self.frames.chunk(session, frame.start_ns, arrays={"image": frame.image}, attrs=attrs))
         return chunks + self._settle(state, now_ns)
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        """The next picture's time has come, or that of a window that is given up."""
+        state = self._open[session]
+        window_ns, lateness_ns = state.session.window_ns, state.session.lateness_ns
+        given_up_ns = ((now_ns - lateness_ns) // window_ns + 1) * window_ns + lateness_ns
+        end_ns = None if state.ended else state.feed.video_end_ns
+        return soonest_ns(state.session, now_ns, state.feed.next_frame_ns, end_ns, given_up_ns)
 
     def _settle(self, state: _Open, now_ns: int) -> list[Chunk]:
         feed, session = state.feed, state.session

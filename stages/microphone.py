@@ -8,7 +8,7 @@ from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.stage_type import Out
 from stages.kinds import SOUND
 from stages.light import LightOptions
-from stages.media.feed import Feeds, FeedStage, Reading
+from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.rates import SOUND_RATE_HZ
 from stages.stage import Site
 
@@ -62,6 +62,13 @@ class Microphone(FeedStage[_Open]):
             chunks.append(self.sound.end(session, end_ns))
             state.ended = True
         return chunks
+
+    def due_in_ns(self, session: SessionId, now_ns: int) -> int:
+        """The window's end has come, or it is given up."""
+        state = self._open[session]
+        lateness_ns = 0 if state.feed.audio_ns >= state.end_ns else state.session.lateness_ns
+        end_ns = None if state.ended else state.feed.audio_end_ns
+        return soonest_ns(state.session, now_ns, end_ns, state.end_ns + lateness_ns)
 
     def _cut(self, state: _Open) -> list[Chunk]:
         session = state.session.id

@@ -8,7 +8,7 @@ hands in units and times and sends on what comes back. What may hang, as a disk 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,9 +225,9 @@ class Stage:
         """What a session still has to say when it ends."""
         return []
 
-    def wakes(self) -> Sequence[int]:
-        """File descriptors that become readable when `advance` has something to do."""
-        return ()
+    def wakes(self) -> Mapping[int, SessionId]:
+        """File descriptors that become readable when `advance` has something to do, and for which session."""
+        return {}
 
 
 @dataclass(slots=True)

@@ -134,7 +134,8 @@ class Actor:
         loop = self._commands.loop
         due_ns = loop.due_in_ns()
         sleep_s = IDLE_S if due_ns is None else min(due_ns / NS_PER_S, IDLE_S)
-        loop.turn(self._bus.wait(sleep_s, loop.files()))
+        arrivals = self._bus.wait(sleep_s, loop.files())
+        loop.turn(arrivals, self._bus.woken)
         if time.monotonic() >= self._gauges_at:
             self._gauges_at = time.monotonic() + GAUGE_PERIOD_S
             self._set_gauges()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from deploy.actor.runner import StageRunner
 from graph.chunk import ChunkType
@@ -26,11 +26,14 @@ class ActorLoop:
 
     def files(self) -> frozenset[int]:
         """File descriptors that become readable when there is something to do."""
-        return frozenset(descriptor for runner in self._runners for descriptor in runner.stage.wakes())
+        return frozenset(descriptor for runner in self._runners for descriptor in runner.files())
 
-    def turn(self, arrivals: Iterable[Arrival]) -> None:
+    def turn(self, arrivals: Iterable[Arrival], woken: Collection[int] = ()) -> None:
         """Take what has come, and do what is due: a batch per stage, so that one which falls behind still takes what
-        comes, and its actor what it is told."""
+        comes, and its actor what it is told. woken: the descriptors that are readable."""
+        if woken:
+            for runner in self._runners:
+                runner.wake(woken)
         for arrival in sorted(arrivals, key=lambda a: a.chunk.type < ChunkType.PLAYBACK):  # what overtakes, overtakes
             self._runner_of[arrival.edge].take(arrival)
         more = [runner.step() for runner in self._runners]  # each takes its step

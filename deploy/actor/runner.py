@@ -96,8 +96,7 @@ class StageRunner:
         self._touched: dict[SessionId, None] = {}  # to be looked at in the next step; in order
         self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom; see OpenSession.look_ns
         self._follows_clock = type(stage).advance is not Stage.advance
-        self._has_files = type(stage).wakes is not Stage.wakes  # which don't say whom they wake
-        self._look_at_all_ns: int | None = None  # monotonic; where there are files
+        self._has_files = type(stage).wakes is not Stage.wakes
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
@@ -358,9 +357,9 @@ class StageRunner:
         """Do what is due; True when there is more to do at once.
 
         Only sessions are looked at for which something came or is due, so that a step costs what happens in it, not
-        what is open. Where files wake the stage, as at the cameras, all are: a file does not say whose it is.
+        what is open.
         """
-        if not self._touched and not self._ready and not self._has_files and not self._looks:
+        if not self._touched and not self._ready and not self._looks:
             return False
         looked_at = self._due()
         if not looked_at and not self._ready:
@@ -387,16 +386,32 @@ class StageRunner:
         """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
         while self._looks and not self._is_planned(*self._looks[0]):
             heappop(self._looks)
-        look_ns = self._looks[0][0] if self._looks else self._look_at_all_ns
-        return None if look_ns is None else max(look_ns - self._clock.monotonic_ns(), LEAST_SLEEP_NS)
+        return max(self._looks[0][0] - self._clock.monotonic_ns(), LEAST_SLEEP_NS) if self._looks else None
+
+    def files(self) -> list[int]:
+        """File descriptors that become readable when there is something to do: of sessions that could do it."""
+        if not self._has_files:
+            return []
+        wakes = self.stage.wakes()
+        return [descriptor for descriptor, session in wakes.items() if self._may_be_woken(session)]
+
+    def wake(self, descriptors: Collection[int]) -> None:
+        """These are readable."""
+        if self._has_files:
+            wakes = self.stage.wakes()
+            for descriptor in descriptors:
+                if descriptor in wakes:
+                    self._touch(wakes[descriptor])
+
+    def _may_be_woken(self, session: SessionId) -> bool:
+        state = self._open.get(session)
+        return state is not None and self._may_advance(state)
 
     def _touch(self, session: SessionId) -> None:
         self._touched[session] = None
 
     def _due(self) -> dict[SessionId, OpenSession]:
         """The sessions to look at now."""
-        if self._has_files:
-            self._touched = dict.fromkeys(self._open)
         now_ns = self._clock.monotonic_ns()
         while self._looks and self._looks[0][0] <= now_ns:
             look_ns, session = heappop(self._looks)
@@ -412,12 +427,6 @@ class StageRunner:
 
     def _plan_looks(self, looked_at: Mapping[SessionId, OpenSession]) -> None:
         """When to look at them again if nothing comes."""
-        if self._has_files:
-            now_ns = self._clock.monotonic_ns()
-            advancing = [(name, state) for name, state in self._open.items() if self._may_advance(state)]
-            due_ns = [now_ns + self._due_in_ns(name, state) for name, state in advancing]
-            self._look_at_all_ns = min(due_ns, default=None)
-            return
         for name, state in looked_at.items():
             if name in self._open:
                 self._look_again(name, state)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -41,11 +41,12 @@ from stages.media.reader import (
 )
 from stages.media.wire import TrackName
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Session, Site, SourceReport, Stage
+from stages.stage import TICK_NS, Session, Site, SourceReport, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
 STOPPED_NS = 3 * NS_PER_S  # or two windows: who was not called for longer was stopped, and the world went on
+LOOK_NS = 50 * NS_PER_MS  # a source that is opened, or has gone silent, need not be seen sooner
 MAX_CLOSED = 256  # sources of which is known how they did when they are gone
 
 Open = Callable[[MediaRequest], MediaReader]
@@ -441,8 +442,16 @@ class Feeds:
         """How the sources do that are open, and those that were until lately."""
         return self._closed | {session: feed.report for session, feed in self._feeds.items()}
 
-    def wakes(self) -> list[int]:
-        return [descriptor for feed in self._feeds.values() for descriptor in feed.wakes()]
+    def wakes(self) -> dict[int, SessionId]:
+        return {descriptor: session for session, feed in self._feeds.items() for descriptor in feed.wakes()}
+
+
+def soonest_ns(session: Session, now_ns: int, *at_ns: int | None) -> int:
+    """In how many ns the first of these times comes. What a decoder brings wakes its stage; for what does not, such as
+    a source that opens, it looks now and then. In virtual time no clock is waited for."""
+    if not session.paced:
+        return TICK_NS
+    return max(min(LOOK_NS, *(each - now_ns for each in at_ns if each is not None)), 0)
 
 
 @dataclass(slots=True)
@@ -480,7 +489,7 @@ class FeedStage(Stage, Generic[R]):
         if self._open.pop(session, None) is not None:
             self._feeds.close(session)
 
-    def wakes(self) -> Sequence[int]:
+    def wakes(self) -> dict[int, SessionId]:
         return self._feeds.wakes()
 
     def sources(self) -> dict[SessionId, SourceReport]:

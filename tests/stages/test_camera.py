@@ -155,7 +155,7 @@ def test_a_closed_session_leaves_no_reader_behind():
     door = Door(FakeMedia(reader))
     door.at(0.0)
     door.camera.close_session(DOOR)
-    assert door.microphone.wakes() == [reader.fileno()]
+    assert door.microphone.wakes() == {reader.fileno(): DOOR}
     door.microphone.close_session(DOOR)
     door.microphone.close_session(DOOR)
     assert reader.closed

@@ -547,7 +547,7 @@ def test_the_last_of_its_users_closes_a_feed():
     feeds.close(DOOR)
     assert (reader.started_at_ns, reader.closed) == ([0], False)
     feeds.close(DOOR)
-    assert (reader.closed, feeds.wakes()) == (True, [])
+    assert (reader.closed, feeds.wakes()) == (True, {})
     feeds.close(DOOR)
 
 

@@ -288,7 +288,8 @@ class House:
     def turn(self) -> None:
         """As the actor's loop does."""
         due_ns = self.loop.due_in_ns()
-        self.loop.turn(self.bus.wait(0.05 if due_ns is None else min(due_ns / NS_PER_S, 0.05), self.loop.files()))
+        arrivals = self.bus.wait(0.05 if due_ns is None else min(due_ns / NS_PER_S, 0.05), self.loop.files())
+        self.loop.turn(arrivals, self.bus.woken)
 
     def settle(self) -> None:
         """Turn until nothing is under way on any edge."""
