@@ -47,6 +47,7 @@ RIVAL: Final = "a plain PyAV loop that decodes everything"
 OPEN_S: Final = 0.03  # between two cameras
 TURN_S: Final = 0.05  # between two looks at all cameras; those that give something are looked at when they do
 MAX_RIVAL_S: Final = 10
+OPENING_S: Final = 60  # at most until all cameras are open: so much longer than measured is a film
 LAST_S: Final = 2.0  # the window that has begun before, and until the last one is given up
 NEVER_NS: Final = 10 * NS_PER_S  # when a window has left that this process was too busy to give up
 INSTANT_NS: Final = 800 * NS_PER_MS  # of a window of 1 s
@@ -61,14 +62,14 @@ def run() -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder:
         for count, keyframe_s in plans:
-            long_s = int(2 * seconds + _settle_s() + 2 * int(count) * OPEN_S + 5)
+            long_s = int(seconds + _settle_s()) + OPENING_S
             film = make_film(Path(folder) / f"{keyframe_s}.mp4", FilmSpec(long_s, float(keyframe_s)))
             with serving(film) as url:
                 for kind, source in (("RTSP", f"{url}/good"), ("files", str(film))):
                     name = f"{count} cameras, {kind}, a keyframe each {keyframe_s} s"
                     rival_ms = measure_rival(source, min(seconds, MAX_RIVAL_S))
                     rows += _rows(name, watch([source] * int(count), seconds), rival_ms)
-        film = make_film(Path(folder) / "film.mp4", FilmSpec(int(seconds + _settle_s()) + 10, 1.0))
+        film = make_film(Path(folder) / "film.mp4", FilmSpec(int(seconds + _settle_s()) + OPENING_S, 1.0))
         with serving(film) as url:
             for path, what in FAULTS.items():
                 rows.append(_beside(url, path, what, seconds))
