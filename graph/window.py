@@ -117,6 +117,7 @@ class WindowJoin:
         }
         if not any(own_ns.values()):
             self._own_lateness_ns = {}
+        self._beside = set(inputs) - set(self._awaited)  # side inputs that have not ended
         self._watermarks = dict.fromkeys(self._awaited, 0)
         self._pending: dict[str, list[Chunk]] = {stream: [] for stream in inputs}
         self._kept: dict[str, list[Chunk]] = {stream: [] for stream, each in inputs.items() if each.window_ns}
@@ -160,6 +161,20 @@ class WindowJoin:
         """Every stream has ended, and every window up to the latest end has left."""
         return not self._num_going and self._index * self._window_ns >= self._ended_ns
 
+    @property
+    def ended(self) -> bool:
+        """True once it has finished, and its side inputs have ended, too."""
+        return self.finished and not self._beside
+
+    def rest(self) -> tuple[Chunk, ...]:
+        """What came beside for windows that will not come: once it has finished, and each chunk once."""
+        if not self.finished:
+            return ()
+        streams = [stream for stream in self._pending if stream not in self._watermarks]
+        left = tuple(chunk for stream in streams for chunk in self._pending[stream])
+        self._pending.update((stream, []) for stream in streams)
+        return left
+
     def begin_at(self, index: int) -> None:
         """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come."""
         self._index = index
@@ -171,6 +186,8 @@ class WindowJoin:
         """
         stream = stream or chunk.stream
         pending = self._pending[stream]
+        if stream in self._beside and self.finished:
+            return Joined(late=(chunk,))
         is_late = chunk.start_ns < self._index * self._window_ns
         if is_late and self._inputs[stream].late == "drop":
             return Joined(late=(chunk,))
@@ -191,6 +208,7 @@ class WindowJoin:
 
     def end(self, stream: str, at_ns: int) -> Joined:
         """The stream is over; its last chunk ended at `at_ns` at the latest. Of several such words the first stands."""
+        self._beside.discard(stream)
         if self._watermarks.get(stream, FOREVER_NS) == FOREVER_NS:
             return NOTHING
         self._ended_ns = max(self._ended_ns, at_ns)

@@ -231,8 +231,10 @@ class StageRunner:
         """What this replica is doing."""
         sinks = {name: state.sink for name, state in self._open.items()}
         seen = {n: SessionSnapshot(s.num_windows, s.num_late) if s else SessionSnapshot(0, 0) for n, s in sinks.items()}
-        given_up = {name: state.faults.given_up for name, state in self._open.items() if state.faults.given_up}
-        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up)
+        failing = {name: state for name, state in self._open.items() if state.faults.given_up}
+        given_up = {name: state.faults.given_up for name, state in failing.items() if not state.plan.is_aside}
+        aside = {name: state.faults.given_up for name, state in failing.items() if state.plan.is_aside}
+        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up, aside)
 
     @property
     def incoming(self) -> Iterable[str]:
@@ -665,7 +667,9 @@ class StageRunner:
 
     def _inputs_ended(self, state: OpenSession) -> bool:
         if state.join is not None:
-            return state.join.finished
+            for chunk in state.join.rest():
+                self._settle(state, chunk, "late")
+            return state.join.ended
         return len(state.ended) >= state.plan.num_inputs
 
     def _send_all(self, state: OpenSession, chunks: Iterable[Chunk]) -> None:

@@ -76,10 +76,15 @@ class SessionSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class StageSnapshot:
-    """What a stage replica has done and has before it. given_up: the sessions that fail here, and why."""
+    """What a stage replica has done and has before it.
+
+    given_up: the sessions that fail here, and why. given_up_aside: those that go on all the same, since no window ends
+    behind this stage.
+    """
 
     num_units: int
     num_ready: int
     sessions: Mapping[SessionId, SessionSnapshot]
     sources: Mapping[SessionId, SourceReport] = field(default_factory=dict)
     given_up: Mapping[SessionId, str] = field(default_factory=dict)
+    given_up_aside: Mapping[SessionId, str] = field(default_factory=dict)

@@ -418,6 +418,18 @@ def test_a_session_at_which_a_stage_has_failed_too_often_is_reported_once_and_it
     assert event[:3] == ("a", "session_closed", {"reason": reason})
 
 
+def test_a_session_goes_on_without_a_side_branch_that_has_failed_at_it_too_often(cluster: FakeCluster, tmp_path: Path):
+    told: list[str] = []
+    coordinator = started(cluster, tmp_path, told=told)
+    coordinator.open_sessions(sessions("a"))
+    reason = "stage counter failed three times in a row: ValueError: no such picture"
+    cluster.actors["vision_encoder.0"].given_up_aside = {SessionId("a"): reason}
+    for _ in range(3):
+        look(coordinator)
+    assert told.count(f"camera a: {reason}; it goes on without") == 1
+    assert of(cluster.calls, "end_session") == []
+
+
 def test_sessions_are_closed_downstream_and_each_has_its_own_incarnation(
     coordinator: Coordinator, cluster: FakeCluster
 ):

@@ -335,6 +335,18 @@ def test_a_stage_on_a_side_branch_reports_itself_what_fails_there(build, clock: 
     assert rows(house, "unit_failed") == [told]
 
 
+def test_a_side_branch_that_always_fails_is_not_among_what_ends_a_session(build, clock: ManualClock):
+    house = build({"counter": Picky("door"), "events": Notes()}, (COUNTED, ASIDE))
+    runner = house.runners["counter"]
+    runner.open_session(house.plan("counter", session_of("door", paced=True), ends_windows=False, is_aside=True))
+    runner.begin_session(DOOR, 0)
+    for index in range(3):
+        house.take(heard(DOOR, index), COUNTED)
+        house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
+        runner.step()
+    assert (runner.snapshot().given_up, list(runner.snapshot().given_up_aside)) == ({}, [DOOR])
+
+
 def test_a_ladder_belongs_to_where_windows_end(build, clock: ManualClock):
     house = build({"speaker": Ear(), "events": Notes()}, (SPOKEN, PLAYED, NOTED))
     session = session_of("door", paced=True, ladder=STEPS)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -406,3 +406,76 @@ def test_what_a_unit_emits_covers_its_window() -> None:
     made = Llm.text.over(unit, attrs={"listen": True})
     assert (made.session, made.stream, made.start_ns, made.end_ns) == (SESSION, "text", T, 2 * T)
     assert made.attrs == {"listen": True}
+
+
+# ---- side inputs -----------------------------------------------------------------------------------------------------
+
+
+def beside(lateness_ns: int | None = LATENESS) -> WindowJoin:
+    """Sound on the way, pictures beside it."""
+    taken = inputs(MIC) | {DOOR: replace(inputs(DOOR)[DOOR], is_side=True)}
+    return WindowJoin(SESSION, taken, window_ns=T, lateness_ns=lateness_ns)
+
+
+def test_a_side_input_is_in_the_unit_and_holds_it_up_no_moment() -> None:
+    subject = beside()
+    subject.add(piece(DOOR, T // 2))
+    (unit,) = subject.advance(MIC, T).units
+    assert (unit.chunks[DOOR], unit.closed_by) == ((piece(DOOR, T // 2),), MIC)
+
+
+def test_a_side_input_that_gave_nothing_is_not_missing_and_awaited_by_none() -> None:
+    (unit,) = beside().expire(T + LATENESS).units
+    assert (unit.missing, unit.awaited) == ({MIC}, {MIC})
+
+
+def test_a_side_input_ends_nothing_and_what_comes_of_it_after_the_end_is_late() -> None:
+    subject = beside()
+    subject.add(piece(DOOR, T + T // 2))
+    subject.end(DOOR, 9 * T)
+    assert not subject.finished
+    subject.end(MIC, T)
+    subject.expire(T)
+    assert (subject.finished, subject.ended, subject.rest()) == (True, True, (piece(DOOR, T + T // 2),))
+
+
+def test_a_join_that_has_finished_has_not_ended_before_its_side_inputs_have() -> None:
+    subject = beside(lateness_ns=None)
+    subject.end(MIC, 0)
+    assert (subject.finished, subject.ended) == (True, False)
+    assert subject.add(piece(DOOR, 5 * T)).late == (piece(DOOR, 5 * T),)
+    subject.end(DOOR, 6 * T)
+    assert subject.ended
+
+
+def test_where_all_inputs_are_beside_they_are_waited_for_like_others() -> None:
+    taken = {DOOR: replace(inputs(DOOR)[DOOR], is_side=True)}
+    subject = WindowJoin(SESSION, taken, window_ns=T, lateness_ns=None)
+    assert subject.expire(9 * T).units == ()
+    assert len(subject.advance(DOOR, 2 * T).units) == 2
+
+
+# ---- windows of their own --------------------------------------------------------------------------------------------
+
+
+def test_an_input_of_two_seconds_gives_each_chunk_twice_and_its_credit_once() -> None:
+    taken = inputs(DOOR) | {MIC: replace(inputs(MIC)[MIC], window_ns=2 * T)}
+    subject = WindowJoin(SESSION, taken, window_ns=T, lateness_ns=None)
+    for index in range(3):
+        subject.add(piece(MIC, index * T, T, seq=index))
+        subject.add(piece(DOOR, index * T, seq=index))
+    subject.advance(DOOR, 3 * T)
+    units = subject.advance(MIC, 3 * T).units
+    assert [[chunk.seq for chunk in unit.chunks[MIC]] for unit in units] == [[0], [0, 1], [1, 2]]
+    assert [[chunk.seq for chunk in unit.chunks[DOOR]] for unit in units] == [[0], [1], [2]]
+
+
+def test_an_input_may_be_waited_for_longer_than_the_others() -> None:
+    taken = inputs(DOOR) | {MIC: replace(inputs(MIC)[MIC], lateness_ns=T)}
+    subject = WindowJoin(SESSION, taken, window_ns=T, lateness_ns=LATENESS)
+    assert subject.expires_ns == 2 * T
+    assert subject.expire(T + LATENESS).units == ()
+    subject.advance(MIC, T)
+    assert subject.expires_ns == T + LATENESS
+    (unit,) = subject.expire(T + LATENESS).units
+    assert unit.awaited == {DOOR}

@@ -53,6 +53,7 @@ class FakeActor:
         self.is_up = True
         self.full_at = self.faulty_at = ""
         self.given_up: dict[SessionId, str] = {}
+        self.given_up_aside: dict[SessionId, str] = {}
         self.ahead_ns = AHEAD_NS if node != "here" else 0
         self.num_batches = 0
         self.works: Any = None  # what it works on when it dies
@@ -86,7 +87,7 @@ class FakeActor:
         return Answer()
 
     def _snapshot(self, seen: Mapping[SessionId, SessionSnapshot]) -> StageSnapshot:
-        return StageSnapshot(0, 0, seen, given_up=self.given_up)
+        return StageSnapshot(0, 0, seen, given_up=self.given_up, given_up_aside=self.given_up_aside)
 
     def _opened(self, method: str, stage: str, what: Any, *_: object) -> Answer:
         if stage == self.full_at:
