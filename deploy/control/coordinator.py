@@ -230,8 +230,8 @@ class Coordinator:
             living.line.limit_s = STALL_S if paced else START_TIMEOUT_S
 
     def _end_given_up(self) -> None:
-        """Where a stage has failed at a session too often, its sources end; what is under way is gone through. Where that
-        stage is on a side branch, the session goes on without it."""
+        """Where a stage has failed at a session too often, its sources end; what is under way is gone through. On a
+        side branch the session goes on without it."""
         for name, stages in self._tools.fleet.snapshots.items():
             for session, reason in [item for stage in stages.values() for item in stage.given_up_aside.items()]:
                 placement = self._table.placements.get(session)
