@@ -98,14 +98,14 @@ class Edges:
             return []
         sources = [source for name in written.source if (source := self._output(name, path)) is not None]
         for source in sources:
-            if source.kind.name != port.kind.name:
-                self._note(path, f"takes {port.kind}, but {source} carries {source.kind}", name=True)
+            if source.kind != port.kind:
+                self._note(path, f"takes {port.kind}, but {source} carries {_other(source.kind, port.kind)}", name=True)
             elif source.stage == stage:
                 self._note(path, f"comes from {source}, of the same stage", name=True)
         if len(sources) > 1 and not port.many:
             self._note(path, f"takes one source, not {listed(map(str, sources))}", name=True)
             return sources[:1]
-        return [source for source in sources if source.kind.name == port.kind.name and source.stage != stage]
+        return [source for source in sources if source.kind == port.kind and source.stage != stage]
 
     def _fitting(self, target: InPort, port: In, sources: list[OutPort] | None) -> list[OutPort]:
         """Where an input comes from: as written, or the one that fits."""
@@ -113,7 +113,7 @@ class Edges:
             self._places[_id(source, target)] = ("stages", target.stage, "inputs", target.name)
         if sources is not None:
             return sources
-        fitting = [o for o in self._outputs.values() if o.kind.name == port.kind.name and o.stage != target.stage]
+        fitting = [o for o in self._outputs.values() if o.kind == port.kind and o.stage != target.stage]
         if port.many:
             return fitting
         running = [output for output in fitting if self._written[output.stage].replicas]
@@ -203,8 +203,8 @@ class Edges:
         stage, _, name = written.target.partition(".")
         source, kind = self._outputs[written.source], self._types[stage].inputs[name].kind
         target = InPort(stage, name, kind)
-        if source.kind.name != kind.name:
-            message = f"{source} carries {source.kind}, but {target} takes {kind}"
+        if source.kind != kind:
+            message = f"{source} carries {_other(source.kind, kind)}, but {target} takes {kind}"
             return Finding(("edges", index, "to"), f"edge {source}->{target}: {message}")
         message = f"edge {source}->{target} is not there: `edges` changes what an edge does, and makes none"
         return Finding(("edges", index), f"{message}; write {_how(target, source)}")
@@ -225,10 +225,10 @@ class Edges:
                 self._note((stage,), f"nothing comes to it; one of its inputs needs a source: {names}")
 
 
-def wiring_of(stages: Iterable[str], edges: Iterable[EdgeSpec]) -> Wiring:
-    """What follows from these edges."""
+def wiring_of(types: Mapping[str, StageType], edges: Iterable[EdgeSpec]) -> Wiring:
+    """What follows from these edges. types: of the stages, by name."""
     return Wiring(
-        stages,
+        types,
         (
             Link(
                 edge.source.stage,
@@ -239,6 +239,7 @@ def wiring_of(stages: Iterable[str], edges: Iterable[EdgeSpec]) -> Wiring:
             )
             for edge in edges
         ),
+        [name for name, each in types.items() if each.makes_windows_only],
     )
 
 
@@ -277,6 +278,11 @@ def _circle(edges: Iterable[EdgeSpec]) -> tuple[str, ...]:
 
 def _id(source: OutPort, target: InPort) -> str:
     return f"{source}->{target}"
+
+
+def _other(kind: Kind[Any], expected: Kind[Any]) -> str:
+    """Its name, and that it is not the kind of that name that is expected."""
+    return str(kind) if kind.name != expected.name else f"another kind called {kind}"
 
 
 def _no_port(stage: str, what: str, name: str, ports: Mapping[str, object]) -> str:

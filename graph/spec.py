@@ -77,7 +77,7 @@ class PipelineSpec:
     wiring: Wiring = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "wiring", wiring_of(self.stages, self.edges))
+        object.__setattr__(self, "wiring", wiring_of(self.types, self.edges))
 
     def without(self, stages: Collection[str]) -> PipelineSpec:
         """The same with these stages off, and with them those which then have nothing to do; GraphError if it can't."""

@@ -111,7 +111,7 @@ def _together_findings(
     off = {name for name, stage in stages.items() if stage.replicas == 0}
     if off - can_be_off(types) or any(finding.path[0] == "stages" for finding in edges.findings):
         return
-    wiring = wiring_of(stages, edges.found)
+    wiring = wiring_of(types, edges.found)
     off = wiring.idle(off, needed_among(types))
     if off.issuperset(wiring.sources):
         yield Finding(("stages",), no_senses(wiring))

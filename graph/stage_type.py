@@ -164,6 +164,11 @@ class StageType:
     shares: str = ""
 
     @property
+    def makes_windows_only(self) -> bool:
+        """Whether it is of no use where nothing takes what it makes."""
+        return bool(self.outputs) and all(port.kind.is_windowed for port in self.outputs.values())
+
+    @property
     def has_model(self) -> bool:
         return bool(self.component)
 

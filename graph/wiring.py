@@ -29,8 +29,10 @@ class Wiring:
     """The stages, in the order in which they are described, and their links. Links must not form a circle unless one
     of them is feedback."""
 
-    def __init__(self, stages: Iterable[str], links: Iterable[Link]) -> None:
+    def __init__(self, stages: Iterable[str], links: Iterable[Link], makers: Collection[str] = ()) -> None:
+        """makers: stages that are of use only by the windows that they make."""
         self._stages = tuple(stages)
+        self._makers = frozenset(makers)
         self._forward = [link for link in links if not link.is_feedback]
         self._before = _neighbours(self._stages, ((link.target, link.source) for link in self._forward))
         windows = [link for link in self._forward if link.is_windowed]
@@ -78,7 +80,7 @@ class Wiring:
 
     def _has_nothing_to_do(self, stage: str, gone: set[str]) -> bool:
         fed_by, feeds = self._fed_by[stage], self._feeds[stage]
-        return bool(fed_by and fed_by <= gone) or bool(feeds and feeds <= gone)
+        return bool(fed_by and fed_by <= gone) or bool((feeds or stage in self._makers) and feeds <= gone)
 
     def _longest(self, costs: Mapping[str, int]) -> dict[str, int]:
         """Per stage, what the most expensive way costs that ends there."""

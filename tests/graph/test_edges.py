@@ -63,6 +63,13 @@ def test_an_optional_input_may_be_left_without_a_source():
     assert "audio_encoder.audio->llm.audio" not in edges_of(wired("  llm: {inputs: {audio: }}\n"), "llm")
 
 
+def test_what_is_cut_off_from_all_that_takes_it_has_nothing_to_do():
+    deaf = wired("  llm: {inputs: {audio: []}}\n")
+    assert deaf.stages.keys() & {"microphone", "audio_encoder"} == set()
+    detector = wired(GATE, "  vision_encoder: {inputs: {frames: camera.frames}}\n")
+    assert "motion" in detector.stages, "its alarms are of use"
+
+
 def test_edges_change_what_is_wired():
     edges = "edges:\n  - {from: camera.frames, to: vision_encoder.frames, credit: {chunks: 6}}\n"
     (edge,) = [edge for edge in wired("  llm: {}\n", edges).edges if edge.target.stage == "vision_encoder"]
