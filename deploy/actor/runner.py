@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from heapq import heappop, heappush
 from typing import Any, Protocol
 
 from deploy.actor.isolation import Faults, breaks_process, process, reason_of
-from deploy.actor.session_plan import Listener, Output, SessionPlan, SessionSnapshot, StageSnapshot
+from deploy.actor.outbox import Outbox, OutMeter
+from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
 from deploy.actor.session_state import OpenSession, ReadyUnit
 from deploy.actor.sink import WindowEnd, WindowMeter, usual_level
 from graph.chunk import (
@@ -25,17 +25,14 @@ from graph.chunk import (
     Scalar,
     SessionId,
     Span,
-    end_of_stream,
-    watermark,
 )
 from graph.clock import Clock
-from graph.codec import CodecError
 from graph.edge import Arrival, Receiver, Sender
 from graph.gather import Gathering
-from graph.kinds import Kind, KindError
-from graph.ladder import Ladder, sheds_picture
+from graph.kinds import Kind
+from graph.ladder import Ladder
 from graph.ledger import Reason
-from graph.tail import Ack, ack_of
+from graph.schedule import Schedule
 from graph.trace import leave_stage
 from graph.window import Joined, Unit, WindowJoin
 from stages.stage import TICK_NS, Session, Stage, StageError
@@ -50,7 +47,7 @@ MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
 
 
-class Meter(WindowMeter, Protocol):
+class Meter(WindowMeter, OutMeter, Protocol):
     """What is counted of a stage (deploy/actor/measure.py: StageMeter)."""
 
     def opened(self, session: Session, ended: Collection[str] | None) -> None: ...
@@ -58,9 +55,7 @@ class Meter(WindowMeter, Protocol):
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
     def passed(self, num_units: int) -> None: ...
     def carried(self, num_chunks: int) -> None: ...
-    def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
-    def played(self, session: Session, ack: Ack) -> None: ...
     def failed(self, session: Session, error: Exception) -> None: ...
 
 
@@ -93,8 +88,8 @@ class StageRunner:
         self.num_units = 0
         self._open: dict[SessionId, OpenSession] = {}
         self._ready: dict[SessionId, OpenSession] = {}  # those which have a unit that is complete
-        self._touched: dict[SessionId, None] = {}  # to be looked at in the next step; in order
-        self._looks: list[tuple[int, SessionId]] = []  # a heap: when to look at whom; see OpenSession.look_ns
+        self._out = Outbox(name, meter)
+        self._schedule = Schedule()
         self._follows_clock = type(stage).advance is not Stage.advance
         self._has_files = type(stage).wakes is not Stage.wakes
 
@@ -126,7 +121,7 @@ class StageRunner:
         if plan.ends_windows:
             state.sink = WindowEnd(self.name, session, ladder, self._meter, state.events)
         self._open[session.id] = state
-        self._touch(session.id)
+        self._schedule.touch(session.id)
         self._meter.opened(session, plan.upstream if plan.ends_windows else None)
         if ladder is not None:
             self._meter.moved(session, ladder.level)
@@ -148,7 +143,7 @@ class StageRunner:
         state.begun = True
         if state.plan.goes_on is not None:
             self._go_on(state, state.plan.goes_on)
-        self._touch(session)
+        self._schedule.touch(session)
 
     def _go_on(self, state: OpenSession, listener: Listener) -> None:
         """With the window that it is in now. Numbers of chunks leave room for those of the replica that has died."""
@@ -162,6 +157,7 @@ class StageRunner:
         """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
         state = self._open.pop(session, None)
         self._ready.pop(session, None)
+        self._schedule.forget(session)
         if state is None:
             return
         for arrival in state.arrivals.values():
@@ -180,7 +176,7 @@ class StageRunner:
         if state is not None:
             with state.faults.within("end"):
                 self.stage.end(session, state.now_ns())
-            self._touch(session)
+            self._schedule.touch(session)
 
     def listener(self, session: SessionId) -> Listener | None:
         """What is known here of a session's listener; None where the session is not open."""
@@ -200,7 +196,7 @@ class StageRunner:
             state.lanes[edge] = sender
         with state.faults.within("peer_begins_anew"):
             self.stage.peer_begins_anew(session)
-        self._touch(session)
+        self._schedule.touch(session)
         return True
 
     def end_input(self, session: SessionId, edge: str) -> None:
@@ -214,7 +210,7 @@ class StageRunner:
         else:
             for stream in [name for name, each in state.plan.inputs.items() if each.edge == edge]:
                 self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
-        self._touch(session)
+        self._schedule.touch(session)
 
     def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
         """Something worth telling has happened to a session. cuts: what is said and not heard is lost with it."""
@@ -224,8 +220,8 @@ class StageRunner:
         now_ns = state.now_ns()
         if cuts and not state.faults.given_up:
             with state.faults.within("cut_off"):
-                self._send_all(state, self.stage.cut_off(session, now_ns))
-        self._tell(state, now_ns, {"type": kind, **attrs})
+                self._out.send_all(state, self.stage.cut_off(session, now_ns))
+        self._out.tell(state, now_ns, {"type": kind, **attrs})
 
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
@@ -263,7 +259,7 @@ class StageRunner:
         if state is not None and chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
             self._hear(state, chunk)
             return
-        self._touch(chunk.session)
+        self._schedule.touch(chunk.session)
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
                 self._receivers[arrival.edge].drop(arrival, "shed")
@@ -279,7 +275,7 @@ class StageRunner:
         state.session.playback.hear(chunk)
         state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
         if not state.session.paced:
-            self._touch(chunk.session)
+            self._schedule.touch(chunk.session)
 
     def _take(self, state: OpenSession, arrival: Arrival) -> None:
         chunk = arrival.chunk
@@ -300,7 +296,7 @@ class StageRunner:
         """Of a stage without windows."""
         if not state.faults.given_up:
             with state.faults.within("process"):
-                self._send_all(state, self.stage.process([_single(state, arrival)]))
+                self._out.send_all(state, self.stage.process([_single(state, arrival)]))
                 self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
                 return
         self._receivers[arrival.edge].drop(arrival, "failed")
@@ -325,10 +321,10 @@ class StageRunner:
     def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
         if state.fence.raise_to(epoch):
-            self._touch(state.session.id)
+            self._schedule.touch(state.session.id)
             if not state.faults.given_up:
                 with state.faults.within("interrupt"):
-                    self._send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
+                    self._out.send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
 
     def _joined(self, state: OpenSession, joined: Joined) -> None:
         for chunk in joined.late:
@@ -361,7 +357,7 @@ class StageRunner:
         Only sessions are looked at for which something came or is due, so that a step costs what happens in it, not
         what is open.
         """
-        if not self._touched and not self._ready and not self._looks:
+        if self._schedule.is_empty and not self._ready:
             return False
         looked_at = self._due()
         if not looked_at and not self._ready:
@@ -386,9 +382,8 @@ class StageRunner:
 
     def due_in_ns(self) -> int | None:
         """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
-        while self._looks and not self._is_planned(*self._looks[0]):
-            heappop(self._looks)
-        return max(self._looks[0][0] - self._clock.monotonic_ns(), LEAST_SLEEP_NS) if self._looks else None
+        next_ns = self._schedule.next_ns
+        return None if next_ns is None else max(next_ns - self._clock.monotonic_ns(), LEAST_SLEEP_NS)
 
     def files(self) -> list[int]:
         """File descriptors that become readable when there is something to do: of sessions that could do it."""
@@ -403,29 +398,16 @@ class StageRunner:
             wakes = self.stage.wakes()
             for descriptor in descriptors:
                 if descriptor in wakes:
-                    self._touch(wakes[descriptor])
+                    self._schedule.touch(wakes[descriptor])
 
     def _may_be_woken(self, session: SessionId) -> bool:
         state = self._open.get(session)
         return state is not None and self._may_advance(state)
 
-    def _touch(self, session: SessionId) -> None:
-        self._touched[session] = None
-
     def _due(self) -> dict[SessionId, OpenSession]:
         """The sessions to look at now."""
-        now_ns = self._clock.monotonic_ns()
-        while self._looks and self._looks[0][0] <= now_ns:
-            look_ns, session = heappop(self._looks)
-            if self._is_planned(look_ns, session):
-                self._open[session].look_ns = None
-                self._touch(session)
-        touched, self._touched = self._touched, {}
-        return {session: self._open[session] for session in touched if session in self._open}
-
-    def _is_planned(self, look_ns: int, session: SessionId) -> bool:
-        state = self._open.get(session)
-        return state is not None and state.look_ns == look_ns
+        due = self._schedule.due(self._clock.monotonic_ns())
+        return {session: self._open[session] for session in due if session in self._open}
 
     def _plan_looks(self, looked_at: Mapping[SessionId, OpenSession]) -> None:
         """When to look at them again if nothing comes."""
@@ -435,7 +417,7 @@ class StageRunner:
 
     def _look_again(self, session: SessionId, state: OpenSession) -> None:
         if state.ending or not self._has_room(state):
-            self._touch(session)  # its lanes drain in silence: look whenever there is a step
+            self._schedule.touch(session)  # its lanes drain in silence: look whenever there is a step
         due_ns: list[int] = []
         if self._follows_clock and self._may_advance(state):
             due_ns.append(self._clock.monotonic_ns() + self._due_in_ns(session, state))
@@ -447,11 +429,7 @@ class StageRunner:
             due_ns.append(state.monotonic_ns(state.join.expires_ns))
         elif state.begun and state.join is not None and self._goes_on(state):
             due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
-        look_ns = min(due_ns, default=None)
-        if look_ns != state.look_ns:
-            state.look_ns = look_ns
-            if look_ns is not None:
-                heappush(self._looks, (look_ns, session))
+        self._schedule.plan(session, min(due_ns, default=None))
 
     def _due_in_ns(self, session: SessionId, state: OpenSession) -> int:
         with state.faults.within("due_in_ns"):
@@ -466,12 +444,7 @@ class StageRunner:
     def _tell_of(self, state: OpenSession, failures: Iterable[Failure], **window: int) -> None:
         for failure in failures:
             what = {"stage": failure.stage, "reason": failure.reason}
-            self._tell(state, state.now_ns(), {"type": "unit_failed", **window, **what})
-
-    def _tell(self, state: OpenSession, at_ns: int, attrs: Mapping[str, Scalar]) -> None:
-        """An event of the machinery's; where the stage makes none, there is nobody who would take it."""
-        if state.events:
-            self._send(state, Chunk(state.session.id, state.events, at_ns, attrs=attrs))
+            self._out.tell(state, state.now_ns(), {"type": "unit_failed", **window, **what})
 
     def _goes_on(self, state: OpenSession) -> bool:
         """Is a window more wanted, after the last of the inputs?"""
@@ -493,7 +466,7 @@ class StageRunner:
     def _advance(self, state: OpenSession) -> None:
         if self._follows_clock and self._may_advance(state):
             with state.faults.within("advance"):
-                self._send_all(state, self.stage.advance(state.session.id, state.now_ns()))
+                self._out.send_all(state, self.stage.advance(state.session.id, state.now_ns()))
 
     def _may_advance(self, state: OpenSession) -> bool:
         return state.begun and not state.ending and not state.faults.given_up and self._has_room(state)
@@ -559,7 +532,7 @@ class StageRunner:
             self._meter.passed(len(batch))
         else:
             self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
-        outcome.send(lambda chunk: self._send(self._open[chunk.session], chunk))
+        outcome.send(lambda chunk: self._out.send(self._open[chunk.session], chunk))
         saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
         for state, ready in batch:
             if (error := outcome.failed.get(state.session.id)) is not None:
@@ -618,9 +591,8 @@ class StageRunner:
             self._tell_of(state, failures, window=unit.index)
         trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=failures)
         if state.sink is not None:
-            self._send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
-        for name, output in state.windowed:
-            self._send(state, watermark(unit.session, name, unit.end_ns, state.fence.epoch_of(output.kind), trace))
+            self._out.send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
+        self._out.advance(state, unit.end_ns, trace)
 
     def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
         """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
@@ -653,7 +625,7 @@ class StageRunner:
             logging.warning("%s: %s: its listener hears nothing: what waits is not said", self.name, state.session.id)
         if not state.faults.given_up:
             with state.faults.within("drain"):
-                self._send_all(state, self.stage.drain(state.session.id))
+                self._out.send_all(state, self.stage.drain(state.session.id))
         self._tell_failures(state)
         window_ns = state.session.window_ns
         end_ns = state.num_units * window_ns
@@ -661,9 +633,7 @@ class StageRunner:
         says_itself = state.join is None and not state.faults.given_up
         if state.join is None and state.faults.given_up:
             end_ns = -(-max(state.now_ns(), 0) // window_ns) * window_ns if state.session.paced else 0
-        for name, output in state.plan.outputs.items():
-            if not output.kind.is_control and not (says_itself and output.kind.is_windowed):
-                self._send(state, end_of_stream(state.session.id, name, end_ns, state.fence.epoch_of(output.kind)))
+        self._out.end(state, end_ns, says_itself=says_itself)
 
     def _inputs_ended(self, state: OpenSession) -> bool:
         if state.join is not None:
@@ -672,73 +642,12 @@ class StageRunner:
             return state.join.ended
         return len(state.ended) >= state.plan.num_inputs
 
-    def _send_all(self, state: OpenSession, chunks: Iterable[Chunk]) -> None:
-        for chunk in chunks:
-            self._send(state, chunk)
-
-    def _send(self, state: OpenSession, chunk: Chunk) -> None:
-        """Raises StageError for a chunk that nobody would take; then nothing has changed."""
-        if not chunk.is_control:
-            self._send_data(state, chunk)
-            return
-        if chunk.type is ChunkType.PLAYBACK:
-            ack = ack_of(chunk)
-            state.session.playback.ack(ack)
-            self._meter.played(state.session, ack)
-        elif chunk.type is ChunkType.BARGE_IN:
-            state.fence.raise_to(chunk.epoch)
-        for output in state.outputs_of(chunk):
-            sent = chunk.on(output.stream, state.plan.incarnation)
-            for edge in output.edges:
-                if chunk.type is not ChunkType.PLAYBACK or self._is_news(state, edge):
-                    self._send_on(state.lanes[edge], sent, chunk.stream)
-
-    def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
-        output = state.plan.outputs.get(chunk.stream)
-        if output is None:
-            raise StageError(f"stage {self.name} has no output {chunk.stream!r}{_has(state.plan.outputs)}")
-        try:
-            output.kind.check(chunk)
-        except KindError as error:
-            raise StageError(f"stage {self.name}, port {chunk.stream}: {error}") from error
-        name, seq = chunk.stream, state.seqs.get(chunk.stream, state.first_seq)
-        chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)
-        may_shed = output.kind.is_sheddable and state.join is None  # where it is taken, and nowhere again
-        is_shed = may_shed and sheds_picture(state.session.taken, chunk.session, seq)
-        for edge in output.edges:
-            if is_shed:
-                state.lanes[edge].shed(chunk)
-            else:
-                self._send_on(state.lanes[edge], chunk, name)
-        state.seqs[name] = seq + 1
-        self._meter.made(state.session, chunk, output.kind)
-
-    def _send_on(self, lane: Sender, chunk: Chunk, port: str) -> None:
-        try:
-            lane.send(chunk)
-        except CodecError as error:
-            raise StageError(f"stage {self.name}, port {port}: {error}") from error
-
-    def _is_news(self, state: OpenSession, edge: str) -> bool:
-        """A source asks nothing of the listener but the level: a new one, and in each window the last once more."""
-        if edge not in state.plan.to_sources:
-            return True
-        level, now_ns = state.session.level.num_steps, state.now_ns()
-        if level == state.told_level and now_ns - state.told_ns < state.session.window_ns:
-            return False
-        state.told_level, state.told_ns = level, now_ns
-        return True
-
 
 def _single(state: OpenSession, arrival: Arrival) -> Unit:
     """What came, of a stage without windows; by the name of the port that it came in at."""
     chunk, window_ns = arrival.chunk, state.session.window_ns
     index, port = chunk.start_ns // window_ns, state.plan.ports[arrival.edge]
     return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={port: (chunk,)})
-
-
-def _has(outputs: Mapping[str, Output]) -> str:
-    return f"; it has: {', '.join(sorted(outputs))}" if outputs else "; it has none"
 
 
 def _of(join: WindowJoin | None) -> WindowJoin:

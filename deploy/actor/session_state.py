@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from deploy.actor.isolation import Faults
 from deploy.actor.session_plan import Output, SessionPlan
 from deploy.actor.sink import WindowEnd
-from graph.chunk import Chunk, ChunkType
+from graph.chunk import Chunk
 from graph.clock import Clock
 from graph.edge import Arrival, Lane, Sender
 from graph.epoch import EpochFence
 from graph.gather import Waiting
 from graph.ladder import Ladder
 from graph.window import Unit, WindowJoin
-from stages.stage import Session, StageError
+from stages.stage import Session
 
 
 @dataclass(slots=True)
@@ -49,10 +49,8 @@ class OpenSession:
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
     num_processed: int = 0  # of them here
-    told_level: int = 0  # to the camera, and when
-    told_ns: int = 0
+    levels_sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # to sources, by edge, and when
     num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
-    look_ns: int | None = None  # when this is to be looked at if nothing comes, monotonic
     session: Session = field(init=False)
     traced: frozenset[str] = field(init=False)  # the streams that bring a trace of each window
     windowed: tuple[tuple[str, Output], ...] = field(init=False)  # what leaves window by window
@@ -70,15 +68,6 @@ class OpenSession:
     def stream_of(self, edge: str, chunk: Chunk) -> str:
         """What the join calls the stream of a chunk that came on an edge."""
         return self.plan.renamed.get((edge, chunk.stream), chunk.stream) if self.plan.renamed else chunk.stream
-
-    def outputs_of(self, chunk: Chunk) -> tuple[Output, ...]:
-        """Where a control chunk leaves. Raises StageError where there is no such port."""
-        if chunk.type in (ChunkType.PLAYBACK, ChunkType.BARGE_IN):
-            return self.control
-        output = self.plan.outputs.get(chunk.stream)
-        if output is None:
-            raise StageError(f"there is no output {chunk.stream!r}; there is: {', '.join(sorted(self.plan.outputs))}")
-        return (output,)
 
     @property
     def goes_alone(self) -> bool:

@@ -400,7 +400,7 @@ def test_a_camera_hears_of_the_level_when_it_changes_and_once_per_window(build, 
     for now_s, level in ((0.3, 0), (0.6, 1), (0.7, 1), (1.2, 1), (1.7, 1)):
         clock.now_ns = round(now_s * NS_PER_S)
         session.level.told(clock.now_ns, level)
-        runner._send_all(runner._open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
+        runner._out.send_all(runner._open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
     assert [chunk.attrs["level"] for chunk in told.chunks] == [1, 1]
     assert [chunk.start_ns for chunk in told.chunks] == [600_000_000, 1_700_000_000]
 

@@ -1,0 +1,123 @@
+"""What leaves a stage: each chunk at its port, numbered, checked, on the edges that the session's plan names.
+
+Rule: a chunk that its kind forbids, or that no receiver would take, is refused here, before credit is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from deploy.actor.session_plan import Output
+from deploy.actor.session_state import OpenSession
+from graph.chunk import Chunk, ChunkType, Scalar, Trace, end_of_stream, watermark
+from graph.codec import CodecError
+from graph.edge import Sender
+from graph.kinds import Kind, KindError
+from graph.ladder import sheds_picture
+from graph.tail import Ack, ack_of
+from stages.stage import Session, StageError
+
+
+class OutMeter(Protocol):
+    """What is counted of what leaves (deploy/actor/measure.py: StageMeter)."""
+
+    def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...
+    def played(self, session: Session, ack: Ack) -> None: ...
+
+
+class Outbox:
+    """The outputs of one stage replica."""
+
+    def __init__(self, stage: str, meter: OutMeter) -> None:
+        self._stage = stage
+        self._meter = meter
+
+    def send_all(self, state: OpenSession, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self.send(state, chunk)
+
+    def send(self, state: OpenSession, chunk: Chunk) -> None:
+        """Raises StageError for a chunk that nobody would take; then nothing has changed."""
+        if chunk.is_control:
+            self._send_control(state, chunk)
+        else:
+            self._send_data(state, chunk)
+
+    def tell(self, state: OpenSession, at_ns: int, attrs: Mapping[str, Scalar]) -> None:
+        """An event of the machinery's; where the stage makes none, there is nobody who would take it."""
+        if state.events:
+            self.send(state, Chunk(state.session.id, state.events, at_ns, attrs=attrs))
+
+    def advance(self, state: OpenSession, end_ns: int, trace: Trace) -> None:
+        """A window is done: its watermark leaves wherever windows do."""
+        for name, output in state.windowed:
+            self.send(state, watermark(state.session.id, name, end_ns, state.fence.epoch_of(output.kind), trace))
+
+    def end(self, state: OpenSession, end_ns: int, *, says_itself: bool) -> None:
+        """Nothing will leave any more. says_itself: the stage has said where its windows end, as a source does."""
+        for name, output in state.plan.outputs.items():
+            if not output.kind.is_control and not (says_itself and output.kind.is_windowed):
+                self.send(state, end_of_stream(state.session.id, name, end_ns, state.fence.epoch_of(output.kind)))
+
+    def _send_control(self, state: OpenSession, chunk: Chunk) -> None:
+        if chunk.type is ChunkType.PLAYBACK:
+            ack = ack_of(chunk)
+            state.session.playback.ack(ack)
+            self._meter.played(state.session, ack)
+        elif chunk.type is ChunkType.BARGE_IN:
+            state.fence.raise_to(chunk.epoch)
+        for output in self._outputs_of(state, chunk):
+            sent = chunk.on(output.stream, state.plan.incarnation)
+            for edge in output.edges:
+                if chunk.type is not ChunkType.PLAYBACK or _is_news(state, edge):
+                    self._send_on(state.lanes[edge], sent, chunk.stream)
+
+    def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
+        name, output = chunk.stream, self._output(state, chunk)
+        try:
+            output.kind.check(chunk)
+        except KindError as error:
+            raise StageError(f"stage {self._stage}, port {name}: {error}") from error
+        seq = state.seqs.get(name, state.first_seq)
+        chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)
+        may_shed = output.kind.is_sheddable and state.join is None  # where it is taken, and nowhere again
+        is_shed = may_shed and sheds_picture(state.session.taken, chunk.session, seq)
+        for edge in output.edges:
+            if is_shed:
+                state.lanes[edge].shed(chunk)
+            else:
+                self._send_on(state.lanes[edge], chunk, name)
+        state.seqs[name] = seq + 1
+        self._meter.made(state.session, chunk, output.kind)
+
+    def _send_on(self, lane: Sender, chunk: Chunk, port: str) -> None:
+        try:
+            lane.send(chunk)
+        except CodecError as error:
+            raise StageError(f"stage {self._stage}, port {port}: {error}") from error
+
+    def _outputs_of(self, state: OpenSession, chunk: Chunk) -> tuple[Output, ...]:
+        """Where a control chunk leaves."""
+        if chunk.type in (ChunkType.PLAYBACK, ChunkType.BARGE_IN):
+            return state.control
+        return (self._output(state, chunk),)
+
+    def _output(self, state: OpenSession, chunk: Chunk) -> Output:
+        output = state.plan.outputs.get(chunk.stream)
+        if output is None:
+            has = ", ".join(sorted(state.plan.outputs)) or "none"
+            raise StageError(f"stage {self._stage} has no output {chunk.stream!r}; it has: {has}")
+        return output
+
+
+def _is_news(state: OpenSession, edge: str) -> bool:
+    """A source asks nothing of the listener but the level: a new one, and in each window the last once more."""
+    if edge not in state.plan.to_sources:
+        return True
+    level, now_ns = state.session.level.num_steps, state.now_ns()
+    sent, sent_ns = state.levels_sent.get(edge, (0, 0))
+    if level == sent and now_ns - sent_ns < state.session.window_ns:
+        return False
+    state.levels_sent[edge] = (level, now_ns)
+    return True
