@@ -75,6 +75,7 @@ class Place:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     shared_memory: set[str] = field(default_factory=lambda: _shared_memory())
     seen: set[psutil.Process] = field(default_factory=set)
+    started: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -87,7 +88,7 @@ class Place:
 
         Unless told, `up` gets a free port and the tiny model, and gives nothing up because the machine is busy.
         """
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(PIPELINE), *map(str, _completed(arguments))],
             cwd=self.folder,
             env=self.environment | changes,
@@ -97,6 +98,8 @@ class Place:
             text=True,
             process_group=0,
         )
+        self.started += [process] if arguments[:1] == ("up",) else []
+        return process
 
     def finish(self, process: "subprocess.Popen[str]", out: str = "run") -> Run:
         """Wait for the end, keeping an eye on its processes."""
@@ -139,11 +142,18 @@ class Place:
         path = self.folder / out / "windows.jsonl"
 
         def is_there() -> bool:
+            self._check_running()
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
             through = {row["session"] for row in rows if row["index"] >= index}
             return bool(rows) and through == {row["session"] for row in rows}
 
         wait_for(is_there)
+
+    def _check_running(self) -> None:
+        """Fails at once where every pipeline has ended that was started here: what is waited for will not come."""
+        if self.started and all(process.poll() is not None for process in self.started):
+            last = self.started[-1]
+            raise AssertionError(f"it has ended ({last.returncode}): {last.communicate()[1][-2000:]}")
 
     def watch(self, pid: int) -> list[psutil.Process]:
         """The descendants of a process that runs; they are remembered."""
