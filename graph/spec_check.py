@@ -96,9 +96,6 @@ def _stage_findings(name: str, stage: StageOptions, types: Mapping[str, StageTyp
         light = listed(other for other, each in types.items() if not each.has_model)
         message = f"only stages without a model share a process: {light}"
         yield Finding((*path, "process"), f"stages.{name}.process: {message}")
-    elif stage.process and stage.max_replicas > 1:
-        message = f"must be 1 in a shared process ({stage.process!r}); for more write `process: null`"
-        yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
     elif types[name].scope == "pipeline" and stage.max_replicas > 1:
         message = "must be 1: one replica has the state of all sessions"
         yield Finding((*path, "replicas"), f"stages.{name}.replicas: {message}")
@@ -119,6 +116,20 @@ def _together_findings(
     if len(ends) > 1:
         yield Finding(("stages",), f"a window ends once, but here it would at {listed(ends)}; switch off all but one")
     yield from _shared_findings(stages, types, off)
+    yield from _process_findings({name: stage for name, stage in stages.items() if name not in off})
+
+
+def _process_findings(stages: Mapping[str, StageOptions]) -> Iterator[Finding]:
+    """Stages that share a process have as many replicas."""
+    first: dict[str, str] = {}
+    for name, stage in stages.items():
+        if stage.process is None:
+            continue
+        other = first.setdefault(stage.process, name)
+        if stage.replicas != stages[other].replicas:
+            message = f"{stage.replicas}, but stages.{other}.replicas is {stages[other].replicas}"
+            why = f"stages of one process ({stage.process!r}) have as many; write the same, or another process"
+            yield Finding(("stages", name, "replicas"), f"stages.{name}.replicas: {message}: {why}")
 
 
 def _shared_findings(

@@ -39,6 +39,7 @@ class Events(Stage):
     """
 
     events = In(EVENTS, many=True)
+    scope = "pipeline"  # sessions share files
     Options = LightOptions
     is_local = True
     can_be_off = False

@@ -33,7 +33,7 @@ class Process:
 
 
 def processes_of(spec: PipelineSpec) -> list[Process]:
-    """One process per replica of a model stage, one per name of `process` for the others; in the order of the graph."""
+    """One process per replica of a stage, or of the stages with one name of `process`; in the order of the graph."""
     shared: dict[str, dict[str, StageOptions]] = {}
     alone: list[Process] = []
     for name, stage in spec.stages.items():
@@ -46,12 +46,15 @@ def processes_of(spec: PipelineSpec) -> list[Process]:
                 for replica in range(stage.replicas)
             ]
     together = [
-        Process(
-            f"{process}.0", 0, stages, any(spec.types[name].is_local for name in stages), _resources(stages.values())
-        )
+        Process(f"{process}.{replica}", replica, stages, _is_local(spec, stages), _resources(stages.values()))
         for process, stages in shared.items()
+        for replica in range(max(stage.replicas for stage in stages.values()))
     ]
     return alone + together
+
+
+def _is_local(spec: PipelineSpec, stages: Iterable[str]) -> bool:
+    return any(spec.types[name].is_local for name in stages)
 
 
 def replicas_of(processes: Iterable[Process]) -> dict[str, int]:

@@ -69,7 +69,15 @@ class SessionTable:
         """
         for session in sessions:
             passed = stages_of(session, self._spec)
-            replicas = {name: self._next_replica(name, living(name)) for name in self._spec.stages if name in passed}
+            replicas: dict[str, int] = {}
+            together: dict[str, int] = {}  # stages that share a process have a session at the same replica of it
+            for name, stage in self._spec.stages.items():
+                if name in passed and stage.process is None:
+                    replicas[name] = self._next_replica(name, living(name))
+                elif name in passed and stage.process is not None:
+                    if stage.process not in together:
+                        together[stage.process] = self._next_replica(name, living(name))
+                    replicas[name] = together[stage.process]
             self._num_entered += 1
             self.placements[session.id] = Placement(session, replicas, self._num_entered)
 

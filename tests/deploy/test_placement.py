@@ -32,6 +32,16 @@ def test_every_replica_is_a_process_with_a_number():
     assert [processes[f"llm.{n}"].replica for n in range(3)] == [0, 1, 2]
 
 
+def test_stages_that_share_a_process_may_have_several_of_it():
+    names = ("camera", "microphone")
+    processes = by_name(*(f"stages.{name}.{set_}" for name in names for set_ in ("process=media", "replicas=2")))
+    media = [processes[f"media.{n}"] for n in range(2)]
+    assert [(process.replica, set(process.stages), process.is_local) for process in media] == [
+        (n, set(names), True) for n in range(2)
+    ]
+    assert set(processes["io.0"].stages) == {"speaker", "events"}
+
+
 def test_light_stages_may_be_taken_apart():
     processes = by_name("stages.speaker.process=null", "stages.events.process=notes")
     assert set(processes["io.0"].stages) == {"camera", "microphone"}
