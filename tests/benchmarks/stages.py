@@ -126,7 +126,7 @@ class Timed(Stage):
     def __init__(self, stage: Stage, device: Device, counts_made: bool) -> None:
         """counts_made: its work is what it makes, not what it is given."""
         self._stage, self._device, self._counts_made = stage, device, counts_made
-        self.outputs, self.paced_by_listener = stage.outputs, stage.paced_by_listener
+        self.paced_by_listener = stage.paced_by_listener  # type: ignore[misc]  # as the one within
         self.samples: list[tuple[int, int]] = []
 
     def open_session(self, session: Session) -> None:
