@@ -54,7 +54,12 @@ class StageCatalog:
         if path not in BUILT_IN.values():
             for folder in self.modules:
                 look_beside(folder)
-        return stage_type_of(stage_class(path), path)
+        cls = stage_class(path)
+        found = stage_type_of(cls, path)
+        if cls.process is Stage.process and cls.advance is Stage.advance:
+            written = [name for name in vars(cls) if not name.startswith("_")]
+            raise StageTypeError(f"{path} has no process(){suggest('process', written, alone=False)}")
+        return found
 
 
 CATALOG: Final = StageCatalog()

@@ -93,7 +93,10 @@ def process(stage: Stage, units: list[Unit], sessions: Collection[SessionId] = (
 
 
 def _made(stage: Stage, units: Iterable[Unit], sessions: Collection[SessionId]) -> list[Chunk]:
-    chunks, answered = list(stage.process(list(units))), {unit.session for unit in units}
+    made: list[Chunk] | None = stage.process(list(units))
+    if made is None:
+        raise BatchLost("process() returned nothing") from TypeError("process() returned None; return a list of chunks")
+    chunks, answered = list(made), {unit.session for unit in units}
     for chunk in chunks:
         if not isinstance(chunk, Chunk):
             raise BatchLost("process() is to return chunks") from TypeError(f"it returned a {type(chunk).__name__}")

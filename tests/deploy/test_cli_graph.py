@@ -44,6 +44,8 @@ def test_stages_of_a_description_are_listed_with_the_kinds_of_their_ports(tmp_pa
         "    frames, noise, moving = In(FRAMES), In(SOUND, side=True, window_ns=2 * NS_PER_S), Out(FRAMES)\n"
         "    class Options(StageOptions):\n"
         "        threshold: float = 0.5\n"
+        "    def process(self, units):\n"
+        "        return []\n"
     )
     file = tmp_path / "pipeline.yaml"
     file.write_text('version: 1\nstages: {gate: {use: "gate:Gate", replicas: 0}, vision_encoder: {replicas: 0}}\n')

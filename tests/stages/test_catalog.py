@@ -22,6 +22,8 @@ class Gate(Stage):
     class Options(StageOptions):
         threshold: float = 0.02
         batch: int = 4
+    def process(self, units):
+        return []
 """
 
 
@@ -110,6 +112,11 @@ def test_a_class_that_cannot_be_had_is_said_with_its_reason(folder: Path, text: 
 )
 def test_a_class_that_declares_what_cannot_be_is_refused(folder: Path, lines: list[str], message: str):
     assert refusal(folder, declared(*lines)) == message
+
+
+def test_a_class_that_does_nothing_is_refused_with_what_was_meant(folder: Path):
+    text = declared("frames = In(FRAMES)", "def proces(self, units): return []")
+    assert refusal(folder, text) == "zoo:Gate has no process(); did you mean 'proces'?"
 
 
 @pytest.mark.parametrize("name", [name for name in (*vars(Stage), "options") if not name.startswith("_")])
