@@ -280,6 +280,9 @@ class Simulation:
             return
         cuts = ("cut_off", "unit_failed")
         excused = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") in cuts}
+        if self._faults.num_deaths:  # of one that has ended where speech is heard, nobody says any more that it was cut
+            recovered = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") == "recovered"}
+            excused |= {session.id for session in self._comings.sessions} - recovered
         for actor in self._living():
             for name, runner in actor.runners.items():
                 for session in runner.stage.unsaid if isinstance(runner.stage, Costly) else ():
