@@ -55,6 +55,7 @@ def run_quickly(name: str) -> dict[str, object]:
         ("overload", 6),
         ("quantized", 10),
         ("sessions", 6),
+        ("simulate", 4),
         ("stages", 5),
     ],
 )
@@ -75,7 +76,7 @@ def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_meas
     assert versions.keys() >= {"python", "torch", "ray", "pyzmq", "commit"}
 
 
-NAMES = ["bus", "cameras", "decoders", "engine", "overload", "quantized", "sessions", "stages"]
+NAMES = ["bus", "cameras", "decoders", "engine", "overload", "quantized", "sessions", "simulate", "stages"]
 
 
 def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
