@@ -19,6 +19,7 @@ from deploy.cameras.sources import anchored, check_cameras
 from deploy.control import ray_environment
 from deploy.control.calls import Reply
 from deploy.control.capacity import admit
+from deploy.control.ending import DRAIN_S, END_S, drain_s
 from deploy.gateway.gateway_server import GatewayServer
 from deploy.gateway.observe import build_gateway
 from deploy.gateway.status import Status
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 MAX_ENDED = 64  # sessions which `ps` goes on showing
 BUSY_S = 0.02  # between two looks while a camera opens, or moves
-CLOSING_S = 1.0  # after the last word
-# From the first signal to the end of the process, whatever hangs; most of it is for a listener who still hears. What is
-# left is for the last word of all actors, for stopping them, and for Ray.
-END_S, DRAIN_S = 10.0, 5.0
 
 
 class UpError(GraphError):
@@ -184,14 +181,6 @@ class _Run:
         in_vain = self._sources.is_all_silent and not self._interrupts.count
         return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out)
 
-    def _drain_s(self) -> float:
-        """How long sessions may take to their end, after the first Ctrl-C: a listener has a lead and a window to hear,
-        after the last word is made, which may be late by as much as a window may. One who hears nothing is not waited
-        for any longer."""
-        window = self._spec.window
-        rest_ns = 2 * window.length_ns + window.lateness_ns + self._spec.tail.lead_ns
-        return max(DRAIN_S, rest_ns / NS_PER_S + CLOSING_S)
-
     def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
         """Until every session has ended, by itself or because a signal has asked for it, or no time is left for that.
 
@@ -202,8 +191,8 @@ class _Run:
         self._live.begin(self._until_s())
         while coordinator.sessions:
             if self._interrupts.count and drain is None:
-                drain = Deadline(self._drain_s())
-                self._ending = Deadline(self._drain_s() + END_S - DRAIN_S)
+                drain = Deadline(drain_s(self._spec))
+                self._ending = Deadline(drain_s(self._spec) + END_S - DRAIN_S)
                 self._live.close()
                 self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
                 for session in coordinator.sessions:

@@ -11,10 +11,12 @@ from typing import Final
 
 from deploy.control.calls import CoordinatorError, Reply
 from deploy.control.coordinator import ENDS_S, Coordinator
+from deploy.control.ending import DRAIN_S, END_S, drain_s
 from deploy.process.deadline import Deadline
 from deploy.simulator.world import HostClock, World
 from graph.chunk import NS_PER_MS, SessionId
 from graph.ledger import Account
+from graph.spec import PipelineSpec
 from stages.stage import Session
 
 BUSY_NS: Final = 20 * NS_PER_MS  # as deploy/run/up.py
@@ -40,6 +42,8 @@ class Operator:
         self._openings: list[_Opening] = []
         self._num_coming = 0  # sessions that will be opened some time
         self._look_ns: int | None = None
+        self._drain: Deadline | None = None  # once the user has ended the run
+        self._ending: Deadline | None = None
         self._is_looking = False
         self.ledger: dict[str, Account] | None = None
         self.failure: CoordinatorError | None = None
@@ -64,6 +68,18 @@ class Operator:
                 closed()
 
         self._request(close)
+
+    def interrupt(self, spec: PipelineSpec) -> None:
+        """The user ends the run: sessions drain, and what has not come to its end by then is closed."""
+
+        def interrupt() -> None:
+            self._drain = Deadline(drain_s(spec), self._clock.monotonic_s)
+            self._ending = Deadline(drain_s(spec) + END_S - DRAIN_S, self._clock.monotonic_s)
+            for session in self._coordinator.sessions:
+                self._coordinator.end_session(session)
+
+        if self._drain is None:
+            self._request(interrupt)
 
     def _request(self, action: Callable[[], None]) -> None:
         self._requests.append(action)
@@ -105,8 +121,10 @@ class Operator:
                 self.open_at(self._world.now_ns + RETRY_NS, opening.session)
 
     def _is_over(self) -> bool:
+        if self._drain is not None:
+            return self._drain.is_over or not self._coordinator.sessions
         return not (self._num_coming or self._requests or self._coordinator.sessions or self._coordinator.is_busy)
 
     def _end(self) -> None:
-        self.ledger = self._coordinator.end(Deadline(ENDS_S, self._clock.monotonic_s))
+        self.ledger = self._coordinator.end(self._ending or Deadline(ENDS_S, self._clock.monotonic_s))
         self._world.is_over = True

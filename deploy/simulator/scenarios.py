@@ -73,7 +73,7 @@ class Scenario:
     deaths: how often on average each actor that computes dies. hangs: how likely it hangs so long that it is taken for
     dead. replicas: of stages, by the kind that they make; else as described.
     returns: how likely each session is closed by force and comes again under its name. spoils: how likely a unit of a
-    stage that computes is one at which it raises.
+    stage that computes is one at which it raises. interrupted: how likely the user ends the run in the middle.
     """
 
     name: str
@@ -107,6 +107,7 @@ class Scenario:
     replicas: Mapping[str, int] = field(default_factory=dict)
     returns: float = 0.0
     spoils: float = 0.0
+    interrupted: float = 0.0
 
     def priced(self, profile: Profile, spec: PipelineSpec) -> Scenario:
         """The same where stages cost what was measured. Raises ProfileError where one with a model was not."""
@@ -267,6 +268,20 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 barges_in=0.3,
                 spoils=0.05,
                 poll_ns=POLL_NS,
+            ),
+            replace(
+                _STEADY,
+                name="interrupted",
+                about="the user ends the run in the middle, while what computes is slow, stalls or has died",
+                num_windows=16,
+                barges_in=0.2,
+                stalls=0.5,
+                longest_stall_ns=8 * NS_PER_S,
+                slow={TEXT.name: 5.0, CODES.name: 20.0},
+                deaths=0.2,
+                calls=SLOW_CALLS,
+                poll_ns=POLL_NS,
+                interrupted=1.0,
             ),
             Scenario(
                 "overload",

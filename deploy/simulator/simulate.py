@@ -200,6 +200,11 @@ class Simulation:
                 at_ns = rng.randint(self._begin_ns, self.end_ns)
                 self.world.at(at_ns, lambda number=number: self._close(number))  # type: ignore[misc]
 
+        rng = self._named_rng("interrupt")
+        if rng.random() < self._scenario.interrupted:
+            at_ns = rng.randint(self._begin_ns, self.end_ns)
+            self.world.at(at_ns, lambda: self._operator.interrupt(self.spec))
+
     def _close(self, number: int) -> None:
         self._comings.close_and_come_again(self.world, self._operator, number)
 
