@@ -33,6 +33,7 @@ _DTYPE_OF = {name: np.dtype(name) for name in DTYPES}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}  # numpy makes dtype.name anew each time: 1 us and more
 _KIND_OF = {kind.value: kind for kind in ChunkType}
 _LEAST, _MOST = -(2**63), 2**63 - 1
+_INT = frozenset({int})
 _NO_NAME = f"no text of 1 to {MAX_NAME_CHARS} characters"
 
 Frame = bytes | memoryview
@@ -52,7 +53,8 @@ class CodecError(GraphError):
 
 def check(chunk: Chunk) -> None:
     """Raises CodecError, which says what to do instead, for a chunk that no receiver would take."""
-    _packed(chunk)
+    if _Last.packed[0] is not chunk:
+        _packed(chunk)
 
 
 def encode(chunk: Chunk) -> list[Frame]:
@@ -103,7 +105,7 @@ def _check_address(header: Sequence[Any]) -> None:
     if type(kind) is not int or kind not in _KIND_OF:
         raise CodecError("kind", f"unknown kind {kind!r}")
     for name in (session, stream):
-        if not _is_name(name):
+        if not (isinstance(name, str) and _may_be_name(name)):
             raise CodecError("name", f"session or stream {name!r:.200} is {_NO_NAME}")
     for number in (seq, epoch, duration_ns, incarnation, start_ns):
         if type(number) is not int or not _LEAST <= number <= _MOST:
@@ -118,13 +120,13 @@ def _check_contents(layout: Any, attrs: Any, trace: Any, sizes: Sequence[int]) -
         raise CodecError("arrays", f"more than {MAX_ARRAYS} arrays")
     if len(layout) != len(sizes):
         raise CodecError("arrays", f"{len(layout)} arrays announced, {len(sizes)} frames came")
-    names = {_check_array(entry, num_bytes) for entry, num_bytes in zip(layout, sizes, strict=True)}
-    if len(names) != len(layout):
+    if layout and len(set(map(_check_array, layout, sizes))) != len(layout):
         raise CodecError("arrays", "two arrays of one name")
     if type(attrs) is not dict or len(attrs) > MAX_ATTRS:
         raise CodecError("attrs", f"more than {MAX_ATTRS} attributes")
     for key, value in attrs.items():
-        _check_attribute(key, value)
+        if type(value) is not int or not (_LEAST <= value <= _MOST and isinstance(key, str) and _may_be_name(key)):
+            _check_attribute(key, value)
     if trace is not None:
         _check_trace(trace)
 
@@ -138,7 +140,7 @@ def _check_array(entry: Any, num_bytes: int) -> str:
         raise CodecError("dtype", f"array {name!r:.200}: its name is {_NO_NAME}")
     if type(dtype) is not str or dtype not in DTYPES:
         raise CodecError("dtype", f"array {name!r} is {dtype!r}; use .astype(…) to one of {', '.join(sorted(DTYPES))}")
-    if not (type(shape) is list and all(type(n) is int and n >= 0 for n in shape)):
+    if not (type(shape) is list and _INT.issuperset(map(type, shape)) and min(shape, default=0) >= 0):
         raise CodecError("shape", f"array {name!r} of shape {shape!r}")
     if len(shape) > MAX_DIMENSIONS:
         raise CodecError("shape", f"array {name!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} is the most")
@@ -146,7 +148,7 @@ def _check_array(entry: Any, num_bytes: int) -> str:
     if math.prod(shape) * size != num_bytes:
         raise CodecError("shape", f"array {name!r}: {shape!r} does not fit {num_bytes} bytes")
     # An empty array has a size too: numpy won't shape one with a side beyond memory.
-    if math.prod(max(n, 1) for n in shape) * size > MAX_ARRAY_BYTES:
+    if (num_bytes or math.prod([n or 1 for n in shape]) * size) > MAX_ARRAY_BYTES:
         raise CodecError("shape", f"array {name!r} of shape {shape!r}: {MAX_ARRAY_BYTES} bytes is the most")
     return str(name)
 
@@ -170,12 +172,17 @@ def _check_trace(trace: Any) -> None:
     digest, missing, spans, failures = trace
     _expect(_is_text(digest), "trace", "bad digest")
     for part in (missing, spans, failures):
-        _expect(type(part) is list and len(part) <= MAX_IN_TRACE, "trace", "more than %r parts", MAX_IN_TRACE)
+        if type(part) is not list or len(part) > MAX_IN_TRACE:
+            raise CodecError("trace", f"more than {MAX_IN_TRACE} parts")
     _expect(all(map(_is_name, missing)), "trace", "missing does not name streams")
     for span in spans:
-        _expect(type(span) is list and len(span) == 4 and _is_name(span[0]), "trace", "bad span %r", span)
-        _expect(set(map(type, span[1:])) == {int}, "trace", "times of a span must be integers: %r", span)
-        _expect(min(span[1:]) >= _LEAST and max(span[1:]) <= _MOST, "trace", "times of a span take 64 bits: %r", span)
+        if not (type(span) is list and len(span) == 4 and isinstance(span[0], str) and _may_be_name(span[0])):
+            raise CodecError("trace", f"bad span {span!r}")
+        times = span[1:]
+        if not _INT.issuperset(map(type, times)):
+            raise CodecError("trace", f"times of a span must be integers: {span!r}")
+        if min(times) < _LEAST or max(times) > _MOST:
+            raise CodecError("trace", f"times of a span take 64 bits: {span!r}")
     for failure in failures:
         is_failure = type(failure) is list and len(failure) == 2 and _is_name(failure[0]) and _is_text(failure[1])
         _expect(is_failure, "trace", "bad failure %r", failure)
@@ -235,7 +242,7 @@ def _packed(chunk: Chunk) -> bytes:
 def _pack(chunk: Chunk) -> bytes:
     layout = [_described(name, array) for name, array in chunk.arrays.items()]
     times = (chunk.seq, chunk.epoch, chunk.start_ns, chunk.duration_ns)
-    attrs, trace = dict(chunk.attrs), _pack_trace(chunk.trace)
+    attrs, trace = dict(chunk.attrs), None if chunk.trace is None else _pack_trace(chunk.trace)
     header = [VERSION, int(chunk.type), chunk.session, chunk.incarnation, chunk.stream, *times, layout, attrs, trace]
     _check_address(header)
     _check_contents(layout, attrs, trace, [array.nbytes for array in chunk.arrays.values()])
@@ -255,9 +262,7 @@ def _described(name: str, array: Any) -> list[Any]:
     return [name, _NAME_OF.get(array.dtype) or str(array.dtype), list(array.shape)]
 
 
-def _pack_trace(trace: Trace | None) -> list[Any] | None:
-    if trace is None:
-        return None
+def _pack_trace(trace: Trace) -> list[Any]:
     spans = [[s.stage, s.received_ns, s.started_ns, s.finished_ns] for s in trace.spans]
     return [trace.digest, list(trace.missing), spans, [[f.stage, f.reason] for f in trace.failures]]
 

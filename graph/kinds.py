@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,6 +22,12 @@ class KindError(GraphError):
     """A chunk is not what its kind says; names the array or the attribute, and what it must be."""
 
 
+@lru_cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """numpy makes it anew each time, which takes as long as all else that is checked."""
+    return dtype.name
+
+
 @dataclass(frozen=True, slots=True)
 class Array:
     """An array of a kind's chunks. dtypes: those it may have. shape: its sides by name, or their lengths."""
@@ -32,12 +39,11 @@ class Array:
         return f"{' or '.join(self.dtypes)} [{', '.join(map(str, self.shape))}]"
 
     def fits(self, array: Any) -> bool:
-        return (
-            isinstance(array, np.ndarray)
-            and array.dtype.name in self.dtypes
-            and array.ndim == len(self.shape)
-            and all(side == length for side, length in zip(array.shape, self.shape, strict=True) if type(length) is int)
-        )
+        if not isinstance(array, np.ndarray) or array.ndim != len(self.shape):
+            return False
+        sides = zip(array.shape, self.shape, strict=True)
+        wrong = [side for side, length in sides if type(length) is int and side != length]
+        return not wrong and _name_of(array.dtype) in self.dtypes
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,19 +126,16 @@ class WindowJoin:
         self._num_going = len(self._awaited)  # streams that have not ended
         self._ended_ns = 0  # the latest END of any stream
         self._index = 0  # the next unit to leave
-
-    @property
-    def next_end_ns(self) -> int:
+        self.next_end_ns = window_ns
         """End of the window that leaves next."""
-        return (self._index + 1) * self._window_ns
 
     @property
     def expires_ns(self) -> int | None:
         """When the window that leaves next does so, whatever has come; None: never, or there is none left."""
-        if self._lateness_ns is None or self.finished:
+        if self._lateness_ns is None:
             return None
         if self._is_over:
-            return self.next_end_ns
+            return self.next_end_ns if self.num_pending else None
         if self._own_lateness_ns:
             return self.next_end_ns + self._patience_ns(self.next_end_ns)
         return self.next_end_ns + self._lateness_ns
@@ -178,6 +175,7 @@ class WindowJoin:
     def begin_at(self, index: int) -> None:
         """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come."""
         self._index = index
+        self.next_end_ns = (index + 1) * self._window_ns
 
     def add(self, chunk: Chunk, stream: str = "") -> Joined:
         """Take a data chunk. It never completes a window by itself: a watermark does.
@@ -219,7 +217,7 @@ class WindowJoin:
 
         A window after the end of all streams leaves at its own end: in real time nobody is ahead of the listener.
         """
-        if self._lateness_ns is None:
+        if self._lateness_ns is None or now_ns < self.next_end_ns:
             return NOTHING
         if self._is_over:
             return self._leave(now_ns, most)
@@ -248,6 +246,8 @@ class WindowJoin:
         return settled_ns
 
     def _leave(self, settled_ns: int, most: int | None = None) -> Joined:
+        if self.next_end_ns > settled_ns:
+            return NOTHING
         units: list[Unit] = []
         while self.next_end_ns <= settled_ns and not self.finished and len(units) != most:
             units.append(self._close())
@@ -271,6 +271,7 @@ class WindowJoin:
             inputs=self._inputs,
         )
         self._index += 1
+        self.next_end_ns += self._window_ns
         return unit
 
     def _take(self, stream: str, end_ns: int) -> tuple[Chunk, ...]:
