@@ -8,7 +8,7 @@ breaks the process, out of memory or a lost device, ends the actor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
@@ -120,6 +120,7 @@ class Faults:
         self._report = report
         self._in_a_row: dict[str, int] = {}
         self._untold: dict[str, Failure] = {}  # by reason, in order: a thousand of one kind are told as one
+        self._guards: dict[str, _Guard] = {}  # by hook
         self.given_up = ""
 
     @property
@@ -134,11 +135,13 @@ class Faults:
 
     def within(self, hook: str) -> _Guard:
         """A context in which whatever raises costs this session only; it is left then, and what follows goes on."""
-        return _Guard(self, hook)
+        guard = self._guards.get(hook)
+        if guard is None:
+            guard = self._guards[hook] = _Guard(self, hook, self._in_a_row)
+        return guard
 
     def succeeded(self, hook: str) -> None:
-        if self._in_a_row:
-            self._in_a_row.pop(hook, None)
+        self._in_a_row.pop(hook, None)
 
     def failed(self, hook: str, error: Exception) -> None:
         """One more; the third in a row gives the session up."""
@@ -156,14 +159,16 @@ class Faults:
 
 
 class _Guard:
-    def __init__(self, faults: Faults, hook: str) -> None:
-        self._faults, self._hook = faults, hook
+    def __init__(self, faults: Faults, hook: str, in_a_row: Mapping[str, int]) -> None:
+        """in_a_row: what has failed, by hook. To look there takes less than a call, and mostly there is nothing."""
+        self._faults, self._hook, self._in_a_row = faults, hook, in_a_row
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
         if error is None:
-            self._faults.succeeded(self._hook)
+            if self._in_a_row:
+                self._faults.succeeded(self._hook)
             return False
         if not isinstance(error, Exception) or breaks_process(error):
             return False

@@ -34,7 +34,7 @@ from graph.ladder import Ladder
 from graph.ledger import Reason
 from graph.schedule import Schedule
 from graph.trace import leave_stage
-from graph.window import Joined, Unit, WindowJoin
+from graph.window import NOTHING, Joined, Unit, WindowJoin
 from stages.stage import TICK_NS, Session, Stage, StageError
 
 WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
@@ -91,6 +91,7 @@ class StageRunner:
         self._out = Outbox(name, meter)
         self._schedule = Schedule()
         self._follows_clock = type(stage).advance is not Stage.advance
+        self._knows_idle = getattr(stage.is_idle, "__func__", None) is not Stage.is_idle
         self._has_files = type(stage).wakes is not Stage.wakes
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
@@ -139,8 +140,7 @@ class StageRunner:
     def begin_session(self, session: SessionId, origin_ns: int) -> None:
         """Let a session's clock run. origin_ns: when event time 0 is, on this host's monotonic clock."""
         state = self._open[session]
-        state.offset_ns = -origin_ns
-        state.begun = True
+        state.begin(origin_ns)
         if state.plan.goes_on is not None:
             self._go_on(state, state.plan.goes_on)
         self._schedule.touch(session)
@@ -327,12 +327,14 @@ class StageRunner:
                     self._out.send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
 
     def _joined(self, state: OpenSession, joined: Joined) -> None:
+        if joined is NOTHING:
+            return
         for chunk in joined.late:
             self._settle(state, chunk, "late")
         self._meter.carried(len(joined.carried))
-        now_ns = self._clock.monotonic_ns()
-        state.ready.extend(ReadyUnit(unit, now_ns) for unit in joined.units)
         if joined.units:
+            now_ns = self._clock.monotonic_ns()
+            state.ready.extend([state.ready_unit(unit, now_ns) for unit in joined.units])
             self._ready[state.session.id] = state
 
     def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
@@ -366,8 +368,9 @@ class StageRunner:
             self._advance(state)
             self._tell_failures(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
-                self._joined(state, state.join.expire(state.now_ns(), MAX_READY - len(state.ready)))
-                if self._goes_on(state) and self._afterword_ns(state, state.join) <= state.now_ns():
+                now_ns = state.now_ns()
+                self._joined(state, state.join.expire(now_ns, MAX_READY - len(state.ready)))
+                if self._goes_on(state) and self._afterword_ns(state, state.join) <= now_ns:
                     self._joined(state, state.join.go_on())
         while idle := self._idle():
             self._process(idle, idle=True)
@@ -418,22 +421,26 @@ class StageRunner:
     def _look_again(self, session: SessionId, state: OpenSession) -> None:
         if state.ending or not self._has_room(state):
             self._schedule.touch(session)  # its lanes drain in silence: look whenever there is a step
+        now_ns = self._clock.monotonic_ns()
         due_ns: list[int] = []
         if self._follows_clock and self._may_advance(state):
-            due_ns.append(self._clock.monotonic_ns() + self._due_in_ns(session, state))
+            due_ns.append(now_ns + self._due_in_ns(session, state, now_ns))
         if state.faults.are_recent:
-            due_ns.append(self._clock.monotonic_ns() + TICK_NS)
+            due_ns.append(now_ns + TICK_NS)
         if state.ready and self._may_go(state):
-            due_ns.append(self._gathering.until_ns(state.waiting()))
-        elif not state.ready and state.begun and state.join is not None and state.join.expires_ns is not None:
-            due_ns.append(state.monotonic_ns(state.join.expires_ns))
-        elif state.begun and state.join is not None and self._goes_on(state):
-            due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
+            due_ns.append(self._gathering.until_ns(state.ready[0].waiting))
+        elif not state.ready and state.begun and state.join is not None:
+            expires_ns = state.join.expires_ns
+            if expires_ns is not None:
+                due_ns.append(state.monotonic_ns(expires_ns))
+            elif self._goes_on(state):
+                due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
         self._schedule.plan(session, min(due_ns, default=None))
 
-    def _due_in_ns(self, session: SessionId, state: OpenSession) -> int:
+    def _due_in_ns(self, session: SessionId, state: OpenSession, now_ns: int) -> int:
+        """now_ns: monotonic."""
         with state.faults.within("due_in_ns"):
-            return self.stage.due_in_ns(session, state.now_ns())
+            return self.stage.due_in_ns(session, state.session_ns(now_ns))
         return TICK_NS
 
     def _tell_failures(self, state: OpenSession) -> None:
@@ -448,7 +455,7 @@ class StageRunner:
 
     def _goes_on(self, state: OpenSession) -> bool:
         """Is a window more wanted, after the last of the inputs?"""
-        over = state.join is not None and state.join.finished and not state.ready and not state.ending
+        over = not state.ready and not state.ending and state.join is not None and state.join.finished
         return over and state.num_quiet < MAX_QUIET and self._has_more_to_say(state)
 
     def _has_more_to_say(self, state: OpenSession) -> bool:
@@ -473,19 +480,19 @@ class StageRunner:
 
     def _idle(self) -> list[tuple[OpenSession, ReadyUnit]]:
         """Units which cost nothing: they go at once."""
-        states = [state for state in self._ready.values() if self._is_idle(state)]
+        states = [state for state in self._ready.values() if state.faults.given_up or self._is_idle(state)]
         return [(state, state.ready[0]) for state in states if self._may_go(state)]
 
     def _is_idle(self, state: OpenSession) -> bool:
-        if state.faults.given_up:
-            return True
+        if not self._knows_idle:
+            return False
         with state.faults.within("is_idle"):
             return self.stage.is_idle(state.ready[0].unit)
         return False
 
     def _gather(self) -> list[tuple[OpenSession, ReadyUnit]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
-        going = [state.waiting() for state in self._ready.values() if self._may_go(state)]
+        going = [state.ready[0].waiting for state in self._ready.values() if self._may_go(state)]
         if not going:
             return []
         next_ends_ns = (
@@ -527,7 +534,7 @@ class StageRunner:
         with self._working_on([unit.session for unit in units]):
             outcome = process(self.stage, units, self._open if self.stage.scope == "pipeline" else ())
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
-        queue_ns = max(started_ns - ready.since_ns for _, ready in batch)
+        queue_ns = max(started_ns - ready.waiting.since_ns for _, ready in batch)
         if idle:
             self._meter.passed(len(batch))
         else:
@@ -584,7 +591,7 @@ class StageRunner:
         state.num_processed += 1
         self.num_units += 1
         self._meter.unit_done(state.session, unit.end_ns)
-        received_ns = state.session_ns(ready.since_ns)
+        received_ns = state.session_ns(ready.waiting.since_ns)
         span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
         failures = state.faults.take()
         if state.plan.is_aside:
@@ -637,6 +644,8 @@ class StageRunner:
 
     def _inputs_ended(self, state: OpenSession) -> bool:
         if state.join is not None:
+            if not state.join.finished:
+                return False
             for chunk in state.join.rest():
                 self._settle(state, chunk, "late")
             return state.join.ended

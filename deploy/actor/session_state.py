@@ -20,10 +20,10 @@ from stages.stage import Session
 
 @dataclass(slots=True)
 class ReadyUnit:
-    """A unit that is complete, with the chunks' arrivals, whose credit goes back when it has been processed."""
+    """A unit that is complete. waiting: as `Gathering` sees it."""
 
     unit: Unit
-    since_ns: int  # monotonic
+    waiting: Waiting
 
 
 @dataclass(slots=True)
@@ -82,9 +82,14 @@ class OpenSession:
     def monotonic_ns(self, event_ns: int) -> int:
         return event_ns - self.offset_ns
 
-    def waiting(self) -> Waiting:
-        """The unit that is next, for `Gathering`."""
-        ready = self.ready[0]
-        end_ns = self.monotonic_ns(ready.unit.end_ns)
+    def begin(self, origin_ns: int) -> None:
+        """origin_ns: when event time 0 is, monotonic."""
+        self.offset_ns = -origin_ns
+        self.begun = True
+        self.ready = deque(self.ready_unit(each.unit, each.waiting.since_ns) for each in self.ready)
+
+    def ready_unit(self, unit: Unit, since_ns: int) -> ReadyUnit:
+        """since_ns: monotonic."""
+        end_ns = unit.end_ns - self.offset_ns
         deadline_ns = end_ns + self.session.window_ns if self.session.paced else None
-        return Waiting(self.session.id, ready.since_ns, end_ns, deadline_ns)
+        return ReadyUnit(unit, Waiting(self.session.id, since_ns, end_ns, deadline_ns))
