@@ -115,9 +115,11 @@ class Chunk:
         return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, *own)
 
 
-def watermark(session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None) -> Chunk:
+def watermark(
+    session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None, incarnation: int = 0
+) -> Chunk:
     """A promise: nothing before `at_ns` will come on `stream`."""
-    return Chunk(session, stream, at_ns, epoch=epoch, type=ChunkType.WATERMARK, trace=trace)
+    return Chunk(session, stream, at_ns, 0, 0, epoch, ChunkType.WATERMARK, {}, {}, trace, incarnation)
 
 
 def end_of_stream(session: SessionId, stream: str, at_ns: int, epoch: int = 0) -> Chunk:

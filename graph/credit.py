@@ -32,34 +32,34 @@ class SendCredit:
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit
-        self._granted = Grant(limit.chunks, limit.duration_ns or 0)
-        self._sent = Grant(0, 0)
+        self._granted_chunks, self._granted_ns = limit.chunks, limit.duration_ns or 0
+        self._sent_chunks = self._sent_ns = 0
 
     def fits(self, duration_ns: int) -> bool:
         """True when one chunk of `duration_ns` may be sent now."""
-        if self._sent.chunks >= self._granted.chunks:
+        if self._sent_chunks >= self._granted_chunks:
             return False
         if self._limit.duration_ns is None or self.in_flight == 0:  # a chunk longer than the limit travels alone
             return True
-        return self._sent.duration_ns + duration_ns <= self._granted.duration_ns
+        return self._sent_ns + duration_ns <= self._granted_ns
 
     def take(self, duration_ns: int) -> bool:
         """Spend credit for one chunk; False when it has to wait."""
         if not self.fits(duration_ns):
             return False
-        self._sent = Grant(self._sent.chunks + 1, self._sent.duration_ns + duration_ns)
+        self._sent_chunks += 1
+        self._sent_ns += duration_ns
         return True
 
     def grant(self, grant: Grant) -> None:
         """Take a grant in any order, any number of times."""
-        self._granted = Grant(
-            max(self._granted.chunks, grant.chunks), max(self._granted.duration_ns, grant.duration_ns)
-        )
+        self._granted_chunks = max(self._granted_chunks, grant.chunks)
+        self._granted_ns = max(self._granted_ns, grant.duration_ns)
 
     @property
     def in_flight(self) -> int:
         """Chunks sent and, as far as is known here, not released."""
-        return self._sent.chunks - (self._granted.chunks - self._limit.chunks)
+        return self._sent_chunks - (self._granted_chunks - self._limit.chunks)
 
 
 class ReceiveCredit:
@@ -67,15 +67,13 @@ class ReceiveCredit:
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit
-        self._released = Grant(0, 0)
+        self._num_released = self._released_ns = 0
 
     def release(self, duration_ns: int) -> None:
         """One chunk was used up or dropped."""
-        self._released = Grant(self._released.chunks + 1, self._released.duration_ns + duration_ns)
+        self._num_released += 1
+        self._released_ns += duration_ns
 
     def grant(self) -> Grant:
         """The running totals to send back."""
-        return Grant(
-            self._released.chunks + self._limit.chunks,
-            self._released.duration_ns + (self._limit.duration_ns or 0),
-        )
+        return Grant(self._num_released + self._limit.chunks, self._released_ns + (self._limit.duration_ns or 0))

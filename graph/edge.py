@@ -182,7 +182,7 @@ class Sender:
         """A session is open again at the other end, where that has been replaced."""
         lane = self._lanes[session]
         lane.is_held = False
-        self.is_blocked = not self._flush_lane(lane) or self.is_blocked
+        self._flush_lane(lane)
 
     def move(self, session: SessionId, other: Sender) -> None:
         """Let a session whose replica has died go on at another one, which has it open: what waits goes there."""
@@ -219,25 +219,28 @@ class Sender:
         Raises CodecError for a chunk that the receiver would refuse; then nothing has changed.
         """
         lane = self._lanes[chunk.session]
-        chunk = chunk.of_incarnation(lane.incarnation)
+        if chunk.incarnation != lane.incarnation:
+            chunk = chunk.of_incarnation(lane.incarnation)
         check(chunk)
-        if chunk.type in (ChunkType.PLAYBACK, ChunkType.BARGE_IN):
-            if self._is_down or lane.is_held:  # whoever comes is told of the listener when it is opened
-                return
-            was_sent = self._link.send(chunk)
-            if not was_sent and chunk.type is ChunkType.BARGE_IN:  # of a lost playback the next one tells
-                lane.waiting.appendleft((chunk, self._now_ns()))
-                self.is_blocked = True
+        if chunk.type >= ChunkType.PLAYBACK:
+            self._overtake(lane, chunk)
             return
-        if not chunk.is_control:
+        is_data = not chunk.is_control
+        if is_data:
             self._ledger.accept()
             self._observer.accepted()
-            lane.num_data += 1
+        if not lane.waiting and self._leaves(lane, chunk):
+            if is_data:
+                self._observer.waited(0.0)
+            return
+        is_first = not lane.waiting
+        lane.num_data += is_data
         lane.queue(chunk, self._now_ns())
-        self.is_blocked = not self._flush_lane(lane) or self.is_blocked
+        if not is_first:
+            self._flush_lane(lane)
         if not lane.waits and lane.num_data > self.rule.limit.chunks:
             self._drop_oldest(lane)
-            self.is_blocked = not self._flush_lane(lane) or self.is_blocked  # a watermark may stand first now
+            self._flush_lane(lane)  # a watermark may stand first now
 
     def shed(self, chunk: Chunk) -> None:
         """Account for a chunk of data that is made and not sent."""
@@ -251,9 +254,9 @@ class Sender:
         lanes = self._lanes.values() if self.is_blocked else granted
         self.is_blocked = False
         for lane in lanes:
-            had_waiting = bool(lane.waiting)
-            self.is_blocked = not self._flush_lane(lane) or self.is_blocked
-            self._has_eased = self._has_eased or (had_waiting and not lane.waiting)
+            if lane.waiting:
+                self._flush_lane(lane)
+                self._has_eased = self._has_eased or not lane.waiting
         return not self.is_blocked
 
     def has_eased(self) -> bool:
@@ -270,18 +273,37 @@ class Sender:
                 granted.append(lane)
         return granted
 
-    def _flush_lane(self, lane: Lane) -> bool:
-        while lane.waiting and not self._is_down and not lane.is_held:
+    def _overtake(self, lane: Lane, chunk: Chunk) -> None:
+        """News of the listener, and what interrupts."""
+        if self._is_down or lane.is_held:  # whoever comes is told of the listener when it is opened
+            return
+        was_sent = self._link.send(chunk)
+        if not was_sent and chunk.type is ChunkType.BARGE_IN:  # of a lost playback the next one tells
+            lane.waiting.appendleft((chunk, self._now_ns()))
+            self.is_blocked = True
+
+    def _flush_lane(self, lane: Lane) -> None:
+        while lane.waiting:
             chunk, queued_ns = lane.waiting[0]
-            if not chunk.is_control and not lane.credit.fits(chunk.duration_ns):
-                return True
-            if not self._link.send(chunk):
-                return False
+            if not self._leaves(lane, chunk):
+                return
             lane.waiting.popleft()
             if not chunk.is_control:
-                lane.credit.take(chunk.duration_ns)
                 lane.num_data -= 1
                 self._observer.waited((self._now_ns() - queued_ns) * 1e-9)
+
+    def _leaves(self, lane: Lane, chunk: Chunk) -> bool:
+        """Send the lane's first chunk, if there is credit for it and the link takes it."""
+        if self._is_down or lane.is_held:
+            return False
+        is_data = not chunk.is_control
+        if is_data and not lane.credit.fits(chunk.duration_ns):
+            return False
+        if not self._link.send(chunk):
+            self.is_blocked = True
+            return False
+        if is_data:
+            lane.credit.take(chunk.duration_ns)
         return True
 
     def _drop_oldest(self, lane: Lane) -> None:
@@ -342,16 +364,20 @@ class Receiver:
 
     def receive(self) -> list[Arrival]:
         """What has come in, a bounded number; what is of no session that is open here is dropped as `shed`."""
-        arrivals = [Arrival(chunk, self.rule.id, peer) for peer, chunk in self._link.receive()]
-        for arrival in arrivals:
-            if not arrival.chunk.is_control:
-                self._arrived[arrival.peer] += 1
-                if not self._is_open(arrival.chunk):
+        edge, arrivals = self.rule.id, list[Arrival]()
+        for peer, chunk in self._link.receive():
+            arrival = Arrival(chunk, edge, peer)
+            is_open = self._incarnations.get(chunk.session) == chunk.incarnation
+            if is_open:
+                arrivals.append(arrival)
+            if not chunk.is_control:
+                self._arrived[peer] += 1
+                if not is_open:
                     self.drop(arrival, "shed")
         for peer, chunk in self._link.refused():
             self._arrived[peer] += 1
-            self.drop(Arrival(chunk, self.rule.id, peer), "invalid")
-        return [arrival for arrival in arrivals if self._is_open(arrival.chunk)]
+            self.drop(Arrival(chunk, edge, peer), "invalid")
+        return arrivals
 
     def deliver(self, arrival: Arrival, age_s: float) -> None:
         """The chunk has been used, `age_s` after its end in event time: its credit goes back."""
@@ -375,17 +401,16 @@ class Receiver:
             self._send_grant(key)
         return not self._unsent
 
-    def _is_open(self, chunk: Chunk) -> bool:
-        return self._incarnations.get(chunk.session) == chunk.incarnation
-
     def _release(self, arrival: Arrival) -> None:
         """Grants are totals, so one may stand for many: it is sent when nothing else came for a while (Bus.wait), and
         at the latest when half the limit has been used up."""
-        if not self._is_open(arrival.chunk):
+        chunk = arrival.chunk
+        if self._incarnations.get(chunk.session) != chunk.incarnation:  # it is not open any more
             return
-        key = (arrival.peer, arrival.chunk.session)
-        credit = self._credits.setdefault(key, ReceiveCredit(self.rule.limit))
-        credit.release(arrival.chunk.duration_ns)
+        key = (arrival.peer, chunk.session)
+        if (credit := self._credits.get(key)) is None:
+            credit = self._credits[key] = ReceiveCredit(self.rule.limit)
+        credit.release(chunk.duration_ns)
         self._unsent[key] = self._unsent.get(key, 0) + 1
         if 2 * self._unsent[key] >= self.rule.limit.chunks:
             self._send_grant(key)

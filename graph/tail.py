@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -79,7 +79,7 @@ class Playback:
 
     def ack(self, ack: Ack) -> None:
         """Take an Ack, in any order, any number of times."""
-        if ack.at_ns > self._at_ns[-1]:  # as nearly all are
+        if ack.at_ns > self._at_ns[-1]:
             self._append(ack.at_ns, ack)
             return
         known = [self._read(index) for index in range(len(self._acks))]
@@ -91,7 +91,7 @@ class Playback:
 
     def hear(self, chunk: Chunk) -> None:
         """Take an Ack as it travels. Where it holds none, whoever reads it gets a KeyError."""
-        if chunk.start_ns > self._at_ns[-1]:
+        if chunk.start_ns > self._at_ns[-1]:  # as nearly all are
             self._append(chunk.start_ns, chunk)
         else:
             self.ack(ack_of(chunk))
@@ -103,11 +103,11 @@ class Playback:
     def _append(self, at_ns: int, ack: Ack | Chunk) -> None:
         self._at_ns.append(at_ns)
         self._acks.append(ack)
-        self._forget()
+        if len(self._acks) > MAX_ACKS:
+            self._forget()
 
     def _forget(self) -> None:
-        if len(self._acks) > MAX_ACKS:
-            del self._at_ns[:-MAX_ACKS], self._acks[:-MAX_ACKS]
+        del self._at_ns[:-MAX_ACKS], self._acks[:-MAX_ACKS]
 
     def _read(self, index: int) -> Ack:
         ack = self._acks[index]
@@ -278,7 +278,9 @@ class Player:
         self._now_ns = 0
         self._pieces: deque[_Piece] = deque()
         self._first = 0  # number of the piece at the head of the queue
-        self._ack = Ack(0)
+        self._heard_ns = self._received_ns = self._through_ns = 0
+        self._num_turns = 0
+        self._epoch = 0
         self._paused = False
 
     @property
@@ -292,7 +294,7 @@ class Player:
     @property
     def unheard_ns(self) -> int:
         """Speech received and not heard."""
-        return self._ack.received_ns - self._ack.heard_ns
+        return self._received_ns - self._heard_ns
 
     @property
     def next_change_ns(self) -> int | None:
@@ -312,17 +314,13 @@ class Player:
         planned_ns = max(window_end_ns + self._delay_ns, self.last_end_ns if self._pieces else 0)
         start_ns = max(planned_ns, self._now_ns)
         self._pieces.append(_Piece(start_ns, duration_ns))
-        self._ack = replace(
-            self._ack,
-            received_ns=self._ack.received_ns + duration_ns,
-            num_turns=self._ack.num_turns + end_of_turn,
-        )
+        self._received_ns += duration_ns
+        self._num_turns += end_of_turn
         return start_ns - planned_ns
 
     def settled(self, through_ns: int) -> None:
         """All speech of windows that end at or before `through_ns` has been received."""
-        if through_ns > self._ack.through_ns:
-            self._ack = replace(self._ack, through_ns=through_ns)
+        self._through_ns = max(self._through_ns, through_ns)
 
     def advance(self, now_ns: int) -> list[Heard]:
         """Let time pass; returns what was heard meanwhile, in order. Time never runs backwards."""
@@ -333,7 +331,7 @@ class Player:
             if until_ns > piece.heard_ns:
                 at_ns = piece.start_ns + piece.heard_ns
                 heard.append(Heard(self._first, piece.heard_ns, until_ns - piece.heard_ns, at_ns))
-                self._ack = replace(self._ack, heard_ns=self._ack.heard_ns + until_ns - piece.heard_ns)
+                self._heard_ns += until_ns - piece.heard_ns
                 piece.heard_ns = until_ns
             if piece.heard_ns < piece.duration_ns:
                 break
@@ -362,15 +360,15 @@ class Player:
         unheard_ns = self.unheard_ns
         self._first += len(self._pieces)
         self._pieces.clear()
-        self._ack = replace(self._ack, received_ns=self._ack.heard_ns, epoch=epoch)
+        self._received_ns, self._epoch = self._heard_ns, epoch
         return unheard_ns
 
     def ack(self) -> Ack:
         """What to tell the other end, as of now."""
         pieces = () if self._paused else tuple(self._pieces)
-        queue = tuple((p.start_ns + p.heard_ns, p.duration_ns - p.heard_ns) for p in pieces)
-        ack = self._ack
-        return Ack(self._now_ns, ack.heard_ns, ack.received_ns, ack.through_ns, ack.num_turns, ack.epoch, queue)
+        queue = tuple([(p.start_ns + p.heard_ns, p.duration_ns - p.heard_ns) for p in pieces])
+        totals = (self._heard_ns, self._received_ns, self._through_ns, self._num_turns)
+        return Ack(self._now_ns, *totals, self._epoch, queue)
 
 
 def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
@@ -382,23 +380,18 @@ def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
         "through_ns": ack.through_ns,
         "num_turns": ack.num_turns,
     }
-    queue = np.array(ack.queue, dtype=np.int64).reshape(-1, 2)
-    return Chunk(session, "", ack.at_ns, epoch=ack.epoch, type=ChunkType.PLAYBACK, arrays={"queue": queue}, attrs=attrs)
+    arrays = {"queue": np.array(ack.queue, dtype=np.int64)} if ack.queue else {}
+    return Chunk(session, "", ack.at_ns, epoch=ack.epoch, type=ChunkType.PLAYBACK, arrays=arrays, attrs=attrs)
 
 
 def ack_of(chunk: Chunk) -> Ack:
     """The Ack in a control chunk of the playback stream. Raises KeyError when it holds none."""
-    queue = chunk.arrays["queue"]
-    return Ack(
-        at_ns=chunk.start_ns,
-        heard_ns=_total(chunk, "heard_ns"),
-        received_ns=_total(chunk, "received_ns"),
-        through_ns=_total(chunk, "through_ns"),
-        num_turns=_total(chunk, "num_turns"),
-        epoch=chunk.epoch,
-        queue=tuple((start, length) for start, length in queue.astype(np.int64).tolist()) if queue.size else (),
-    )
+    through_ns, num_turns = int(chunk.attrs["through_ns"] or 0), int(chunk.attrs["num_turns"] or 0)
+    queue = chunk.arrays.get("queue")
+    pieces = () if queue is None else tuple([(start, length) for start, length in queue.astype(np.int64).tolist()])
+    return Ack(chunk.start_ns, *totals_of(chunk), through_ns, num_turns, chunk.epoch, pieces)
 
 
-def _total(chunk: Chunk, name: str) -> int:
-    return int(chunk.attrs[name] or 0)
+def totals_of(chunk: Chunk) -> tuple[int, int]:
+    """What was heard and what was received, ns, of an Ack as it travels. Raises KeyError when it holds none."""
+    return int(chunk.attrs["heard_ns"] or 0), int(chunk.attrs["received_ns"] or 0)

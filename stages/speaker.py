@@ -150,7 +150,9 @@ class Speaker(Stage):
         state = self._open[session]
         if self._open_device is not None or not state.session.paced:
             return TICK_NS  # a device wants its sound in small pieces; in virtual time nothing here goes by the clock
-        due_ns = [state.next_ack_ns, *(action.at_ns for action in list(state.actions)[:1])]
+        due_ns = [state.next_ack_ns]
+        if state.actions:
+            due_ns.append(state.actions[0].at_ns)
         if (change_ns := state.player.next_change_ns) is not None:
             due_ns.append(change_ns)
         return max(min(due_ns) - now_ns, 0)
@@ -203,9 +205,8 @@ class Speaker(Stage):
         chunks: list[Chunk] = []
         for heard in state.player.advance(now_ns):
             piece = self._piece(state, heard)
-            first, last = (
-                ns * SPEECH_RATE_HZ // NS_PER_S for ns in (heard.offset_ns, heard.offset_ns + heard.duration_ns)
-            )
+            first = heard.offset_ns * SPEECH_RATE_HZ // NS_PER_S
+            last = (heard.offset_ns + heard.duration_ns) * SPEECH_RATE_HZ // NS_PER_S
             for output in state.outputs:
                 chunks += _told(state, heard.at_ns, output.write(heard.at_ns, piece.samples[first:last]))
             if not piece.started:

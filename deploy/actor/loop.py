@@ -34,7 +34,13 @@ class ActorLoop:
         if woken:
             for runner in self._runners:
                 runner.wake(woken)
-        for arrival in sorted(arrivals, key=lambda a: a.chunk.type < ChunkType.PLAYBACK):  # what overtakes, overtakes
+        queued: list[Arrival] = []
+        for arrival in arrivals:
+            if arrival.chunk.type >= ChunkType.PLAYBACK:  # what overtakes, overtakes
+                self._runner_of[arrival.edge].take(arrival)
+            else:
+                queued.append(arrival)
+        for arrival in queued:
             self._runner_of[arrival.edge].take(arrival)
         more = [runner.step() for runner in self._runners]  # each takes its step
         self._has_more = any(more)

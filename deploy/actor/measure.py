@@ -12,7 +12,6 @@ from graph.clock import Clock
 from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
 from graph.stage_type import outputs_of
-from graph.tail import Ack
 from stages.media.health import Totals
 from stages.stage import Session, Stage
 
@@ -136,13 +135,13 @@ class StageMeter:
             bound.turns.text_budget(self._readings.text_budget(session.id))
             bound.turns.parked(session.paced and session.playback.parked(end_ns))
 
-    def played(self, session: Session, ack: Ack) -> None:
+    def played(self, session: Session, heard_ns: int, received_ns: int) -> None:
         """The sink says how far the listener has heard."""
         bound = self._sessions[session.id]
         if bound.playback is not None:
-            bound.playback.lead((ack.received_ns - ack.heard_ns) / NS_PER_S)
-            bound.playback.heard((ack.heard_ns - bound.heard_ns) / NS_PER_S)
-            bound.heard_ns = ack.heard_ns
+            bound.playback.lead((received_ns - heard_ns) / NS_PER_S)
+            bound.playback.heard((heard_ns - bound.heard_ns) / NS_PER_S)
+            bound.heard_ns = heard_ns
 
     def window(self, session: Session, latency_s: float, late_stage: str, missing: tuple[str, ...]) -> None:
         """A window has come to its end at the sink."""

@@ -12,10 +12,9 @@ from deploy.actor.session_plan import Output
 from deploy.actor.session_state import OpenSession
 from graph.chunk import Chunk, ChunkType, Scalar, Trace, end_of_stream, watermark
 from graph.codec import CodecError
-from graph.edge import Sender
 from graph.kinds import Kind, KindError
 from graph.ladder import sheds_picture
-from graph.tail import Ack, ack_of
+from graph.tail import totals_of
 from stages.stage import Session, StageError
 
 
@@ -23,7 +22,7 @@ class OutMeter(Protocol):
     """What is counted of what leaves (deploy/actor/measure.py: StageMeter)."""
 
     def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...
-    def played(self, session: Session, ack: Ack) -> None: ...
+    def played(self, session: Session, heard_ns: int, received_ns: int) -> None: ...
 
 
 class Outbox:
@@ -51,8 +50,12 @@ class Outbox:
 
     def advance(self, state: OpenSession, end_ns: int, trace: Trace) -> None:
         """A window is done: its watermark leaves wherever windows do."""
+        session, incarnation = state.session.id, state.plan.incarnation
         for name, output in state.windowed:
-            self.send(state, watermark(state.session.id, name, end_ns, state.fence.epoch_of(output.kind), trace))
+            epoch = state.fence.epoch_of(output.kind)
+            self._send_on(
+                state, output.edges, watermark(session, output.stream, end_ns, epoch, trace, incarnation), name
+            )
 
     def end(self, state: OpenSession, end_ns: int, *, says_itself: bool) -> None:
         """Nothing will leave any more. says_itself: the stage has said where its windows end, as a source does."""
@@ -61,17 +64,15 @@ class Outbox:
                 self.send(state, end_of_stream(state.session.id, name, end_ns, state.fence.epoch_of(output.kind)))
 
     def _send_control(self, state: OpenSession, chunk: Chunk) -> None:
-        if chunk.type is ChunkType.PLAYBACK:
-            ack = ack_of(chunk)
-            state.session.playback.ack(ack)
-            self._meter.played(state.session, ack)
+        is_playback = chunk.type is ChunkType.PLAYBACK
+        if is_playback:
+            state.session.playback.hear(chunk)
+            self._meter.played(state.session, *totals_of(chunk))
         elif chunk.type is ChunkType.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for output in self._outputs_of(state, chunk):
-            sent = chunk.on(output.stream, state.plan.incarnation)
-            for edge in output.edges:
-                if chunk.type is not ChunkType.PLAYBACK or _is_news(state, edge):
-                    self._send_on(state.lanes[edge], sent, chunk.stream)
+            edges = [edge for edge in output.edges if _is_news(state, edge)] if is_playback else output.edges
+            self._send_on(state, edges, chunk.on(output.stream, state.plan.incarnation), chunk.stream)
 
     def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
         name, output = chunk.stream, self._output(state, chunk)
@@ -83,17 +84,18 @@ class Outbox:
         chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)
         may_shed = output.kind.is_sheddable and state.join is None  # where it is taken, and nowhere again
         is_shed = may_shed and sheds_picture(state.session.taken, chunk.session, seq)
-        for edge in output.edges:
-            if is_shed:
+        if is_shed:
+            for edge in output.edges:
                 state.lanes[edge].shed(chunk)
-            else:
-                self._send_on(state.lanes[edge], chunk, name)
+        else:
+            self._send_on(state, output.edges, chunk, name)
         state.seqs[name] = seq + 1
         self._meter.made(state.session, chunk, output.kind)
 
-    def _send_on(self, lane: Sender, chunk: Chunk, port: str) -> None:
+    def _send_on(self, state: OpenSession, edges: Iterable[str], chunk: Chunk, port: str) -> None:
         try:
-            lane.send(chunk)
+            for edge in edges:
+                state.lanes[edge].send(chunk)
         except CodecError as error:
             raise StageError(f"stage {self._stage}, port {port}: {error}") from error
 

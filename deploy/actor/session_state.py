@@ -74,7 +74,7 @@ class OpenSession:
         return self.num_processed < self.plan.alone_for
 
     def now_ns(self) -> int:
-        return self.session_ns(self.clock.monotonic_ns())
+        return self.clock.monotonic_ns() + self.offset_ns
 
     def session_ns(self, monotonic_ns: int) -> int:
         return monotonic_ns + self.offset_ns

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Final, Protocol
 
 from deploy.actor.commands import Commands, Ends
@@ -151,7 +152,7 @@ class VirtualActor:
         at_ns = max(at_ns, self._free_ns)
         if self._next_turn_ns is None or at_ns < self._next_turn_ns:
             self._next_turn_ns = at_ns
-            self._world.at(at_ns, lambda: self._turn_at(at_ns))
+            self._world.at(at_ns, partial(self._turn_at, at_ns))
 
     def _turn_at(self, at_ns: int) -> None:
         if at_ns != self._next_turn_ns or self.is_dead:

@@ -12,7 +12,6 @@ import numpy as np
 from deploy.simulator.stages import Spoilt
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import Kind
-from graph.tail import Ack
 from stages.stage import Session
 
 
@@ -86,8 +85,8 @@ class VirtualMeter:
         if not isinstance(error, Spoilt):
             raise error
 
-    def played(self, session: Session, ack: Ack) -> None:
-        unheard_ns = ack.received_ns - ack.heard_ns
+    def played(self, session: Session, heard_ns: int, received_ns: int) -> None:
+        unheard_ns = received_ns - heard_ns
         self._figures.unheard_max_ns = max(self._figures.unheard_max_ns, unheard_ns)
         if unheard_ns > session.lead_ns + session.window_ns:
             self._violated("TAIL", f"{session.id}: {unheard_ns / NS_PER_S:.3f} s of speech wait unheard")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Final, Protocol
 
@@ -79,7 +80,7 @@ class ReceiveEnd:
     def grant(self, peer: bytes, session: SessionId, incarnation: int, grant: Grant) -> bool:
         end = self.peers[peer]
         for after_ns in self._grants.arrivals_ns(self._rng):
-            self._world.after(after_ns, lambda: end.come(session, incarnation, grant))
+            self._world.after(after_ns, partial(end.come, session, incarnation, grant))
         return True
 
 
@@ -113,7 +114,7 @@ class SendEnd:
             at_ns = self._world.now_ns + after_ns
             if not self._network.lost:
                 at_ns = self._last_ns = max(at_ns, self._last_ns)
-            self._world.at(at_ns, lambda: self._arrive(chunk))
+            self._world.at(at_ns, partial(self._arrive, chunk))
         return True
 
     def _arrive(self, chunk: Chunk) -> None:

@@ -45,25 +45,25 @@ class World:
 
     def run(self, until_ns: int) -> None:
         """Let time pass until nothing is left to happen, or it is over."""
-        while self._events and self._events[0][0] <= until_ns and not self.is_over:
-            self._happen()
+        self._pass(until_ns)
 
     def wait(self, until_ns: int, is_there: Callable[[], bool] = lambda: False) -> None:
         """Let time pass while one that happens now waits for another: until it is there, until then at most.
 
         Raises WorldOver when nothing more happens.
         """
-        while not is_there() and self._events and self._events[0][0] <= until_ns:
-            self._happen()
-            if self.is_over:
-                raise WorldOver
+        self._pass(until_ns, is_there)
+        if self.is_over:
+            raise WorldOver
         if not is_there():
             self.now_ns = max(self.now_ns, until_ns)
 
-    def _happen(self) -> None:
-        self.now_ns, _, action = heapq.heappop(self._events)
+    def _pass(self, until_ns: int, is_enough: Callable[[], bool] | None = None) -> None:
+        events = self._events
         try:
-            action()
+            while events and events[0][0] <= until_ns and not self.is_over and not (is_enough and is_enough()):
+                self.now_ns, _, action = heapq.heappop(events)
+                action()
         except Exception as error:
             self.error = self.error or error
             self.is_over = True
@@ -132,6 +132,8 @@ class Network:
 
     def arrivals_ns(self, rng: Random) -> list[int]:
         """The same for each copy; there may be several, or none."""
+        if not (self.lost or self.doubled):
+            return [self.latency_ns + int(rng.random() * self.jitter_ns)]
         if self.lost and rng.random() < self.lost:
             return []
         copies = 2 if self.doubled and rng.random() < self.doubled else 1

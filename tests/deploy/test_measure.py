@@ -13,7 +13,7 @@ from stages import kinds
 from stages.media.health import Totals
 from stages.stage import Session, Stage
 from tests.support.streams import CODES, EVENTS, TEXT, camera_stream, kind_of
-from tests.support.units import DOOR, ack, session
+from tests.support.units import DOOR, session
 
 STAGES = ("camera", "llm", "speaker")
 
@@ -225,7 +225,7 @@ def test_a_session_parks_when_its_listener_is_gone(paced: bool, parked: float):
 def test_what_was_heard_and_what_is_ahead_is_told_by_the_acks():
     meter = Meter("speaker")
     for heard_s in (0.0, 0.25, 0.25, 1.5):
-        meter.meter.played(meter.session, ack(2.0, heard_s=heard_s, received_s=2.0))
+        meter.meter.played(meter.session, round(heard_s * NS_PER_S), 2 * NS_PER_S)
     assert meter.of_door("omni_speech_seconds_total") == 1.5
     assert meter.of_door("omni_playback_lead_seconds") == 0.5
 
@@ -261,7 +261,7 @@ def test_a_stage_exports_nothing_of_what_it_does_not_do():
     meter = Meter("tts")
     meter.told("camera_up")
     meter.meter.unit_done(meter.session, NS_PER_S)
-    meter.meter.played(meter.session, ack(1.0))
+    meter.meter.played(meter.session, 0, 0)
     meter.meter.window(meter.session, 0.5, "", ())
     names = {family.name for family in meter.registry.collect()}
     assert not {name for name in names if name.startswith(("omni_camera", "omni_playback", "omni_window"))}
