@@ -28,7 +28,7 @@ _BREAKING_WORDS: Final = (
     "can't allocate memory",
 )
 
-Report = Callable[[Exception], None]
+Report = Callable[[Exception, str], None]
 
 
 def breaks_process(error: BaseException | None) -> bool:
@@ -115,7 +115,7 @@ class Faults:
     """
 
     def __init__(self, stage: str, report: Report) -> None:
-        """report: told of each exception."""
+        """report: given each exception, and where it was raised: "window 3", or a hook's name."""
         self._stage = stage
         self._report = report
         self._in_a_row: dict[str, int] = {}
@@ -143,9 +143,9 @@ class Faults:
     def succeeded(self, hook: str) -> None:
         self._in_a_row.pop(hook, None)
 
-    def failed(self, hook: str, error: Exception) -> None:
-        """One more; the third in a row gives the session up."""
-        self._report(error)
+    def failed(self, hook: str, error: Exception, window: int | None = None) -> None:
+        """One more; the third in a row gives the session up. window: of the unit at which it was raised."""
+        self._report(error, hook if window is None else f"window {window}")
         reason = reason_of(error)
         self._in_a_row[hook] = self._in_a_row.get(hook, 0) + 1
         self._untold[reason] = Failure(self._stage, reason)

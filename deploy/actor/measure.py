@@ -96,9 +96,9 @@ class StageMeter:
         """Units went through for which there was nothing to compute."""
         self._stage.passed(num_units)
 
-    def failed(self, session: Session, error: Exception) -> None:
-        """The stage has raised at a session's unit, or at another of its hooks."""
-        logging.error("%s: session %s has failed", self._name, session.id, exc_info=error)
+    def failed(self, session: Session, error: Exception, where: str) -> None:
+        """The stage has raised at a session's unit ("window 3"), or at another of its hooks ("open_session")."""
+        logging.error("%s: session %s, %s: failed", self._name, session.id, where, exc_info=error)
         self._stage.failed()
 
     def carried(self, num_chunks: int) -> None:

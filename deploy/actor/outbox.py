@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from deploy.actor.session_plan import Output
 from deploy.actor.session_state import OpenSession
 from graph.chunk import Chunk, ChunkType, Scalar, Trace, end_of_stream, watermark
-from graph.codec import CodecError
+from graph.codec import CodecError, check
 from graph.kinds import Kind, KindError
 from graph.ladder import sheds_picture
 from graph.tail import totals_of
@@ -78,7 +78,9 @@ class Outbox:
         name, output = chunk.stream, self._output(state, chunk)
         try:
             output.kind.check(chunk)
-        except KindError as error:
+            if not output.edges:  # nobody reads it, and it is refused all the same
+                check(chunk.numbered(output.stream, 0, 0, state.plan.incarnation))
+        except (KindError, CodecError) as error:
             raise StageError(f"stage {self._stage}, port {name}: {error}") from error
         seq = state.seqs.get(name, state.first_seq)
         chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)

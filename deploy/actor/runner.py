@@ -39,6 +39,7 @@ from stages.stage import TICK_NS, Session, Stage, StageError
 
 WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
+MAX_ENDED = 256  # sessions that were given up and have ended, of which is known why
 MAX_QUIET = 5
 """Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
 MAX_CHUNKS_PER_WINDOW = 1 << 16
@@ -56,7 +57,7 @@ class Meter(WindowMeter, OutMeter, Protocol):
     def passed(self, num_units: int) -> None: ...
     def carried(self, num_chunks: int) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
-    def failed(self, session: Session, error: Exception) -> None: ...
+    def failed(self, session: Session, error: Exception, where: str) -> None: ...
 
 
 class StageRunner:
@@ -87,6 +88,7 @@ class StageRunner:
         self._working_on = working_on
         self.num_units = 0
         self._open: dict[SessionId, OpenSession] = {}
+        self._given_up_before: dict[SessionId, tuple[str, bool]] = {}  # that have ended: why, and whether aside
         self._ready: dict[SessionId, OpenSession] = {}  # those which have a unit that is complete
         self._out = Outbox(name, meter)
         self._schedule = Schedule()
@@ -117,11 +119,12 @@ class StageRunner:
         others = [state.session for state in self._open.values() if state.ladder is not None]
         ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
         session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
-        faults = Faults(self.name, lambda error: self._meter.failed(session, error))
+        faults = Faults(self.name, lambda error, where: self._meter.failed(session, error, where))
         state = OpenSession(plan, self._join(plan), lanes, queues, self._clock, ladder, faults)
         if plan.ends_windows:
             state.sink = WindowEnd(self.name, session, ladder, self._meter, state.events)
         self._open[session.id] = state
+        self._given_up_before.pop(session.id, None)
         self._schedule.touch(session.id)
         self._meter.opened(session, plan.upstream if plan.ends_windows else None)
         if ladder is not None:
@@ -160,6 +163,10 @@ class StageRunner:
         self._schedule.forget(session)
         if state is None:
             return
+        if state.faults.given_up:
+            self._given_up_before[session] = (state.faults.given_up, state.plan.is_aside)
+            if len(self._given_up_before) > MAX_ENDED:
+                self._given_up_before.pop(next(iter(self._given_up_before)))
         for arrival in state.arrivals.values():
             self._receivers[arrival.edge].drop(arrival, "shed")
         for sender in state.lanes.values():
@@ -227,10 +234,10 @@ class StageRunner:
         """What this replica is doing."""
         sinks = {name: state.sink for name, state in self._open.items()}
         seen = {n: SessionSnapshot(s.num_windows, s.num_late) if s else SessionSnapshot(0, 0) for n, s in sinks.items()}
-        failing = {name: state for name, state in self._open.items() if state.faults.given_up}
-        given_up = {name: state.faults.given_up for name, state in failing.items() if not state.plan.is_aside}
-        aside = {name: state.faults.given_up for name, state in failing.items() if state.plan.is_aside}
-        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up, aside)
+        failing = {name: (s.faults.given_up, s.plan.is_aside) for name, s in self._open.items() if s.faults.given_up}
+        given_up, before = _of_way(failing, is_aside=False), _of_way(self._given_up_before, is_aside=False)
+        aside = _of_way(self._given_up_before | failing, is_aside=True)
+        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up, aside, before)
 
     @property
     def incoming(self) -> Iterable[str]:
@@ -543,7 +550,7 @@ class StageRunner:
         saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
         for state, ready in batch:
             if (error := outcome.failed.get(state.session.id)) is not None:
-                state.faults.failed("process", error)
+                state.faults.failed("process", error, ready.unit.index)
             else:
                 state.faults.succeeded("process")
             is_quiet = ready.unit.is_afterword and state.session.id not in saying
@@ -650,6 +657,11 @@ class StageRunner:
                 self._settle(state, chunk, "late")
             return state.join.ended
         return len(state.ended) >= state.plan.num_inputs
+
+
+def _of_way(given_up: Mapping[SessionId, tuple[str, bool]], *, is_aside: bool) -> dict[SessionId, str]:
+    """Of those that were given up, with the reason, the ones on a side branch, or on the way of the windows."""
+    return {session: reason for session, (reason, aside) in given_up.items() if aside == is_aside}
 
 
 def _single(state: OpenSession, arrival: Arrival) -> Unit:

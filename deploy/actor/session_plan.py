@@ -79,7 +79,7 @@ class StageSnapshot:
     """What a stage replica has done and has before it.
 
     given_up: the sessions that fail here, and why. given_up_aside: those that go on all the same, since no window ends
-    behind this stage.
+    behind this stage. given_up_before: those that have ended here since. Sessions on a side branch stay when they end.
     """
 
     num_units: int
@@ -88,3 +88,4 @@ class StageSnapshot:
     sources: Mapping[SessionId, SourceReport] = field(default_factory=dict)
     given_up: Mapping[SessionId, str] = field(default_factory=dict)
     given_up_aside: Mapping[SessionId, str] = field(default_factory=dict)
+    given_up_before: Mapping[SessionId, str] = field(default_factory=dict)

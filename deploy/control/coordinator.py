@@ -74,6 +74,7 @@ class Coordinator:
         )
         self._openings = Openings(self._tools)
         self._restarts = Restarts(self._tools, self.close_session)
+        self._reported: set[tuple[str, SessionId]] = set()  # at which stage which session is given up
 
     @property
     def actors(self) -> Mapping[str, Address]:
@@ -137,7 +138,9 @@ class Coordinator:
         """
         for session in self.sessions:
             self.close_session(session)
-        return last_ledger(self._tools, deadline or Deadline(ENDS_S, self._now_s))
+        ledger = last_ledger(self._tools, deadline or Deadline(ENDS_S, self._now_s))
+        self._report_given_up()
+        return ledger
 
     def stop(self, deadline: Deadline | None = None) -> None:
         """Stop every actor; one that is gone already, or does not answer, is no error."""
@@ -192,6 +195,7 @@ class Coordinator:
             if all(report.is_done for report in reports) or deadline.is_over:
                 break
         self._end_given_up()
+        self._report_given_up()
         for placement in [each for each in self._table.placements.values() if self._tools.fleet.has_ended(each)]:
             del self._table.placements[placement.session.id]
         return dict(self._tools.fleet.snapshots)
@@ -230,24 +234,35 @@ class Coordinator:
             living.line.limit_s = STALL_S if paced else START_TIMEOUT_S
 
     def _end_given_up(self) -> None:
-        """Where a stage has failed at a session too often, its sources end; what is under way is gone through. On a
-        side branch the session goes on without it."""
+        """Where a stage has failed at a session too often, its sources end; what is under way is gone through."""
         for name, stages in self._tools.fleet.snapshots.items():
-            for session, reason in [item for stage in stages.values() for item in stage.given_up_aside.items()]:
-                placement = self._table.placements.get(session)
-                if placement is not None and reason not in placement.given_up_aside:
-                    placement.given_up_aside.add(reason)
-                    self._tools.tell(f"camera {placement.session.camera}: {reason}; it goes on without")
             living = self._tools.fleet.living.get(name)
-            for session, reason in [item for stage in stages.values() for item in stage.given_up.items()]:
+            given_up = [(stage, *item) for stage, each in stages.items() for item in each.given_up.items()]
+            for stage, session, reason in given_up:
                 placement = self._table.placements.get(session)
                 if placement is None or living is None or living.reported_at <= placement.since:
                     continue
                 if placement.is_open and not placement.is_given_up:
                     placement.is_given_up = True
+                    self._reported.add((stage, session))
                     self._tools.tell(f"camera {placement.session.camera}: closed: {reason}")
                     self._restarts.announce(placement, "session_closed", {"reason": reason})
                     self.end_session(session)
+
+    def _report_given_up(self) -> None:
+        """What ends nothing any more: on a side branch, where the session goes on without the stage, or in a session
+        that has ended before anybody looked."""
+        given_up: set[tuple[str, SessionId]] = set()
+        for name, stage in [item for stages in self._tools.fleet.snapshots.values() for item in stages.items()]:
+            given_up |= {(name, session) for session in stage.given_up}
+            aside = {s: f"{reason}; the camera goes on without {name}" for s, reason in stage.given_up_aside.items()}
+            before = {s: f"closed: {reason}" for s, reason in stage.given_up_before.items()}
+            for session, what in (aside | before).items():
+                given_up.add((name, session))
+                if (name, session) not in self._reported:
+                    self._reported.add((name, session))
+                    self._tools.tell(f"camera {session}: {what}")
+        self._reported &= given_up  # who opens again under its name is another one
 
     def _wait_for(
         self, replies: Mapping[str, Reply[Any]], is_there: Callable[[str], None] = lambda name: None

@@ -33,7 +33,6 @@ class Placement:
     absent: stages at which it is open nowhere, since its replica has died. in_hand: those for which somebody is looking
     for another one.
     since: only reports that were asked for later know all of it. is_given_up: a stage has failed at it too often.
-    given_up_aside: the stages on side branches that have, by the reason.
     """
 
     session: Session
@@ -47,7 +46,6 @@ class Placement:
     in_hand: set[str] = field(default_factory=set)
     since: int = 0
     is_given_up: bool = False
-    given_up_aside: set[str] = field(default_factory=set)
 
 
 class SessionTable:

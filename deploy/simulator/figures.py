@@ -80,7 +80,7 @@ class VirtualMeter:
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def moved(self, session: Session, level: int) -> None: ...
 
-    def failed(self, session: Session, error: Exception) -> None:
+    def failed(self, session: Session, error: Exception, where: str) -> None:
         """Nothing of ours may raise, but for what a scenario spoils."""
         if not isinstance(error, Spoilt):
             raise error

@@ -426,8 +426,24 @@ def test_a_session_goes_on_without_a_side_branch_that_has_failed_at_it_too_often
     cluster.actors["vision_encoder.0"].given_up_aside = {SessionId("a"): reason}
     for _ in range(3):
         look(coordinator)
-    assert told.count(f"camera a: {reason}; it goes on without") == 1
+    assert told.count(f"camera a: {reason}; the camera goes on without vision_encoder") == 1
     assert of(cluster.calls, "end_session") == []
+
+
+def test_a_session_that_was_given_up_and_has_ended_before_anybody_looked_is_reported(
+    cluster: FakeCluster, tmp_path: Path
+):
+    told: list[str] = []
+    coordinator = started(cluster, tmp_path, told=told)
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.actors["vision_encoder.0"].given_up_aside = {SessionId("a"): "stage x failed three times in a row: why"}
+    cluster.actors["llm.0"].given_up_before = {SessionId("b"): "stage y failed three times in a row: why"}
+    coordinator.end()
+    coordinator.end()
+    assert [line for line in told if line.startswith("camera ")] == [
+        "camera a: stage x failed three times in a row: why; the camera goes on without vision_encoder",
+        "camera b: closed: stage y failed three times in a row: why",
+    ]
 
 
 def test_sessions_are_closed_downstream_and_each_has_its_own_incarnation(

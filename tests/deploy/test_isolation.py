@@ -347,6 +347,27 @@ def test_a_side_branch_that_always_fails_is_not_among_what_ends_a_session(build,
     assert (runner.snapshot().given_up, list(runner.snapshot().given_up_aside)) == ({}, [DOOR])
 
 
+def test_why_a_session_was_given_up_is_known_after_its_end(build, clock: ManualClock):
+    house = build({"counter": Picky("door"), "events": Notes()}, (COUNTED, ASIDE))
+    runner = house.runners["counter"]
+    for is_aside in (True, False):
+        plan = house.plan("counter", session_of("door", paced=True), ends_windows=False, is_aside=is_aside)
+        runner.open_session(plan)
+        assert not runner.snapshot().given_up_aside, "of another one of that name"
+        runner.begin_session(DOOR, 0)
+        for index in range(3):
+            house.take(heard(DOOR, index), COUNTED)
+            house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
+            runner.step()
+        runner.close_session(DOOR)
+        snapshot = runner.snapshot()
+        assert (list(snapshot.given_up_aside), list(snapshot.given_up_before)) == (
+            [DOOR] if is_aside else [],
+            [] if is_aside else [DOOR],
+        )
+        assert snapshot.given_up == {}
+
+
 def test_a_ladder_belongs_to_where_windows_end(build, clock: ManualClock):
     house = build({"speaker": Ear(), "events": Notes()}, (SPOKEN, PLAYED, NOTED))
     session = session_of("door", paced=True, ladder=STEPS)

@@ -54,6 +54,7 @@ class FakeActor:
         self.full_at = self.faulty_at = ""
         self.given_up: dict[SessionId, str] = {}
         self.given_up_aside: dict[SessionId, str] = {}
+        self.given_up_before: dict[SessionId, str] = {}
         self.ahead_ns = AHEAD_NS if node != "here" else 0
         self.num_batches = 0
         self.works: Any = None  # what it works on when it dies
@@ -87,7 +88,14 @@ class FakeActor:
         return Answer()
 
     def _snapshot(self, seen: Mapping[SessionId, SessionSnapshot]) -> StageSnapshot:
-        return StageSnapshot(0, 0, seen, given_up=self.given_up, given_up_aside=self.given_up_aside)
+        return StageSnapshot(
+            0,
+            0,
+            seen,
+            given_up=self.given_up,
+            given_up_aside=self.given_up_aside,
+            given_up_before=self.given_up_before,
+        )
 
     def _opened(self, method: str, stage: str, what: Any, *_: object) -> Answer:
         if stage == self.full_at:
