@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from enum import IntEnum
-from typing import NewType
+from typing import Final, NewType
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class Trace:
     digest:  hash of what was seen and heard in it (hex), equal for equal input at any speed; "" when unknown,
              AFTERWORD for a window after the end of all this, in which there is only something left to say.
     missing: streams which gave nothing, or had not come through when the window was given up.
+    missing_views: likewise the streams of single views, where another view of the same camera gave something.
     spans:   the stages on the window's critical path, in order.
     failures: the stages that have failed at it.
     """
@@ -67,6 +68,12 @@ class Trace:
     missing: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
     failures: tuple[Failure, ...] = ()
+    missing_views: tuple[str, ...] = ()
+
+    @property
+    def all_missing(self) -> tuple[str, ...]:
+        """Streams of single views included."""
+        return tuple(sorted({*self.missing, *self.missing_views})) if self.missing_views else self.missing
 
 
 @value
@@ -75,7 +82,8 @@ class Chunk:
 
     seq counts the data chunks of a (session, stream) without holes: a hole is a loss. Arrays are read-only. attrs are
     small scalars. epoch grows at each barge-in (0 on streams that a barge-in does not touch). incarnation tells apart
-    sessions of one name, one after the other; the sender of an edge fills it in.
+    sessions of one name, one after the other; the sender of an edge fills it in. view: which of the camera's views it
+    shows; "" where the camera has one only.
     """
 
     session: SessionId
@@ -89,6 +97,7 @@ class Chunk:
     attrs: Mapping[str, Scalar] = field(default_factory=dict)
     trace: Trace | None = None
     incarnation: int = 0
+    view: str = ""
 
     @property
     def end_ns(self) -> int:
@@ -100,7 +109,7 @@ class Chunk:
 
     def numbered(self, stream: str, seq: int, epoch: int, incarnation: int) -> Chunk:
         """The same chunk with its place in a stream of a session."""
-        own = (self.arrays, self.attrs, self.trace, incarnation)
+        own = (self.arrays, self.attrs, self.trace, incarnation, self.view)
         return Chunk(self.session, stream, self.start_ns, self.duration_ns, seq, epoch, self.type, *own)
 
     def on(self, stream: str, incarnation: int = 0) -> Chunk:
@@ -111,17 +120,30 @@ class Chunk:
         """The same chunk, of this session of its name and no other."""
         if incarnation == self.incarnation:
             return self
-        own = (self.seq, self.epoch, self.type, self.arrays, self.attrs, self.trace, incarnation)
+        own = (self.seq, self.epoch, self.type, self.arrays, self.attrs, self.trace, incarnation, self.view)
         return Chunk(self.session, self.stream, self.start_ns, self.duration_ns, *own)
 
 
 def watermark(
-    session: SessionId, stream: str, at_ns: int, epoch: int = 0, trace: Trace | None = None, incarnation: int = 0
+    session: SessionId,
+    stream: str,
+    at_ns: int,
+    epoch: int = 0,
+    trace: Trace | None = None,
+    incarnation: int = 0,
+    view: str = "",
 ) -> Chunk:
     """A promise: nothing before `at_ns` will come on `stream`."""
-    return Chunk(session, stream, at_ns, 0, 0, epoch, ChunkType.WATERMARK, {}, {}, trace, incarnation)
+    return Chunk(session, stream, at_ns, 0, 0, epoch, ChunkType.WATERMARK, {}, {}, trace, incarnation, view)
 
 
-def end_of_stream(session: SessionId, stream: str, at_ns: int, epoch: int = 0) -> Chunk:
-    """The last word of a stream."""
-    return Chunk(session, stream, at_ns, epoch=epoch, type=ChunkType.END)
+REMOVED: Final = "removed"
+"""Attribute of an END: the view was taken away, so windows after it lack nothing."""
+
+
+def end_of_stream(
+    session: SessionId, stream: str, at_ns: int, epoch: int = 0, view: str = "", *, removed: bool = False
+) -> Chunk:
+    """The last word of a stream. removed: nothing is expected of it any more."""
+    attrs: dict[str, Scalar] = {REMOVED: True} if removed else {}
+    return Chunk(session, stream, at_ns, epoch=epoch, type=ChunkType.END, attrs=attrs, view=view)

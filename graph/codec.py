@@ -1,8 +1,10 @@
 """A chunk on the wire: one msgpack header, then one frame per array. No pickle; every field is checked before use.
 
 Header: [version, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns,
-         [[name, dtype, shape] …], attrs, trace]
-        trace: nil or [digest, [missing …], [[stage, received_ns, started_ns, finished_ns] …], [[stage, reason] …]]
+         [[name, dtype, shape] …], attrs, trace, view]
+        trace: nil or [digest, [missing …], [[stage, received_ns, started_ns, finished_ns] …], [[stage, reason] …],
+                       [missing view …]]
+        view: nil where the camera has one only
 
 Rule: what may travel is said once, by `_check_address` and `_check_contents`. Who sends goes through them before
 anything is spent (`check`), who receives before anything is used (`decode`): neither takes what the other would refuse.
@@ -21,7 +23,7 @@ import numpy as np
 from graph.chunk import MAX_IN_TRACE, Array, Chunk, ChunkType, Failure, SessionId, Span, Trace
 from graph.errors import GraphError
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ARRAYS = 8
 MAX_DIMENSIONS = 4
@@ -74,7 +76,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
     """
     header = _unpack(frames[0] if frames else b"")
     _check_address(header)
-    _, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns, layout, attrs, trace = header
+    _, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns, layout, attrs, trace, view = header
     bare = Chunk(
         session=SessionId(session),
         stream=stream,
@@ -84,6 +86,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
         epoch=epoch,
         type=_KIND_OF[kind],
         incarnation=incarnation,
+        view=view or "",
     )
     try:
         _check_contents(layout, attrs, trace, list(map(len, frames[1:])))
@@ -91,7 +94,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
         raise CodecError(error.reason, str(error), refused=bare) from None
     arrays = dict(map(_decode_array, layout, frames[1:]))
     times = (start_ns, duration_ns, seq, epoch, bare.type)
-    return Chunk(bare.session, stream, *times, arrays, attrs, _trace_of(trace), incarnation)
+    return Chunk(bare.session, stream, *times, arrays, attrs, _trace_of(trace), incarnation, bare.view)
 
 
 # ---- what may travel -------------------------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ def decode(frames: Sequence[Frame]) -> Chunk:
 
 def _check_address(header: Sequence[Any]) -> None:
     """Whose chunk it is, of which kind and when."""
-    version, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns, *_ = header
+    version, kind, session, incarnation, stream, seq, epoch, start_ns, duration_ns, *_, view = header
     if version != VERSION:
         raise CodecError("version", f"version {version!r}; this side speaks {VERSION}")
     if type(kind) is not int or kind not in _KIND_OF:
@@ -107,6 +110,8 @@ def _check_address(header: Sequence[Any]) -> None:
     for name in (session, stream):
         if not (isinstance(name, str) and _may_be_name(name)):
             raise CodecError("name", f"session or stream {name!r:.200} is {_NO_NAME}")
+    if view is not None and not _is_name(view):
+        raise CodecError("name", f"view {view!r:.200} is {_NO_NAME}")
     for number in (seq, epoch, duration_ns, incarnation, start_ns):
         if type(number) is not int or not _LEAST <= number <= _MOST:
             raise CodecError("number", f"seq, epoch and times must be integers of 64 bits; {_instead(number)}")
@@ -167,14 +172,14 @@ def _check_attribute(key: Any, value: Any) -> None:
 
 
 def _check_trace(trace: Any) -> None:
-    if type(trace) is not list or len(trace) != 4:
-        raise CodecError("trace", "trace is not [digest, missing, spans, failures]")
-    digest, missing, spans, failures = trace
+    if type(trace) is not list or len(trace) != 5:
+        raise CodecError("trace", "trace is not [digest, missing, spans, failures, missing views]")
+    digest, missing, spans, failures, missing_views = trace
     _expect(_is_text(digest), "trace", "bad digest")
-    for part in (missing, spans, failures):
+    for part in (missing, spans, failures, missing_views):
         if type(part) is not list or len(part) > MAX_IN_TRACE:
             raise CodecError("trace", f"more than {MAX_IN_TRACE} parts")
-    _expect(all(map(_is_name, missing)), "trace", "missing does not name streams")
+    _expect(all(map(_is_name, missing)) and all(map(_is_name, missing_views)), "trace", "missing does not name streams")
     for span in spans:
         if not (type(span) is list and len(span) == 4 and isinstance(span[0], str) and _may_be_name(span[0])):
             raise CodecError("trace", f"bad span {span!r}")
@@ -243,7 +248,8 @@ def _pack(chunk: Chunk) -> bytes:
     layout = [_described(name, array) for name, array in chunk.arrays.items()]
     times = (chunk.seq, chunk.epoch, chunk.start_ns, chunk.duration_ns)
     attrs, trace = dict(chunk.attrs), None if chunk.trace is None else _pack_trace(chunk.trace)
-    header = [VERSION, int(chunk.type), chunk.session, chunk.incarnation, chunk.stream, *times, layout, attrs, trace]
+    address = (chunk.session, chunk.incarnation, chunk.stream)
+    header = [VERSION, int(chunk.type), *address, *times, layout, attrs, trace, chunk.view or None]
     _check_address(header)
     _check_contents(layout, attrs, trace, [array.nbytes for array in chunk.arrays.values()])
     packed = bytes(msgpack.packb(header))
@@ -264,7 +270,8 @@ def _described(name: str, array: Any) -> list[Any]:
 
 def _pack_trace(trace: Trace) -> list[Any]:
     spans = [[s.stage, s.received_ns, s.started_ns, s.finished_ns] for s in trace.spans]
-    return [trace.digest, list(trace.missing), spans, [[f.stage, f.reason] for f in trace.failures]]
+    failures = [[f.stage, f.reason] for f in trace.failures]
+    return [trace.digest, list(trace.missing), spans, failures, list(trace.missing_views)]
 
 
 def _unpack(frame: Frame) -> list[Any]:
@@ -275,7 +282,7 @@ def _unpack(frame: Frame) -> list[Any]:
         raise CodecError("header", f"header is not msgpack: {error}") from error
     _expect(type(header) is list and len(header) > 0, "header", "header is not a list")
     _expect(header[0] == VERSION, "version", "version %r; this side speaks %r", header[0], VERSION)
-    _expect(len(header) == 12, "header", "header is not a list of 12 fields")
+    _expect(len(header) == 13, "header", "header is not a list of 13 fields")
     return list(header)
 
 
@@ -287,9 +294,13 @@ def _decode_array(entry: Sequence[Any], frame: Frame) -> tuple[str, Array]:
 def _trace_of(trace: Any) -> Trace | None:
     if trace is None:
         return None
-    digest, missing, spans, failures = trace
+    digest, missing, spans, failures, missing_views = trace
     return Trace(
-        digest, tuple(missing), tuple(Span(*span) for span in spans), tuple(Failure(*failure) for failure in failures)
+        digest,
+        tuple(missing),
+        tuple(Span(*span) for span in spans),
+        tuple(Failure(*failure) for failure in failures),
+        tuple(missing_views),
     )
 
 

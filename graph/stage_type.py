@@ -73,10 +73,15 @@ class Feedback(In):
 
 
 class Out:
-    """An output of a stage, as an attribute of its class: `moving = Out(FRAMES)`. Makes what leaves there."""
+    """An output of a stage, as an attribute of its class: `moving = Out(FRAMES)`. Makes what leaves there.
 
-    def __init__(self, kind: Kind[Any]) -> None:
+    many: of a source, one stream for each of the camera's views, each with its own watermarks. Elsewhere what was made
+    of all views leaves on one stream, each chunk with its `view`.
+    """
+
+    def __init__(self, kind: Kind[Any], *, many: bool = False) -> None:
         self.kind = kind
+        self.many = many
         self.name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -96,7 +101,7 @@ class Out:
 
         view: of which of the camera's views it is, for those that have several.
         """
-        return Chunk(session, self._stream(view), start_ns, duration_ns, arrays=arrays or {}, attrs=attrs or {})
+        return Chunk(session, self.name, start_ns, duration_ns, arrays=arrays or {}, attrs=attrs or {}, view=view)
 
     def over(
         self, unit: Unit, *, arrays: Mapping[str, Array] | None = None, attrs: Mapping[str, Scalar] | None = None
@@ -107,7 +112,7 @@ class Out:
     def like(
         self, chunk: Chunk, *, arrays: Mapping[str, Array] | None = None, attrs: Mapping[str, Scalar] | None = None
     ) -> Chunk:
-        """What came in, of the same time, with the same content or another one."""
+        """What came in, of the same time and view, with the same content or another one."""
         return Chunk(
             chunk.session,
             self.name,
@@ -115,6 +120,7 @@ class Out:
             chunk.duration_ns,
             arrays=chunk.arrays if arrays is None else arrays,
             attrs=chunk.attrs if attrs is None else attrs,
+            view=chunk.view,
         )
 
     def event(self, session: SessionId, at_ns: int, kind: str, **attrs: Scalar) -> Chunk:
@@ -123,14 +129,14 @@ class Out:
 
     def watermark(self, session: SessionId, at_ns: int, *, view: str = "") -> Chunk:
         """For sources. A promise: nothing before `at_ns` will leave here."""
-        return watermark(session, self._stream(view), at_ns)
+        return watermark(session, self.name, at_ns, view=view)
 
-    def end(self, session: SessionId, at_ns: int, *, view: str = "") -> Chunk:
-        """For sources. Nothing will leave here any more; what has left ends at `at_ns` at the latest."""
-        return end_of_stream(session, self._stream(view), at_ns)
+    def end(self, session: SessionId, at_ns: int, *, view: str = "", removed: bool = False) -> Chunk:
+        """For sources. Nothing will leave here any more; what has left ends at `at_ns` at the latest.
 
-    def _stream(self, view: str) -> str:
-        return f"{self.name}/{view}" if view else self.name
+        removed: the view was taken away, so windows after it lack nothing.
+        """
+        return end_of_stream(session, self.name, at_ns, view=view, removed=removed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +255,8 @@ def _check(cls: Any, use: str, inputs: Mapping[str, In], outputs: Mapping[str, O
     windows = {port.kind.is_windowed for port in inputs.values() if not port.is_feedback}
     if len(windows) > 1:
         raise StageTypeError(f"{use}: some inputs come in windows and some do not; make two stages of it")
+    if True in windows and (many := [port.name for port in outputs.values() if port.many]):
+        raise StageTypeError(f"{use}: {listed(many)}: many=True is for sources; here all views leave on one stream")
     if not (isinstance(cls.Options, type) and issubclass(cls.Options, StageOptions)):
         raise StageTypeError(f"{use}: its Options are no StageOptions; write `class Options(StageOptions):`")
     if cls.scope not in get_args(Scope):

@@ -23,21 +23,24 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
     """The trace of a unit that has been processed: what came with it, and this stage's spans and failures.
 
     Of a window that was given up, what was awaited is missing, too: nobody knows what would have been in it. Where the
-    way is longer than a trace may be, its end counts.
+    way is longer than a trace may be, its end counts. A view that is missing beside others makes no stage idle.
     """
+    views = _missing_views(unit)
     inherited_failures = (failure for trace in unit.traces.values() for failure in trace.failures)
     all_spans = {s for trace in unit.traces.values() for s in trace.spans} | {*spans}
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
     # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say). One that had
     # all, and gave nothing, has decided so (as one does that lets pass only what moves).
     idle = {stream for stream, trace in unit.traces.items() if trace.missing or trace.failures}
-    silent = unit.missing - (unit.traces.keys() - idle)
+    silent = unit.missing - views - (unit.traces.keys() - idle)
     sensed_missing = {stream for stream in silent | idle if not _is_said(unit, stream)}
+    views = views.union(*(trace.missing_views for trace in unit.traces.values()))
     return Trace(
         digest=digest_of(unit),
-        missing=tuple(sorted(unit.awaited.union(sensed_missing or (inherited if _says(unit) else ())))),
+        missing=tuple(sorted((unit.awaited - views).union(sensed_missing or (inherited if _says(unit) else ())))),
         spans=tuple(sorted(all_spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))[-MAX_IN_TRACE:]),
         failures=tuple(dict.fromkeys([*inherited_failures, *failures]))[-MAX_IN_TRACE:],
+        missing_views=tuple(sorted(views))[:MAX_IN_TRACE],
     )
 
 
@@ -85,6 +88,19 @@ def stage_seconds(parts: Iterable[Part]) -> Mapping[str, float]:
         name = f"{part.stage}.{part.phase}"
         totals[name] = totals.get(name, 0) + part.duration_ns
     return {name: round(total * 1e-9, 6) for name, total in totals.items() if total}
+
+
+def _missing_views(unit: Unit) -> frozenset[str]:
+    """The streams of views that gave nothing, or had not come through, where another view did."""
+    lacking = [s for s in unit.missing | unit.awaited if s in unit.inputs and unit.inputs[s].is_many]
+    if not lacking:
+        return frozenset()
+    giving = {stream: unit.inputs[stream].edge for stream in unit.chunks if stream in unit.inputs}
+    return frozenset(
+        stream
+        for stream in lacking
+        if any(edge == unit.inputs[stream].edge and other != stream for other, edge in giving.items())
+    )
 
 
 def _says(unit: Unit) -> bool:

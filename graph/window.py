@@ -37,6 +37,7 @@ class Input:
     lateness_ns: a unit is given up this long after its end; None: as the join is told.
     is_side:     nothing waits for it, and it ends nothing.
     is_original: it comes from where it was seen or heard, and no trace comes with it.
+    is_many:     its edge brings one such stream per view of the camera; views come and go.
     """
 
     port: str
@@ -48,6 +49,7 @@ class Input:
     lateness_ns: int | None = None
     is_side: bool = False
     is_original: bool = False
+    is_many: bool = False
 
 
 @value
@@ -78,7 +80,7 @@ class Unit:
         chunks = [self.chunks[stream] for stream in self.chunks if self._port_of(stream) == port.name]
         if len(chunks) == 1:
             return chunks[0]
-        return tuple(sorted((c for each in chunks for c in each), key=lambda c: (c.start_ns, c.stream, c.seq)))
+        return tuple(sorted((c for each in chunks for c in each), key=lambda c: (c.start_ns, c.view, c.stream, c.seq)))
 
     def _port_of(self, stream: str) -> str:
         return self.inputs[stream].port if stream in self.inputs else stream
@@ -122,12 +124,19 @@ class WindowJoin:
         self._pending: dict[str, list[Chunk]] = {stream: [] for stream in inputs}
         self._kept: dict[str, list[Chunk]] = {stream: [] for stream, each in inputs.items() if each.window_ns}
         self._traces: dict[int, dict[str, Trace]] = {}
+        self._begins_ns: dict[str, int] = {}  # of streams that have come later: windows before it lack nothing of them
+        self._removed_ns: dict[str, int] = {}  # of streams that nothing is expected of any more: windows after it
         self._last_stream = ""
         self._num_going = len(self._awaited)  # streams that have not ended
         self._ended_ns = 0  # the latest END of any stream
         self._index = 0  # the next unit to leave
         self.next_end_ns = window_ns
         """End of the window that leaves next."""
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """By stream, how it is taken; never changed, but for another one when a stream comes or has gone."""
+        return self._inputs
 
     @property
     def expires_ns(self) -> int | None:
@@ -177,6 +186,27 @@ class WindowJoin:
         self._index = index
         self.next_end_ns = (index + 1) * self._window_ns
 
+    def open(self, stream: str, edge: str, at_ns: int) -> bool:
+        """Another stream has come on an edge, of another view: it is waited for, and windows that end at `at_ns` or
+        before lack nothing of it. False: this edge brings one stream only."""
+        taken = next((each for each in self._inputs.values() if each.edge == edge and each.is_many), None)
+        if taken is None:
+            return False
+        self._inputs = {**self._inputs, stream: taken}
+        self._pending[stream] = []
+        if taken.window_ns:
+            self._kept[stream] = []
+        if taken.is_side and any(not each.is_side for each in self._inputs.values()):
+            self._beside.add(stream)
+            return True
+        self._awaited = (*self._awaited, stream)
+        if self._own_lateness_ns and self._lateness_ns is not None:
+            own_ns = taken.lateness_ns
+            self._own_lateness_ns[stream] = self._lateness_ns if own_ns is None else own_ns
+        self._begins_ns[stream] = self._watermarks[stream] = at_ns
+        self._num_going += 1
+        return True
+
     def add(self, chunk: Chunk, stream: str = "") -> Joined:
         """Take a data chunk. It never completes a window by itself: a watermark does.
 
@@ -198,15 +228,23 @@ class WindowJoin:
             index = watermark_ns // self._window_ns - 1
             if index >= self._index:
                 self._traces.setdefault(index, {}).setdefault(stream, trace)  # a second one may be too late
+        if self._removed_ns and watermark_ns < FOREVER_NS and self._removed_ns.pop(stream, None) is not None:
+            self._begins_ns[stream] = self._watermarks[stream] = watermark_ns  # it is there again
+            self._num_going += 1
         if watermark_ns > self._watermarks.get(stream, FOREVER_NS):
             self._watermarks[stream] = watermark_ns
             self._num_going -= watermark_ns == FOREVER_NS
             self._last_stream = stream
         return self._leave(self._settled_ns())
 
-    def end(self, stream: str, at_ns: int) -> Joined:
-        """The stream is over; its last chunk ended at `at_ns` at the latest. Of several such words the first stands."""
+    def end(self, stream: str, at_ns: int, *, removed: bool = False) -> Joined:
+        """The stream is over; its last chunk ended at `at_ns` at the latest. Of several such words the first stands.
+
+        removed: windows after it lack nothing.
+        """
         self._beside.discard(stream)
+        if removed and stream in self._watermarks:
+            self._removed_ns.setdefault(stream, at_ns)
         if self._watermarks.get(stream, FOREVER_NS) == FOREVER_NS:
             return NOTHING
         self._ended_ns = max(self._ended_ns, at_ns)
@@ -257,13 +295,16 @@ class WindowJoin:
         end_ns = self.next_end_ns
         awaited = frozenset(stream for stream, at_ns in self._watermarks.items() if at_ns < end_ns)
         chunks = {stream: taken for stream in self._pending if (taken := self._take(stream, end_ns))}
+        missing = frozenset(self._awaited).difference(chunks)
+        if self._begins_ns or self._removed_ns:
+            missing = frozenset(stream for stream in missing if self._is_expected(stream, end_ns))
         unit = Unit(
             session=self._session,
             index=self._index,
             start_ns=end_ns - self._window_ns,
             end_ns=end_ns,
             chunks=chunks,
-            missing=frozenset(self._awaited).difference(chunks),
+            missing=missing,
             traces=self._traces.pop(self._index, {}),
             is_afterword=self._is_over,
             closed_by="" if awaited else self._last_stream,
@@ -272,14 +313,32 @@ class WindowJoin:
         )
         self._index += 1
         self.next_end_ns += self._window_ns
+        if self._removed_ns:
+            self._forget_removed(end_ns)
         return unit
+
+    def _is_expected(self, stream: str, end_ns: int) -> bool:
+        """Does the window that ends there lack something if this stream gives nothing?"""
+        start_ns = end_ns - self._window_ns
+        return self._begins_ns.get(stream, 0) < end_ns and self._removed_ns.get(stream, FOREVER_NS) > start_ns
+
+    def _forget_removed(self, end_ns: int) -> None:
+        """What was removed and has nothing left to give, but for the last stream of all."""
+        for stream in [stream for stream, at_ns in self._removed_ns.items() if at_ns <= end_ns]:
+            if not self._pending[stream] and not self._kept.get(stream) and len(self._awaited) > 1:
+                del self._removed_ns[stream], self._pending[stream], self._watermarks[stream]
+                for known in (self._begins_ns, self._own_lateness_ns, self._kept):
+                    known.pop(stream, None)
+                self._awaited = tuple(other for other in self._awaited if other != stream)
+                self._inputs = {other: taken for other, taken in self._inputs.items() if other != stream}
 
     def _take(self, stream: str, end_ns: int) -> tuple[Chunk, ...]:
         """What belongs to the unit that ends there."""
         pending = self._pending[stream]
         if pending:
-            # Between streams the order of arrival must not show; inside a stream it is seq order already.
-            taken = sorted((c for c in pending if c.start_ns < end_ns), key=lambda c: (c.start_ns, c.seq))
+            # Between streams the order of arrival must not show; inside a stream it is seq order already, but that the
+            # views in it may have been made in any.
+            taken = sorted((c for c in pending if c.start_ns < end_ns), key=lambda c: (c.start_ns, c.view, c.seq))
             self._pending[stream] = [c for c in pending if c.start_ns >= end_ns]
         else:
             taken = []

@@ -1,8 +1,8 @@
-"""Camera: pictures of one camera, each stamped with the moment it was taken, or shown again."""
+"""Camera: pictures of a camera's views, each stamped with the moment it was taken, or shown again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import attrs_of
@@ -14,7 +14,7 @@ from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.media.feed_buffer import Notice
 from stages.media.health import Totals
 from stages.media.wire import TrackName
-from stages.stage import Session, Site
+from stages.stage import Session, Site, SourceId, StageError, View
 
 
 @dataclass(slots=True)
@@ -25,13 +25,14 @@ class _Open(Reading):
 class Camera(FeedStage[_Open]):
     """Source of pictures: their attribute `age_s` is how long each was on the screen when it was sampled.
 
+    Each view of a session has a feed of its own and a stream of its own: what is lost of one costs the others nothing.
     The watermark runs ahead of the clock: after a picture it stands where the next one may begin, so that a window does
     not wait for its end when its picture has come. Without pictures it follows the clock, `lateness`
     behind.
     """
 
     playback = Feedback(PLAYBACK)
-    frames = Out(FRAMES)
+    frames = Out(FRAMES, many=True)
     events = Out(EVENTS)
     Options = LightOptions
     is_local = True
@@ -45,28 +46,58 @@ class Camera(FeedStage[_Open]):
     def load(cls, options: LightOptions, site: Site) -> Camera:
         return cls(Feeds.of(site))
 
-    def totals(self, session: SessionId) -> Totals:
+    def totals(self, source: SourceId) -> Totals:
         """What was damaged and missing within the source so far."""
-        return self._open[session].feed.totals
+        return self._open[source.session][source.view].feed.totals
 
-    def delivers(self, session: SessionId) -> frozenset[TrackName]:
+    def delivers(self, source: SourceId) -> frozenset[TrackName]:
         """The tracks of which something has come, and still comes."""
-        return self._open[session].feed.delivers
+        return self._open[source.session][source.view].feed.delivers
+
+    def add_view(self, session: Session, view: View, now_ns: int) -> None:
+        """It is watched from the next window on, which no other view is through with yet."""
+        self._forget_removed(session.id)
+        if view.name in self._open[session.id]:
+            raise StageError(f"camera {session.camera}: view {view.name} is still there; it ends with the window")
+        from_ns = (max(now_ns, 0) // session.window_ns + 1) * session.window_ns
+        self._open_view(session, replace(view, from_ns=from_ns))
+
+    def remove_view(self, session: SessionId, view: str, now_ns: int) -> None:
+        state = self._open[session].get(view)
+        if state is not None and not state.removed:
+            state.removed, state.ended = True, False  # one that has ended by itself says so again
+            state.feed.stop(now_ns)
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
-        state = self._open[session]
+        self._forget_removed(session)
+        return [chunk for state in self._open[session].values() for chunk in self._advance(state, now_ns)]
+
+    def _forget_removed(self, session: SessionId) -> None:
+        views = self._open[session]
+        for name in [name for name, state in views.items() if state.removed and state.ended]:
+            if len(views) > 1:
+                del views[name]
+                self._feeds.close(SourceId(session, name))
+
+    def _advance(self, state: _Open, now_ns: int) -> list[Chunk]:
+        session, view = state.session, state.view.name
         state.feed.pump(now_ns)
-        chunks = [self._event(session, notice) for notice in state.feed.take_notices()]
-        reached_ns = now_ns if state.session.paced else FOREVER_NS
+        chunks = [self._event(state, notice) for notice in state.feed.take_notices()]
+        if state.view.from_ns and not state.watermark_ns:
+            chunks.append(self._event(state, Notice("view_added", state.view.from_ns)))
+        reached_ns = now_ns if session.paced else FOREVER_NS
         for frame in state.feed.take_frames(reached_ns):
             chunks += self._move_on(state, frame.start_ns)  # first, so that no window waits for more than its own
             attrs = attrs_of(Picture(age_s=frame.age_ns / NS_PER_S))
-            chunks.append(self.frames.chunk(session, frame.start_ns, arrays={"image": frame.image}, attrs=attrs))
+            image = {"image": frame.image}
+            chunks.append(self.frames.chunk(session.id, frame.start_ns, arrays=image, attrs=attrs, view=view))
         return chunks + self._settle(state, now_ns)
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         """The next picture's time has come, or that of a window that is given up."""
-        state = self._open[session]
+        return min(self._due_in_ns(state, now_ns) for state in self._open[session].values())
+
+    def _due_in_ns(self, state: _Open, now_ns: int) -> int:
         window_ns, lateness_ns = state.session.window_ns, state.session.lateness_ns
         given_up_ns = ((now_ns - lateness_ns) // window_ns + 1) * window_ns + lateness_ns
         end_ns = None if state.ended else state.feed.video_end_ns
@@ -79,7 +110,8 @@ class Camera(FeedStage[_Open]):
         end_ns = feed.video_end_ns
         if end_ns is not None and feed.next_frame_ns is None and (not session.paced or now_ns >= end_ns):
             state.ended = True
-            return [self.frames.end(session.id, end_ns)]
+            removed = [self._event(state, Notice("view_removed", end_ns))] if state.removed else []
+            return [*removed, self.frames.end(session.id, end_ns, view=state.view.name, removed=state.removed)]
         settled_ns = _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns)
         return self._move_on(state, min(settled_ns, feed.limit_ns))  # beyond the end there are no windows to close
 
@@ -88,12 +120,13 @@ class Camera(FeedStage[_Open]):
         if settled_ns <= state.watermark_ns:
             return []
         state.watermark_ns = settled_ns
-        return [self.frames.watermark(state.session.id, settled_ns)]
+        return [self.frames.watermark(state.session.id, settled_ns, view=state.view.name)]
 
-    def _event(self, session: SessionId, notice: Notice) -> Chunk:
+    def _event(self, state: _Open, notice: Notice) -> Chunk:
         track = {"track": notice.track} if notice.track else {}
+        view = {"view": state.view.name} if state.view.name else {}
         return self.events.event(
-            session, notice.at_ns, notice.type, reason=notice.reason, message=notice.message, **track
+            state.session.id, notice.at_ns, notice.type, reason=notice.reason, message=notice.message, **track, **view
         )
 
 

@@ -10,7 +10,7 @@ from stages.kinds import SOUND
 from stages.light import LightOptions
 from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Site
+from stages.stage import Session, Site, View
 
 
 @dataclass(slots=True)
@@ -41,8 +41,11 @@ class Microphone(FeedStage[_Open]):
     def load(cls, options: LightOptions, site: Site) -> Microphone:
         return cls(Feeds.of(site))
 
+    def views_of(self, session: Session) -> list[View]:
+        return [view for view in session.each_view if view.name == session.heard]
+
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
-        state = self._open[session]
+        state = self._heard(session)
         if state.ended:
             return []
         state.feed.pump(now_ns)
@@ -56,19 +59,21 @@ class Microphone(FeedStage[_Open]):
         end_ns = state.feed.audio_end_ns
         if end_ns is not None and end_ns < state.end_ns and (not state.session.paced or now_ns >= end_ns):
             # The rest, if the end cuts a window.
-            chunks += [
-                chunk for chunk in self._cut(state) if not chunk.is_control
-            ]  # the rest, if the end cuts a window
+            chunks += [chunk for chunk in self._cut(state) if not chunk.is_control]
             chunks.append(self.sound.end(session, end_ns))
             state.ended = True
         return chunks
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         """The window's end has come, or it is given up."""
-        state = self._open[session]
+        state = self._heard(session)
         lateness_ns = 0 if state.feed.audio_ns >= state.end_ns else state.session.lateness_ns
         end_ns = None if state.ended else state.feed.audio_end_ns
         return soonest_ns(state.session, now_ns, end_ns, state.end_ns + lateness_ns)
+
+    def _heard(self, session: SessionId) -> _Open:
+        (state,) = self._open[session].values()
+        return state
 
     def _cut(self, state: _Open) -> list[Chunk]:
         session = state.session.id

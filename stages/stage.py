@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import StageCost
@@ -64,6 +64,19 @@ class ListenerAction:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """One of the pictures of a camera that has several, or its only one: its name is "" then.
+
+    masked_source: as it may be shown; "": as `mask_source` shows it. from_ns: event time from which on it is watched.
+    """
+
+    name: str
+    source: str = field(repr=False)
+    masked_source: str = ""
+    from_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """What a stage is told when a session opens. All times are ns on the session's event-time axis.
 
@@ -73,12 +86,13 @@ class Session:
     ladder, level: what the session may shed, and how far down it is; kept up to date likewise.
     duration_ns: how long the sources run; None: as long as they can.
     masked_source: the source as it may be shown; "": as `mask_source` shows it.
+    views:       what it sees, where it has not just `source`. heard: the view whose sound the microphone hears.
     paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
     """
 
     id: SessionId
     camera: str
-    source: str = field(repr=False)
+    source: str = field(default="", repr=False)
     fps: float = 1.0
     max_pixels: int = 4 * 448 * 448
     pictures: bool = True
@@ -96,6 +110,19 @@ class Session:
     playback: Playback = field(default_factory=Playback)
     ladder: tuple[Step, ...] = ()
     level: Level = field(default_factory=Level)
+    views: tuple[View, ...] = ()
+    heard: str = ""
+
+    @property
+    def each_view(self) -> tuple[View, ...]:
+        """Its views; of a camera that has one source only, that one, without a name."""
+        return self.views or (View("", self.source, self.masked_source),)
+
+    def of_view(self, view: View) -> Session:
+        """The session as if this view were all that there is."""
+        microphone = self.microphone and view.name == self.heard
+        source = {"source": view.source, "masked_source": view.masked_source}
+        return replace(self, **source, views=(), microphone=microphone)  # type: ignore[arg-type]
 
     @property
     def taken(self) -> tuple[Step, ...]:
@@ -103,9 +130,19 @@ class Session:
         return self.ladder[: self.level.num_steps]
 
 
+class SourceId(NamedTuple):
+    """A source of a session: its view's name is "" where there is only one."""
+
+    session: SessionId
+    view: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.session}/{self.view}" if self.view else self.session
+
+
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """How a session's source does. problem: why it was lost the last time, or gave nothing; "" while all is well."""
+    """How a source does. problem: why it was lost the last time, or gave nothing; "" while all is well."""
 
     has_delivered: bool = False
     is_up: bool = False
@@ -217,7 +254,13 @@ class Stage:
     def end(self, session: SessionId, now_ns: int) -> None:
         """For sources: stop; the stream ends with the window of `now_ns`."""
 
-    def sources(self) -> Mapping[SessionId, SourceReport]:
+    def add_view(self, session: Session, view: View, now_ns: int) -> None:
+        """For sources: the camera has another view, one of `session.views`. Raises StageError where that can't be."""
+
+    def remove_view(self, session: SessionId, view: str, now_ns: int) -> None:
+        """For sources: the camera has one view less; its stream ends with the window of `now_ns`."""
+
+    def sources(self) -> Mapping[SourceId, SourceReport]:
         """For sources: how those do that are open, and those that were until lately."""
         return {}
 

@@ -107,6 +107,8 @@ class Commands:
             "open_sessions": self._open_sessions,
             "begin_sessions": self._begin_sessions,
             "resume_session": self._resume_session,
+            "add_view": lambda stage, *arguments: self.runners[stage].add_view(*arguments),
+            "remove_view": lambda stage, *arguments: self.runners[stage].remove_view(*arguments),
             "end_session": lambda stage, session: self.runners[stage].end_session(session),
             "close_session": lambda stage, session: self.runners[stage].close_session(session),
             "listener": lambda stage, session: self.runners[stage].listener(session),

@@ -13,7 +13,7 @@ from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
 from graph.stage_type import outputs_of
 from stages.media.health import Totals
-from stages.stage import Session, Stage
+from stages.stage import Session, SourceId, Stage
 
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
 
@@ -30,21 +30,32 @@ class LlmReadings(Protocol):
 class CameraReadings(Protocol):
     """What can be read off the camera stage."""
 
-    def totals(self, session: SessionId) -> Totals: ...
-    def delivers(self, session: SessionId) -> Collection[str]: ...
+    def totals(self, source: SourceId) -> Totals: ...
+    def delivers(self, source: SourceId) -> Collection[str]: ...
+
+
+@dataclass(slots=True)
+class _View:
+    """The bound metrics of one view. label: as its camera is called in them."""
+
+    label: str
+    metrics: CameraMetrics
+    totals: Totals = field(default_factory=Totals)
 
 
 @dataclass(slots=True)
 class _Camera:
-    """The bound metrics of one session at this stage; those which the stage does not feed are None."""
+    """The bound metrics of one session at this stage; those which the stage does not feed are None, or empty.
 
-    camera: CameraMetrics | None
+    views: by their names; one comes with the first thing that is made of it.
+    """
+
     turns: TurnMetrics | None
     playback: PlaybackMetrics | None
     windows: WindowMetrics | None
     heard_ns: int = 0
     num_spoken: int = 0
-    totals: Totals = field(default_factory=Totals)
+    views: dict[str, _View] = field(default_factory=dict)
 
 
 class StageMeter:
@@ -71,17 +82,29 @@ class StageMeter:
         metrics, camera = self._metrics, session.camera
         metrics.hold_camera(camera)
         self._sessions[session.id] = _Camera(
-            camera=metrics.camera(camera, RECONNECT_REASONS) if self._camera is not None else None,
             turns=metrics.turns(camera) if self._readings is not None else None,
             playback=metrics.playback(camera) if self._speaks else None,
             windows=metrics.windows(camera, tuple(ended), self._stages) if ended is not None else None,
         )
+        for view in session.each_view if self._camera is not None else ():
+            self._view(session, view.name)
 
     def closed(self, session: Session) -> None:
         """What was counted for the session goes with it, so that no alert waits for a camera that has ended."""
-        if self._sessions.pop(session.id, None) is not None:
+        if (bound := self._sessions.pop(session.id, None)) is not None:
+            for view in bound.views.values():
+                self._metrics.release_camera(view.label)
             self._metrics.release_camera(session.camera)
         self._read_llm()
+
+    def _view(self, session: Session, name: str) -> _View:
+        """The metrics of a view. It is a camera of its own there, as `porch/back`, where a camera has several."""
+        views = self._sessions[session.id].views
+        if name not in views:
+            label = f"{session.camera}/{name}" if name else session.camera
+            self._metrics.hold_camera(label)
+            views[name] = _View(label, self._metrics.camera(label, RECONNECT_REASONS))
+        return views[name]
 
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
         """A batch left the stage."""
@@ -108,23 +131,35 @@ class StageMeter:
     def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None:
         """The stage made a data chunk."""
         bound = self._sessions[session.id]
-        if bound.camera is not None and kind.is_raw:
-            bound.camera.frame(self._clock.wall_ns() / NS_PER_S)
+        if self._camera is not None and (kind.is_raw or kind.is_event):
+            self._saw(self._camera, session, chunk, kind)
         elif kind.tokens and self._tokens is not None:
             bound.num_spoken += 1
             self._tokens.add(kind.name, len(chunk.arrays[kind.tokens]))
         elif kind.is_event:
             _count_event(bound, chunk)
-        if bound.camera is not None and self._camera is not None:
-            self._count_damage(bound, bound.camera, self._camera.totals(session.id))
-            bound.camera.delivers(self._camera.delivers(session.id))
 
-    def _count_damage(self, bound: _Camera, camera: CameraMetrics, totals: Totals) -> None:
+    def _saw(self, camera: CameraReadings, session: Session, chunk: Chunk, kind: Kind[Any]) -> None:
+        """A picture, or an event, of one of the camera's views."""
+        name = chunk.view or str(chunk.attrs.get("view", ""))
+        view = self._view(session, name)
+        if kind.is_raw:
+            view.metrics.frame(self._clock.wall_ns() / NS_PER_S)
+        else:
+            _count_state(view.metrics, chunk)
+        source = SourceId(session.id, name)
+        self._count_damage(view, camera.totals(source))
+        view.metrics.delivers(camera.delivers(source))
+        if kind.is_event and chunk.attrs.get("type") == "view_removed":
+            self._metrics.release_camera(self._sessions[session.id].views.pop(name).label)
+
+    @staticmethod
+    def _count_damage(view: _View, totals: Totals) -> None:
         """With whatever the camera makes: its last event comes when all is counted."""
-        camera.gaps(totals.num_gaps - bound.totals.num_gaps)
-        camera.bad("video", totals.num_bad_video - bound.totals.num_bad_video)
-        camera.bad("audio", totals.num_bad_audio - bound.totals.num_bad_audio)
-        bound.totals = totals
+        view.metrics.gaps(totals.num_gaps - view.totals.num_gaps)
+        view.metrics.bad("video", totals.num_bad_video - view.totals.num_bad_video)
+        view.metrics.bad("audio", totals.num_bad_audio - view.totals.num_bad_audio)
+        view.totals = totals
 
     def unit_done(self, session: Session, end_ns: int) -> None:
         """The stage is through with one unit."""
@@ -158,15 +193,19 @@ class StageMeter:
             windows.shedding(level)
 
 
+def _count_state(camera: CameraMetrics, event: Chunk) -> None:
+    kind = event.attrs.get("type")
+    if kind == "camera_up":
+        camera.up(True)
+    elif kind in ("camera_lost", "camera_ended"):
+        camera.up(False)
+        if kind == "camera_lost":
+            camera.reconnected(str(event.attrs.get("reason", "")))
+
+
 def _count_event(bound: _Camera, event: Chunk) -> None:
     kind = event.attrs.get("type")
-    if bound.camera is not None and kind == "camera_up":
-        bound.camera.up(True)
-    elif bound.camera is not None and kind in ("camera_lost", "camera_ended"):
-        bound.camera.up(False)
-        if kind == "camera_lost":
-            bound.camera.reconnected(str(event.attrs.get("reason", "")))
-    elif bound.playback is not None and kind == "underrun":
+    if bound.playback is not None and kind == "underrun":
         bound.playback.underrun(float(event.attrs.get("seconds") or 0.0))
     elif bound.playback is not None and kind == "barge_in":
         bound.playback.interrupted()

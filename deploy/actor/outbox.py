@@ -48,6 +48,12 @@ class Outbox:
         if state.events:
             self.send(state, Chunk(state.session.id, state.events, at_ns, attrs=attrs))
 
+    def say_again(self, state: OpenSession, edge: str) -> None:
+        """Another one takes what leaves on an edge: it hears which streams have ended."""
+        for output, chunk in state.ends.values():
+            if edge in output.edges:
+                self._send_on(state, [edge], chunk, chunk.stream)
+
     def advance(self, state: OpenSession, end_ns: int, trace: Trace) -> None:
         """A window is done: its watermark leaves wherever windows do."""
         session, incarnation = state.session.id, state.plan.incarnation
@@ -61,7 +67,9 @@ class Outbox:
         """Nothing will leave any more. says_itself: the stage has said where its windows end, as a source does."""
         for name, output in state.plan.outputs.items():
             if not output.kind.is_control and not (says_itself and output.kind.is_windowed):
-                self.send(state, end_of_stream(state.session.id, name, end_ns, state.fence.epoch_of(output.kind)))
+                epoch = state.fence.epoch_of(output.kind)
+                for view in [each.name for each in state.session.each_view] if output.is_many else [""]:
+                    self.send(state, end_of_stream(state.session.id, name, end_ns, epoch, view))
 
     def _send_control(self, state: OpenSession, chunk: Chunk) -> None:
         is_playback = chunk.type is ChunkType.PLAYBACK
@@ -71,8 +79,13 @@ class Outbox:
         elif chunk.type is ChunkType.BARGE_IN:
             state.fence.raise_to(chunk.epoch)
         for output in self._outputs_of(state, chunk):
+            sent = chunk.on(output.stream_of(chunk.view), state.plan.incarnation)
+            if chunk.type is ChunkType.END:
+                state.ends[sent.stream] = (output, sent)
+            elif state.ends:
+                state.ends.pop(sent.stream, None)  # a view that was taken away is there again
             edges = [edge for edge in output.edges if _is_news(state, edge)] if is_playback else output.edges
-            self._send_on(state, edges, chunk.on(output.stream, state.plan.incarnation), chunk.stream)
+            self._send_on(state, edges, sent, chunk.stream)
 
     def _send_data(self, state: OpenSession, chunk: Chunk) -> None:
         name, output = chunk.stream, self._output(state, chunk)
@@ -82,8 +95,9 @@ class Outbox:
                 check(chunk.numbered(output.stream, 0, 0, state.plan.incarnation))
         except (KindError, CodecError) as error:
             raise StageError(f"stage {self._stage}, port {name}: {error}") from error
-        seq = state.seqs.get(name, state.first_seq)
-        chunk = chunk.numbered(output.stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)
+        stream = output.stream_of(chunk.view)
+        seq = state.seqs.get(stream, state.first_seq)
+        chunk = chunk.numbered(stream, seq, state.fence.epoch_of(output.kind), state.plan.incarnation)
         may_shed = output.kind.is_sheddable and state.join is None  # where it is taken, and nowhere again
         is_shed = may_shed and sheds_picture(state.session.taken, chunk.session, seq)
         if is_shed:
@@ -91,7 +105,7 @@ class Outbox:
                 state.lanes[edge].shed(chunk)
         else:
             self._send_on(state, output.edges, chunk, name)
-        state.seqs[name] = seq + 1
+        state.seqs[stream] = seq + 1
         self._meter.made(state.session, chunk, output.kind)
 
     def _send_on(self, state: OpenSession, edges: Iterable[str], chunk: Chunk, port: str) -> None:
@@ -112,6 +126,10 @@ class Outbox:
         if output is None:
             has = ", ".join(sorted(state.plan.outputs)) or "none"
             raise StageError(f"stage {self._stage} has no output {chunk.stream!r}; it has: {has}")
+        if output.is_many and chunk.view not in (views := [view.name for view in state.session.each_view]):
+            has = ", ".join(views) if any(views) else "one only, without a name"
+            where = f"stage {self._stage}, port {chunk.stream}"
+            raise StageError(f"{where}: camera {state.session.camera} has no view {chunk.view!r}; it has: {has}")
         return output
 
 

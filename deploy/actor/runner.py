@@ -19,6 +19,7 @@ from deploy.actor.sink import WindowEnd, WindowMeter, usual_level
 from graph.chunk import (
     NS_PER_MS,
     NS_PER_S,
+    REMOVED,
     Chunk,
     ChunkType,
     Failure,
@@ -35,7 +36,7 @@ from graph.ledger import Reason
 from graph.schedule import Schedule
 from graph.trace import leave_stage
 from graph.window import NOTHING, Joined, Unit, WindowJoin
-from stages.stage import TICK_NS, Session, Stage, StageError
+from stages.stage import TICK_NS, Session, Stage, StageError, View
 
 WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
@@ -201,10 +202,34 @@ class StageRunner:
         else:
             before.move(session, sender)
             state.lanes[edge] = sender
+        self._out.say_again(state, edge)
         with state.faults.within("peer_begins_anew"):
             self.stage.peer_begins_anew(session)
         self._schedule.touch(session)
         return True
+
+    def add_view(self, session: SessionId, view: View) -> None:
+        """The camera has another view. Raises StageError where the session has ended here, or the stage refuses."""
+        state = self._open.get(session)
+        if state is None or state.ending or state.faults.given_up:
+            raise StageError(f"{self.name}: what session {session!r} sees has ended")
+        before = state.session
+        views = tuple(each for each in before.each_view if each.name != view.name)
+        state.session = replace(before, views=(*views, view))
+        try:
+            self.stage.add_view(state.session, view, state.now_ns())
+        except Exception:
+            state.session = before
+            raise
+        self._schedule.touch(session)
+
+    def remove_view(self, session: SessionId, view: str) -> None:
+        """The camera has one view less, from the window's end on."""
+        state = self._open.get(session)
+        if state is not None:
+            with state.faults.within("remove_view"):
+                self.stage.remove_view(session, view, state.now_ns())
+            self._schedule.touch(session)
 
     def end_input(self, session: SessionId, edge: str) -> None:
         """Nothing more comes on this edge, and nobody is left to say so."""
@@ -215,7 +240,7 @@ class StageRunner:
         if join is None:
             state.ended.add(edge)
         else:
-            for stream in [name for name, each in state.plan.inputs.items() if each.edge == edge]:
+            for stream in [name for name, each in join.inputs.items() if each.edge == edge]:
                 self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
         self._schedule.touch(session)
 
@@ -293,8 +318,8 @@ class StageRunner:
             self._process_single(state, arrival)
             return
         state.arrivals[id(chunk)] = arrival
-        stream = state.stream_of(arrival.edge, chunk)
-        if self._is_stale(state, chunk, state.plan.inputs[stream].kind):
+        stream = self._stream_of(state, state.join, chunk, arrival.edge)
+        if self._is_stale(state, chunk, state.join.inputs[stream].kind):
             self._settle(state, chunk, "stale")
         else:
             self._joined(state, state.join.add(chunk, stream))
@@ -310,16 +335,26 @@ class StageRunner:
 
     def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
         if chunk.type is ChunkType.WATERMARK:
-            stream = state.stream_of(edge, chunk)
-            self._joined(state, _of(state.join).advance(stream, chunk.start_ns, chunk.trace))
+            join = _of(state.join)
+            stream = self._stream_of(state, join, chunk, edge)
+            self._joined(state, join.advance(stream, chunk.start_ns, chunk.trace))
         elif chunk.type is ChunkType.END and state.join is not None:
-            self._joined(state, state.join.end(state.stream_of(edge, chunk), chunk.start_ns))
+            removed = bool(chunk.attrs.get(REMOVED))
+            self._joined(state, state.join.end(state.stream_of(edge, chunk), chunk.start_ns, removed=removed))
         elif chunk.type is ChunkType.END:
             state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
         else:
             if chunk.type is ChunkType.PLAYBACK:
                 self._hear(state, chunk)
             self._raise_epoch(state, chunk.epoch)
+
+    @staticmethod
+    def _stream_of(state: OpenSession, join: WindowJoin, chunk: Chunk, edge: str) -> str:
+        """As the join calls it. What comes of a view that it does not know yet opens that view's stream."""
+        stream = state.stream_of(edge, chunk)
+        if chunk.view and stream not in join.inputs:
+            join.open(stream, edge, chunk.start_ns)
+        return stream
 
     def _is_stale(self, state: OpenSession, chunk: Chunk, kind: Kind[Any]) -> bool:
         self._raise_epoch(state, chunk.epoch)
@@ -614,7 +649,7 @@ class StageRunner:
         untold = state.traced - unit.traces.keys()
         if not (untold or unit.awaited):
             return []
-        sources = (state.plan.inputs[stream].source for stream in sorted(unit.awaited | untold))
+        sources = (unit.inputs[stream].source for stream in sorted(unit.awaited | untold))
         return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
 
     def _finish(self, state: OpenSession) -> None:

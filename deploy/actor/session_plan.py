@@ -10,7 +10,7 @@ from graph.chunk import SessionId
 from graph.kinds import Kind
 from graph.tail import Ack
 from graph.window import Input
-from stages.stage import Session, SourceReport
+from stages.stage import Session, SourceId, SourceReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,26 @@ class Listener:
     level: int
 
 
+def view_stream(stream: str, view: str) -> str:
+    """The name under which a view's own stream travels, of a port that makes one per view."""
+    return f"{stream}/{view}" if view else stream
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What leaves at a port: the stream's name on the bus, its kind, and the edges that it goes out on."""
+    """What leaves at a port: the stream's name on the bus, its kind, and the edges that it goes out on.
+
+    is_many: one stream leaves per view of the camera.
+    """
 
     stream: str
     kind: Kind[Any]
     edges: tuple[str, ...] = ()
+    is_many: bool = False
+
+    def stream_of(self, view: str) -> str:
+        """The stream on which a view's chunks leave."""
+        return view_stream(self.stream, view) if self.is_many else self.stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +48,10 @@ class SessionPlan:
     """How one stage replica takes part in a session.
 
     inputs:         by stream what the join takes; empty for a source, and for a stage without windows.
-    renamed:        by edge and stream, how `inputs` calls a stream that comes on several edges.
+    prefixes:       by edge, what `inputs` puts before the names of streams that come on several edges.
     ports:          by edge the port at which it comes in.
     num_inputs:     input edges; a stage without windows ends with the last of them.
-    outputs:        what may leave, by the port's name, and behind a slash the view's, where a camera has several.
+    outputs:        what may leave, by the port's name.
     peers:          per output edge the replica that this session goes to.
     to_sources:     edges to stages where windows begin, which ask nothing of the listener but the shed level.
     incarnation:    tells it from other sessions of its name, on every edge.
@@ -51,7 +64,7 @@ class SessionPlan:
 
     session: Session
     inputs: Mapping[str, Input] = field(default_factory=dict)
-    renamed: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, str] = field(default_factory=dict)
     num_inputs: int = 0
     outputs: Mapping[str, Output] = field(default_factory=dict)
@@ -85,7 +98,7 @@ class StageSnapshot:
     num_units: int
     num_ready: int
     sessions: Mapping[SessionId, SessionSnapshot]
-    sources: Mapping[SessionId, SourceReport] = field(default_factory=dict)
+    sources: Mapping[SourceId, SourceReport] = field(default_factory=dict)
     given_up: Mapping[SessionId, str] = field(default_factory=dict)
     given_up_aside: Mapping[SessionId, str] = field(default_factory=dict)
     given_up_before: Mapping[SessionId, str] = field(default_factory=dict)

@@ -45,6 +45,7 @@ class OpenSession:
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # not settled, by the id() of their chunk
     seqs: dict[str, int] = field(default_factory=dict)
     first_seq: int = 0  # of each stream
+    ends: dict[str, tuple[Output, Chunk]] = field(default_factory=dict)  # the last words of streams, as they were sent
     ended: set[str] = field(default_factory=set)  # the edges that have, of a stage without windows
     ending: bool = False  # the last words are said; they may still wait for credit
     num_units: int = 0
@@ -67,7 +68,7 @@ class OpenSession:
 
     def stream_of(self, edge: str, chunk: Chunk) -> str:
         """What the join calls the stream of a chunk that came on an edge."""
-        return self.plan.renamed.get((edge, chunk.stream), chunk.stream) if self.plan.renamed else chunk.stream
+        return self.plan.prefixes.get(edge, "") + chunk.stream if self.plan.prefixes else chunk.stream
 
     @property
     def goes_alone(self) -> bool:

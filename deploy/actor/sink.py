@@ -59,7 +59,7 @@ class WindowEnd:
         late_stage = slowest_stage(parts) if late else ""
         self.num_windows += 1
         self.num_late += late
-        self._meter.window(session, latency_ns / NS_PER_S, late_stage, trace.missing)
+        self._meter.window(session, latency_ns / NS_PER_S, late_stage, trace.all_missing)
         playback = session.playback.latest  # told by this stage, after it took the window's speech
         return {
             "type": WINDOW_EVENT,
@@ -67,7 +67,7 @@ class WindowEnd:
             "start_s": unit.start_ns / NS_PER_S,
             "end_s": unit.end_ns / NS_PER_S,
             "digest": trace.digest,
-            "missing": ",".join(trace.missing),
+            "missing": ",".join(trace.all_missing),
             "failed": ",".join(dict.fromkeys(failure.stage for failure in trace.failures)),
             "latency_s": round(latency_ns / NS_PER_S, 6) if session.paced else None,
             "on_time": not late if session.paced else None,

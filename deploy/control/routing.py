@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from deploy.actor.session_plan import Output, SessionPlan
+from deploy.actor.session_plan import Output, SessionPlan, view_stream
 from graph.edges import EdgeSpec
 from graph.sections import WindowSpec
 from graph.spec import PipelineSpec
@@ -30,12 +30,17 @@ def session_plan(
     passed = stages_of(session, spec)
     edges = [edge for edge in spec.edges if {edge.source.stage, edge.target.stage} <= passed]
     incoming = [edge for edge in edges if edge.target.stage == stage and not edge.kind.is_control]
-    streams = _streams([edge for edge in incoming if edge.kind.is_windowed], session)
+    windowed = [edge for edge in incoming if edge.kind.is_windowed]
+    prefixes = _prefixes(windowed, session)
     ends = spec.wiring.ends(spec.ends_windows & passed)
     return SessionPlan(
         session=session,
-        inputs={streams[edge.id]: _input(edge, spec) for edge in incoming if edge.id in streams},
-        renamed=_renamed(incoming, streams, session),
+        inputs={
+            prefixes.get(edge.id, "") + stream: _input(edge, spec)
+            for edge in windowed
+            for stream in _streams_of(edge, spec, session)
+        },
+        prefixes=prefixes,
         ports={edge.id: edge.target.name for edge in incoming},
         num_inputs=len(incoming),
         outputs=_outputs(spec, stage, session, [edge for edge in edges if edge.source.stage == stage]),
@@ -53,16 +58,20 @@ def stream_of(edge: EdgeSpec, session: Session) -> str:
     return (edge.kind.stream or edge.kind.name).format(view=session.camera)
 
 
-def _streams(edges: Sequence[EdgeSpec], session: Session) -> dict[str, str]:
-    """Per edge the stream, by names that no two inputs of a stage share."""
-    names = {edge.id: stream_of(edge, session) for edge in edges}
-    several = {name for name in names.values() if list(names.values()).count(name) > 1}
-    return {e.id: f"{e.target.name}/{names[e.id]}" if names[e.id] in several else names[e.id] for e in edges}
+def _prefixes(edges: Sequence[EdgeSpec], session: Session) -> dict[str, str]:
+    """Where streams of one name come on several edges: by edge, what tells them apart."""
+    names = [stream_of(edge, session) for edge in edges]
+    return {e.id: f"{e.target.name}/" for e in edges if names.count(stream_of(e, session)) > 1}
 
 
-def _renamed(edges: Sequence[EdgeSpec], streams: Mapping[str, str], session: Session) -> dict[tuple[str, str], str]:
-    own = ((edge.id, stream_of(edge, session)) for edge in edges if edge.id in streams)
-    return {(edge, stream): streams[edge] for edge, stream in own if streams[edge] != stream}
+def _streams_of(edge: EdgeSpec, spec: PipelineSpec, session: Session) -> list[str]:
+    """The streams that an edge brings: one, or one per view."""
+    stream = stream_of(edge, session)
+    return [view_stream(stream, view.name) for view in session.each_view] if _is_many(edge, spec) else [stream]
+
+
+def _is_many(edge: EdgeSpec, spec: PipelineSpec) -> bool:
+    return spec.types[edge.source.stage].outputs[edge.source.name].many
 
 
 def _hears(spec: PipelineSpec, stage: str) -> bool:
@@ -80,6 +89,7 @@ def _input(edge: EdgeSpec, spec: PipelineSpec) -> Input:
         lateness_ns=edge.lateness_ns,
         is_side=edge.target.is_side,
         is_original=edge.source.stage in spec.wiring.sources,
+        is_many=_is_many(edge, spec),
     )
 
 
@@ -89,6 +99,7 @@ def _outputs(spec: PipelineSpec, stage: str, session: Session, edges: Sequence[E
             stream=(port.kind.stream or port.kind.name).format(view=session.camera),
             kind=port.kind,
             edges=tuple(edge.id for edge in edges if edge.source.name == name),
+            is_many=port.many,
         )
         for name, port in spec.types[stage].outputs.items()
     }

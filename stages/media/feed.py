@@ -1,6 +1,7 @@
-"""One camera's media on the session's axis: what the decoder process reads ahead, handed out when its time has come.
+"""One view's media on the session's axis: what the decoder process reads ahead, handed out when its time has come.
 
-Camera and microphone of a session share a feed, so that one connection serves both. The feed never holds more than
+A camera has one view or several, each with a feed of its own. Camera and microphone of a session share the feed of the
+view that is heard, so that one connection serves both. The feed never holds more than
 `MAX_AHEAD_NS` of media, or two windows. What it does not read of a file waits in the decoder's pipe, and the decoder
 waits with it. A live camera waits for nobody: where one of the two takes nothing, or much comes too late at once, the
 oldest windows are forgotten, which are missing then, and the other one goes on.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -41,7 +42,7 @@ from stages.media.reader import (
 )
 from stages.media.wire import TrackName
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import TICK_NS, Session, Site, SourceReport, Stage
+from stages.stage import TICK_NS, Session, Site, SourceId, SourceReport, Stage, View
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
@@ -53,9 +54,10 @@ Open = Callable[[MediaRequest], MediaReader]
 
 
 class Feed:
-    """The media of one session, from one decoder process at a time."""
+    """The media of one view of a session, from one decoder process at a time."""
 
-    def __init__(self, session: Session, open_reader: Open, opener: Opener = at_once) -> None:
+    def __init__(self, session: Session, open_reader: Open, opener: Opener = at_once, from_ns: int = 0) -> None:
+        """session: as this view alone has it. from_ns: event time from which on it is watched; a file begins then."""
         self._session = session
         self._open = open_reader
         self._opener = opener
@@ -70,11 +72,11 @@ class Feed:
         self._frozen: set[TrackName] = set()  # told, and nothing has come since
         self._report = SourceReport()
         self._pumped_ns: int | None = None
-        self._pause_ns = 0  # a file's media are so much later than it says
+        self._pause_ns = from_ns  # a file's media are so much later than it says
         self._shown_ns = 0  # end of what was really seen, and heard
         self._heard_ns = 0
-        self.video_ns = 0  # nothing before this will come
-        self.audio_ns = 0
+        self.video_ns = from_ns  # nothing before this will come
+        self.audio_ns = from_ns
         self.end_ns: int | None = None  # set when the source has ended for good
 
     @property
@@ -285,6 +287,8 @@ class Feed:
         )
         reader = self._open(request)
         self._live = reader.is_live
+        if self._live:
+            self._pause_ns = 0
         reader.start(now_ns, at_ns)
         return reader
 
@@ -402,48 +406,49 @@ class Feed:
 
 
 class Feeds:
-    """The feeds of one process, by session; owned by the process, read by its camera and microphone stages."""
+    """The open feeds of the process, by view; owned by the process, read by its camera and microphone stages."""
 
     def __init__(self, open_reader: Open = MediaReader, opener: Opener = at_once) -> None:
         """opener: `in_thread` where a source that can't be opened must not hold up the others."""
         self._open = open_reader
         self._opener = opener
-        self._feeds: dict[SessionId, Feed] = {}
-        self._closed: dict[SessionId, SourceReport] = {}
-        self._users: dict[SessionId, int] = {}
+        self._feeds: dict[SourceId, Feed] = {}
+        self._closed: dict[SourceId, SourceReport] = {}
+        self._users: dict[SourceId, int] = {}
 
     @classmethod
     def of(cls, site: Site) -> Feeds:
         """Those of the process."""
         return site.common(cls, lambda: cls(opener=in_thread))
 
-    def open(self, session: Session) -> Feed:
-        """The session's feed, made by its first user."""
-        if session.id not in self._feeds:
-            self._feeds[session.id] = Feed(session, self._open, self._opener)
-        self._users[session.id] = self._users.get(session.id, 0) + 1
-        return self._feeds[session.id]
+    def open(self, session: Session, view: View) -> Feed:
+        """The view's feed, made by its first user."""
+        source = SourceId(session.id, view.name)
+        if source not in self._feeds:
+            self._feeds[source] = Feed(session.of_view(view), self._open, self._opener, view.from_ns)
+        self._users[source] = self._users.get(source, 0) + 1
+        return self._feeds[source]
 
-    def close(self, session: SessionId) -> None:
+    def close(self, source: SourceId) -> None:
         """Closed by its last user."""
-        if session not in self._users:
+        if source not in self._users:
             return
-        self._users[session] -= 1
-        if self._users[session] == 0:
-            del self._users[session]
-            feed = self._feeds.pop(session)
+        self._users[source] -= 1
+        if self._users[source] == 0:
+            del self._users[source]
+            feed = self._feeds.pop(source)
             feed.close()
-            self._closed.pop(session, None)  # so that the newest is the last
-            self._closed[session] = feed.report
+            self._closed.pop(source, None)  # so that the newest is the last
+            self._closed[source] = feed.report
             for oldest in [*self._closed][:-MAX_CLOSED]:
                 del self._closed[oldest]
 
-    def reports(self) -> dict[SessionId, SourceReport]:
+    def reports(self) -> dict[SourceId, SourceReport]:
         """How the sources do that are open, and those that were until lately."""
-        return self._closed | {session: feed.report for session, feed in self._feeds.items()}
+        return self._closed | {source: feed.report for source, feed in self._feeds.items()}
 
     def wakes(self) -> dict[int, SessionId]:
-        return {descriptor: session for session, feed in self._feeds.items() for descriptor in feed.wakes()}
+        return {descriptor: source.session for source, feed in self._feeds.items() for descriptor in feed.wakes()}
 
 
 def soonest_ns(session: Session, now_ns: int, *at_ns: int | None) -> int:
@@ -456,47 +461,63 @@ def soonest_ns(session: Session, now_ns: int, *at_ns: int | None) -> int:
 
 @dataclass(slots=True)
 class Reading:
-    """A session at a stage that reads its feed."""
+    """A view of a session at a stage that reads its feed. removed: it was taken away."""
 
     session: Session
+    view: View
     feed: Feed
     ended: bool = False
+    removed: bool = False
 
 
 R = TypeVar("R", bound=Reading)
 
 
 class FeedStage(Stage, Generic[R]):
-    """What camera and microphone share: they read the session's feed, until its end.
+    """What camera and microphone share: they read the feeds of a session's views, until their ends.
 
-    begin: makes the state of a session that opens.
+    begin: makes the state of a view that opens.
     """
 
-    def __init__(self, feeds: Feeds, begin: Callable[[Session, Feed], R]) -> None:
+    def __init__(self, feeds: Feeds, begin: Callable[[Session, View, Feed], R]) -> None:
         self._feeds = feeds
         self._begin = begin
-        self._open: dict[SessionId, R] = {}
+        self._open: dict[SessionId, dict[str, R]] = {}  # by view
+
+    def views_of(self, session: Session) -> Sequence[View]:
+        """Those whose feeds it reads."""
+        return session.each_view
 
     def open_session(self, session: Session) -> None:
-        feed = self._feeds.open(session)
+        self._open[session.id] = {}
         try:
-            self._open[session.id] = self._begin(session, feed)
+            for view in self.views_of(session):
+                self._open_view(session, view)
         except Exception:
-            self._feeds.close(session.id)
+            self.close_session(session.id)
+            raise
+
+    def _open_view(self, session: Session, view: View) -> None:
+        feed = self._feeds.open(session, view)
+        try:
+            self._open[session.id][view.name] = self._begin(session, view, feed)
+        except Exception:
+            self._feeds.close(SourceId(session.id, view.name))
             raise
 
     def close_session(self, session: SessionId) -> None:
-        if self._open.pop(session, None) is not None:
-            self._feeds.close(session)
+        for name in self._open.pop(session, {}):
+            self._feeds.close(SourceId(session, name))
 
     def wakes(self) -> dict[int, SessionId]:
         return self._feeds.wakes()
 
-    def sources(self) -> dict[SessionId, SourceReport]:
+    def sources(self) -> dict[SourceId, SourceReport]:
         return self._feeds.reports()
 
     def end(self, session: SessionId, now_ns: int) -> None:
-        self._open[session].feed.stop(now_ns)
+        for reading in self._open[session].values():
+            reading.feed.stop(now_ns)
 
     def finished(self, session: SessionId) -> bool:
-        return self._open[session].ended
+        return all(reading.ended for reading in self._open[session].values())

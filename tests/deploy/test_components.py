@@ -14,7 +14,7 @@ from stages.events import Events
 from stages.media.feed import Feeds
 from stages.microphone import Microphone
 from stages.speaker import Speaker
-from stages.stage import ListenerAction
+from stages.stage import ListenerAction, SourceId
 from tests.support.house import House
 from tests.support.media import Clip, times
 from tests.support.media_script import FakeMedia, FakeReader, source
@@ -124,7 +124,7 @@ def test_a_file_whose_sound_comes_late_ends_by_itself_with_a_window_per_second(t
     assert [row["missing"] for row in rows] == [["audio"]] * 22 + [[]] * 4
     assert {house.account(edge).in_flight for edge in EDGES} == {0}
     # Then: how the source did is in the report of its stage also when its session is over.
-    report = house.runners["camera"].snapshot().sources[SessionId("cam0")]
+    report = house.runners["camera"].snapshot().sources[SourceId(SessionId("cam0"))]
     assert (report.has_delivered, report.problem) == (True, "")
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from deploy.control.routing import session_plan, stages_of
 from graph.spec import PipelineSpec, default_spec_path
+from stages.stage import View
 from tests.support.specs import load_spec, parse_spec
 from tests.support.units import session
 
@@ -60,3 +61,26 @@ def test_no_window_ends_behind_a_side_branch():
     replicas = dict.fromkeys(spec.stages, 0)
     aside = {name for name in spec.stages if session_plan(spec, name, session(), replicas, 0).is_aside}
     assert aside == {"census", "events"}
+
+
+def test_each_view_is_a_stream_of_its_own_where_pictures_are_taken_and_one_behind():
+    spec = load_spec(default_spec_path())
+    porch = session("porch", views=(View("front", "a.mp4"), View("back", "b.mp4")), heard="back")
+    replicas = dict.fromkeys(spec.stages, 0)
+    taken = {stage: session_plan(spec, stage, porch, replicas, 1).inputs for stage in ("vision_encoder", "llm")}
+    assert set(taken["vision_encoder"]) == {"camera/porch/front", "camera/porch/back"}
+    assert set(taken["llm"]) == {"image", "audio"}
+    (output,) = (each for each in session_plan(spec, "camera", porch, replicas, 1).outputs.values() if each.is_many)
+    assert (output.stream_of(""), output.stream_of("back")) == ("camera/porch", "camera/porch/back")
+
+
+def test_two_inputs_that_take_the_same_views_have_streams_of_their_own():
+    spec = parse_spec(
+        'version: 1\ncameras: {hall: {source: "test://pattern"}}\nstages:\n'
+        '  views: {use: "omni_outside.views:Views"}\n',
+        "p.yaml",
+    )
+    views = (View("front", "a.mp4"), View("back", "b.mp4"))
+    plan = session_plan(spec, "views", session("hall", views=views), dict.fromkeys(spec.stages, 0), 1)
+    expected = {f"{port}/camera/hall/{view.name}" for port in ("frames", "lately") for view in views}
+    assert {stream for stream, each in plan.inputs.items() if each.is_many} == expected

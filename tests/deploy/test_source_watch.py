@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from deploy.actor.session_plan import StageSnapshot
 from deploy.cameras.source_watch import SourceWatch
 from graph.chunk import SessionId
-from stages.stage import SourceReport
+from stages.stage import SourceId, SourceReport
 
 DOOR, YARD = SessionId("door"), SessionId("yard")
+OF_DOOR, OF_YARD = SourceId(DOOR), SourceId(YARD)
 UP = SourceReport(has_delivered=True, is_up=True)
 
 
@@ -20,7 +21,9 @@ class Console:
         self.watch.opened(DOOR), self.watch.opened(YARD)
 
     def see(self, **sources: SourceReport) -> None:
-        reports: Mapping[SessionId, SourceReport] = {SessionId(name): report for name, report in sources.items()}
+        self.see_all({SourceId(SessionId(name)): report for name, report in sources.items()})
+
+    def see_all(self, reports: Mapping[SourceId, SourceReport]) -> None:
         both = {"camera": StageSnapshot(0, 0, {}, reports), "microphone": StageSnapshot(0, 0, {}, reports)}
         self.watch.saw({"io.0": both, "llm.0": {"llm": StageSnapshot(0, 0, {})}})
 
@@ -43,7 +46,7 @@ def test_a_run_in_which_nothing_ever_came_is_in_vain():
     console = Console()
     console.see(door=SourceReport(problem="gave neither picture nor sound"), yard=SourceReport())
     assert console.watch.is_all_silent
-    assert console.watch.unreported == {DOOR: "gave neither picture nor sound", YARD: ""}
+    assert console.watch.unreported == {OF_DOOR: "gave neither picture nor sound", OF_YARD: ""}
 
 
 def test_one_source_that_gave_something_is_a_run():
@@ -83,3 +86,12 @@ def test_a_camera_that_is_added_again_is_a_new_one():
 
 def test_a_run_without_a_source_is_not_in_vain():
     assert not SourceWatch(print).is_all_silent
+
+
+def test_a_view_that_is_lost_is_told_by_its_name_and_the_others_are_not():
+    console = Console()
+    front, back = SourceId(DOOR, "front"), SourceId(DOOR, "back")
+    console.see_all({front: UP, back: UP})
+    console.see_all({front: UP, back: SourceReport(has_delivered=True, num_lost=1, problem="broke off")})
+    console.see_all({front: UP, back: SourceReport(has_delivered=True, is_up=True, num_lost=1)})
+    assert console.lines == ["camera door/back: lost: broke off", "camera door/back: delivers again"]

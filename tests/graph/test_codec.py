@@ -29,7 +29,7 @@ from graph.codec import (
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
 LARGEST = 2**63 - 1
-VERSION, KIND, SESSION, INCARNATION, STREAM, SEQ, EPOCH, START, DURATION, LAYOUT, ATTRS, TRACE = range(12)
+VERSION, KIND, SESSION, INCARNATION, STREAM, SEQ, EPOCH, START, DURATION, LAYOUT, ATTRS, TRACE, VIEW = range(13)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_NAME_CHARS)
@@ -46,6 +46,7 @@ traces = st.builds(
     st.lists(names, max_size=4).map(tuple),
     st.lists(spans, max_size=4).map(tuple),
     st.lists(failures, max_size=2).map(tuple),
+    st.lists(names, max_size=2).map(tuple),
 )
 chunks = st.builds(
     Chunk,
@@ -53,6 +54,7 @@ chunks = st.builds(
     stream=names,
     start_ns=times,
     duration_ns=totals,
+    view=st.just("") | names,
     seq=totals,
     epoch=totals,
     type=st.sampled_from(ChunkType),
@@ -260,16 +262,22 @@ def test_a_lost_array_is_refused() -> None:
         (ATTRS, {"a": msgpack.Timestamp(1)}, "attrs"),
         (TRACE, [], "trace"),
         (TRACE, ["", [], []], "trace"),
-        (TRACE, ["", [], "spans", []], "trace"),
-        (TRACE, [b"", [], [], []], "trace"),
-        (TRACE, ["", [""], [], []], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0]], []], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0, 0.5]], []], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0, True]], []], "trace"),
-        (TRACE, ["", [], [["llm", 0, 0, 2**63]], []], "trace"),
-        (TRACE, ["", [], [], ["llm"]], "trace"),
-        (TRACE, ["", [], [], [["", "reason"]]], "trace"),
-        (TRACE, ["", [], [], [["llm", 7]]], "trace"),
+        (TRACE, ["", [], "spans", [], []], "trace"),
+        (TRACE, [b"", [], [], [], []], "trace"),
+        (TRACE, ["", [""], [], [], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0]], [], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, 0.5]], [], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, True]], [], []], "trace"),
+        (TRACE, ["", [], [["llm", 0, 0, 2**63]], [], []], "trace"),
+        (TRACE, ["", [], [], []], "trace"),
+        (TRACE, ["", [], [], [], [""]], "trace"),
+        (TRACE, ["", [], [], [], "views"], "trace"),
+        (VIEW, "", "name"),
+        (VIEW, b"back", "name"),
+        (VIEW, 7, "name"),
+        (TRACE, ["", [], [], ["llm"], []], "trace"),
+        (TRACE, ["", [], [], [["", "reason"]], []], "trace"),
+        (TRACE, ["", [], [], [["llm", 7]], []], "trace"),
     ],
 )
 def test_a_field_that_is_wrong_is_refused_under_its_own_name(index: int, value: object, reason: str) -> None:
@@ -327,12 +335,12 @@ def test_a_header_beyond_its_limit_is_refused_unread() -> None:
         b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
         b"\x91" * 60_000,  # a list in a list in a list …
         b"\xc1",  # never used in msgpack
-        msgpack.packb([2] * 12) + b"\x00",  # something behind the header
-        msgpack.packb([2] * 11),
+        msgpack.packb([3] * 13) + b"\x00",  # something behind the header
+        msgpack.packb([3] * 12),
         msgpack.packb([]),
-        msgpack.packb([2] + [1] * (MAX_IN_TRACE + 1)),
+        msgpack.packb([3] + [1] * (MAX_IN_TRACE + 1)),
         msgpack.packb({"version": 1}),
-        b"\x9c" + b"\xa1\xff" * 12,  # text that is not UTF-8
+        b"\x9d" + b"\xa1\xff" * 13,  # text that is not UTF-8
         b"\x81\xc0\x01",  # a map whose key is nil
     ],
 )

@@ -97,6 +97,10 @@ def test_a_class_that_cannot_be_had_is_said_with_its_reason(folder: Path, text: 
             "zoo:Gate: some inputs come in windows and some do not; make two stages of it",
         ),
         (
+            ["frames, moving = In(FRAMES), Out(FRAMES, many=True)"],
+            "zoo:Gate: moving: many=True is for sources; here all views leave on one stream",
+        ),
+        (
             ["frames = In(FRAMES)", "class Options: ..."],
             "zoo:Gate: its Options are no StageOptions; write `class Options(StageOptions):`",
         ),

@@ -16,7 +16,7 @@ from stages.media.feed_retries import Retries
 from stages.media.health import Totals
 from stages.media.reader import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Session, SourceReport
+from stages.stage import Session, SourceId, SourceReport
 from tests.support.media_script import (
     DOOR,
     GONE,
@@ -384,12 +384,12 @@ def test_a_track_that_is_frozen_no_longer_delivers():
 
 def test_a_source_that_gave_nothing_is_reported_with_its_reason_also_when_it_is_gone():
     feeds = Feeds(FakeMedia(FakeReader(progress(0, None), Failed("unreadable", "junk/ has no image, of 2"))))
-    subject = feeds.open(session())
+    subject = feeds.open(session(), *session().each_view)
     subject.pump(0)
     expected = SourceReport(num_lost=1, problem="junk/ has no image, of 2")
-    assert feeds.reports() == {DOOR: expected}
-    feeds.close(DOOR)
-    assert feeds.reports() == {DOOR: expected}
+    assert feeds.reports() == {SourceId(DOOR): expected}
+    feeds.close(SourceId(DOOR))
+    assert feeds.reports() == {SourceId(DOOR): expected}
 
 
 def test_a_source_that_ends_without_anything_is_reported():
@@ -409,9 +409,9 @@ def test_only_the_latest_of_the_sources_that_are_gone_are_remembered():
     feeds = Feeds(FakeMedia())
     for number in range(MAX_CLOSED + 5):
         name = SessionId(f"camera-{number}")
-        feeds.open(replace(session(), id=name))
-        feeds.close(name)
-    assert list(feeds.reports()) == [f"camera-{number}" for number in range(5, MAX_CLOSED + 5)]
+        feeds.open(replace(session(), id=name), *session().each_view)
+        feeds.close(SourceId(name))
+    assert [source.session for source in feeds.reports()] == [f"camera-{number}" for number in range(5, MAX_CLOSED + 5)]
 
 
 # --- we were stopped ----------------------------------------------------------------------------------------------
@@ -542,13 +542,13 @@ def test_in_virtual_time_stop_ends_with_what_was_read():
 def test_the_last_of_its_users_closes_a_feed():
     reader = FakeReader(*seconds(0, 1))
     feeds = Feeds(FakeMedia(reader))
-    one, other = feeds.open(session()), feeds.open(session())
+    one, other = feeds.open(session(), *session().each_view), feeds.open(session(), *session().each_view)
     one.pump(0), other.pump(0)
-    feeds.close(DOOR)
+    feeds.close(SourceId(DOOR))
     assert (reader.started_at_ns, reader.closed) == ([0], False)
-    feeds.close(DOOR)
+    feeds.close(SourceId(DOOR))
     assert (reader.closed, feeds.wakes()) == (True, {})
-    feeds.close(DOOR)
+    feeds.close(SourceId(DOOR))
 
 
 def test_a_reader_is_closed_when_its_source_has_ended():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.ladder import STEPS, holds_window
-from graph.window import Unit
+from graph.window import Unit, WindowJoin
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
 from stages.llm import Llm
 from stages.stage import Session, StageError
 from tests.support.batching import assert_batches, open_all
-from tests.support.streams import EVENTS, TEXT
+from tests.support.streams import EVENTS, IMAGE, TEXT, inputs
 from tests.support.tiny import MAX_UNIT, Tiny, session_tokens
 from tests.support.units import DOOR, ack, audio, image, session, unit
 
@@ -106,6 +107,22 @@ def test_a_window_is_fed_in_omni_flow_order(tiny: Tiny):
         *("<image>", "second 0", "</image>", "<slice>", "second 1", "</slice>"),
         "sound",
     ]
+
+
+def test_the_pictures_of_several_views_are_fed_in_the_order_of_time_and_view(tiny: Tiny):
+    recorder = Recorder(tiny)
+    stage = tiny.llm(model=recorder, max_unit=400)
+    stage.open_session(session())
+    seen = {f"{view} {at}": rows(number, 1, 64) for number, (view, at) in enumerate(product(("back", "front"), (0, 5)))}
+    # Given: one stream, as the encoder makes it of all views, in another order.
+    join = WindowJoin(DOOR, inputs(IMAGE), window_ns=NS_PER_S, lateness_ns=None)
+    for seq, name in enumerate(("front 0", "front 5", "back 5", "back 0")):
+        view, _, at = name.partition(" ")
+        join.add(replace(image("door", int(at), seen[name]), seq=seq, view=view))
+    stage.process([*join.advance(IMAGE, NS_PER_S).units])
+    known = {name: torch.from_numpy(embeds[0]) for name, embeds in seen.items()}
+    fed = [name for name in recorder.names(1, known) if name != "?"]
+    assert fed == ["back 0", "front 0", "back 5", "front 5"]
 
 
 def test_the_voice_goes_into_the_system_prompt_and_is_not_heard(tiny: Tiny):

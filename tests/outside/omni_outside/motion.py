@@ -21,7 +21,7 @@ class MotionGate(Stage):
     cost = StageCost(0, 2 * NS_PER_MS)
 
     def __init__(self) -> None:
-        self._before: dict[SessionId, np.ndarray] = {}
+        self._before: dict[SessionId, dict[str, np.ndarray]] = {}
 
     def close_session(self, session: SessionId) -> None:
         self._before.pop(session, None)
@@ -31,8 +31,8 @@ class MotionGate(Stage):
 
     def _judge(self, picture: Chunk) -> list[Chunk]:
         image = picture.arrays["image"].astype(np.float32) / 255
-        before = self._before.get(picture.session)
-        self._before[picture.session] = image
+        views = self._before.setdefault(picture.session, {})
+        before, views[picture.view] = views.get(picture.view), image
         moved = 1.0 if before is None or before.shape != image.shape else float(np.abs(image - before).mean())
         if moved <= self.options.threshold:
             return []
