@@ -252,8 +252,9 @@ def least_chunks(kind: Kind[Any], file: FileSpec) -> int:
     """The least credit for pictures: what a window holds until it closes, and the same again of the next."""
     if not kind.is_picture:
         return 1
-    fps = max((camera.fps for camera in file.cameras.values()), default=1.0)
-    return 2 * math.ceil(fps * file.window.length_ns / 1e9) + 2
+    window_s = file.window.length_ns / 1e9
+    pictures = (math.ceil(each.fps * window_s) * max(len(each.sources), 1) for each in file.cameras.values())
+    return 2 * max(pictures, default=math.ceil(window_s)) + 2
 
 
 def _circle(edges: Iterable[EdgeSpec]) -> tuple[str, ...]:

@@ -35,6 +35,9 @@ NANO: Final = "nano"
 TINY: Final = "tiny"
 BUILT_IN: Final = (NANO, TINY)
 """Models that need no folder and no download: one is shipped, the other made on first use."""
+EMBEDDED: Final = "embedded"
+NO_SOUND: Final = "none"
+_A_MICROPHONE: Final = f"'{EMBEDDED}' or '{NO_SOUND}'"
 HUB_ID: Final = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95})"
     r"(@(?P<revision>[A-Za-z0-9][\w./-]{0,95}))?",
@@ -62,9 +65,11 @@ def _camera_source(value: object) -> Secret:
     return secret
 
 
-def _camera_microphone(value: object) -> object:
+def _camera_microphone(value: object) -> str:
     if isinstance(value, Secret) or (isinstance(value, str) and "://" in value):
         raise ValueError("the sound of another source is not supported yet; write embedded or none")
+    if not isinstance(value, str):
+        raise ValueError(f"must be {_A_MICROPHONE}, not {shown(value)}")
     return value
 
 
@@ -73,6 +78,12 @@ def name_of(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9_-]{1,32}", value):
         raise ValueError(f"{value!r} is no name; a name has 1 to 32 of a-z 0-9 _ -")
     return value
+
+
+def _view_name(value: str) -> str:
+    if value in (EMBEDDED, NO_SOUND):
+        raise ValueError(f"a view can't be called {value}: `microphone: {value}` means something else")
+    return name_of(value)
 
 
 def _listen_address(value: str) -> str:
@@ -151,6 +162,8 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value))), PlainSerializer(format_bytes)]
 Duration = Annotated[int, _duration("0s", "1h"), _as_duration]
 Name = Annotated[str, AfterValidator(name_of)]
+ViewName = Annotated[str, AfterValidator(_view_name)]
+Source = Annotated[Secret, PlainValidator(_camera_source), _as_text]
 
 
 # ---- The sections ---------------------------------------------------------------------------------------------------
@@ -178,16 +191,52 @@ class TailSpec(Section):
 
 
 class CameraSpec(Section):
-    """source may hold credentials: print `masked`, open `reveal()`. microphone: the sound in source, or none.
+    """One source, or several views of one place, by their names: a unit holds the pictures of all.
 
+    microphone: the sound in the source, or none; or the view whose sound it is (embedded: that of the first one).
+
+    Sources may hold credentials: print `masked`, open `reveal()`.
     max_pixels: the decoder makes larger pictures smaller, before the bus. The default is twice the model's 448 x 448
     in each direction; nine slices want 9 x 448 x 448. The limits are within those of stages/media/wire.py.
     """
 
-    source: Annotated[Secret, PlainValidator(_camera_source), _as_text]
+    source: Source | None = None
+    views: Mapping[ViewName, Source] = Field(default_factory=dict)
     fps: float = Field(default=1.0, ge=0.01, le=30)
-    microphone: Annotated[Literal["embedded", "none"], BeforeValidator(_camera_microphone)] = "embedded"
+    microphone: Annotated[str, BeforeValidator(_camera_microphone)] = EMBEDDED
     max_pixels: int = Field(default=4 * 448 * 448, ge=64 * 64, le=1 << 24)
+
+    @property
+    def sources(self) -> Mapping[str, Secret]:
+        """By view; that of a camera which has one source only is called ""."""
+        return {**({} if self.source is None else {"": self.source}), **self.views}
+
+    @property
+    def has_sound(self) -> bool:
+        return self.microphone != NO_SOUND
+
+    @property
+    def heard(self) -> str:
+        """The view whose sound is heard, where one is."""
+        return self.microphone if self.microphone in self.views else next(iter(self.sources), "")
+
+    @property
+    def apart(self) -> Mapping[str, CameraSpec]:
+        """By view, a camera which has that one only."""
+        return {
+            view: CameraSpec(
+                source=source,
+                fps=self.fps,
+                microphone=EMBEDDED if self.has_sound and view == self.heard else NO_SOUND,
+                max_pixels=self.max_pixels,
+            )
+            for view, source in self.sources.items()
+        }
+
+    @property
+    def shown_source(self) -> str:
+        """Where its pictures come from, without secrets."""
+        return ", ".join(f"{view}={source.masked}" if view else source.masked for view, source in self.sources.items())
 
 
 class ReplicasSpec(Section):

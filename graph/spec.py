@@ -248,7 +248,7 @@ def render(spec: PipelineSpec) -> str:
         "model": spec.model,
         "window": _dump(spec.window),
         "tail": _dump(spec.tail),
-        "cameras": {name: _dump(camera) for name, camera in spec.cameras.items()},
+        "cameras": {name: _camera(camera) for name, camera in spec.cameras.items()},
         "stages": stages,
         "edges": [_edge_as_written(edge) for edge in spec.edges],
         "admission": _dump(spec.admission),
@@ -264,6 +264,11 @@ def render(spec: PipelineSpec) -> str:
 
 def _dump(section: Section) -> dict[str, object]:
     return section.model_dump(by_alias=True)
+
+
+def _camera(camera: CameraSpec) -> dict[str, object]:
+    """With its source, or its views."""
+    return {key: value for key, value in _dump(camera).items() if value is not None and value != {}}
 
 
 def _edge_as_written(edge: EdgeSpec) -> dict[str, object]:

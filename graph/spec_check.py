@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Final
 
 from graph.edges import Edges, no_senses, wiring_of
-from graph.sections import BUILT_IN, HUB_ID, VERSION, FileSpec, StageOptions
+from graph.sections import BUILT_IN, EMBEDDED, HUB_ID, NO_SOUND, VERSION, CameraSpec, FileSpec, StageOptions
 from graph.stage_type import StageType, can_be_off, needed_among
 from graph.units import format_duration
-from graph.wording import listed, shown
+from graph.wording import listed, shown, suggest
 from graph.yaml_file import Finding, KeyPath
 
 MAX_CAMERAS: Final = 256
+"""Sources, of all cameras together."""
+MAX_VIEWS: Final = 16  # of a camera: the model's unit has room for so many pictures
 
 
 def findings(file: FileSpec, types: Mapping[str, StageType], edges: Edges, wrong: Iterable[KeyPath]) -> list[Finding]:
@@ -39,13 +41,39 @@ def _all_findings(file: FileSpec, types: Mapping[str, StageType], edges: Edges) 
     yield from _tail_findings(file)
     if not file.cameras:
         yield Finding(("cameras",), 'not one camera; write `cameras: {test: {source: "test://pattern"}}`')
-    if len(file.cameras) > MAX_CAMERAS:
-        yield Finding(("cameras",), f"{len(file.cameras)} cameras; one pipeline takes {MAX_CAMERAS}")
+    num_sources = sum(len(camera.sources) for camera in file.cameras.values())
+    if num_sources > MAX_CAMERAS:
+        what = "cameras" if num_sources == len(file.cameras) else "views of all cameras"
+        yield Finding(("cameras",), f"{num_sources} {what}; one pipeline takes {MAX_CAMERAS}")
+    for name, camera in file.cameras.items():
+        yield from _camera_findings(name, camera)
     stages = file.stages.by_name()
     for name, stage in stages.items():
         yield from _stage_findings(name, stage, types)
     yield from edges.findings
     yield from _together_findings(stages, types, edges)
+
+
+def _camera_findings(name: str, camera: CameraSpec) -> Iterator[Finding]:
+    path, dotted = ("cameras", name), f"cameras.{name}"
+    num_views = len(camera.views)
+    if "views" in camera.model_fields_set:
+        if camera.source is not None:
+            message = f"camera {name} has a source, too; write it as one of the views, or leave the views out"
+            yield Finding((*path, "views"), f"{dotted}.views: {message}")
+        elif not num_views:
+            yield Finding((*path, "views"), f'{dotted}.views: not one view; write `views: {{front: "rtsp://…"}}`')
+    elif camera.source is None:
+        yield Finding((*path, "source"), f"{dotted}.source: is missing")
+    if num_views > MAX_VIEWS:
+        yield Finding((*path, "views"), f"{dotted}.views: {num_views} views; a camera has {MAX_VIEWS} at most")
+    if camera.microphone not in (EMBEDDED, NO_SOUND, *camera.views):
+        if num_views:
+            has = f"it has: {', '.join(camera.views)}{suggest(camera.microphone, camera.views, alone=False)}"
+            message = f"camera {name} has no view {shown(camera.microphone)}; {has}"
+        else:
+            message = f"must be '{EMBEDDED}' or '{NO_SOUND}', not {shown(camera.microphone)}"
+        yield Finding((*path, "microphone"), f"{dotted}.microphone: {message}")
 
 
 def _version_findings(file: FileSpec) -> Iterator[Finding]:

@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("graph", "deploy/actor", "deploy/control", "deploy/simulator")
 PORTS = {name for each in CATALOG.built_in.values() for name in (*each.inputs, *each.outputs)}
 NAMES = {*CATALOG.built_in, *PORTS, *(kind.name for kind in EVERY), "mic", "camera/"}
-# A label of the metrics, and the tracks of a source: words of what is watched, not of what runs. Names of arrays.
+# A label of the metrics, the tracks of a source, a key of a camera: words of what is watched, not of what runs. Names
+# of arrays.
 NO_STAGES = {
     ("graph/metrics.py", "camera"),
     ("graph/metrics.py", "audio"),
+    ("graph/spec_check.py", "microphone"),
     ("deploy/actor/measure.py", "audio"),
     ("deploy/simulator/comings.py", "camera"),
     ("deploy/simulator/stages.py", "codes"),

@@ -17,7 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from deploy.cameras.sources import Probed, SourceError, check_sources, probe, probe_all
+from deploy.cameras.sources import Probed, SourceError, apart, check_sources, probe, probe_all
 from deploy.control.calls import Reply
 from deploy.control.capacity import CapacityError, admit
 from graph.chunk import NS_PER_S
@@ -97,7 +97,7 @@ class LiveCameras:
         finally:
             with self._lock:
                 self._coming.discard(name)
-        return Added(name, camera.source.masked, tuple(warnings))
+        return Added(name, camera.shown_source, tuple(warnings))
 
     def remove(self, name: str) -> None:
         """End a camera's session: what was seen and heard until now is gone through, and said. Raises Refused."""
@@ -121,17 +121,20 @@ class LiveCameras:
             raise Refused(422, "\n".join(told)) from None
         except SourceError as error:
             raise Refused(422, str(error)) from None
-        self._check_fps(name, cameras[name].fps)
-        if not isinstance(template, str) or any(map(is_control, template)):
+        self._check_fps(name, cameras[name])
+        source = cameras[name].source
+        if source is None or not isinstance(template, str) or any(map(is_control, template)):
             return cameras[name]
-        return cameras[name].model_copy(update={"source": Secret(template, cameras[name].source.reveal())})
+        return cameras[name].model_copy(update={"source": Secret(template, source.reveal())})
 
-    def _check_fps(self, name: str, fps: float) -> None:
+    def _check_fps(self, name: str, camera: CameraSpec) -> None:
         """An edge's credit is for all sessions, and was made for the cameras of the beginning."""
-        num_pictures = math.ceil(fps * self._spec.window.length_ns / NS_PER_S)
+        fps, num_views = camera.fps, len(camera.sources)
+        num_pictures = num_views * math.ceil(fps * self._spec.window.length_ns / NS_PER_S)
         for edge in self._spec.edges:
             if edge.kind.is_picture and edge.credit.chunks < num_pictures:
-                told = f"a window has {num_pictures} pictures at fps {fps:g}, {edge.id} has credit for "
+                views = f" from {num_views} views" if num_views > 1 else ""
+                told = f"a window has {num_pictures} pictures at fps {fps:g}{views}, {edge.id} has credit for "
                 told += f"{edge.credit.chunks}; start the pipeline with such a camera, or with more credit"
                 raise Refused(422, f"camera {name}: {told}")
 
@@ -158,11 +161,12 @@ class LiveCameras:
         def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
             return probe(None, camera, lambda: is_over() or self._is_over.is_set())
 
-        why, is_live = probe_all({name: camera}, ask)[name]
-        if why and not is_live:
-            raise Refused(422, f"camera {name}: {why}")
-        if why:
-            tell(f"camera {name}: {why}; it is looked for again")
+        probed = probe_all(apart({name: camera}), ask)
+        if broken := [f"camera {source}: {why}" for source, (why, is_live) in probed.items() if why and not is_live]:
+            raise Refused(422, "\n".join(broken))
+        for source, (why, _) in probed.items():
+            if why:
+                tell(f"camera {source}: {why}; it is looked for again")
 
     def _ask(self, asked: _Asked) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError
-from graph.secret import mask_urls
+from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
 from stages.media.reader import (
@@ -50,7 +50,8 @@ def check_cameras(
     an error where one has not answered by then.
     Raises SourceError with all that is wrong.
     """
-    cameras, deadline_s = spec.cameras, time.monotonic() + (wait_s or 0.0)
+    there = apart(spec.cameras)
+    cameras, deadline_s = there, time.monotonic() + (wait_s or 0.0)
     within_s = min(wait_s or PROBE_S, PROBE_S)
     absent: dict[str, str] = {}
     while cameras:
@@ -63,9 +64,9 @@ def check_cameras(
             raise SourceError("\n".join(f"camera {name}: {why}" for name, why in (broken | absent).items()))
         if not absent or is_over:
             break
-        for name in absent if cameras is spec.cameras else ():  # the first time
+        for name in absent if cameras is there else ():  # the first time
             tell(f"camera {name}: {absent[name]}; waiting for it")
-        cameras = {name: spec.cameras[name] for name in absent}
+        cameras = {name: there[name] for name in absent}
         time.sleep(min(PROBE_AGAIN_S, max(deadline_s - time.monotonic(), 0.0)))
         within_s = min(deadline_s - time.monotonic(), PROBE_S)
         if within_s <= 0:
@@ -78,12 +79,27 @@ def check_cameras(
     return spec.cameras
 
 
+def apart(cameras: Mapping[str, CameraSpec]) -> dict[str, CameraSpec]:
+    """Each view as a camera of its own: that of `porch` which is called `back` is `porch/back`."""
+    return {
+        f"{name}/{view}" if view else name: alone
+        for name, camera in cameras.items()
+        for view, alone in camera.apart.items()
+    }
+
+
+def _only_source(camera: CameraSpec) -> Secret:
+    (source,) = camera.sources.values()
+    return source
+
+
 def check_sources(spec: PipelineSpec, *, paced: bool) -> None:
     """Raises SourceError when a source is not read here, or not at this pace, whatever the world is like."""
     problems = []
-    for name, camera in spec.cameras.items():
+    for name, camera in apart(spec.cameras).items():
+        source = _only_source(camera)
         try:
-            kind = check_source(camera.source.reveal())
+            kind = check_source(source.reveal())
         except MediaError as error:
             if error.kind == "blocked":
                 problems.append(f"camera {name}: {error}")
@@ -91,7 +107,7 @@ def check_sources(spec: PipelineSpec, *, paced: bool) -> None:
         if kind in LIVE_KINDS and not paced:
             # In virtual time no window expires: one lost picture would hold up the session for ever.
             problems.append(
-                f"camera {name}: --speed max reads files and test patterns; {camera.source.masked} sets its own pace"
+                f"camera {name}: --speed max reads files and test patterns; {source.masked} sets its own pace"
             )
     if problems:
         raise SourceError("\n".join(problems))
@@ -107,16 +123,17 @@ def probe(
     """Open a source once, as for a run of this duration, unless that is over before it answers: after within_s."""
     if is_over():
         return _no_answer(within_s), _is_live(camera)
+    source = _only_source(camera)
     try:
         request = MediaRequest(
-            source=camera.source.reveal(),
+            source=source.reveal(),
             fps=camera.fps,
             max_pixels=camera.max_pixels,
             want_video=True,
-            want_audio=camera.microphone == "embedded",
+            want_audio=camera.has_sound,
             piece_ns=NS_PER_S,
             duration_ns=duration_ns,
-            masked=camera.source.masked,
+            masked=source.masked,
         )
         with MediaReader(request) as reader:
             return _look(reader, is_over) or (_no_answer(within_s), reader.is_live)
@@ -181,10 +198,11 @@ def probe_all(
 
 
 def _is_live(camera: CameraSpec) -> bool:
+    source = _only_source(camera).reveal()
     try:
-        return check_source(camera.source.reveal()) in LIVE_KINDS
+        return check_source(source) in LIVE_KINDS
     except MediaError as error:  # a webcam that is not plugged in is no file that is not there
-        return error.kind == "missing" and camera.source.reveal().startswith("/dev/video")
+        return error.kind == "missing" and source.startswith("/dev/video")
 
 
 def anchored(source: str) -> str:

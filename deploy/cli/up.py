@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -106,7 +106,7 @@ def _duration(option: str, text: str, least_ns: int = 1) -> int:
 
 
 def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
-    """`--camera` replaces the file's cameras; checked like the file's."""
+    """`--camera` replaces the file's cameras; checked like the file's. `porch/back=…` is a view of camera `porch`."""
     import dataclasses
     import json
 
@@ -116,9 +116,12 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
 
     if not sources:
         return spec
-    text = "version: 1\ncameras: " + json.dumps(
-        {name: {"source": source} for name, source in sources.items()}, ensure_ascii=False
-    )
+    described: dict[str, dict[str, Any]] = {}
+    for written, source in sources.items():
+        name, slash, view = written.partition("/")
+        camera = described.setdefault(name, {})
+        camera.update({"views": {**camera.get("views", {}), view: source}} if slash else {"source": source})
+    text = "version: 1\ncameras: " + json.dumps(described, ensure_ascii=False)
     try:
         cameras = parse_spec(text, "--camera", CATALOG).cameras
     except SpecError as error:

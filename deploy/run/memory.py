@@ -147,7 +147,7 @@ def needed_memory(spec: PipelineSpec, weights_of: Mapping[str, int]) -> Needed:
         weights=sum(weights_of[stage] for stages in loads for stage in stages),
         kv_caches=sum(stage.replicas * stage.kv_memory_bytes for stage in pools),
         processes=sum(ACTOR_BYTES if stages else LIGHT_ACTOR_BYTES for stages in loads),
-        decoders=len(spec.cameras) * DECODER_BYTES,
+        decoders=sum(len(camera.sources) for camera in spec.cameras.values()) * DECODER_BYTES,
         ray=RAY_BYTES,
         num_kv_caches=num_pools,
     )

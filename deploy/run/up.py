@@ -31,9 +31,10 @@ from deploy.run.state import Running, StateFolder
 from graph.chunk import NS_PER_S, SessionId
 from graph.errors import GraphError
 from graph.ledger import Account
+from graph.secret import Secret
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction, Session
+from stages.stage import ListenerAction, Session, View
 
 if TYPE_CHECKING:
     from deploy.control.coordinator import Coordinator
@@ -162,7 +163,7 @@ class _Run:
             meter = PipelineMeter(self._spec.model, self._status.trained, coordinator.processes)
             stack.callback(meter.stop)
             self._status.own_port = meter.port
-            self._status.sources = {name: camera.source.masked for name, camera in cameras.items()}
+            self._status.sources = {name: camera.shown_source for name, camera in cameras.items()}
             self._status.problem = ""
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
             try:
@@ -176,8 +177,8 @@ class _Run:
                 ledger = coordinator.end(self._ending)  # also of a run that breaks
                 self._write_ledger(ledger)
             self._tell("stopping")
-        for session, problem in self._sources.unreported.items():
-            self._tell(f"camera {session}: {problem or 'gave neither picture nor sound'}")
+        for source, problem in self._sources.unreported.items():
+            self._tell(f"camera {source}: {problem or 'gave neither picture nor sound'}")
         in_vain = self._sources.is_all_silent and not self._interrupts.count
         return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out)
 
@@ -233,7 +234,7 @@ class _Run:
             running = set(coordinator.sessions)
             ended = [other for other in self._status.sources if other not in running]
             kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
-            self._status.sources = {**kept, name: camera.source.masked}
+            self._status.sources = {**kept, name: camera.shown_source}
             self._sources.opened(session.id)
             self._tell(f"camera {name}: added")
 
@@ -246,12 +247,13 @@ class _Run:
 
     def _session(self, name: str, camera: CameraSpec) -> Session:
         options, spec = self._options, self._spec
-        microphone = camera.microphone == "embedded" and spec.has_sound
+        microphone = camera.has_sound and spec.has_sound
         needs_pictures = self._checkpoint.config.generation.needs_pictures or not microphone
         return Session(
             id=SessionId(name),
             camera=name,
-            source=anchored(camera.source.reveal()),
+            views=tuple(_view(name, source) for name, source in camera.sources.items()),
+            heard=camera.heard,
             fps=camera.fps,
             max_pixels=camera.max_pixels,
             pictures=spec.has_pictures,
@@ -266,7 +268,6 @@ class _Run:
             listener=options.listener,
             ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not spec.has_pictures),
             out=None if options.out is None else options.out.absolute(),
-            masked_source=camera.source.masked,
         )
 
     def _write_ledger(self, ledger: Mapping[str, Account]) -> None:
@@ -274,6 +275,10 @@ class _Run:
             self._options.out.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
             rows = {edge: account.as_dict() for edge, account in ledger.items()}
             (self._options.out / "ledger.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def _view(name: str, source: Secret) -> View:
+    return View(name, anchored(source.reveal()), source.masked)
 
 
 def _check_output(out: Path | None) -> None:
