@@ -62,6 +62,7 @@ TABLE: Final[tuple[Declaration, ...]] = (
     _histogram(COUNT_BUCKETS, "omni_stage_batch_units", "Units in a batch.", "stage"),
     _counter("omni_units_total", "Units a stage has processed.", "stage"),
     _counter("omni_stage_failures_total", "Units and hooks of sessions at which the stage has raised.", "stage"),
+    _counter("omni_stage_unsaid_total", "Sessions that ended with something left to say, unheard.", "stage"),
     _counter("omni_stage_carried_total", "Chunks too late for their window, taken into the next unit.", "stage"),
     #
     _counter("omni_edge_accepted_total", "Chunks an edge took over from its sender.", "edge"),
@@ -131,6 +132,7 @@ class StageMetrics:
         self._units = metrics.counter("omni_units_total", stage)
         self._carried = metrics.counter("omni_stage_carried_total", stage)
         self._failures = metrics.counter("omni_stage_failures_total", stage)
+        self._unsaid = metrics.counter("omni_stage_unsaid_total", stage)
 
     def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
         """A batch left the stage. queue_s: from the arrival of its oldest unit to the start of compute_s."""
@@ -146,6 +148,10 @@ class StageMetrics:
     def failed(self) -> None:
         """The stage has raised at a session's unit, or at another of its hooks."""
         self._failures.inc()
+
+    def unsaid(self) -> None:
+        """A session ended with something left to say, since its listener heard nothing."""
+        self._unsaid.inc()
 
     def carried(self, num_chunks: int) -> None:
         """Chunks came after their window had left."""

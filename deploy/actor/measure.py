@@ -124,6 +124,10 @@ class StageMeter:
         logging.error("%s: session %s, %s: failed", self._name, session.id, where, exc_info=error)
         self._stage.failed()
 
+    def unsaid(self, session: Session) -> None:
+        """A session has ended with something left to say."""
+        self._stage.unsaid()
+
     def carried(self, num_chunks: int) -> None:
         """Chunks came after their window had left, and are in the next unit."""
         self._stage.carried(num_chunks)

@@ -43,6 +43,7 @@ LEAST_SLEEP_NS = NS_PER_MS
 MAX_ENDED = 256  # sessions that were given up and have ended, of which is known why
 MAX_QUIET = 5
 """Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
+UNSAID = f"what it had left to say was not said: its listener heard nothing for {MAX_QUIET} windows"
 MAX_CHUNKS_PER_WINDOW = 1 << 16
 """Of one stream; by far."""
 MAX_READY = 4
@@ -59,6 +60,7 @@ class Meter(WindowMeter, OutMeter, Protocol):
     def carried(self, num_chunks: int) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def failed(self, session: Session, error: Exception, where: str) -> None: ...
+    def unsaid(self, session: Session) -> None: ...
 
 
 class StageRunner:
@@ -203,6 +205,8 @@ class StageRunner:
             before.move(session, sender)
             state.lanes[edge] = sender
         self._out.say_again(state, edge)
+        if state.join is not None and state.session.paced:  # windows in which nobody could hear do not count
+            state.num_quiet = min(0, (state.join.next_end_ns - state.now_ns()) // state.session.window_ns)
         with state.faults.within("peer_begins_anew"):
             self.stage.peer_begins_anew(session)
         self._schedule.touch(session)
@@ -589,7 +593,7 @@ class StageRunner:
             else:
                 state.faults.succeeded("process")
             is_quiet = ready.unit.is_afterword and state.session.id not in saying
-            state.num_quiet = state.num_quiet + 1 if is_quiet else 0
+            state.num_quiet = state.num_quiet + 1 if is_quiet else min(state.num_quiet, 0)
             has_failed = error is not None or bool(state.faults.given_up)
             self._leave(state, ready, started_ns, has_failed=has_failed)
 
@@ -635,13 +639,20 @@ class StageRunner:
         self._meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.waiting.since_ns)
         span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
-        failures = state.faults.take()
+        failures = (*state.faults.take(), *self._unsaid(state, unit))
         if state.plan.is_aside:
             self._tell_of(state, failures, window=unit.index)
         trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=failures)
         if state.sink is not None:
             self._out.send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
         self._out.advance(state, unit.end_ns, trace)
+
+    def _unsaid(self, state: OpenSession, unit: Unit) -> tuple[Failure, ...]:
+        """What is lost with the last window that is given to a stage for what it has left to say."""
+        if not unit.is_afterword or state.num_quiet != MAX_QUIET or not self._has_more_to_say(state):
+            return ()
+        self._meter.unsaid(state.session)
+        return (Failure(self.name, UNSAID),)
 
     def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
         """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
@@ -671,7 +682,7 @@ class StageRunner:
 
     def _say_goodbye(self, state: OpenSession) -> None:
         if self._has_more_to_say(state):
-            logging.warning("%s: %s: its listener hears nothing: what waits is not said", self.name, state.session.id)
+            logging.warning("%s: session %s: %s", self.name, state.session.id, UNSAID)
         if not state.faults.given_up:
             with state.faults.within("drain"):
                 self._out.send_all(state, self.stage.drain(state.session.id))

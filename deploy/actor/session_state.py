@@ -51,7 +51,9 @@ class OpenSession:
     num_units: int = 0
     num_processed: int = 0  # of them here
     levels_sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # to sources, by edge, and when
-    num_quiet: int = 0  # windows after the inputs' end, in succession, in which nothing could be said
+    # Windows after the inputs' end, in succession, in which nothing could be said; below 0 while there are some that
+    # have ended when nobody was there to hear.
+    num_quiet: int = 0
     session: Session = field(init=False)
     traced: frozenset[str] = field(init=False)  # the streams that bring a trace of each window
     windowed: tuple[tuple[str, Output], ...] = field(init=False)  # what leaves window by window

@@ -16,7 +16,7 @@ from random import Random
 from typing import Final
 
 from deploy.actor.plan import ActorPlan, Call
-from deploy.actor.runner import StageRunner
+from deploy.actor.runner import UNSAID, StageRunner
 from deploy.control.coordinator import Coordinator
 from deploy.control.placement import Process, processes_of
 from deploy.control.restarts import NoSessionLeft
@@ -43,7 +43,7 @@ from deploy.simulator.stages import (
     silent,
 )
 from deploy.simulator.world import Device, HostClock, Network, World, WorldOver
-from graph.chunk import NS_PER_MS, NS_PER_S, Scalar, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.gather import Gathering
 from graph.ledger import REASONS, Account
 from graph.sections import ReplicasSpec
@@ -283,17 +283,18 @@ class Simulation:
     def _check_said(self) -> None:
         if self._faults.num_hung:  # of a listener behind one that hangs nobody hears, and what waits is given up
             return
-        cuts = ("cut_off", "unit_failed")
-        excused = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") in cuts}
-        if self._faults.num_deaths:  # of one that has ended where speech is heard, nobody says any more that it was cut
-            recovered = {chunk.session for chunk in self._events.chunks if chunk.attrs.get("type") == "recovered"}
-            excused |= {session.id for session in self._comings.sessions} - recovered
+        excused = {chunk.session for chunk in self._events.chunks if self._says_what_is_lost(chunk)}
         for actor in self._living():
             for name, runner in actor.runners.items():
                 for session in runner.stage.unsaid if isinstance(runner.stage, Costly) else ():
                     if session not in excused | self._comings.cut:
                         what = f"{session} was closed at {name} with something left to say"
                         self._invariants.violated("all is said", what)
+
+    def _says_what_is_lost(self, event: Chunk) -> bool:
+        """That what was to be said was cut off, or that nobody heard it, or that a unit of it was spoilt."""
+        kind, reason = event.attrs.get("type"), event.attrs.get("reason")
+        return kind == "cut_off" or (kind == "unit_failed" and (reason == UNSAID or self._scenario.spoils > 0))
 
     def _count(self) -> None:
         self.figures.num_deaths = self._faults.num_deaths

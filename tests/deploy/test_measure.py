@@ -97,6 +97,12 @@ def test_chunks_in_a_later_unit_than_their_own_are_counted():
     assert meter.value("omni_stage_carried_total", stage="llm") == 3
 
 
+def test_a_session_that_ends_with_something_left_to_say_is_counted():
+    meter = Meter("tts")
+    meter.meter.unsaid(meter.session)
+    assert meter.value("omni_stage_unsaid_total", stage="tts") == 1
+
+
 def test_a_camera_is_up_while_it_delivers():
     meter = Meter("camera")
     states = [meter.of_door("omni_camera_up")]

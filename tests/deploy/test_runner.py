@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy.actor.runner import StageRunner
+from deploy.actor.runner import UNSAID, StageRunner
 from deploy.actor.session_plan import Listener
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.credit import Limit
@@ -784,6 +784,9 @@ def test_for_a_listener_who_hears_nothing_a_stage_waits_five_windows_and_no_more
     house.open("door")
     house.run()
     assert [unit.is_afterword for unit in deaf.units] == [False] * 2 + [True] * 5
+    notes = house.runners["events"].stage
+    assert notes.told("unit_failed") == [{"type": "unit_failed", "window": 6, "stage": "llm", "reason": UNSAID}]
+    assert house.registry.get_sample_value("omni_stage_unsaid_total", {"stage": "llm"}) == 1
 
 
 def test_a_snapshot_tells_what_is_done_and_what_waits(build, clock: ManualClock):
