@@ -287,6 +287,7 @@ class StageOptions(Section):
     gpus: Annotated[float, AfterValidator(_whole_above_one)] = Field(default=0.0, ge=0, le=64)  # per replica
     cpus: float = Field(default=0.25, ge=0, le=1024)  # per replica
     resources: Mapping[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # Ray's, per replica
+    memory: Bytes | None = None  # more than its process has when it starts; stages of one process add up
     process: Name | None = None  # light stages with the same name share one process
     threads: Count = 1  # of torch
     # Units per process(). 24 sessions of nano on 2 cores: 96 % on time with 16 everywhere; 92 %, and a tenth more work,

@@ -20,13 +20,14 @@ from typing import TypeVar
 import ray
 from prometheus_client import CollectorRegistry
 
-from deploy.actor.build import build_stage, options_of
+from deploy.actor.build import build_stage, memory_limit, options_of
 from deploy.actor.commands import Commands, Ends
 from deploy.actor.measure import StageMeter
 from deploy.actor.plan import ActorPlan, Address, Answer, Call, StagePlan
 from deploy.actor.runner import StageRunner
 from deploy.actor.suspects import WorkNote, note_path
 from deploy.process.masked_output import MaskingFormatter
+from deploy.process.memory_limit import lift_memory_limit, limit_memory
 from deploy.process.packages import check_packages
 from graph.bus import Bus
 from graph.chunk import NS_PER_S
@@ -120,6 +121,7 @@ class Actor:
                 self._turn()
             self._failure = f"{self._plan.name} has stopped"
         except Exception as error:
+            lift_memory_limit()
             logging.exception("%s: the loop has failed", self._plan.name)
             self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"
             self._commands.close_stages()
@@ -152,6 +154,8 @@ class Actor:
 
     def _build(self) -> list[StageRunner]:
         note = WorkNote(note_path(self._plan.directory, self._plan.peer))
+        if limit := memory_limit(self._plan.stages.values()):
+            limit_memory(limit)
         shared: dict[type, object] = {}
         return [self._runner(name, stage, shared, note) for name, stage in self._plan.stages.items()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from deploy.actor.plan import StagePlan
@@ -38,6 +39,12 @@ def build_stage(name: str, plan: StagePlan, checkpoint: Path, shared: dict[type,
 def options_of(cls: type[Stage], plan: StagePlan) -> StageOptions:
     """The options of a plan, as the stage's class has them."""
     return cls.Options.model_validate(plan.options)
+
+
+def memory_limit(plans: Iterable[StagePlan]) -> int | None:
+    """What a process with these stages may take beyond what it has, in bytes; None where one of them has no limit."""
+    limits = [options_of(stage_class(plan.use), plan).memory for plan in plans]
+    return None if None in limits else sum(limit for limit in limits if limit is not None)
 
 
 def device_of(options: StageOptions) -> str:

@@ -38,7 +38,7 @@ from graph.trace import leave_stage
 from graph.window import NOTHING, Joined, Unit, WindowJoin
 from stages.stage import TICK_NS, Session, Stage, StageError, View
 
-WorkingOn = Callable[[Sequence[SessionId]], AbstractContextManager[object]]
+WorkingOn = Callable[[str, Sequence[Unit]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
 MAX_ENDED = 256  # sessions that were given up and have ended, of which is known why
 MAX_QUIET = 5
@@ -67,7 +67,7 @@ class StageRunner:
     """One replica of one stage.
 
     receivers: by edge. senders: by edge, one per replica of the other end.
-    working_on: entered for the sessions of each batch, so that it is known whose data a process has died of.
+    working_on: entered for each batch with the stage's name, so that it is known whose data a process has died of.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class StageRunner:
         meter: Meter,
         gathering: Gathering,
         clock: Clock,
-        working_on: WorkingOn = nullcontext,
+        working_on: WorkingOn = lambda stage, units: nullcontext(),
     ) -> None:
         self.name = name
         self.stage = stage
@@ -332,7 +332,10 @@ class StageRunner:
         """Of a stage without windows."""
         if not state.faults.given_up:
             with state.faults.within("process"):
-                self._out.send_all(state, self.stage.process([_single(state, arrival)]))
+                unit = _single(state, arrival)
+                with self._working_on(self.name, [unit]):
+                    made = self.stage.process([unit])
+                self._out.send_all(state, made)
                 self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
                 return
         self._receivers[arrival.edge].drop(arrival, "failed")
@@ -577,7 +580,7 @@ class StageRunner:
             ready.unit = self._without_stale(state, self._marked(state, ready.unit))
         started_ns = self._clock.monotonic_ns()
         units = [ready.unit for state, ready in batch if not state.faults.given_up]
-        with self._working_on([unit.session for unit in units]):
+        with self._working_on(self.name, units):
             outcome = process(self.stage, units, self._open if self.stage.scope == "pipeline" else ())
         compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.waiting.since_ns for _, ready in batch)

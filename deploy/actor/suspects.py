@@ -1,6 +1,6 @@
 """Whose data an actor was at work on when it died.
 
-Rule: an actor writes down the sessions of a batch before it works on it, into a file that outlives it. A session that
+Rule: an actor writes down the windows of a batch before it works on it, into a file that outlives it. A session that
 was in the work of two deaths of its stage in a row is guilty. Where a batch of several died, each of them goes alone
 for a while, so that the next death has one name; should it have several again, the third in a row counts for all. Who
 has gone on for a minute is cleared.
@@ -15,14 +15,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graph.chunk import SessionId
+from graph.window import Unit
 
 NOTE_BYTES = 1 << 16  # 256 names of the length that is allowed
 LENGTH_BYTES = 4
 CLEARED_AFTER_S = (
     60.0  # of a suspect that goes on unharmed: data that kill come again by then, kills from outside may not
 )
+MAX_NAMED = 3  # windows, in a line for people
 NUM_ALONE = 20  # units of a suspect that go without others
 DEATHS_OF_ONE, DEATHS_OF_SEVERAL = 2, 3  # in a row, which make one guilty, or several at once
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an actor is working on: the windows of a batch, each of a session, at one of its stages."""
+
+    stage: str = ""
+    windows: tuple[tuple[SessionId, int], ...] = ()
+
+    @property
+    def sessions(self) -> frozenset[SessionId]:
+        return frozenset(session for session, _ in self.windows)
+
+    @property
+    def named(self) -> str:
+        """Such as "window 2 of hall, window 3 of yard"."""
+        named = [f"window {index} of {session}" for session, index in self.windows[:MAX_NAMED]]
+        others = len(self.windows) - len(named)
+        return ", ".join(named) + (f" and {others} more" if others else "")
+
+
+NO_WORK = Work()
 
 
 class WorkNote:
@@ -34,8 +58,9 @@ class WorkNote:
             self._bytes = mmap.mmap(file.fileno(), NOTE_BYTES)  # the kernel's, however this process ends
 
     @contextmanager
-    def of(self, sessions: Iterable[SessionId]) -> Iterator[None]:
-        names = "\n".join(sessions).encode()[: NOTE_BYTES - LENGTH_BYTES]
+    def of(self, stage: str, units: Iterable[Unit]) -> Iterator[None]:
+        lines = [stage, *(f"{unit.index} {unit.session}" for unit in units)]
+        names = "\n".join(lines).encode()[: NOTE_BYTES - LENGTH_BYTES]
         self._bytes[LENGTH_BYTES : LENGTH_BYTES + len(names)] = names
         self._bytes[:LENGTH_BYTES] = len(names).to_bytes(LENGTH_BYTES, "little")
         yield
@@ -47,15 +72,16 @@ def note_path(directory: Path, peer: str) -> Path:
     return directory / f"{peer}.work"
 
 
-def read_note(path: Path) -> frozenset[SessionId]:
-    """The sessions at which an actor was at work when it died; none where it died on another machine."""
+def read_note(path: Path) -> Work:
+    """What an actor works on, or did when it died; nothing where it is on another machine."""
     try:
         content = path.read_bytes()
     except OSError:
-        return frozenset()
+        return NO_WORK
     length = int.from_bytes(content[:LENGTH_BYTES], "little")
-    names = content[LENGTH_BYTES : LENGTH_BYTES + length].decode(errors="replace")
-    return frozenset(SessionId(name) for name in names.split("\n") if name)
+    stage, *lines = content[LENGTH_BYTES : LENGTH_BYTES + length].decode(errors="replace").split("\n")
+    windows = (line.partition(" ") for line in lines)
+    return Work(stage, tuple((SessionId(name), int(index)) for index, _, name in windows if index.isdecimal()))
 
 
 @dataclass(slots=True)

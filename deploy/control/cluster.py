@@ -20,14 +20,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from deploy.actor.actor import Actor
 from deploy.actor.plan import ActorPlan, Answer, Call
-from deploy.actor.suspects import note_path, read_note
+from deploy.actor.suspects import Work, note_path, read_note
 from deploy.control.calls import ActorDied, CallError, CoordinatorError
 from deploy.control.placement import PlacementError, Process, Resources, check_fits, num_cpus_for
 from deploy.control.ray_errors import ray_reason
 from deploy.process.children import descendants, no_descendants_left
 from deploy.process.interrupts import signals_blocked
 from deploy.process.masked_output import environment_without_secrets
-from graph.chunk import SessionId
 from graph.secret import mask_urls
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
@@ -104,8 +103,8 @@ class Cluster:
         except RayError as error:
             raise TimeoutError(ray_reason(error)) from error
 
-    def working_on(self, handle: Any, directory: Path, peer: str) -> frozenset[SessionId]:
-        """The sessions whose data an actor was at work on when it died; none where it died on another machine."""
+    def work_of(self, handle: Any, directory: Path, peer: str) -> Work:
+        """What an actor works on, or did when it died; nothing where it is on another machine."""
         return read_note(note_path(directory, peer))
 
     def stop(self, handles: Iterable[Any], timeout_s: float) -> None:

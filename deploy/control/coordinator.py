@@ -26,6 +26,7 @@ from deploy.control.opening import SILENT_S, Openings
 from deploy.control.placement import Process, processes_of
 from deploy.control.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
 from deploy.control.sessions import SessionTable
+from deploy.control.watch import Slow, Waiting
 from deploy.control.wiring import Wiring
 from deploy.process.deadline import Deadline
 from graph.chunk import NS_PER_S, SessionId
@@ -74,6 +75,7 @@ class Coordinator:
         )
         self._openings = Openings(self._tools)
         self._restarts = Restarts(self._tools, self.close_session)
+        self._slow = Slow(self._tools.fleet, directory / "bus", tell)
         self._reported: set[tuple[str, SessionId]] = set()  # at which stage which session is given up
 
     @property
@@ -98,6 +100,11 @@ class Coordinator:
         return f"{', '.join(coming)} started again after it has died" if coming else ""
 
     @property
+    def slow(self) -> Mapping[str, tuple[str, str]]:
+        """The actors that take no call for seconds: by name, the stage ("" where it is unknown), and at what it is."""
+        return self._slow.at
+
+    @property
     def num_deaths(self) -> Mapping[str, int]:
         """By actor's name, how often it has died."""
         return self._restarts.num_deaths
@@ -120,16 +127,16 @@ class Coordinator:
         def post(method: str, arguments: Callable[[Process], Sequence[object]]) -> dict[str, Reply[Any]]:
             return {p.name: lines[p.name].post(method, *arguments(p)) for p in self._processes}
 
-        addresses = self._wait_for(post("address", lambda process: []))
+        addresses = self._wait_for("start", post("address", lambda process: []))
         for process in self._processes:
             address = addresses[process.name]
             wiring.is_at(process, address)
             self._tools.fleet.add(Living(process, lines[process.name], self._plan(process).peer, address))
-        bound = self._wait_for(post("bind", lambda process: [wiring.over_tcp(process)]))
+        bound = self._wait_for("bind", post("bind", lambda process: [wiring.over_tcp(process)]))
         for process in self._processes:
             wiring.is_bound(process, bound[process.name])
         post("connect", lambda process: [wiring.outgoing(process)])
-        self._wait_for(post("load", lambda process: []), lambda name: self._tools.tell(f"  {name} ready"))
+        self._wait_for("load", post("load", lambda process: []), lambda name: self._tools.tell(f"  {name} ready"))
 
     def end(self, deadline: Deadline | None = None) -> dict[str, Account]:
         """Close what is still open, and return the last ledger, in which nothing is in flight.
@@ -160,8 +167,10 @@ class Coordinator:
         Raises StageError when a stage has no room for one; then none of them is open.
         """
         done = self._openings.open(sessions, START_TIMEOUT_S)
+        waiting = Waiting(f"open {', '.join(session.camera for session in sessions)}", self._tools.tell, self._now_s)
         while not done.is_done:
             self._look(LOOK_S)
+            waiting.look(sorted(self._tools.procedures.awaited))
         done.result()
 
     def begin_to_open(self, session: Session, opened: Callable[[], None]) -> Reply[None]:
@@ -194,6 +203,7 @@ class Coordinator:
             self._look(deadline.left_s)
             if all(report.is_done for report in reports) or deadline.is_over:
                 break
+        self._slow.look()
         self._end_given_up()
         self._report_given_up()
         for placement in [each for each in self._table.placements.values() if self._tools.fleet.has_ended(each)]:
@@ -265,16 +275,18 @@ class Coordinator:
         self._reported &= given_up  # who opens again under its name is another one
 
     def _wait_for(
-        self, replies: Mapping[str, Reply[Any]], is_there: Callable[[str], None] = lambda name: None
+        self, what: str, replies: Mapping[str, Reply[Any]], is_there: Callable[[str], None] = lambda name: None
     ) -> dict[str, Any]:
-        """While the pipeline starts: all answers, by actor. is_there: told of each as it comes."""
+        """While the pipeline starts: all answers, by actor. what: they are to do. is_there: called as each comes."""
         answers: dict[str, Any] = {}
+        waiting = Waiting(what, self._tools.tell, self._now_s)
         while len(answers) < len(replies):
             self._tools.lines.look(LOOK_S)
             for name, reply in replies.items():
                 if reply.is_done and name not in answers:
                     answers[name] = reply.result()
                     is_there(name)
+            waiting.look(name for name in replies if name not in answers)
         return answers
 
     def _now_ns(self) -> int:

@@ -11,10 +11,10 @@ from deploy.actor.accounts import EdgeEnds
 from deploy.actor.clock import NodeClocks
 from deploy.actor.plan import ActorPlan, Address, Report
 from deploy.actor.session_plan import StageSnapshot
+from deploy.actor.suspects import Work
 from deploy.control.calls import CoordinatorError, Line, Reply, Transport
 from deploy.control.placement import Process
 from deploy.control.sessions import Placement
-from graph.chunk import SessionId
 
 
 class Cluster(Transport, Protocol):
@@ -27,7 +27,7 @@ class Cluster(Transport, Protocol):
     def place(self, processes: Iterable[Process], plans: Iterable[ActorPlan]) -> Mapping[str, Any]: ...
     def replace(self, process: Process, plan: ActorPlan) -> Any: ...
     def clock_ns(self, handle: Any, timeout_s: float) -> int: ...
-    def working_on(self, handle: Any, directory: Path, peer: str) -> frozenset[SessionId]: ...
+    def work_of(self, handle: Any, directory: Path, peer: str) -> Work: ...
     def stop(self, handles: Iterable[Any], timeout_s: float) -> None: ...
     def kill(self, handle: Any) -> None: ...
 
@@ -68,6 +68,10 @@ class Fleet:
         del self.living[living.process.name]
         self.snapshots.pop(living.process.name, None)
         self._cluster.kill(living.line.handle)
+
+    def work_of(self, living: Living, directory: Path) -> Work:
+        """What it works on, or did when it died. directory: the actors'."""
+        return self._cluster.work_of(living.line.handle, directory, living.peer)
 
     def has(self, living: Living) -> bool:
         """Does it still live?"""

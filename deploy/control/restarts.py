@@ -132,18 +132,18 @@ class Restarts:
         if process.is_local or not paced:
             raise error
         stage = stage_of(process)
-        working_on = tools.cluster.working_on(living.line.handle, tools.plan(process).directory, living.peer)
-        tools.fleet.remove(living)
+        tools.fleet.remove(living)  # it is as good as dead, and what it noted outlives it
+        work = tools.fleet.work_of(living, tools.plan(process).directory)
         self._bury(living)
-        tools.tell(str(error))
+        tools.tell(f"{error}; stage {work.stage} was at {work.named}" if work.windows else str(error))
         for placement in tools.table.at(process):
             placement.absent.add(stage)
-        guilty = self._suspects.died(stage, working_on)
+        guilty = self._suspects.died(stage, work.sessions)
         for session in guilty:
             self._end(session, f"{stage} died twice in a row while it worked on its data")
         if guilty and not tools.table.placements.keys() - set(guilty):
             raise NoSessionLeft(f"{error}; no session is left")
-        self._try_again(process, error, explained=bool(working_on))
+        self._try_again(process, error, explained=bool(work.windows))
         tools.procedures.begin(self._resume(process))
 
     def look(self) -> None:

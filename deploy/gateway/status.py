@@ -33,6 +33,7 @@ class Status:
     sources: Mapping[str, str] = field(default_factory=dict)  # by session; masked
     last_seen: Mapping[str, SessionSnapshot] = field(default_factory=dict)  # by session, where windows end
     ledger: Mapping[str, Account] = field(default_factory=dict)
+    slow: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # by process: at which stage, and at what
 
     def saw(self, snapshots: Mapping[str, Mapping[str, StageSnapshot]]) -> None:
         """What the actors are doing. What was last seen of a session stays, as long as it is shown."""
@@ -76,6 +77,8 @@ class Status:
     def _stage_row(self, process: Process, stage: str) -> Mapping[str, object]:
         address = self.addresses.get(process.name)
         snapshot = self.snapshots.get(process.name, {}).get(stage)
+        at, what = self.slow.get(process.name, ("", ""))
+        slow = what if at in ("", stage) else ""
         return {
             "stage": stage,
             "replica": process.replica,
@@ -83,10 +86,11 @@ class Status:
             "pid": address.pid if address else None,
             "node": address.node_ip if address else None,
             "node_id": address.node_id if address else None,
-            "state": "ready" if snapshot else "starting",
+            "state": "busy" if slow else "ready" if snapshot else "starting",
             "sessions": len(snapshot.sessions) if snapshot else 0,
             "units": snapshot.num_units if snapshot else 0,
             "waiting": snapshot.num_ready if snapshot else 0,
+            "busy": slow,
         }
 
     def _session_row(self, session: str, source: str) -> Mapping[str, object]:

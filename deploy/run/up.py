@@ -146,8 +146,10 @@ class _Run:
         from deploy.control.coordinator import Coordinator
         from deploy.control.placement import processes_of
 
+        processes = processes_of(self._spec)
+        self._tell(f"starting {len(processes)} processes on Ray")
         with ExitStack() as stack:
-            cluster = connect(processes_of(self._spec), address, self._state.path / "ray")
+            cluster = connect(processes, address, self._state.path / "ray")
             stack.callback(cluster.close)
             self._interrupts.listen()
             self._interrupts.check()
@@ -211,6 +213,7 @@ class _Run:
         before = coordinator.sessions
         snapshots = coordinator.poll()
         self._status.saw(snapshots)
+        self._status.slow = coordinator.slow
         self._sources.saw(snapshots)
         for session in set(before) - set(coordinator.sessions):
             self._live.ended(session)

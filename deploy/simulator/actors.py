@@ -13,15 +13,17 @@ from deploy.actor.commands import Commands, Ends
 from deploy.actor.loop import ActorLoop
 from deploy.actor.plan import REFUSALS, ActorPlan, Address, Answer, Call
 from deploy.actor.runner import StageRunner
+from deploy.actor.suspects import NO_WORK, Work
 from deploy.simulator.links import SendEnd, VirtualBus, Wires
 from deploy.simulator.world import HostClock
-from graph.chunk import NS_PER_MS, SessionId
+from graph.chunk import NS_PER_MS
 from graph.edge import Arrival, Receiver, Sender, SilentObserver
+from graph.window import Unit
 
 GRANT_DELAY_NS: Final = NS_PER_MS  # as in graph/bus.py
 RETRY_NS: Final = 5 * NS_PER_MS  # as in graph/bus.py
 IDLE_NS: Final = 500 * NS_PER_MS  # ten times what deploy/actor/actor.py sleeps, whom nobody wakes when he is called
-CHANGE_NOTHING: Final = frozenset({"address", "report", "listener"})
+CHANGE_NO_WORK: Final = frozenset({"address", "report", "listener"})
 
 Build = Callable[["VirtualActor"], list[StageRunner]]
 
@@ -56,9 +58,9 @@ class VirtualActor:
         self._owing: list[Receiver] = []
         self._free_ns = 0
         self._next_turn_ns: int | None = None
-        self._noted: tuple[SessionId, ...] = ()
+        self._noted = NO_WORK
         self._works_until_ns = 0  # at those
-        self.working_on: frozenset[SessionId] = frozenset()  # when it died
+        self._last_work = NO_WORK  # when it died
 
     @property
     def runners(self) -> dict[str, StageRunner]:
@@ -68,10 +70,16 @@ class VirtualActor:
     def die(self) -> None:
         """Do nothing any more."""
         if not self.is_dead:
+            self._last_work = self.work
             self.is_dead = True
-            at_work = self._world.now_ns < self._works_until_ns
-            self.working_on = frozenset(self._noted) if at_work else frozenset()
             self._watch.died(self)
+
+    @property
+    def work(self) -> Work:
+        """What it works on, or did when it died."""
+        if self.is_dead:
+            return self._last_work
+        return self._noted if self._world.now_ns < self._works_until_ns else NO_WORK
 
     def bury_all(self) -> None:
         """Those that have died, and of whom nobody has said so yet."""
@@ -86,9 +94,9 @@ class VirtualActor:
             self._works_until_ns = self._free_ns
 
     @contextmanager
-    def note(self, sessions: Sequence[SessionId]) -> Iterator[None]:
-        """It works on these sessions' data (deploy/actor/suspects.py: WorkNote)."""
-        self._noted = tuple(sessions)
+    def note(self, stage: str, units: Sequence[Unit]) -> Iterator[None]:
+        """It works on these windows (deploy/actor/suspects.py: WorkNote)."""
+        self._noted = Work(stage, tuple((unit.session, unit.index) for unit in units))
         yield
 
     # ---- what it is called for ---------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ class VirtualActor:
             self.loop = self._commands.loop
             self._free_ns = self._world.now_ns + self._load_ns
         self._world.at(self._free_ns, lambda: answered(answers))
-        if not all(call.method in CHANGE_NOTHING for call in calls):
+        if not all(call.method in CHANGE_NO_WORK for call in calls):
             self.wake()
 
     # ---- its turns ---------------------------------------------------------------------------------------------------

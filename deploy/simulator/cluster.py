@@ -14,11 +14,12 @@ from random import Random
 from typing import Final
 
 from deploy.actor.plan import ActorPlan, Answer, Call
+from deploy.actor.suspects import Work
 from deploy.control.calls import ActorDied
 from deploy.control.placement import Process
 from deploy.simulator.actors import VirtualActor
 from deploy.simulator.world import Network, World
-from graph.chunk import NS_PER_S, SessionId
+from graph.chunk import NS_PER_S
 
 LOADS_NS: Final = (NS_PER_S, 5 * NS_PER_S)  # how long an actor takes to start again
 LEAST_WAIT_NS: Final = 1_000  # so that time passes, however a clock rounds
@@ -96,9 +97,8 @@ class VirtualCluster:
         self._world.wait(self._world.now_ns + back_ns)
         return theirs_ns
 
-    def working_on(self, handle: VirtualActor, directory: Path, peer: str) -> frozenset[SessionId]:
-        handle.die()  # it is as good as dead, and what it noted outlives it
-        return handle.working_on
+    def work_of(self, handle: VirtualActor, directory: Path, peer: str) -> Work:
+        return handle.work
 
     def stop(self, handles: Iterable[VirtualActor], timeout_s: float) -> None:
         for handle in handles:

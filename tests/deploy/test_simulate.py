@@ -157,7 +157,7 @@ def test_whoever_dies_in_a_storm_what_must_hold_does(settings: list[str], replic
     [
         # One of two dead replicas was back, and was sent the last window of a session that went on at the other one.
         ("kill-storm", 16),
-        # The vocoder came back after the sources' end, and the TTS gave up a listener whom it could not reach meanwhile.
+        # The vocoder came back after the sources' end, and the TTS gave up a listener whom it could not have reached.
         ("squall", 1964),
     ],
 )

@@ -11,8 +11,9 @@ from deploy.control.calls import LONGEST_LOOK_S
 from deploy.control.coordinator import LOOK_S, OPEN_TIMEOUT_S, Coordinator, CoordinatorError
 from deploy.control.restarts import MAX_DEATHS, STALL_S, START_TIMEOUT_S
 from deploy.process.deadline import Deadline
-from graph.chunk import SessionId
+from graph.chunk import NS_PER_S, SessionId
 from graph.ledger import Account
+from graph.window import Unit
 from stages.stage import StageError
 from tests.support.actors import Batch, FakeActor, FakeCluster, of, replicas_at, sessions, started
 
@@ -282,11 +283,43 @@ def test_a_stage_that_can_not_be_brought_up_ends_the_run_with_one_line(coordinat
 # ---- data that kill --------------------------------------------------------------------------------------------------
 
 
+def works_on(cluster: FakeCluster, folder: Path, name: str, *sessions: str) -> None:
+    """It is at window 2 of each."""
+    peer = next((peer for peer in reversed(cluster.peers) if peer.startswith(name)), name)
+    units = [Unit(SessionId(session), 2, 2 * NS_PER_S, 3 * NS_PER_S) for session in sessions]
+    cluster.actors[name].works = WorkNote(note_path(folder / "bus", peer)).of(name.partition(".")[0], units)
+    cluster.actors[name].works.__enter__()
+
+
+def test_a_stage_that_takes_long_is_named_with_what_it_is_at_and_again_seldom(
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, told: list[str]
+):
+    coordinator.open_sessions(sessions("hall", "yard"))
+    works_on(cluster, tmp_path, "tts.0", "hall", "yard")
+    cluster.actors["tts.0"].is_stopped = True
+    seen: list[str] = []
+    for _ in range(200):
+        coordinator.poll()
+        seen += [what for _, what in coordinator.slow.values()]
+    assert [line for line in told if "stage tts has" in line] == [
+        f"stage tts has been at window 2 of hall, window 2 of yard for {seconds} s" for seconds in (5, 10, 20)
+    ]
+    assert seen and coordinator.slow == {}, "it is taken for dead by now"
+    (dead,) = [line for line in told if f"has not answered for {STALL_S:g} s" in line]
+    assert dead.endswith("; stage tts was at window 2 of hall, window 2 of yard")
+
+
+def test_one_that_is_slow_on_another_machine_is_named(coordinator: Coordinator, cluster: FakeCluster, told: list[str]):
+    coordinator.open_sessions(sessions("hall"))
+    cluster.actors["tts.0"].is_stopped = True
+    for _ in range(40):
+        coordinator.poll()
+    assert told[-1] == "tts.0 has not answered for 5 s"
+
+
 def dies_of(cluster: FakeCluster, folder: Path, name: str, *working_on: str) -> None:
     """As a process does whose memory is gone, in the middle of a batch."""
-    peer = next((peer for peer in reversed(cluster.peers) if peer.startswith(name)), name)
-    cluster.actors[name].works = WorkNote(note_path(folder / "bus", peer)).of(map(SessionId, working_on))
-    cluster.actors[name].works.__enter__()
+    works_on(cluster, folder, name, *working_on)
     cluster.actors[name].is_dead = True
 
 

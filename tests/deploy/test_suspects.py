@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.actor.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, WorkNote, note_path, read_note
+from deploy.actor.suspects import CLEARED_AFTER_S, NOTE_BYTES, Suspects, Work, WorkNote, note_path, read_note
 from graph.chunk import SessionId
+from graph.window import Unit
 from tests.support.actors import Clock
 from tests.support.house import SOUND, Echo, House, ManualClock, PacedEcho
 from tests.support.units import session
@@ -18,39 +19,45 @@ from pathlib import Path
 
 import pytest
 from deploy.actor.suspects import WorkNote
-with WorkNote(Path(sys.argv[1])).of(["door", "ya rd"]):
+from graph.window import Unit
+with WorkNote(Path(sys.argv[1])).of("llm", [Unit("door", 2, 0, 1), Unit("ya rd", 3, 0, 1)]):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 A, B, C = map(SessionId, "abc")
 
 
+def units(*sessions: SessionId) -> list[Unit]:
+    return [Unit(session, 0, 0, 1) for session in sessions]
+
+
 def test_a_process_that_is_killed_in_the_middle_of_its_work_leaves_the_names(tmp_path: Path) -> None:
     path = note_path(tmp_path, "llm.0-1")
     assert subprocess.run([sys.executable, "-c", DIES, str(path)], check=False).returncode == -9
-    assert read_note(path) == {"door", "ya rd"}
+    assert read_note(path) == Work("llm", ((SessionId("door"), 2), (SessionId("ya rd"), 3)))
+    assert read_note(path).named == "window 2 of door, window 3 of ya rd"
 
 
 def test_what_is_done_is_no_ones_fault(tmp_path: Path) -> None:
     note = WorkNote(tmp_path / "note")
-    with note.of([A, B]):
-        assert read_note(tmp_path / "note") == {A, B}
-    assert read_note(tmp_path / "note") == frozenset()
+    with note.of("llm", units(A, B)):
+        assert read_note(tmp_path / "note").sessions == {A, B}
+    assert read_note(tmp_path / "note") == Work()
 
 
 def test_an_error_that_ends_the_process_is_like_a_death(tmp_path: Path) -> None:
     note = WorkNote(tmp_path / "note")
-    with pytest.raises(MemoryError), note.of([A]):
+    with pytest.raises(MemoryError), note.of("llm", units(A)):
         raise MemoryError
-    assert read_note(tmp_path / "note") == {A}
-    with note.of([B]):
+    assert read_note(tmp_path / "note").sessions == {A}
+    with note.of("llm", units(B)):
         pass
-    assert read_note(tmp_path / "note") == frozenset()
+    assert read_note(tmp_path / "note") == Work()
 
 
 def test_a_note_that_is_not_here_or_holds_too_much_is_no_error(tmp_path: Path) -> None:
-    assert read_note(tmp_path / "nowhere") == frozenset()
-    with WorkNote(tmp_path / "note").of([SessionId("é" * NOTE_BYTES)]):
-        assert len(read_note(tmp_path / "note")) == 1
+    assert read_note(tmp_path / "nowhere") == Work()
+    with WorkNote(tmp_path / "note").of("llm", units(SessionId("é" * NOTE_BYTES))):
+        assert len(read_note(tmp_path / "note").sessions) == 1
 
 
 def test_one_in_the_work_of_two_deaths_in_a_row_is_guilty() -> None:
@@ -114,4 +121,5 @@ def test_what_is_worked_on_is_noted_while_it_is(tmp_path: Path) -> None:
         house.open("door", paced=True)
         house.window("door", 0)
         house.runners["llm"].step()
-    assert (looks.seen, read_note(tmp_path / "note")) == ({"door"}, frozenset())
+    assert looks.seen == Work("llm", ((SessionId("door"), 0),))
+    assert read_note(tmp_path / "note") == Work()

@@ -1,14 +1,18 @@
 """Stages of a user's own that are slow, wrong or deadly, in a real pipeline: each named, each paying for itself."""
 
+import json
 import os
 import signal
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from graph.ledger import REASONS
-from tests.support.pipeline import Place, Run, new_place
+from tests.support.pipeline import Place, Run, new_place, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -141,3 +145,117 @@ def test_what_stages_of_ones_own_return_costs_nobody_else_anything(bad: Run) -> 
     assert bad.rows("events.jsonl", "yard") and bad.events("yard", "unit_failed") == []
     for session in ("hall", "yard"):
         assert [(row["index"], row["failed"]) for row in bad.windows(session)] == [(index, []) for index in range(6)]
+
+
+# ---- what a stage does to its process --------------------------------------------------------------------------------
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+from stages.api import EVENTS, FRAMES, In, Out, Stage, StageOptions
+
+class Once(Stage):
+    frames, notes = In(FRAMES, side=True), Out(EVENTS)
+    class Options(StageOptions):
+        mark: str = ""
+    def process(self, units):
+        for unit in units:
+            mark = Path(self.options.mark)
+            if (unit.session, unit.index) == ("hall", 2) and not mark.exists():
+                mark.touch()
+                self.go_wrong()
+        return [self.notes.event(unit.session, unit.start_ns, type(self).__name__, window=unit.index) for unit in units]
+
+class Loop(Once):
+    def go_wrong(self):
+        while True:
+            pass
+
+class Killed(Once):
+    def go_wrong(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Greedy(Once):
+    def go_wrong(self):
+        kept = []
+        while True:
+            kept.append(bytearray(16 << 20))
+"""
+DEADLY_STAGES = ("loop", "killed", "greedy")
+
+
+@dataclass(frozen=True, slots=True)
+class Deadly:
+    run: Run
+    status: dict[str, Any]  # while one of them was busy
+
+
+@pytest.fixture(scope="module")
+def deadly(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Deadly]:
+    """Ended by Ctrl-C when all that had died is back and has gone on."""
+    with new_place(tmp_path_factory.mktemp("deadly"), cache) as place:
+        use = '  {0}: {{use: "deadly:{1}", mark: "{2}/{0}", inputs: {{frames: camera.frames}}{3}}}'
+        stages = [
+            use.format(name, name.capitalize(), place.folder, ", memory: 1GiB" if name == "greedy" else "")
+            for name in DEADLY_STAGES
+        ]
+        write(
+            place,
+            "deadly",
+            DEADLY,
+            "\n".join([*stages, "  vision_encoder: {inputs: {frames: camera.frames}}"]),
+            "hall",
+            "yard",
+        )
+        status: dict[str, Any] = {}
+
+        def is_busy() -> bool:
+            with urllib.request.urlopen(f"{place.url()}/api/v1/ps") as answer:
+                status.update(json.load(answer))
+            return any(row["busy"] for row in status["stages"])
+
+        def all_go_on() -> bool:
+            rows = [json.loads(line) for line in (place.folder / "run/events.jsonl").read_text().splitlines()]
+            back = [row for row in rows if row["type"] == "recovered" and row["session"] == "hall"]
+            names = {row["actor"].partition(".")[0] for row in back}
+            since_s = max((row["time_s"] for row in back), default=0.0)
+            after = {row["type"].lower() for row in rows if row["session"] == "hall" and row["time_s"] > since_s}
+            return names >= set(DEADLY_STAGES) and after >= set(DEADLY_STAGES)
+
+        def until_all_go_on() -> None:
+            place.wait_for_window(3)
+            wait_for(is_busy)
+            wait_for(all_go_on)
+
+        yield Deadly(interrupted(place, until_all_go_on), status)
+        assert place.leftovers() == []
+
+
+def test_a_stage_that_never_returns_is_named_while_it_does_not(deadly: Deadly) -> None:
+    lines = deadly.run.stderr.splitlines()
+    assert any(line == "stage loop has been at window 2 of hall for 5 s" for line in lines)
+    (row,) = [row for row in deadly.status["stages"] if row["busy"]]
+    assert (row["stage"], row["state"]) == ("loop", "busy")
+    assert row["busy"].startswith("stage loop has been at window 2 of hall for ")
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"), [("loop", "has not answered for 30 s"), ("killed", "has died"), ("greedy", "MemoryError")]
+)
+def test_a_stage_that_ends_its_process_is_named_with_its_window_and_comes_back(
+    deadly: Deadly, stage: str, reason: str
+) -> None:
+    lines = deadly.run.stderr.splitlines()
+    (line,) = [line for line in lines if line.endswith(f"; stage {stage} was at window 2 of hall")]
+    assert line.startswith(f"{stage}.0") and reason in line
+    assert f"  {stage}.0 ready again" in lines
+    assert any(event["actor"] == f"{stage}.0" for event in deadly.run.events("hall", "recovered"))
+
+
+def test_whatever_a_side_branch_does_to_its_process_the_way_goes_on(deadly: Deadly) -> None:
+    assert deadly.run.returncode == 130
+    assert is_exact(deadly.run), deadly.run.stderr
+    for session in ("hall", "yard"):
+        rows = deadly.run.windows(session)
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+        assert all(row["failed"] == [] for row in rows)

@@ -9,7 +9,7 @@ from deploy.actor.accounts import EdgeEnds
 from deploy.actor.plan import ActorPlan, Address, Answer, Report
 from deploy.actor.plan import Call as Posted
 from deploy.actor.session_plan import Listener, SessionSnapshot, StageSnapshot
-from deploy.actor.suspects import note_path, read_note
+from deploy.actor.suspects import Work, note_path, read_note
 from deploy.control.calls import ActorDied
 from deploy.control.coordinator import Coordinator
 from graph.chunk import NS_PER_S, SessionId
@@ -167,7 +167,7 @@ class FakeCluster:
             raise TimeoutError
         return self.clock.now_ns() + handle.ahead_ns
 
-    def working_on(self, handle: FakeActor, directory: Path, peer: str) -> frozenset[SessionId]:
+    def work_of(self, handle: FakeActor, directory: Path, peer: str) -> Work:
         return read_note(note_path(directory, peer))
 
     def stop(self, handles: Iterable[FakeActor], timeout_s: float) -> None:
