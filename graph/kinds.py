@@ -129,8 +129,8 @@ class Kind(Generic[A]):
 
 def attrs_of(attributes: Any) -> dict[str, Scalar]:
     """A kind's attributes as a chunk carries them; those that are None are left out."""
-    values = ((each.name, getattr(attributes, each.name)) for each in fields(attributes))
-    return {name: value for name, value in values if value is not None}
+    values = {name: getattr(attributes, name) for name in _attributes_of(type(attributes))}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 _KNOWN: Final[dict[type, Mapping[str, tuple[str, ...]]]] = {}

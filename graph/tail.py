@@ -79,32 +79,27 @@ class Playback:
 
     def ack(self, ack: Ack) -> None:
         """Take an Ack, in any order, any number of times."""
-        if ack.at_ns > self._at_ns[-1]:
-            self._append(ack.at_ns, ack)
-            return
-        known = [self._read(index) for index in range(len(self._acks))]
+        first, last = bisect_left(self._at_ns, ack.at_ns), bisect_right(self._at_ns, ack.at_ns)
+        known = [self._read(index) for index in range(first, last)]  # as of the same time
         place = bisect_left(known, _order(ack), key=_order)
         if place == len(known) or known[place] != ack:
-            self._acks.insert(place, ack)
-            self._at_ns.insert(place, ack.at_ns)
+            self._acks.insert(first + place, ack)
+            self._at_ns.insert(first + place, ack.at_ns)
             self._forget()
 
     def hear(self, chunk: Chunk) -> None:
         """Take an Ack as it travels. Where it holds none, whoever reads it gets a KeyError."""
         if chunk.start_ns > self._at_ns[-1]:  # as nearly all are
-            self._append(chunk.start_ns, chunk)
+            self._at_ns.append(chunk.start_ns)
+            self._acks.append(chunk)
+            if len(self._acks) > 2 * MAX_ACKS:
+                self._forget()
         else:
             self.ack(ack_of(chunk))
 
     def as_of(self, now_ns: int) -> Ack:
         """The newest Ack that was made at or before `now_ns`."""
         return self._read(max(bisect_right(self._at_ns, now_ns) - 1, 0))
-
-    def _append(self, at_ns: int, ack: Ack | Chunk) -> None:
-        self._at_ns.append(at_ns)
-        self._acks.append(ack)
-        if len(self._acks) > MAX_ACKS:
-            self._forget()
 
     def _forget(self) -> None:
         del self._at_ns[:-MAX_ACKS], self._acks[:-MAX_ACKS]

@@ -150,6 +150,11 @@ class WindowJoin:
         return self.next_end_ns + self._lateness_ns
 
     @property
+    def is_steady(self) -> bool:
+        """Whether what comes without completing a window changes nothing about when the next one leaves."""
+        return self._num_going > 0 and not self._own_lateness_ns
+
+    @property
     def num_pending(self) -> int:
         """Chunks held back that have a window of their own to come."""
         return sum(len(self._pending[stream]) for stream in self._awaited)
@@ -336,10 +341,12 @@ class WindowJoin:
         """What belongs to the unit that ends there."""
         pending = self._pending[stream]
         if pending:
-            # Between streams the order of arrival must not show; inside a stream it is seq order already, but that the
-            # views in it may have been made in any.
-            taken = sorted((c for c in pending if c.start_ns < end_ns), key=lambda c: (c.start_ns, c.view, c.seq))
-            self._pending[stream] = [c for c in pending if c.start_ns >= end_ns]
+            taken = [c for c in pending if c.start_ns < end_ns]
+            self._pending[stream] = [c for c in pending if c.start_ns >= end_ns] if len(taken) < len(pending) else []
+            if len(taken) > 1:
+                # Between streams the order of arrival must not show; inside a stream it is seq order already, but that
+                # the views in it may have been made in any.
+                taken.sort(key=lambda c: (c.start_ns, c.view, c.seq))
         else:
             taken = []
         if stream not in self._kept:

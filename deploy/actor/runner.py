@@ -292,17 +292,19 @@ class StageRunner:
         """One chunk from the bus."""
         chunk = arrival.chunk
         state = self._open.get(chunk.session)
-        if state is not None and chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
-            self._hear(state, chunk)
-            return
-        self._schedule.touch(chunk.session)
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
                 self._receivers[arrival.edge].drop(arrival, "shed")
             return
+        if chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
+            self._hear(state, chunk)
+            return
         with state.faults.within("take"):
             self._take(state, arrival)
+            if state.join is None or not state.join.is_steady:
+                self._schedule.touch(chunk.session)
             return
+        self._schedule.touch(chunk.session)
         if state.arrivals.pop(id(chunk), None) is not None:
             self._receivers[arrival.edge].drop(arrival, "failed")
 
@@ -385,6 +387,7 @@ class StageRunner:
             now_ns = self._clock.monotonic_ns()
             state.ready.extend([state.ready_unit(unit, now_ns) for unit in joined.units])
             self._ready[state.session.id] = state
+            self._schedule.touch(state.session.id)
 
     def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason. One of a sliding window is in several units."""

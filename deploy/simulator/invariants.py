@@ -81,11 +81,12 @@ class Invariants:
         chunk = arrival.chunk
         if self._traced:
             self.note(f"{arrival.edge}: {chunk.session} has done with {_told(chunk)}")
-        under_way = self._under_way.get(_way(link, chunk), [])
+        way = _way(link, chunk)
+        under_way = self._under_way.get(way, [])
         left = [other for other in under_way if other is not chunk]
         if len(left) == len(under_way):
             self.violated("ledger", f"{arrival.edge}: {chunk.stream} {chunk.seq} is settled twice")
-        self._under_way[_way(link, chunk)] = left
+        self._under_way[way] = left
 
     def buried(self, link: SendEnd) -> None:
         """Who sent there knows that what was under way is lost."""
@@ -107,7 +108,7 @@ class Invariants:
 
     def _check_credit(self, rule: EdgeRule, under_way: Sequence[Chunk]) -> None:
         """What was sent and has not been settled, as neither end counts it."""
-        spent_ns, limit_ns = sum(chunk.duration_ns for chunk in under_way), rule.limit.duration_ns
+        spent_ns, limit_ns = sum([chunk.duration_ns for chunk in under_way]), rule.limit.duration_ns
         is_too_long = limit_ns is not None and spent_ns > limit_ns and len(under_way) > 1
         if len(under_way) > rule.limit.chunks or is_too_long:
             told = f"{len(under_way)} chunks, {spent_ns / NS_PER_S:.3f} s"
