@@ -40,7 +40,7 @@ from stages.catalog import look_beside
 T = TypeVar("T")
 GAUGE_PERIOD_S = 1.0
 INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
-IDLE_S = 0.05  # what Ray's threads ask for waits at most so long
+IDLE_S = 0.5  # as in deploy/simulator/actors.py: what is due wakes the loop, and so does what Ray's threads ask for
 
 
 class Actor:
@@ -56,6 +56,7 @@ class Actor:
         self._server = serve_metrics(registry, host=_node_ip())
         self._address = Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung when there is some
         self._failure: str | None = None
         self._edges: dict[str, EdgeMetrics] = {}
         self._gauges_at = 0.0
@@ -80,6 +81,7 @@ class Actor:
         """End the loop, close sockets and decoders."""
         self._do(lambda: self._commands.close_sessions())
         self._stopping.set()
+        os.eventfd_write(self._bell, 1)
         self._thread.join(timeout=5)
         self._server.stop()
 
@@ -96,6 +98,7 @@ class Actor:
         if self._failure is not None:
             raise RuntimeError(self._failure)
         self._work.put(run)
+        os.eventfd_write(self._bell, 1)
         while True:
             try:
                 return future.result(timeout=0.2)
@@ -128,6 +131,8 @@ class Actor:
         self._bus.close()
 
     def _turn(self) -> None:
+        if self._bell in self._bus.woken:
+            os.eventfd_read(self._bell)
         while not self._work.empty():
             self._work.get()()
         if not self._commands.runners:
@@ -136,7 +141,7 @@ class Actor:
         loop = self._commands.loop
         due_ns = loop.due_in_ns()
         sleep_s = IDLE_S if due_ns is None else min(due_ns / NS_PER_S, IDLE_S)
-        arrivals = self._bus.wait(sleep_s, loop.files())
+        arrivals = self._bus.wait(sleep_s, loop.files() | {self._bell})
         loop.turn(arrivals, self._bus.woken)
         if time.monotonic() >= self._gauges_at:
             self._gauges_at = time.monotonic() + GAUGE_PERIOD_S

@@ -25,6 +25,7 @@ def prepare(address: str | None) -> None:
     os.environ.update(for_children)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # a history of calls, which nobody reads here
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"

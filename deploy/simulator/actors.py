@@ -22,7 +22,7 @@ from graph.window import Unit
 
 GRANT_DELAY_NS: Final = NS_PER_MS  # as in graph/bus.py
 RETRY_NS: Final = 5 * NS_PER_MS  # as in graph/bus.py
-IDLE_NS: Final = 500 * NS_PER_MS  # ten times what deploy/actor/actor.py sleeps, whom nobody wakes when he is called
+IDLE_NS: Final = 500 * NS_PER_MS  # as deploy/actor/actor.py
 CHANGE_NO_WORK: Final = frozenset({"address", "report", "listener"})
 
 Build = Callable[["VirtualActor"], list[StageRunner]]
