@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Reason = Literal["late", "shed", "stale", "overflow", "crash", "failed", "invalid"]
-"""failed: the stage that had it raised at it, or had given its session up. invalid: the receiver could not read it."""
+"""shed: given up under overload, or its session was closed while it was under way. failed: the stage that had it raised
+at it, or had given its session up. invalid: the receiver could not read it."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 

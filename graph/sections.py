@@ -11,7 +11,8 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -150,8 +151,18 @@ def _sources(value: object) -> tuple[str, ...]:
 def class_path(value: object) -> str:
     """A stage's class as it may be written. Raises ValueError."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|[a-z0-9_-]{1,32}", value):
-        raise ValueError(f"must be module:Class or a stage's name, not {shown(value)}")
+        told = f"must be module:Class or a stage's name, not {shown(value)}"
+        raise ValueError(told + (_meant(value) if isinstance(value, str) else ""))
     return value
+
+
+def _meant(path: str) -> str:
+    """Of a file's path, what to write instead."""
+    file, _, name = path.rpartition(":")
+    module = PurePosixPath(file or path).name.removesuffix(".py")
+    if module.isidentifier() and ("/" in path or ".py" in path):
+        return f"; did you mean '{module}:{name if file else 'Class'}'?"
+    return ""
 
 
 or_empty = BeforeValidator(lambda value: {} if value is None else value)  # `audio_encoder:` with nothing behind it
@@ -300,6 +311,17 @@ class StageOptions(Section):
     @property
     def replicas(self) -> int:
         return self.scale.min
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_"):
+                    raise
+                known = list(type(self).model_fields)
+                raise AttributeError(f"there is no option {name!r}{suggest(name, known, alone=False)}") from None
 
     @property
     def max_replicas(self) -> int:

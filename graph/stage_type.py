@@ -5,21 +5,26 @@ Rule: nothing outside a stage's class says what the stage takes, makes or needs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from graph.chunk import Array, Chunk, Scalar, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
 from graph.errors import GraphError
 from graph.kinds import Kind, Late
 from graph.sections import StageOptions
+from graph.units import format_duration
 from graph.window import Unit
 from graph.wording import listed
 
 Scope: TypeAlias = Literal["session", "pipeline"]
+MIN_WINDOW_NS: Final = 10 * NS_PER_MS
+MAX_WINDOW_NS: Final = 60 * NS_PER_S
 
 
 class StageTypeError(GraphError):
@@ -250,6 +255,8 @@ def _check(cls: Any, use: str, inputs: Mapping[str, In], outputs: Mapping[str, O
             raise StageTypeError(
                 f"{use}: a port can't be called {port.name}: every stage has that; give it another name"
             )
+    for port in inputs.values():
+        _check_times(use, port)
     if many := [name for name, port in inputs.items() if port.many and port.kind.is_windowed]:
         raise StageTypeError(f"{use}: {listed(many)}: windows come from one source; many=True is for events")
     windows = {port.kind.is_windowed for port in inputs.values() if not port.is_feedback}
@@ -266,6 +273,39 @@ def _check(cls: Any, use: str, inputs: Mapping[str, In], outputs: Mapping[str, O
             raise StageTypeError(f"{use}: Options.{name} has no default; give it one")
         if not _is_apart(name, field):
             raise StageTypeError(f"{use}: Options.{name} is an option of every stage; give yours another name")
+    for name in cls.Options.model_fields:  # once all can be made
+        if wrong := _wrong_default(cls.Options, name):
+            raise StageTypeError(f"{use}: Options.{name}: its default {wrong}")
+
+
+def _check_times(use: str, port: In) -> None:
+    for what, value, least_ns, example in (
+        ("window_ns", port.window_ns, MIN_WINDOW_NS, "2 * NS_PER_S"),
+        ("lateness_ns", port.lateness_ns, 0, "300 * NS_PER_MS"),
+    ):
+        if value is not None and not (type(value) is int and least_ns <= value <= MAX_WINDOW_NS):
+            least = format_duration(least_ns)
+            told = f"{use}: {port.name}: {what} is {value!r}; it is in whole nanoseconds, of {least} to 60s"
+            raise StageTypeError(f"{told}: write {what}={example}")
+    if port.late is not None and port.late not in get_args(Late):
+        raise StageTypeError(f"{use}: {port.name}: late is {port.late!r}; it must be 'drop' or 'carry'")
+
+
+def _wrong_default(options: type[StageOptions], name: str) -> str:
+    """What is wrong with an option's default: it must be written, and be read again, as any value in the file."""
+    made = options()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            written = made.model_dump(include={name}, by_alias=True)
+        options.model_validate(written)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should be", "it must be")
+        return f"is {getattr(made, name)!r}: {reason.removeprefix('Value error, ')}"
+    except Exception:  # of a value of another type
+        kind = options.model_fields[name].annotation
+        return f"is {getattr(made, name)!r}; it must be of type {getattr(kind, '__name__', kind)}"
+    return ""
 
 
 def _is_taken(cls: type[Any], name: str) -> bool:

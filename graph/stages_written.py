@@ -7,7 +7,7 @@ from typing import Any
 
 from graph.sections import class_path, name_of
 from graph.stage_type import Catalog, StageType, StageTypeError
-from graph.wording import suggest
+from graph.wording import listed, suggest
 from graph.yaml_file import Document, KeyPath
 
 
@@ -34,7 +34,29 @@ def stages_of(document: Document, catalog: Catalog) -> dict[str, StageType]:
             document.problems.append((place, problem))
             del written[name]
             types.pop(name, None) if name not in catalog.built_in else None
+    _check_replaced(document, written, types, catalog)
     return types
+
+
+def _check_replaced(document: Document, written: dict[str, Any], types: dict[str, StageType], catalog: Catalog) -> None:
+    """A class that has a built-in stage's name, and makes nothing of what others take from that one."""
+    is_off = {name for name, section in written.items() if isinstance(section, dict) and section.get("replicas") == 0}
+    for name in [name for name in catalog.built_in if types[name].use != catalog.built_in[name].use]:
+        makes = {port.kind for each in types.values() for port in each.outputs.values()}
+        lost = {port.kind for port in catalog.built_in[name].outputs.values() if port.kind.is_windowed} - makes
+        for kind in lost if name not in is_off else ():
+            takers = [
+                other
+                for other in types.keys() - is_off
+                if any(port.kind == kind and not (port.optional or port.many) for port in types[other].inputs.values())
+            ]
+            if takers:
+                what = f"makes no {kind}, which {listed(takers)} takes from {name}"
+                message = f"stages.{name}.use: {types[name].use} {what}; give it a name of its own to have both"
+                document.problems.append((document.place(("stages", name, "use"), of_key=False), message))
+                del written[name]
+                types[name] = catalog.built_in[name]
+                break
 
 
 def _problem(name: str, use: Any, types: dict[str, StageType], catalog: Catalog) -> str:

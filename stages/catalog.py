@@ -7,14 +7,16 @@ import sys
 from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from graph.stage_type import StageType, StageTypeError, stage_type_of
 from graph.wording import clipped, suggest
 from stages.stage import Stage
 
 GROUP: Final = "omni.stages"
+_BESIDE: Final[set[str]] = set()  # the folders that look_beside was given
 # In the order in which a window passes them.
 BUILT_IN: Final[Mapping[str, str]] = {
     "camera": "stages.camera:Camera",
@@ -56,6 +58,10 @@ class StageCatalog:
                 look_beside(folder)
         cls = stage_class(path)
         found = stage_type_of(cls, path)
+        needed = [each.name for each in signature(cls).parameters.values() if _is_needed(each)]
+        if needed and "load" not in {name for base in cls.__mro__ if base is not Stage for name in vars(base)}:
+            what = f"{path}: __init__ takes {', '.join(needed)}, but a stage is made without arguments"
+            raise StageTypeError(f"{what}: read options from self.options, in open_session() or process()")
         if cls.process is Stage.process and cls.advance is Stage.advance:
             written = [name for name in vars(cls) if not name.startswith("_")]
             raise StageTypeError(f"{path} has no process(){suggest('process', written, alone=False)}")
@@ -74,10 +80,28 @@ def stage_class(path: str) -> type[Stage]:
     found = getattr(module, name, None)
     if found is None:
         classes = [key for key, value in vars(module).items() if _is_stage(value) and value.__module__ == module_name]
-        raise StageTypeError(f"module {module_name} has no {name!r}{suggest(name, classes) if classes else ''}")
+        told = f"module {module_name} has no {name!r}{suggest(name, classes) if classes else ''}"
+        raise StageTypeError(told + _shadowed(module))
     if not _is_stage(found):
         raise StageTypeError(f"{path} is no Stage; derive it from stages.api.Stage")
     return found  # type: ignore[no-any-return]
+
+
+def _is_needed(parameter: Parameter) -> bool:
+    """Must it be given?"""
+    return parameter.default is Parameter.empty and parameter.kind not in (
+        Parameter.VAR_POSITIONAL,
+        Parameter.VAR_KEYWORD,
+    )
+
+
+def _shadowed(module: Any) -> str:
+    """Where a module was found instead of one beside the pipeline.yaml that has its name."""
+    file = getattr(module, "__file__", None) or "built in"
+    beside = [folder for folder in _BESIDE if (Path(folder) / f"{module.__name__}.py").is_file()]
+    if not beside or Path(file).parent in map(Path, beside):
+        return ""
+    return f"; another module has the name of the file beside the pipeline.yaml, and goes first ({file}): rename yours"
 
 
 def _is_stage(value: object) -> bool:
@@ -90,6 +114,9 @@ def _module(name: str, path: str) -> object:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            if name.endswith(".py"):
+                meant = path.replace(".py:", ":", 1)
+                raise StageTypeError(f"{path}: a module is written without .py: {meant}") from None
             where = "install it, or put it beside the pipeline.yaml"
             raise StageTypeError(f"there is no module {error.name!r} (of {path}); {where}") from None
         raise StageTypeError(f"{path} can't be imported: it needs {error.name!r}, which is not installed") from error
@@ -99,5 +126,6 @@ def _module(name: str, path: str) -> object:
 
 def look_beside(folder: str) -> None:
     """Let modules of this folder be found, behind all others: none of them takes another one's place."""
+    _BESIDE.add(folder)
     if folder not in sys.path:
         sys.path.append(folder)

@@ -29,6 +29,7 @@ from deploy.actor.suspects import WorkNote, note_path
 from deploy.process.masked_output import MaskingFormatter
 from deploy.process.memory_limit import lift_memory_limit, limit_memory
 from deploy.process.packages import check_packages
+from deploy.process.printed import log_what_is_printed
 from graph.bus import Bus
 from graph.chunk import NS_PER_S
 from graph.clock import SystemClock
@@ -49,6 +50,7 @@ class Actor:
     def __init__(self, plan: ActorPlan) -> None:
         check_packages()
         _log_to(plan.log)
+        log_what_is_printed()
         for folder in plan.modules:
             look_beside(folder)
         self._plan = plan

@@ -10,6 +10,8 @@ from graph.stage_type import StageTypeError
 from stages.api import Stage, StageOptions
 from stages.catalog import StageCatalog
 
+IN_NS = "it is in whole nanoseconds, of {} to 60s: write"
+FROM_OPTIONS = "read options from self.options, in open_session() or process()"
 IMPORTS = "from stages.api import *\n"
 GATE = """
 class Gate(Stage):
@@ -59,8 +61,11 @@ def test_a_class_beside_the_description_is_found(folder: Path):
 
 def test_an_installed_module_goes_before_one_beside_the_description(folder: Path):
     (folder / "json.py").write_text(IMPORTS + GATE)
-    with pytest.raises(StageTypeError, match="module json has no 'Gate'"):
+    with pytest.raises(
+        StageTypeError, match="module json has no 'Gate'; another module has the name of the file"
+    ) as said:
         StageCatalog(folder).find("json:Gate")
+    assert str(said.value).endswith("json/__init__.py): rename yours")
 
 
 def test_a_stage_of_an_installed_package_is_found_by_its_name():
@@ -70,6 +75,7 @@ def test_a_stage_of_an_installed_package_is_found_by_its_name():
 @pytest.mark.parametrize(
     ("text", "use", "message"),
     [
+        ("", "zoo.py:Gate", "zoo.py:Gate: a module is written without .py: zoo:Gate"),
         ("", "zo:Gate", "there is no module 'zo' (of zo:Gate); install it, or put it beside the pipeline.yaml"),
         (GATE, "zoo:Gat", "module zoo has no 'Gat'; did you mean 'Gate'?"),
         (
@@ -112,10 +118,56 @@ def test_a_class_that_cannot_be_had_is_said_with_its_reason(folder: Path, text: 
             ["frames = In(FRAMES)", "class Options(StageOptions):", "    limit: int"],
             "zoo:Gate: Options.limit has no default; give it one",
         ),
+        *(
+            (
+                ["frames = In(FRAMES)", "class Options(StageOptions):", f"    {option}"],
+                f"zoo:Gate: Options.limit: its default is {what}",
+            )
+            for option, what in (
+                ("limit: float = 'much'", "'much'; it must be of type float"),
+                ("limit: Duration = '40ms'", "'40ms'; it must be of type int"),
+                (
+                    "limit: float = __import__('pydantic').Field(default=7, le=1)",
+                    "7: it must be less than or equal to 1",
+                ),
+            )
+        ),
+        *(
+            (
+                [f"frames = In(FRAMES, window_ns={value})"],
+                f"zoo:Gate: frames: window_ns is {value}; {IN_NS.format('10ms')} window_ns=2 * NS_PER_S",
+            )
+            for value in ("'2s'", "2", "2000000000.0", "True")
+        ),
+        (
+            ["frames = In(FRAMES, lateness_ns='300ms')"],
+            f"zoo:Gate: frames: lateness_ns is '300ms'; {IN_NS.format('0s')} lateness_ns=300 * NS_PER_MS",
+        ),
+        (["frames = In(FRAMES, late='soon')"], "zoo:Gate: frames: late is 'soon'; it must be 'drop' or 'carry'"),
+        (
+            ["frames = In(FRAMES)", "def __init__(self, threshold): ...", "def process(self, units): return []"],
+            f"zoo:Gate: __init__ takes threshold, but a stage is made without arguments: {FROM_OPTIONS}",
+        ),
     ],
 )
 def test_a_class_that_declares_what_cannot_be_is_refused(folder: Path, lines: list[str], message: str):
     assert refusal(folder, declared(*lines)) == message
+
+
+def test_what_is_made_by_a_load_of_its_own_may_take_arguments(folder: Path):
+    lines = ["frames = In(FRAMES)", "def __init__(self, net): ...", "def process(self, units): return []"]
+    load = ["@classmethod", "def load(cls, options, site): return cls(1)"]
+    (folder / "zoo.py").write_text(IMPORTS + declared(*lines, *load))
+    assert StageCatalog(folder).find("zoo:Gate").use == "zoo:Gate"
+
+
+def test_of_an_option_that_is_misspelt_in_the_code_it_is_said_what_was_meant():
+    class Options(StageOptions):
+        threshold: float = 0.1
+
+    with pytest.raises(AttributeError, match="there is no option 'treshold'; did you mean 'threshold'"):
+        _ = Options().treshold  # type: ignore[attr-defined]
+    assert not hasattr(Options(), "_private")
 
 
 def test_a_class_that_does_nothing_is_refused_with_what_was_meant(folder: Path):
