@@ -245,9 +245,9 @@ class CameraSpec(Section):
         }
 
     @property
-    def shown_source(self) -> str:
-        """Where its pictures come from, without secrets."""
-        return ", ".join(f"{view}={source.masked}" if view else source.masked for view, source in self.sources.items())
+    def shown_sources(self) -> Mapping[str, str]:
+        """By view, where its pictures come from, without secrets."""
+        return {view: source.masked for view, source in self.sources.items()}
 
 
 class ReplicasSpec(Section):

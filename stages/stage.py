@@ -18,7 +18,7 @@ from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import StageCost
 from graph.ladder import Level, Step
 from graph.sections import StageOptions
-from graph.stage_type import Scope, outputs_of
+from graph.stage_type import Out, Scope, outputs_of
 from graph.tail import Ack, Playback
 from graph.window import Unit
 
@@ -123,6 +123,13 @@ class Session:
         microphone = self.microphone and view.name == self.heard
         source = {"source": view.source, "masked_source": view.masked_source}
         return replace(self, **source, views=(), microphone=microphone)  # type: ignore[arg-type]
+
+    def with_view(self, view: View) -> Session:
+        """The session with this view, in the place of one of its name."""
+        return replace(self, views=(*self.without_view(view.name).views, view))
+
+    def without_view(self, name: str) -> Session:
+        return replace(self, views=tuple(view for view in self.each_view if view.name != name))
 
     @property
     def taken(self) -> tuple[Step, ...]:
@@ -275,12 +282,16 @@ class Stage:
 
 @dataclass(slots=True)
 class _Making:
-    """How far a source has come with a session. end_ns: where it ends, once that is known."""
+    """How far a source has come with a session. end_ns: where it ends, once that is known.
+
+    removed: views that end with the next window.
+    """
 
     session: Session
     made_ns: int = 0
     end_ns: int | None = None
     is_over: bool = False
+    removed: tuple[str, ...] = ()
 
 
 class Source(Stage):
@@ -309,18 +320,34 @@ class Source(Stage):
         end_ns = state.made_ns + state.session.window_ns
         if state.is_over or (state.session.paced and now_ns < end_ns):
             return []
+        gone, state.removed = state.removed, ()
+        ports = [port for port in outputs_of(type(self)) if port.many]
+        ended = [port.end(session, state.made_ns, view=view, removed=True) for view in gone for port in ports]
         is_past = state.end_ns is not None and state.made_ns >= state.end_ns
         made = None if is_past else self.make(state.session, state.made_ns, end_ns)
-        streams = [port for port in outputs_of(type(self)) if port.kind.is_windowed]
+        streams = self._streams(state)
         if made is None:
             state.is_over = True
-            return [port.end(session, state.made_ns) for port in streams]
+            return [*ended, *(port.end(session, state.made_ns, view=view) for port, view in streams)]
         state.made_ns = end_ns
-        return [*made, *(port.watermark(session, end_ns) for port in streams)]
+        return [*ended, *made, *(port.watermark(session, end_ns, view=view) for port, view in streams)]
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         state = self._making[session]
         return max(state.made_ns + state.session.window_ns - now_ns, 0) if state.session.paced else 0
+
+    def add_view(self, session: Session, view: View, now_ns: int) -> None:
+        self._making[session.id].session = session
+
+    def remove_view(self, session: SessionId, view: str, now_ns: int) -> None:
+        state = self._making[session]
+        state.session, state.removed = state.session.without_view(view), (*state.removed, view)
+
+    def _streams(self, state: _Making) -> list[tuple[Out, str]]:
+        """What leaves window by window: by port, and of one with many by view."""
+        views = [view.name for view in state.session.each_view]
+        ports = [port for port in outputs_of(type(self)) if port.kind.is_windowed]
+        return [(port, view) for port in ports for view in (views if port.many else [""])]
 
     def end(self, session: SessionId, now_ns: int) -> None:
         self._making[session].end_ns = now_ns

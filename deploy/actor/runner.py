@@ -218,8 +218,7 @@ class StageRunner:
         if state is None or state.ending or state.faults.given_up:
             raise StageError(f"{self.name}: what session {session!r} sees has ended")
         before = state.session
-        views = tuple(each for each in before.each_view if each.name != view.name)
-        state.session = replace(before, views=(*views, view))
+        state.session = before.with_view(view)
         try:
             self.stage.add_view(state.session, view, state.now_ns())
         except Exception:

@@ -15,17 +15,26 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Protocol
 
-from deploy.cameras.sources import Probed, SourceError, apart, check_sources, probe, probe_all
-from deploy.control.calls import Reply
+from deploy.cameras.sources import (
+    Probed,
+    SourceError,
+    apart,
+    check_sources,
+    probe,
+    probe_all,
+    shown_sources,
+)
+from deploy.control.calls import Reply, answered
 from deploy.control.capacity import CapacityError, admit
 from graph.chunk import NS_PER_S
 from graph.errors import GraphError, SpecError
 from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec, parse_spec
-from graph.spec_check import MAX_CAMERAS
+from graph.spec_check import MAX_CAMERAS, MAX_VIEWS
+from graph.wording import listed
 from stages.catalog import CATALOG
 from stages.media.reader import MediaError
 from stages.media.wire import is_control
@@ -53,13 +62,38 @@ class Added:
     warnings: tuple[str, ...] = ()
 
 
+class Cameras(Protocol):
+    """What the pipeline's thread does of what is asked for (deploy/run/watched.py)."""
+
+    def open_camera(self, name: str, camera: CameraSpec) -> Reply[None]: ...
+    def end_camera(self, name: str) -> None: ...
+    def open_view(self, name: str, view: str, source: Secret) -> Reply[None]: ...
+    def end_view(self, name: str, view: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """Something to be done by the pipeline's thread. camera None: remove."""
+    """Something to be done by the pipeline's thread. camera: as it is to be then; None: remove it. view: only that."""
 
     name: str
     camera: CameraSpec | None
+    view: str = ""
     done: Future[None] = field(default_factory=Future)
+
+    def __str__(self) -> str:
+        return f"camera {self.name}/{self.view}" if self.view else f"camera {self.name}"
+
+    def begin(self, cameras: Cameras) -> Reply[None]:
+        """Let it be done; what is removed has gone at once."""
+        if self.camera is not None and self.view:
+            return cameras.open_view(self.name, self.view, self.camera.views[self.view])
+        if self.camera is not None:
+            return cameras.open_camera(self.name, self.camera)
+        if self.view:
+            cameras.end_view(self.name, self.view)
+        else:
+            cameras.end_camera(self.name)
+        return answered("", None)
 
 
 class LiveCameras:
@@ -70,8 +104,8 @@ class LiveCameras:
         self._spec, self._paced, self._keeps_files = spec, paced, keeps_files
         self._wake = threading.Event()
         self._lock = threading.Lock()
-        self._coming: set[str] = set()
-        self._open = set(spec.cameras)
+        self._coming: dict[str, int] = {}  # how many sources each has
+        self._open = dict(spec.cameras)
         self._used = set(spec.cameras)
         self._asked: deque[_Asked] = deque()
         self._opening: list[tuple[_Asked, Reply[None]]] = []  # by the pipeline's thread, which alone touches it
@@ -84,28 +118,84 @@ class LiveCameras:
     def add(self, name: str, wanted: Mapping[str, object]) -> Added:
         """Add a camera, described as in `cameras:`; returns once its session is open.
 
+        A name like `porch/back` adds a view to a camera that is watched.
         Its source is taken as it is: who asks has resolved `${…}`, in an environment of his own, and may give with it
         a `masked_source`: how it was written, to be shown in its place.
         Raises Refused: 422 a wrong description or a source that can't be used, 409 a name that is taken, 503 no room.
         """
+        camera_name, slash, view = name.partition("/")
+        if slash:
+            return self._add_view(camera_name, view, wanted)
         camera = self._described(name, wanted)
-        self._reserve(name)
+        self._check_fps(name, camera)
+        self._reserve(name, len(camera.sources))
+        warnings = self._open_checked(_Asked(name, camera), {name: camera})
+        return Added(name, shown_sources(camera.shown_sources), warnings)
+
+    def _add_view(self, name: str, view: str, wanted: Mapping[str, object]) -> Added:
+        whole = mask_urls(f"{name}/{view}")
+        if others := wanted.keys() - {"source", "masked_source"}:
+            raise Refused(422, f"camera {whole}: of a view only its source is said; {listed(others)} is the camera's")
+        before = self._camera(whole, name)
+        described = {"views": {view: wanted.get("source")}, "masked_source": wanted.get("masked_source")}
+        source = self._described(name, described).views[view]
+        if view in before.sources:
+            raise Refused(409, f"camera {whole}: there is one of this name")
+        if len(before.sources) >= MAX_VIEWS:
+            raise Refused(409, f"camera {whole}: a camera has {MAX_VIEWS} views at most")
+        camera = before.model_copy(update={"views": {**before.views, view: source}})
+        self._check_fps(name, camera)
+        self._reserve(whole, 1)
+        warnings = self._open_checked(_Asked(name, camera, view), {whole: camera.apart[view]})
+        return Added(whole, source.masked, warnings)
+
+    def _open_checked(self, asked: _Asked, sources: Mapping[str, CameraSpec]) -> tuple[str, ...]:
+        """Look at what it brings, and let it be opened; returns warnings."""
+        (coming,) = sources
         try:
             warnings: list[str] = []
-            self._check_source(name, camera, warnings.append)
-            self._ask(_Asked(name, camera))
+            self._check_source(sources, warnings.append)
+            self._ask(asked)
         finally:
             with self._lock:
-                self._coming.discard(name)
-        return Added(name, camera.shown_source, tuple(warnings))
+                self._coming.pop(coming, None)
+        return tuple(warnings)
+
+    def _camera(self, whole: str, name: str) -> CameraSpec:
+        """The camera of a view. Raises Refused."""
+        with self._lock:
+            if name not in self._open:
+                there = ", ".join(sorted(self._open)) or "none"
+                raise Refused(404, f"camera {whole}: there is no camera {name}; there are: {there}")
+            return self._open[name]
 
     def remove(self, name: str) -> None:
-        """End a camera's session: what was seen and heard until now is gone through, and said. Raises Refused."""
+        """End a camera's session: what was seen and heard until now is gone through, and said. Raises Refused.
+
+        A name like `porch/back` takes a view from a camera, from the window's end on.
+        """
+        camera_name, slash, view = name.partition("/")
+        if slash:
+            whole = mask_urls(name)
+            self._check_spare(whole, view, self._camera(whole, camera_name))
+            self._ask(_Asked(camera_name, None, view))
+            return
         with self._lock:
             if name not in self._open:
                 there = ", ".join(sorted(self._open)) or "none"
                 raise Refused(404, f"camera {name}: there is none of this name; there are: {there}")
         self._ask(_Asked(name, None))
+
+    @staticmethod
+    def _check_spare(whole: str, view: str, camera: CameraSpec) -> None:
+        """Raises Refused for a view that is not there, or that the camera can't be without."""
+        if not view or view not in camera.sources:
+            has = ", ".join(camera.views) or "one source only"
+            raise Refused(404, f"camera {whole}: there is no such view; the camera has: {has}")
+        if len(camera.sources) == 1:
+            raise Refused(409, f"camera {whole}: it is the last view; remove the whole camera")
+        if camera.has_sound and view == camera.heard:
+            raise Refused(409, f"camera {whole}: its sound is what is heard of the camera; remove the whole camera")
 
     def _described(self, name: str, wanted: Mapping[str, object]) -> CameraSpec:
         template = wanted.get("masked_source")
@@ -121,11 +211,12 @@ class LiveCameras:
             raise Refused(422, "\n".join(told)) from None
         except SourceError as error:
             raise Refused(422, str(error)) from None
-        self._check_fps(name, cameras[name])
-        source = cameras[name].source
-        if source is None or not isinstance(template, str) or any(map(is_control, template)):
-            return cameras[name]
-        return cameras[name].model_copy(update={"source": Secret(template, source.reveal())})
+        camera = cameras[name]
+        if not isinstance(template, str) or any(map(is_control, template)) or len(camera.sources) > 1:
+            return camera
+        ((view, source),) = camera.sources.items()
+        shown = Secret(template, source.reveal())
+        return camera.model_copy(update={"views": {view: shown}} if view else {"source": shown})
 
     def _check_fps(self, name: str, camera: CameraSpec) -> None:
         """An edge's credit is for all sessions, and was made for the cameras of the beginning."""
@@ -138,30 +229,38 @@ class LiveCameras:
                 told += f"{edge.credit.chunks}; start the pipeline with such a camera, or with more credit"
                 raise Refused(422, f"camera {name}: {told}")
 
-    def _reserve(self, name: str) -> None:
+    def _reserve(self, name: str, num_sources: int) -> None:
+        """name: with its view, where it is to be only one more of a camera's."""
+        is_camera = "/" not in name
         with self._lock:
             self._refuse_if_closed()
             if not self._paced:
                 raise Refused(409, "with --speed max cameras can't come later: nothing there goes by the clock")
-            if name in self._open | self._coming:
+            if name in self._open or name in self._coming:
                 raise Refused(409, f"camera {name}: there is one of this name")
-            if self._keeps_files and name in self._used:
+            if is_camera and self._keeps_files and name in self._used:
                 raise Refused(409, f"camera {name}: --out holds what an earlier one of this name has left")
-            if len(self._open | self._coming) >= MAX_CAMERAS:
+            num_open = sum(len(camera.sources) for camera in self._open.values()) + sum(self._coming.values())
+            if num_open + num_sources > MAX_CAMERAS:
                 raise Refused(503, f"one pipeline takes {MAX_CAMERAS} cameras", self._retry_after_s())
-            try:
-                admit(self._spec, len(self._open | self._coming) + 1)
-            except CapacityError as error:
-                raise Refused(503, str(error), self._retry_after_s()) from None
-            self._coming.add(name)
+            if is_camera:
+                self._admit()
+            self._coming[name] = num_sources
 
-    def _check_source(self, name: str, camera: CameraSpec, tell: Callable[[str], None]) -> None:
+    def _admit(self) -> None:
+        coming = [name for name in self._coming if "/" not in name]
+        try:
+            admit(self._spec, len(self._open) + len(coming) + 1)
+        except CapacityError as error:
+            raise Refused(503, str(error), self._retry_after_s()) from None
+
+    def _check_source(self, sources: Mapping[str, CameraSpec], tell: Callable[[str], None]) -> None:
         """A broken file is refused; a live camera that does not answer is looked for, as in `up`."""
 
         def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
             return probe(None, camera, lambda: is_over() or self._is_over.is_set())
 
-        probed = probe_all(apart({name: camera}), ask)
+        probed = probe_all(apart(sources), ask)
         if broken := [f"camera {source}: {why}" for source, (why, is_live) in probed.items() if why and not is_live]:
             raise Refused(422, "\n".join(broken))
         for source, (why, _) in probed.items():
@@ -177,7 +276,7 @@ class LiveCameras:
             asked.done.result(ANSWER_S)
         except FutureTimeout:
             if asked.done.cancel():
-                told = f"camera {asked.name}: the pipeline has not answered within {ANSWER_S:g} s"
+                told = f"{asked}: the pipeline has not answered within {ANSWER_S:g} s"
                 raise Refused(504, told) from None
             asked.done.result()  # it has begun, and its own calls have an end
 
@@ -204,7 +303,7 @@ class LiveCameras:
         if self._wake.wait(timeout_s):
             self._wake.clear()
 
-    def answer(self, open_camera: Callable[[str, CameraSpec], Reply[None]], end_camera: Callable[[str], None]) -> None:
+    def answer(self, cameras: Cameras) -> None:
         """Begin what was asked for since, and answer what is done by now."""
         with self._lock:
             asked, self._asked = list(self._asked), deque()
@@ -212,13 +311,9 @@ class LiveCameras:
             if not each.done.set_running_or_notify_cancel():
                 continue
             try:
-                if each.camera is None:
-                    end_camera(each.name)
-                    each.done.set_result(None)
-                else:
-                    self._opening.append((each, open_camera(each.name, each.camera)))
+                self._opening.append((each, each.begin(cameras)))
             except BaseException as error:  # a fault of ours, or the second Ctrl-C: nobody is left without an answer
-                each.done.set_exception(Refused(503, f"camera {each.name}: {error}"))
+                each.done.set_exception(Refused(503, f"{each}: {error}"))
                 raise
         done = [(each, reply) for each, reply in self._opening if reply.is_done]
         self._opening = [(each, reply) for each, reply in self._opening if not reply.is_done]
@@ -227,23 +322,31 @@ class LiveCameras:
 
     def _answer(self, asked: _Asked, reply: Reply[None]) -> None:
         if reply.error is None:
-            self._opened(asked.name)
+            self._done(asked)
             asked.done.set_result(None)
         elif isinstance(reply.error, MediaError):  # it has gone since it was looked at
-            asked.done.set_exception(Refused(422, f"camera {asked.name}: {reply.error}"))
+            asked.done.set_exception(Refused(422, f"{asked}: {reply.error}"))
         else:
             asked.done.set_exception(Refused(503, str(reply.error), self._retry_after_s()))
 
-    def _opened(self, name: str) -> None:
+    def _done(self, asked: _Asked) -> None:
+        """Take it down. Of a camera that is removed it is over with `ended`."""
+        name, camera = asked.name, self._open.get(asked.name)
         with self._lock:
-            self._open.add(name)
-            if self._keeps_files:
-                self._used.add(name)
+            if asked.camera is not None and not asked.view:
+                self._open[name] = asked.camera
+                if self._keeps_files:
+                    self._used.add(name)
+            elif camera is not None and asked.view:
+                views = {view: source for view, source in camera.views.items() if view != asked.view}
+                if asked.camera is not None:
+                    views[asked.view] = asked.camera.views[asked.view]
+                self._open[name] = camera.model_copy(update={"views": views})
 
     def ended(self, name: str) -> None:
         """A session has come to its end: there is room for another."""
         with self._lock:
-            self._open.discard(name)
+            self._open.pop(name, None)
 
     def close(self) -> None:
         """From now on everything is refused."""

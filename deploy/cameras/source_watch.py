@@ -24,6 +24,11 @@ class SourceWatch:
         self._latest = {source: report for source, report in self._latest.items() if source.session != session}
         self._lost = {source for source in self._lost if source.session != session}
 
+    def view_opened(self, source: SourceId) -> None:
+        """What was known of an earlier view of its name is over."""
+        self._latest.pop(source, None)
+        self._lost.discard(source)
+
     def ended(self, session: SessionId) -> None:
         """Its last report has been seen, or it was refused."""
         self._open.discard(session)

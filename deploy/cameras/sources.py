@@ -88,6 +88,11 @@ def apart(cameras: Mapping[str, CameraSpec]) -> dict[str, CameraSpec]:
     }
 
 
+def shown_sources(sources: Mapping[str, str]) -> str:
+    """A camera's sources in a line. sources: by view, masked."""
+    return ", ".join(f"{view}={source}" if view else source for view, source in sources.items())
+
+
 def _only_source(camera: CameraSpec) -> Secret:
     (source,) = camera.sources.values()
     return source

@@ -23,7 +23,7 @@ def stages(file: File = None, overrides: Set = None, as_json: Json = False) -> N
     """List the stages with their ports and options: the description's, and those that other packages bring.
 
     --json: {stage: {class, about, inputs: {port: {kind, feedback, side, many, optional, window_s}}, outputs:
-    {port: kind}, options, scope, component, is_local, can_be_off}}.
+    {port: kind}, many (outputs with a stream per view of a camera), options, scope, component, is_local, can_be_off}}.
     """
     with clear_errors(), usage():
         found = _described(file, overrides or [])
@@ -34,7 +34,7 @@ def stages(file: File = None, overrides: Set = None, as_json: Json = False) -> N
         {
             "stage": name,
             "inputs": ", ".join(_input(port, each) for port, each in stage["inputs"].items()),
-            "outputs": ", ".join(_output(port, kind) for port, kind in stage["outputs"].items()),
+            "outputs": ", ".join(_output(port, kind, stage["many"]) for port, kind in stage["outputs"].items()),
             "options": ", ".join(stage["options"]),
         }
         for name, stage in found.items()
@@ -50,8 +50,10 @@ def _input(port: str, each: Mapping[str, Any]) -> str:
     return f"{port} ({', '.join(notes)})" if notes else port
 
 
-def _output(port: str, kind: str) -> str:
-    return port if kind == port else f"{port} ({kind})"
+def _output(port: str, kind: str, many: Collection[str]) -> str:
+    notes = [kind] if kind != port else []
+    notes += ["per view"] if port in many else []
+    return f"{port} ({', '.join(notes)})" if notes else port
 
 
 def graph(
@@ -156,6 +158,7 @@ def _type(each: StageType, shared: Collection[str]) -> dict[str, Any]:
             for name, port in each.inputs.items()
         },
         "outputs": {name: str(port.kind) for name, port in each.outputs.items()},
+        "many": [name for name, port in each.outputs.items() if port.many],
         "options": {option: value for option, value in options.items() if option not in shared},
         "scope": each.scope,
         "component": each.component,

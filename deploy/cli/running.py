@@ -64,6 +64,11 @@ def ps(as_json: Json = False) -> None:
     for busy in dict.fromkeys(row["busy"] for row in status["stages"] if row["busy"]):
         print(busy)
     table(status["sessions"], ("session", "state", "windows", "late", "source"))
+    views = [
+        {**view, "view": f"{row['session']}/{view['view']}"} for row in status["sessions"] for view in row["views"]
+    ]
+    if views:
+        table(views, ("view", "state", "lost", "source"))
     table(
         [{"edge": edge, **row, "dropped": sum(row["dropped"].values())} for edge, row in status["edges"].items()],
         ("edge", "accepted", "delivered", "dropped", "in_flight"),
@@ -81,6 +86,8 @@ def camera_add(
     as_json: Json = False,
 ) -> None:
     """Watch another camera; the others are not disturbed. Refused at once where there is no room for it.
+
+    porch/back=… adds a view to camera porch, from the next window on.
 
     --json: {name, source, warnings}.
     """
@@ -110,7 +117,10 @@ def camera_add(
 @camera.command("remove")
 @clear_errors()
 def camera_remove(name: Annotated[str, typer.Argument(help="As `pipeline ps` shows it.")]) -> None:
-    """End a camera's session: what it saw and heard is gone through to the end, and said."""
+    """End a camera's session: what it saw and heard is gone through to the end, and said.
+
+    porch/back takes that view from camera porch, and no more.
+    """
     from urllib.parse import quote
 
     _ask_gateway("DELETE", f"/api/v1/cameras/{quote(name, safe='', errors='surrogateescape')}")

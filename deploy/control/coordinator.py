@@ -32,7 +32,7 @@ from deploy.process.deadline import Deadline
 from graph.chunk import NS_PER_S, SessionId
 from graph.ledger import Account
 from graph.spec import PipelineSpec
-from stages.stage import Session
+from stages.stage import Session, View
 
 LOOK_S = 0.2  # a poll takes at most so long, whoever does not answer
 OPEN_TIMEOUT_S = 10.0  # for a camera that comes while others run: somebody waits for the answer
@@ -179,6 +179,17 @@ class Coordinator:
         opened: called when it is.
         """
         return self._openings.open([session], OPEN_TIMEOUT_S, opened)
+
+    def add_view(self, session: SessionId, view: View, opened: Callable[[], None] = lambda: None) -> Reply[None]:
+        """Let a session have another view: the next polls do. The reply fails with StageError when it can't.
+
+        opened: called when it is watched.
+        """
+        return self._openings.add_view(session, view, OPEN_TIMEOUT_S, opened)
+
+    def remove_view(self, session: SessionId, view: str) -> None:
+        """Let a session have one view less, from the window's end on. Nobody waits for it."""
+        self._openings.remove_view(session, view)
 
     def close_session(self, session: SessionId) -> None:
         """End a session at once; what is under way is dropped and counted."""

@@ -14,7 +14,7 @@ from deploy.control.restarts import Tools
 from deploy.control.routing import session_plan
 from deploy.control.sessions import Placement
 from graph.chunk import SessionId
-from stages.stage import Session, StageError
+from stages.stage import Session, StageError, View
 
 SILENT_S = 2.0  # a batch takes a window at most where a stage keeps up; no new session goes to who is silent for two
 
@@ -44,6 +44,47 @@ class Openings:
             living = self._at(placement, stage) if placement else None
             if living is not None:  # else it holds nothing any more
                 living.line.post("close_session", stage, session)
+
+    def add_view(
+        self, session: SessionId, view: View, limit_s: float, opened: Callable[[], None] = lambda: None
+    ) -> Reply[None]:
+        """Begin to let a session have another view; the reply says when it has, or why not (StageError)."""
+        done: Reply[None] = Reply("")
+        self._tools.procedures.begin(self._add_view(session, view, done, opened), limit_s)
+        return done
+
+    def remove_view(self, session: SessionId, view: str) -> None:
+        """Let a session have one view less. Stages behind its source hear of it on the edges."""
+        placement = self._tools.table.placements.get(session)
+        if placement is not None:
+            placement.session = placement.session.without_view(view)
+            for stage in self._showing(placement):
+                if (living := self._at(placement, stage)) is not None:
+                    living.line.post("remove_view", stage, session, view)
+
+    def _add_view(self, session: SessionId, view: View, done: Reply[None], opened: Callable[[], None]) -> Steps[None]:
+        placement = self._tools.table.placements.get(session)
+        try:
+            if placement is None or not placement.is_open:
+                raise CoordinatorError(f"session {session} has ended")
+            placement.session = placement.session.with_view(view)  # who takes a dead one's place has it, too
+            living = [(stage, self._at(placement, stage)) for stage in self._showing(placement)]
+            added = [each.line.post("add_view", stage, session, view) for stage, each in living if each is not None]
+            yield added
+            for reply in added:
+                reply.result()
+        except Exception as error:
+            if placement is not None:
+                placement.session = placement.session.without_view(view.name)
+            done.fail(StageError(str(error)) if isinstance(error, CoordinatorError) else error)
+        else:
+            opened()
+            done.answer(None)
+
+    def _showing(self, placement: Placement) -> list[str]:
+        """The stages at which a session's views are streams of their own."""
+        types = self._tools.spec.types
+        return [stage for stage in placement.opened if any(port.many for port in types[stage].outputs.values())]
 
     def _open(self, sessions: Sequence[Session], done: Reply[None], opened: Callable[[], None]) -> Steps[None]:
         tools = self._tools

@@ -65,7 +65,7 @@ def build_gateway(
     desk = _CameraDesk(cameras, token)
     routes = [
         Route(CAMERAS, desk.add, methods=["POST"]),
-        Route(CAMERAS + "/{name}", desk.remove, methods=["DELETE"]),
+        Route(CAMERAS + "/{name:path}", desk.remove, methods=["DELETE"]),
         Route("/metrics", gateway.metrics),
         Route("/healthz", gateway.healthz),
         Route("/readyz", gateway.readyz),
@@ -130,7 +130,10 @@ class _CameraDesk:
         self._token = token
 
     async def add(self, request: Request) -> Response:
-        """{"name", "source", …} as in `cameras:` to 201 {"name", "source", "warnings"}."""
+        """{"name", "source", …} as in `cameras:` to 201 {"name", "source", "warnings"}.
+
+        {"name": "porch/back", "source"} adds a view to a camera that is watched.
+        """
         if (refused := self._refused(request)) is not None:
             return refused
         try:
@@ -146,7 +149,7 @@ class _CameraDesk:
         return await _answered(201, lambda: asdict(self._there().add(name, wanted)))
 
     async def remove(self, request: Request) -> Response:
-        """To 202: the session runs to its end by itself."""
+        """To 202: the session runs to its end by itself, and a view to that of its window."""
         name = request.path_params["name"]
 
         def remove() -> dict[str, object]:

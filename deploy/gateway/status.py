@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 
 from deploy.actor.plan import Address
 from deploy.actor.session_plan import SessionSnapshot, StageSnapshot
+from deploy.cameras.sources import shown_sources
 from deploy.control.placement import Process
 from deploy.gateway.exposition import Target
+from graph.chunk import SessionId
 from graph.ledger import Account
+from stages.stage import SourceId, SourceReport
 
 
 @dataclass(slots=True)
@@ -30,7 +33,7 @@ class Status:
     processes: Sequence[Process] = ()
     addresses: Mapping[str, Address] = field(default_factory=dict)
     snapshots: Mapping[str, Mapping[str, StageSnapshot]] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)  # by session; masked
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by session and view; masked
     last_seen: Mapping[str, SessionSnapshot] = field(default_factory=dict)  # by session, where windows end
     ledger: Mapping[str, Account] = field(default_factory=dict)
     slow: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # by process: at which stage, and at what
@@ -70,7 +73,7 @@ class Status:
             "problem": self.problem,
             "uptime_s": round(time.monotonic() - self.started_s, 1),
             "stages": [self._stage_row(process, stage) for process in self.processes for stage in process.stages],
-            "sessions": [self._session_row(session, source) for session, source in self.sources.items()],
+            "sessions": [self._session_row(session, sources) for session, sources in self.sources.items()],
             "edges": {edge: account.as_dict() for edge, account in self.ledger.items()},
         }
 
@@ -93,16 +96,25 @@ class Status:
             "busy": slow,
         }
 
-    def _session_row(self, session: str, source: str) -> Mapping[str, object]:
+    def _session_row(self, session: str, sources: Mapping[str, str]) -> Mapping[str, object]:
         seen = self.last_seen.get(session, SessionSnapshot(0, 0))
         is_open = any(session in stage.sessions for stages in self.snapshots.values() for stage in stages.values())
         return {
             "session": session,
-            "source": source,
+            "source": shown_sources(sources),
             "state": "running" if is_open else "ended",
             "windows": seen.num_windows,
             "late": seen.num_late,
+            "views": [self._view_row(session, view, source, is_open) for view, source in sources.items() if view],
         }
+
+    def _view_row(self, session: str, view: str, source: str, is_open: bool) -> Mapping[str, object]:
+        """Of a camera that has several."""
+        stages = (stage for stages in self.snapshots.values() for stage in stages.values())
+        reports = (stage.sources.get(SourceId(SessionId(session), view)) for stage in stages)
+        report = next((report for report in reports if report is not None), SourceReport())
+        state = ("up" if report.is_up else "down") if is_open else "ended"
+        return {"view": view, "source": source, "state": state, "lost": report.num_lost, "problem": report.problem}
 
     def _at_end(self) -> dict[str, SessionSnapshot]:
         """Of the sessions that run, what is counted where their windows end; elsewhere nothing is."""

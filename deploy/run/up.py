@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.cameras.live_cameras import LiveCameras
 from deploy.cameras.source_watch import SourceWatch
-from deploy.cameras.sources import anchored, check_cameras
+from deploy.cameras.sources import check_cameras
 from deploy.control import ray_environment
-from deploy.control.calls import Reply
 from deploy.control.capacity import admit
 from deploy.control.ending import DRAIN_S, END_S, drain_s
 from deploy.gateway.gateway_server import GatewayServer
@@ -28,19 +25,17 @@ from deploy.process.interrupts import Interrupted, Interrupts
 from deploy.run.checkpoints import Checkpoint, open_checkpoint
 from deploy.run.pipeline_meter import PipelineMeter
 from deploy.run.state import Running, StateFolder
-from graph.chunk import NS_PER_S, SessionId
+from deploy.run.watched import SessionOptions, Watched
 from graph.errors import GraphError
 from graph.ledger import Account
-from graph.secret import Secret
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction, Session, View
+from stages.stage import ListenerAction
 
 if TYPE_CHECKING:
     from deploy.control.coordinator import Coordinator
 
 POLL_S = 0.25
-MAX_ENDED = 64  # sessions which `ps` goes on showing
 BUSY_S = 0.02  # between two looks while a camera opens, or moves
 
 
@@ -134,9 +129,11 @@ class _Run:
         self._interrupts = interrupts
         self._live = live
         self._ending: Deadline | None = None  # once an end was asked for
-        self._begun_s = 0.0  # when the first sessions were open, on the monotonic clock
         self._tell = tell
         self._sources = SourceWatch(tell)
+        needs_pictures = checkpoint.config.generation.needs_pictures
+        common = SessionOptions(options.duration_ns, options.out, options.paced, options.listener, needs_pictures)
+        self._watched = Watched(spec, common, status, self._sources, tell)
 
     def run(self, cameras: Mapping[str, CameraSpec]) -> Outcome:
         # Ray is imported here: what can be refused without it has been refused by now, and its environment is set.
@@ -158,14 +155,10 @@ class _Run:
             stack.callback(lambda: coordinator.stop(self._ending))
             coordinator.start()
             self._status.processes, self._status.addresses = coordinator.processes, coordinator.actors
-            coordinator.open_sessions([self._session(name, camera) for name, camera in cameras.items()])
-            self._begun_s = time.monotonic()
-            for session in coordinator.sessions:
-                self._sources.opened(session)
+            self._watched.begin(coordinator, cameras)
             meter = PipelineMeter(self._spec.model, self._status.trained, coordinator.processes)
             stack.callback(meter.stop)
             self._status.own_port = meter.port
-            self._status.sources = {name: camera.shown_source for name, camera in cameras.items()}
             self._status.problem = ""
             self._tell(f"running: {len(cameras)} session(s); status {self._url}/api/v1/ps, metrics {self._url}/metrics")
             try:
@@ -191,7 +184,7 @@ class _Run:
         """
         drain: Deadline | None = None
         self._interrupts.graceful = True
-        self._live.begin(self._until_s())
+        self._live.begin(self._watched.until_s)
         while coordinator.sessions:
             if self._interrupts.count and drain is None:
                 drain = Deadline(drain_s(self._spec))
@@ -202,7 +195,7 @@ class _Run:
                     coordinator.end_session(session)
             if drain is not None and drain.is_over:
                 break
-            self._live.answer(partial(self._add, coordinator), partial(self._remove, coordinator))
+            self._live.answer(self._watched)
             self._poll(coordinator, meter)
             self._state.keep()
             if coordinator.sessions:
@@ -222,66 +215,11 @@ class _Run:
         self._status.addresses, self._status.problem = coordinator.actors, coordinator.problem
         meter.saw(len(coordinator.sessions), coordinator.actors, coordinator.num_deaths)
 
-    def _until_s(self) -> float | None:
-        """When the sources end, on the monotonic clock, where `--for` says so."""
-        duration_ns = self._options.duration_ns
-        return None if duration_ns is None else self._begun_s + duration_ns / NS_PER_S
-
-    def _add(self, coordinator: Coordinator, name: str, camera: CameraSpec) -> Reply[None]:
-        session, until_s = self._session(name, camera), self._until_s()
-        if until_s is not None:  # it ends with the others
-            left_ns = round((until_s - time.monotonic()) * NS_PER_S)
-            session = replace(session, duration_ns=max(left_ns, session.window_ns))
-
-        def opened() -> None:
-            running = set(coordinator.sessions)
-            ended = [other for other in self._status.sources if other not in running]
-            kept = {other: source for other, source in self._status.sources.items() if other not in ended[:-MAX_ENDED]}
-            self._status.sources = {**kept, name: camera.shown_source}
-            self._sources.opened(session.id)
-            self._tell(f"camera {name}: added")
-
-        return coordinator.begin_to_open(session, opened)
-
-    def _remove(self, coordinator: Coordinator, name: str) -> None:
-        if (session := SessionId(name)) in coordinator.sessions:
-            coordinator.end_session(session)
-            self._tell(f"camera {name}: removed; what it saw and heard is gone through to the end")
-
-    def _session(self, name: str, camera: CameraSpec) -> Session:
-        options, spec = self._options, self._spec
-        microphone = camera.has_sound and spec.has_sound
-        needs_pictures = self._checkpoint.config.generation.needs_pictures or not microphone
-        return Session(
-            id=SessionId(name),
-            camera=name,
-            views=tuple(_view(name, source) for name, source in camera.sources.items()),
-            heard=camera.heard,
-            fps=camera.fps,
-            max_pixels=camera.max_pixels,
-            pictures=spec.has_pictures,
-            speech=spec.has_speech,
-            microphone=microphone,
-            window_ns=spec.window.length_ns,
-            lateness_ns=spec.window.lateness_ns,
-            lead_ns=spec.tail.lead_ns,
-            delay_ns=spec.tail.delay_ns,
-            duration_ns=options.duration_ns,
-            paced=options.paced,
-            listener=options.listener,
-            ladder=spec.shedding.steps(keeps_pictures=needs_pictures or not spec.has_pictures),
-            out=None if options.out is None else options.out.absolute(),
-        )
-
     def _write_ledger(self, ledger: Mapping[str, Account]) -> None:
         if self._options.out is not None:
             self._options.out.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
             rows = {edge: account.as_dict() for edge, account in ledger.items()}
             (self._options.out / "ledger.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-def _view(name: str, source: Secret) -> View:
-    return View(name, anchored(source.reveal()), source.masked)
 
 
 def _check_output(out: Path | None) -> None:

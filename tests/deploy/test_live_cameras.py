@@ -16,6 +16,7 @@ from deploy.control.calls import Reply, answered, failed
 from deploy.gateway.observe import MAX_BODY_BYTES, build_gateway
 from graph.costs import Profile, StageCost
 from graph.errors import GraphError
+from graph.secret import Secret
 from graph.sections import AdmissionSpec, CameraSpec
 from stages.media.reader import MediaError
 from stages.stage import StageError
@@ -35,6 +36,7 @@ class Pipeline:
     live: LiveCameras
     fails_with: Exception | None = None
     opened: dict[str, CameraSpec] = field(default_factory=dict)
+    views: dict[str, str] = field(default_factory=dict)
     ended: list[str] = field(default_factory=list)
     is_over: bool = False
     raised: Exception | None = None
@@ -42,17 +44,30 @@ class Pipeline:
     def run(self) -> None:
         while not self.is_over:
             try:
-                self.live.answer(self._open, lambda name: self.ended.append(name))
+                self.live.answer(self)
             except Exception as error:
                 self.raised = error
                 return
             self.live.wait(0.02)
 
-    def _open(self, name: str, camera: CameraSpec) -> Reply[None]:
+    def open_camera(self, name: str, camera: CameraSpec) -> Reply[None]:
         if self.fails_with is not None:
             return failed(self.fails_with)
         self.opened[name] = camera
         return answered(name, None)
+
+    def end_camera(self, name: str) -> None:
+        self.ended.append(name)
+
+    def open_view(self, name: str, view: str, source: Secret) -> Reply[None]:
+        if self.fails_with is not None:
+            return failed(self.fails_with)
+        self.views[f"{name}/{view}"] = source.reveal()
+        return answered(name, None)
+
+    def end_view(self, name: str, view: str) -> None:
+        self.views.pop(f"{name}/{view}", None)
+        self.ended.append(f"{name}/{view}")
 
 
 @pytest.fixture
@@ -279,19 +294,20 @@ def test_while_one_camera_waits_for_a_stage_another_one_is_added():
     asking = [threading.Thread(target=lambda name=name: added.append(live.add(name, PATTERN).name)) for name in replies]
     for thread in asking:
         thread.start()
-    begun: list[str] = []
 
-    def open_camera(name: str, camera: CameraSpec) -> Reply[None]:
-        begun.append(name)
-        return replies[name]
+    class Slow(Pipeline):
+        def open_camera(self, name: str, camera: CameraSpec) -> Reply[None]:
+            self.opened[name] = camera
+            return replies[name]
 
-    while sorted(begun) != ["hall", "yard"]:
-        live.answer(open_camera, begun.append)
+    slow = Slow(live)
+    while sorted(slow.opened) != ["hall", "yard"]:
+        live.answer(slow)
         live.wait(0.01)
     asking[1].join()
     assert added == ["hall"]
     replies["yard"].answer(None)
-    live.answer(open_camera, begun.append)
+    live.answer(slow)
     asking[0].join()
     assert added == ["hall", "yard"]
 
@@ -317,9 +333,9 @@ def test_a_pipeline_that_does_not_answer_is_left(start, monkeypatch: pytest.Monk
     live = LiveCameras(SPEC, paced=True, keeps_files=False)
     live.begin(None)
     assert refusal(lambda: live.add("yard", PATTERN)).status == 504
-    opened: list[str] = []
-    live.answer(lambda name, camera: failed(StageError(name)), opened.append)
-    assert opened == [], "nobody waits for it any more"
+    late = Pipeline(live)
+    live.answer(late)
+    assert late.opened == {}, "nobody waits for it any more"
 
 
 def test_in_virtual_time_no_camera_comes_later(start):
@@ -335,7 +351,7 @@ def test_a_camera_that_is_about_to_come_is_not_removed_yet(start):
         time.sleep(0.01)
     assert refusal(lambda: live.remove("yard")).status == 404
     assert refusal(lambda: live.add("yard", PATTERN)).status == 409
-    live.answer(lambda name, camera: answered(name, None), lambda name: None)
+    live.answer(Pipeline(live))
     coming.join()
     assert refusal(lambda: live.add("yard", PATTERN)).status == 409
 
@@ -343,6 +359,68 @@ def test_a_camera_that_is_about_to_come_is_not_removed_yet(start):
 def test_what_is_not_there_is_not_removed(start):
     error = refusal(lambda: start().live.remove("yard"))
     assert (error.status, str(error)) == (404, "camera yard: there is none of this name; there are: door")
+
+
+# ---- views -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_added_to_a_camera_that_is_watched_and_taken_away(start):
+    pipeline = start()
+    added = pipeline.live.add("door/back", PATTERN)
+    assert (added.name, added.source, added.warnings) == ("door/back", PATTERN["source"], ())
+    assert pipeline.views == {"door/back": PATTERN["source"]}
+    assert refusal(lambda: pipeline.live.add("door/back", PATTERN)).status == 409
+    pipeline.live.remove("door/back")
+    assert (pipeline.views, pipeline.ended) == ({}, ["door/back"])
+    pipeline.live.add("door/back", PATTERN)  # its name is free
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "status", "told"),
+    [
+        ("yard/back", PATTERN, 404, "there is no camera yard; there are: door"),
+        ("door/Back", PATTERN, 422, "'Back' is no name"),
+        ("door/", PATTERN, 422, "'' is no name"),
+        ("door/a/b", PATTERN, 422, "'a/b' is no name"),
+        ("door/none", PATTERN, 422, "a view can't be called none"),
+        ("door/back", {"source": "absent.mp4"}, 422, "camera door/back: absent.mp4"),
+        ("door/back", {}, 422, "must be a URL"),
+        ("door/back", {**PATTERN, "fps": 2}, 422, "of a view only its source is said; fps is the camera's"),
+    ],
+)
+def test_a_wrong_view_is_refused(start, name: str, wanted: dict[str, object], status: int, told: str):
+    pipeline = start()
+    error = refusal(lambda: pipeline.live.add(name, wanted))
+    assert error.status == status and told in str(error)
+    assert pipeline.views == {}
+
+
+def test_a_view_without_which_the_camera_is_nothing_stays(start):
+    pipeline = start()
+    pipeline.live.add("porch", {"views": {"front": "test://pattern", "back": "test://pattern?seed=2"}})
+    error = refusal(lambda: pipeline.live.remove("porch/front"))
+    assert error.status == 409 and "its sound is what is heard" in str(error)
+    pipeline.live.remove("porch/back")
+    error = refusal(lambda: pipeline.live.remove("porch/front"))
+    assert error.status == 409 and "it is the last view" in str(error)
+    error = refusal(lambda: pipeline.live.remove("porch/back"))
+    assert (error.status, str(error)) == (404, "camera porch/back: there is no such view; the camera has: front")
+
+
+def test_more_views_than_an_edge_has_credit_for_are_refused(start):
+    pipeline = start()
+    for number in range(3):
+        pipeline.live.add(f"door/v{number}", PATTERN)
+    error = refusal(lambda: pipeline.live.add("door/v3", PATTERN))
+    assert error.status == 422 and "a window has 5 pictures at fps 1 from 5 views" in str(error)
+
+
+def test_a_view_that_a_stage_refuses_is_none(start):
+    pipeline = start()
+    pipeline.fails_with = StageError("camera: what session 'door' sees has ended")
+    assert refusal(lambda: pipeline.live.add("door/back", PATTERN)).status == 503
+    pipeline.fails_with = None
+    pipeline.live.add("door/back", PATTERN)
 
 
 # ---- the gateway -----------------------------------------------------------------------------------------------------
@@ -365,6 +443,15 @@ def test_a_camera_is_posted_and_deleted(gateway: tuple[TestClient, Pipeline]):
     assert client.delete("/api/v1/cameras/yard", headers=KNOWN).status_code == 202
     assert pipeline.ended == ["yard"]
     assert client.delete("/api/v1/cameras/hall", headers=KNOWN).status_code == 404
+
+
+def test_a_view_is_posted_and_deleted(gateway: tuple[TestClient, Pipeline]):
+    client, pipeline = gateway
+    answer = client.post("/api/v1/cameras", json={"name": "door/back", **PATTERN}, headers=KNOWN)
+    assert answer.json() == {"name": "door/back", "source": PATTERN["source"], "warnings": []}
+    assert client.delete("/api/v1/cameras/door/back", headers=KNOWN).status_code == 202
+    assert client.delete("/api/v1/cameras/door%2Fback", headers=KNOWN).status_code == 404
+    assert pipeline.ended == ["door/back"]
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer"}, {"Authorization": f"Basic {TOKEN}"},

@@ -1,0 +1,115 @@
+"""A camera of several views in a real pipeline: one that ends early, one that comes while it runs and goes again."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from graph.ledger import REASONS
+from tests.support.media import Clip, times
+from tests.support.pipeline import Place, Run
+
+pytestmark = pytest.mark.ray
+
+NUM_SECONDS = 30
+EARLY_END = 4
+DESCRIPTION = """
+version: 1
+cameras:
+  porch:
+    views: {{front: "test://pattern?seed=1", back: "{back}"}}
+    microphone: front
+  door: {{source: "test://pattern?seed=3"}}
+window: {{lateness: 300ms}}
+stages:
+  views: {{use: "omni_outside.views:Views", process: beside}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Porch:
+    run: Run
+    status: dict[str, Any]
+    metrics: str
+
+    def missing(self, view: str) -> list[int]:
+        return [row["index"] for row in self.run.windows("porch") if f"camera/porch/{view}" in row["missing"]]
+
+    def seen(self, view: str) -> list[int]:
+        told = self.run.events("porch", "views")
+        return [event["window"] for event in told if view in event["views"].split(",")]
+
+    def at(self, kind: str, view: str) -> int:
+        """The window in which something happened to a view first."""
+        return int(min(event["time_s"] for event in self.run.events("porch", kind) if event.get("view") == view))
+
+
+@pytest.fixture(scope="module")
+def porch(place: Place) -> Iterator[Porch]:
+    back = Clip(place.folder / "back.mkv").video(times(EARLY_END, 5)).write()
+    (place.folder / "pipeline.yaml").write_text(DESCRIPTION.format(back=back))
+    up = place.start("up", "--for", f"{NUM_SECONDS}s", "--out", "run")
+    url = place.url()
+    place.wait_for_window(EARLY_END + 2)
+    added = place.run("camera", "add", "porch/side=test://pattern?seed=2")
+    assert (added.returncode, added.stderr) == (0, "camera porch/side: added\n")
+    place.wait_for_window(len((place.folder / "run" / "windows.jsonl").read_text().splitlines()) // 2 + 3)
+    status = json.loads(place.run("ps", "--json").stdout)
+    metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    removed = place.run("camera", "remove", "porch/side")
+    assert (removed.returncode, removed.stderr) == (0, "camera porch/side: removed\n")
+    refused = place.run("camera", "remove", "porch/front")
+    assert refused.returncode == 2 and "its sound is what is heard of the camera" in refused.stderr
+    yield Porch(place.finish(up), status, metrics)
+    assert place.leftovers() == []
+
+
+def test_every_window_is_there_once_whatever_becomes_of_its_views(porch: Porch) -> None:
+    assert porch.run.returncode == 0, porch.run.stderr
+    for session in ("porch", "door"):
+        assert [row["index"] for row in porch.run.windows(session)] == list(range(NUM_SECONDS))
+        assert not [row for row in porch.run.windows(session) if row["index"] > 1 and "image" in row["missing"]]
+
+
+def test_a_view_that_ends_early_is_missing_by_its_name_and_costs_nothing_else(porch: Porch) -> None:
+    assert set(range(EARLY_END + 1, NUM_SECONDS)) <= set(porch.missing("back"))
+    assert not set(range(2, EARLY_END)) & set(porch.missing("back"))
+    ended = [event["view"] for event in porch.run.events("porch", "camera_ended")]
+    assert ended[0] == "back"
+
+
+def test_a_view_that_is_added_is_seen_from_then_on_until_it_is_taken_away(porch: Porch) -> None:
+    first, last = porch.at("view_added", "side"), porch.at("view_removed", "side")
+    assert set(range(first + 2, last)) <= set(porch.seen("side")) <= set(range(first, last + 1))
+    assert set(porch.missing("side")) <= {first, first + 1}, "while its decoder starts"
+
+
+def test_an_outside_stage_is_given_the_pictures_of_a_window_by_time_and_view(porch: Porch) -> None:
+    told = {event["window"]: event for event in porch.run.events("porch", "views")}
+    assert told[2]["views"] in ("back,front", "front,back")
+    assert told[EARLY_END]["lately"] == "back,front", "from the two seconds before"
+    assert {event["views"] for event in porch.run.events("door", "views")} <= {"", ","}, "one view has no name"
+
+
+def test_status_and_metrics_say_how_each_view_does(porch: Porch) -> None:
+    sessions = {row["session"]: row for row in porch.status["sessions"]}
+    assert {view["view"]: view["state"] for view in sessions["porch"]["views"]} == {
+        "front": "up",
+        "back": "down",
+        "side": "up",
+    }
+    assert sessions["door"]["views"] == []
+    up = [line for line in porch.metrics.splitlines() if line.startswith("omni_camera_up{")]
+    for label, value in {"door": 1, "porch/front": 1, "porch/back": 0, "porch/side": 1}.items():
+        assert [float(line.split()[-1]) for line in up if f'camera="{label}"' in line] == [value]
+
+
+def test_the_ledger_is_exact(porch: Porch) -> None:
+    for edge, account in porch.run.ledger().items():
+        assert account["in_flight"] == 0, edge
+        assert account["accepted"] == account["delivered"] + sum(account["dropped"][reason] for reason in REASONS), edge
+    accepted = porch.run.ledger()["camera.frames->vision_encoder.frames"]["accepted"]
+    assert accepted >= 2 * NUM_SECONDS + EARLY_END - 1 + len(porch.seen("side"))
