@@ -17,7 +17,7 @@ from deploy.simulator.world import HostClock, World
 from graph.chunk import NS_PER_MS, SessionId
 from graph.ledger import Account
 from graph.spec import PipelineSpec
-from stages.stage import Session
+from stages.stage import Session, View
 
 BUSY_NS: Final = 20 * NS_PER_MS  # as deploy/run/up.py
 RETRY_NS: Final = 250 * NS_PER_MS  # until a session is tried again that could not be opened
@@ -80,6 +80,24 @@ class Operator:
 
         if self._drain is None:
             self._request(interrupt)
+
+    def add_view(self, session: SessionId, view: View) -> None:
+        """Let a session have another view, if it is open."""
+
+        def add() -> None:
+            if session in self._coordinator.sessions:
+                self._coordinator.add_view(session, view)
+
+        self._request(add)
+
+    def remove_view(self, session: SessionId, view: View) -> None:
+        """Let a session have one view less, if it is open and has it."""
+
+        def remove() -> None:
+            if session in self._coordinator.sessions:
+                self._coordinator.remove_view(session, view.name)
+
+        self._request(remove)
 
     def _request(self, action: Callable[[], None]) -> None:
         self._requests.append(action)

@@ -74,6 +74,7 @@ class Scenario:
     dead. replicas: of stages, by the kind that they make; else as described.
     returns: how likely each session is closed by force and comes again under its name. spoils: how likely a unit of a
     stage that computes is one at which it raises. interrupted: how likely the user ends the run in the middle.
+    most_views: of a camera. view_comes: how likely a camera gets another view, which goes and comes again.
     """
 
     name: str
@@ -108,6 +109,8 @@ class Scenario:
     returns: float = 0.0
     spoils: float = 0.0
     interrupted: float = 0.0
+    most_views: int = 1
+    view_comes: float = 0.0
 
     def priced(self, profile: Profile, spec: PipelineSpec) -> Scenario:
         """The same where stages cost what was measured. Raises ProfileError where one with a model was not."""
@@ -212,6 +215,19 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 barges_in=0.6,
                 deaths=0.1,
                 hangs=0.01,
+                returns=0.1,
+                poll_ns=POLL_NS,
+            ),
+            replace(
+                _STORM,
+                name="views",
+                about="a small storm over cameras of up to four views, which die apart, come and go",
+                num_sessions=2,
+                num_windows=8,
+                most_views=4,
+                view_comes=0.7,
+                dies=0.4,
+                deaths=0.2,
                 returns=0.1,
                 poll_ns=POLL_NS,
             ),

@@ -106,6 +106,8 @@ _USUAL: Final[dict[str, object]] = {
     "replicas": {},
     "returns": 0.0,
     "spoils": 0.0,
+    "most_views": 1,
+    "view_comes": 0.0,
     "drift_ppm": 0,
     "phases": None,
     "credit": None,

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -54,13 +55,14 @@ from stages.events import WINDOW_EVENT, Events
 from stages.llm import Llm
 from stages.microphone import Microphone
 from stages.speaker import Speaker
-from stages.stage import Source, Stage
+from stages.stage import Source, SourceId, Stage, View
 
 UPTIME_NS: Final = 1000 * 86_400 * NS_PER_S  # of a host, at most: its monotonic clock counts from its start
 DAY_NS: Final = 1_700_000_000 * NS_PER_S  # what a host's wall clock says when all begins
 PATIENCE_NS: Final = 30 * NS_PER_S  # after the sources' end, until whoever has not come to its end is said to starve
 CHECK_NS: Final = 500 * NS_PER_MS
 NUM_CORES: Final = 32  # of the machine where the cameras are
+LATER: Final = View("later", "virtual")  # a view that comes and goes
 NOWHERE: Final = Path("virtual")
 
 
@@ -181,17 +183,20 @@ class Simulation:
             return TWINS[cls](cost, device, rng)
         return StandIn(self.spec.types[name], cost, device, rng)
 
-    def _dead_cameras(self) -> dict[SessionId, tuple[int, int]]:
-        dead: dict[SessionId, tuple[int, int]] = {}
+    def _dead_cameras(self) -> dict[SourceId, tuple[int, int]]:
+        dead: dict[SourceId, tuple[int, int]] = {}
         for session in self._comings.sessions:
-            if self._rng.random() < self._scenario.dies:
-                begin_ns = self._rng.randint(0, session.duration_ns or 0)
-                dead[session.id] = (begin_ns, begin_ns + self._rng.randint(NS_PER_S, 4 * NS_PER_S))
+            for view in session.each_view:
+                if self._rng.random() < self._scenario.dies:
+                    begin_ns = self._rng.randint(0, session.duration_ns or 0)
+                    until_ns = begin_ns + self._rng.randint(NS_PER_S, 4 * NS_PER_S)
+                    dead[SourceId(session.id, view.name)] = (begin_ns, until_ns)
         return dead
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
     def _plan_faults(self) -> None:
+        operator = self._operator
         self._faults.plan(processes_of(self.spec))
         self._faults.plan_steps(list(self._hosts.values()))
         rng = self._named_rng("returns")
@@ -199,6 +204,15 @@ class Simulation:
             if rng.random() < self._scenario.returns:
                 at_ns = rng.randint(self._begin_ns, self.end_ns)
                 self.world.at(at_ns, lambda number=number: self._close(number))  # type: ignore[misc]
+
+        rng = self._named_rng("views")
+        for session in [each.id for each in self._comings.sessions]:
+            if rng.random() < self._scenario.view_comes:
+                times_ns = sorted(rng.randint(self._begin_ns, self.end_ns) for _ in range(3))
+                for at_ns, action in zip(
+                    times_ns, (operator.add_view, operator.remove_view, operator.add_view), strict=True
+                ):
+                    self.world.at(at_ns, partial(action, session, LATER))
 
         rng = self._named_rng("interrupt")
         if rng.random() < self._scenario.interrupted:

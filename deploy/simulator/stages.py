@@ -26,7 +26,7 @@ from stages.kinds import TEXT, Said
 from stages.llm import Llm
 from stages.microphone import Microphone
 from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
-from stages.stage import Session, Source, Stage
+from stages.stage import Session, Source, SourceId, Stage, View
 from stages.tts import Tts
 from stages.vision_encoder import VisionEncoder
 from stages.vocoder import Vocoder
@@ -41,7 +41,7 @@ CAMERA_DELAY_NS: Final = 40 * NS_PER_MS
 
 
 class OutOfOrder(AssertionError):
-    """A unit came twice, or not after the one before it."""
+    """A unit came twice, or not after the one before it; or its pictures are in disorder."""
 
 
 class Spoilt(ValueError):
@@ -102,74 +102,104 @@ class Costly(Stage):
 
 
 class VirtualCamera(Stage):
-    """Pictures at their rate; while it is dead none, and its watermark follows the clock as stages/camera.py's does."""
+    """Pictures of each view at their rate; while it is dead none, and its watermark follows the clock as that of
+    stages/camera.py does. Views come and go as there, too."""
 
     def __init__(
         self,
         rng: Random,
-        dead_ns: Mapping[SessionId, tuple[int, int]],
+        dead_ns: Mapping[SourceId, tuple[int, int]],
         look: Callable[[SessionId, int], Array] | None = None,
         *,
         delay_ns: int = CAMERA_DELAY_NS,
     ) -> None:
-        """dead_ns: from when until when a session's camera gives nothing. look: what it shows at a time; None: a dot.
+        """dead_ns: from when until when a view gives nothing. look: what a camera shows at a time; None: a dot.
         delay_ns: from the shutter to here, at most."""
         self._rng, self._dead_ns, self._delay_ns = rng, dead_ns, delay_ns
         self._look = look or (lambda session, at_ns: PICTURE)
-        self._open: dict[SessionId, _Shots] = {}
+        self._open: dict[SessionId, dict[str, _Shots]] = {}
 
     def open_session(self, session: Session) -> None:
+        self._open[session.id] = {view.name: self._shots(session, view.name) for view in session.each_view}
+
+    def _shots(self, session: Session, view: str, from_ns: int = 0) -> _Shots:
         period_ns = round(NS_PER_S / session.fps)
-        self._open[session.id] = _Shots(session, period_ns, self._dead_ns.get(session.id, (0, 0)))
+        dead_ns = self._dead_ns.get(SourceId(session.id, view), (0, 0))
+        next_ns = -(-from_ns // period_ns) * period_ns
+        return _Shots(session, view, period_ns, dead_ns, session.duration_ns or 0, from_ns, next_ns)
 
     def close_session(self, session: SessionId) -> None:
         self._open.pop(session, None)
 
+    def add_view(self, session: Session, view: View, now_ns: int) -> None:
+        from_ns = (max(now_ns, 0) // session.window_ns + 1) * session.window_ns
+        self._open[session.id][view.name] = self._shots(session, view.name, from_ns)
+
+    def remove_view(self, session: SessionId, view: str, now_ns: int) -> None:
+        shots = self._open[session].get(view)
+        if shots is not None:
+            window_ns = shots.session.window_ns
+            shots.end_ns = min(-(-max(now_ns, 0) // window_ns) * window_ns, shots.end_ns)
+            shots.removed, shots.ended = True, False
+
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
-        shots, chunks = self._open[session], list[Chunk]()
-        end_ns = shots.session.duration_ns or 0
+        views = self._open[session]
+        for name in [name for name, shots in views.items() if shots.removed and shots.ended]:
+            del views[name]
+        return [chunk for shots in views.values() for chunk in self._advance(shots, now_ns)]
+
+    def _advance(self, shots: _Shots, now_ns: int) -> list[Chunk]:
+        chunks, session, end_ns = list[Chunk](), shots.session.id, shots.end_ns
         while shots.next_ns < end_ns and shots.here_ns <= now_ns:
             if not shots.is_dead:
                 chunks += self._settle(shots, shots.next_ns)
-                image = self._look(session, shots.next_ns)
-                chunks.append(Camera.frames.chunk(session, shots.next_ns, arrays={"image": image}))
+                image = {"image": self._look(session, shots.next_ns)}
+                chunks.append(Camera.frames.chunk(session, shots.next_ns, arrays=image, view=shots.view))
             shots.next_ns += shots.period_ns
             shots.delay_ns = int(self._rng.random() * self._delay_ns)
             if not shots.is_dead:
                 chunks += self._settle(shots, min(shots.next_ns, end_ns))
         window_ns = shots.session.window_ns
-        chunks += self._settle(shots, (now_ns - shots.session.lateness_ns) // window_ns * window_ns)
+        given_up_ns = (now_ns - shots.session.lateness_ns) // window_ns * window_ns
+        chunks += self._settle(shots, min(max(given_up_ns, shots.from_ns), end_ns))
         if not shots.ended and shots.next_ns >= end_ns and now_ns >= end_ns:
             shots.ended = True
-            chunks.append(Camera.frames.end(session, end_ns))
+            chunks.append(Camera.frames.end(session, end_ns, view=shots.view, removed=shots.removed))
         return chunks
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
-        shots = self._open[session]
+        return min(self._due_in_ns(shots, now_ns) for shots in self._open[session].values())
+
+    @staticmethod
+    def _due_in_ns(shots: _Shots, now_ns: int) -> int:
         window_ns, lateness_ns = shots.session.window_ns, shots.session.lateness_ns
         given_up_ns = ((now_ns - lateness_ns) // window_ns + 1) * window_ns + lateness_ns
         return max(min(shots.here_ns, given_up_ns) - now_ns, 0)
 
     def finished(self, session: SessionId) -> bool:
-        return self._open[session].ended
+        return all(shots.ended for shots in self._open[session].values())
 
     @staticmethod
     def _settle(shots: _Shots, at_ns: int) -> list[Chunk]:
         if at_ns <= shots.watermark_ns or shots.ended:
             return []
         shots.watermark_ns = at_ns
-        return [Camera.frames.watermark(shots.session.id, at_ns)]
+        return [Camera.frames.watermark(shots.session.id, at_ns, view=shots.view)]
 
 
 @dataclass(slots=True)
 class _Shots:
     session: Session
+    view: str
     period_ns: int
     dead_ns: tuple[int, int]
-    next_ns: int = 0
+    end_ns: int
+    from_ns: int
+    next_ns: int
     delay_ns: int = 0
     watermark_ns: int = 0
     ended: bool = False
+    removed: bool = False
 
     @property
     def here_ns(self) -> int:
@@ -225,6 +255,8 @@ class VirtualVision(Costly):
 
     def make(self, unit: Unit) -> list[Chunk]:
         pictures = unit.of(VisionEncoder.frames)
+        if [(p.start_ns, p.view) for p in pictures] != sorted({(p.start_ns, p.view) for p in pictures}):
+            raise OutOfOrder(f"{unit.session}: pictures of window {unit.index} are not in the order of time and view")
         return [self.image.like(picture, arrays=PICTURE_EMBEDS, attrs={}) for picture in pictures]
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:

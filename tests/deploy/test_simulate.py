@@ -242,6 +242,23 @@ def test_a_source_of_ones_own_has_its_windows(tmp_path: Path):
     assert report.figures.num_windows > 0
 
 
+def test_a_source_of_ones_own_may_have_a_stream_per_view(tmp_path: Path):
+    (tmp_path / "thermometer.py").write_text(THERMOMETER.replace("Out(TEMPERATURE)", "Out(TEMPERATURE, many=True)"))
+    stages = 'thermo: {use: "thermometer:Thermometer"}, heat: {use: "thermometer:Heat"}'
+    (tmp_path / "p.yaml").write_text(
+        f'version: 1\ncameras: {{a: {{source: "test://pattern"}}}}\nstages: {{{stages}}}\n'
+    )
+    report = run_scenario(read_spec(tmp_path / "p.yaml", StageCatalog(tmp_path)), SCENARIOS["views"], range(3))
+    assert report.violations == ()
+    assert report.figures.num_windows > 0
+
+
+def test_views_come_and_go_and_are_missing_by_their_names(spec: PipelineSpec):
+    missing = run(spec, "views").figures.missing
+    assert [stream for stream in missing if stream.endswith("/view1")]
+    assert [stream for stream in missing if stream.endswith("/later")]
+
+
 RECOGNIZER = """
 from stages.api import EVENTS, NS_PER_MS, SOUND, In, Out, Stage, StageCost
 class Asr(Stage):
