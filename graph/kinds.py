@@ -106,6 +106,8 @@ class Kind(Generic[A]):
             self._check_arrays(chunk.arrays, self.arrays)
         if self.attributes is not None and chunk.attrs:
             self._check_attributes(chunk.attrs)
+        if self.is_event and not isinstance(chunk.attrs.get("type"), str):
+            raise KindError("an event has a type; make it by event(session, at_ns, type, …) of its port")
 
     def _check_arrays(self, arrays: Mapping[str, Any], expected: Mapping[str, Array]) -> None:
         for name, array in expected.items():

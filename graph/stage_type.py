@@ -128,8 +128,12 @@ class Out:
             view=chunk.view,
         )
 
-    def event(self, session: SessionId, at_ns: int, kind: str, **attrs: Scalar) -> Chunk:
-        """Something worth telling; kind: what it is, as the other events of its kind are called."""
+    def event(self, session: SessionId, at_ns: int, kind: str, /, **attrs: Scalar) -> Chunk:
+        """Something worth telling.
+
+        at_ns: event time, such as that of the chunk which it is about. kind: its type, as the other events of its kind
+        are called. attrs: its fields, by any names but `type`.
+        """
         return Chunk(session, self.name, at_ns, attrs={"type": kind, **attrs})
 
     def watermark(self, session: SessionId, at_ns: int, *, view: str = "") -> Chunk:

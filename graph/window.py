@@ -77,6 +77,8 @@ class Unit:
 
     def of(self, port: Port) -> tuple[Chunk, ...]:
         """The chunks that came in at a port, in the order of time; of several views, in the order of (time, view)."""
+        if isinstance(port, str):
+            raise TypeError(f"of() takes a port, such as self.{port}, and not its name {port!r}")
         chunks = [self.chunks[stream] for stream in self.chunks if self._port_of(stream) == port.name]
         if len(chunks) == 1:
             return chunks[0]

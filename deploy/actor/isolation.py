@@ -96,10 +96,17 @@ def _made(stage: Stage, units: Iterable[Unit], sessions: Collection[SessionId]) 
     made: list[Chunk] | None = stage.process(list(units))
     if made is None:
         raise BatchLost("process() returned nothing") from TypeError("process() returned None; return a list of chunks")
+    if isinstance(made, Chunk):
+        raise BatchLost("process() returned a chunk") from TypeError(
+            "process() returned a Chunk; return a list of chunks"
+        )
     chunks, answered = list(made), {unit.session for unit in units}
     for chunk in chunks:
         if not isinstance(chunk, Chunk):
             raise BatchLost("process() is to return chunks") from TypeError(f"it returned a {type(chunk).__name__}")
+        if not isinstance(chunk.session, str):
+            told = f"a chunk whose session is a {type(chunk.session).__name__}; give its id, such as unit.session"
+            raise BatchLost("a chunk of no session") from TypeError(told)
         if chunk.session not in answered and chunk.session not in sessions:
             raise BatchLost("a chunk of no session of the batch") from ValueError(f"a chunk of {chunk.session!r}")
     return chunks

@@ -331,14 +331,17 @@ class StageRunner:
 
     def _process_single(self, state: OpenSession, arrival: Arrival) -> None:
         """Of a stage without windows."""
+        unit = _single(state, arrival)
         if not state.faults.given_up:
-            with state.faults.within("process"):
-                unit = _single(state, arrival)
-                with self._working_on(self.name, [unit]):
-                    made = self.stage.process([unit])
-                self._out.send_all(state, made)
+            with self._working_on(self.name, [unit]):
+                outcome = process(self.stage, [unit], self._open if self.stage.scope == "pipeline" else ())
+            outcome.send(lambda chunk: self._out.send(self._open[chunk.session], chunk))
+            error = outcome.failed.get(unit.session)
+            if error is None:
+                state.faults.succeeded("process")
                 self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
                 return
+            state.faults.failed("process", error, unit.index)
         self._receivers[arrival.edge].drop(arrival, "failed")
 
     def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:

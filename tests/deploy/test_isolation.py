@@ -32,6 +32,7 @@ from tests.support.units import session as session_of
 DOOR, YARD = SessionId("door"), SessionId("yard")
 COUNTED = "microphone.sound->counter.sound"
 ASIDE = "counter.events->events.events"
+PAGED, TOLD = "speaker.events->pager.events", "pager.events->events.events"
 
 
 class Picky(Echo):
@@ -345,6 +346,58 @@ def test_a_side_branch_that_always_fails_is_not_among_what_ends_a_session(build,
         house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
         runner.step()
     assert (runner.snapshot().given_up, list(runner.snapshot().given_up_aside)) == ({}, [DOOR])
+
+
+class Returns(Echo):
+    """Returns what a test says."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self._make = make
+
+    def process(self, units: list[Unit]) -> list[Chunk]:
+        return self._make(units[0])
+
+
+def told_of(session: object) -> Chunk:
+    return Chunk(session, "events", 0, attrs={"type": "x"})
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda unit: told_of(DOOR), "TypeError: process() returned a Chunk; return a list of chunks"),
+        (lambda unit: [told_of(YARD)], "ValueError: a chunk of 'yard'"),
+        (
+            lambda unit: [told_of(unit)],
+            "TypeError: a chunk whose session is a Unit; give its id, such as unit.session",
+        ),
+        (
+            lambda unit: unit.of("events"),
+            "TypeError: of() takes a port, such as self.events, and not its name 'events'",
+        ),
+        (lambda unit: ["x"], "TypeError: it returned a str"),
+        (lambda unit: None, "TypeError: process() returned None; return a list of chunks"),
+        (
+            lambda unit: [Chunk(DOOR, "events", 0, attrs={"text": "x"})],
+            "StageError: stage pager, port events: an event has a type; make it by event(session, at_ns, type, …)",
+        ),
+        (
+            lambda unit: [Chunk(DOOR, "events", 0.5, attrs={"type": "x"})],
+            "StageError: stage pager, port events: times in nanoseconds, seq and epoch are integers of 64 bits; not a",
+        ),
+    ],
+)
+def test_what_a_stage_without_windows_returns_is_checked_as_well(build, make, reason: str):
+    house = build({"pager": Returns(make), "events": Notes()}, (PAGED, TOLD))
+    runner = house.runners["pager"]
+    runner.open_session(house.plan("pager", session_of("door", paced=True), ends_windows=False, is_aside=True))
+    runner.begin_session(DOOR, 0)
+    for _ in range(3):
+        house.take(told_of(DOOR), PAGED)
+    (given_up,) = runner.snapshot().given_up_aside.values()
+    assert given_up.startswith(f"stage pager failed three times in a row: {reason}")
+    assert house.account(PAGED).dropped["failed"] == 3
 
 
 def test_why_a_session_was_given_up_is_known_after_its_end(build, clock: ManualClock):
