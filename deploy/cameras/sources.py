@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from stages.media.reader import (
 from stages.media.wire import FOREVER_NS, LIVE_KINDS
 
 PROBE_S = 12.0  # for all live cameras together; one that is dead takes it all
+SLOW_S = 5.0  # then it is said which cameras have not answered yet
 PROBE_AGAIN_S = 1.0  # between two tries where `up` waits for cameras
 PROBE_DECODE_S = 5.0  # for the first picture or sound of a file; a large one on a busy machine takes longer
 PROBE_LOOK_S = 0.2  # between two looks whether that is enough
@@ -55,7 +56,13 @@ def check_cameras(
     within_s = min(wait_s or PROBE_S, PROBE_S)
     absent: dict[str, str] = {}
     while cameras:
-        probed = probe_all(cameras, partial(probe, duration_ns, within_s=within_s), within_s)
+        is_first = cameras is there
+
+        def say(silent: Sequence[str], is_first: bool = is_first) -> None:
+            if is_first:
+                tell(f"  opening {', '.join(silent)} (for {SLOW_S:g} s)")
+
+        probed = probe_all(cameras, partial(probe, duration_ns, within_s=within_s), within_s, say)
         is_over = time.monotonic() >= deadline_s
         broken = {name: why for name, (why, live) in probed.items() if why and not live}
         # Who is cut off now has said before what is the matter.
@@ -179,8 +186,10 @@ def probe_all(
     cameras: Mapping[str, CameraSpec],
     ask: Callable[[CameraSpec, Callable[[], bool]], Probed],
     within_s: float | None = None,
+    say: Callable[[Sequence[str]], None] = lambda silent: None,
 ) -> dict[str, Probed]:
     """What `ask` says of every camera. All live ones are asked at once, for within_s (None: `PROBE_S`) in all.
+    say: which have not answered after `SLOW_S`.
 
     An interrupt does not wait for those which have not answered.
     """
@@ -196,6 +205,9 @@ def probe_all(
     try:
         asked = {name: pool.submit(ask, cameras[name], is_over) for name in live}
         asked |= {name: pool.submit(ask, cameras[name], interrupted.is_set) for name in files}
+        wait(asked.values(), timeout=SLOW_S)
+        if silent := [name for name, future in asked.items() if not future.done()]:
+            say(silent)
         return {name: asked[name].result() for name in cameras}
     finally:
         interrupted.set()

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,23 @@ def test_files_are_asked_while_dead_cameras_keep_silent():
         return "", False
 
     assert list(probe_all(live(1) | files(num_files), ask).values()) == [SILENT, *[("", False)] * num_files]
+
+
+def test_cameras_that_have_not_answered_after_a_while_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deploy.cameras.sources.SLOW_S", 0.0)
+    said = threading.Event()
+    told: list[list[str]] = []
+
+    def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
+        assert said.wait(PATIENCE_S)
+        return "", True
+
+    def say(silent: Sequence[str]) -> None:
+        told.append(list(silent))
+        said.set()
+
+    assert probe_all(live(2), ask, say=say) == dict.fromkeys(live(2), ("", True))
+    assert told == [["door0", "door1"]]
 
 
 def test_live_cameras_share_one_deadline(monkeypatch: pytest.MonkeyPatch):
@@ -111,7 +128,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Probed]]:
     """What each camera says, try by try."""
     answers: dict[str, list[Probed]] = {}
 
-    def probe_all(cameras: Mapping[str, CameraSpec], _: object, within_s: float) -> dict[str, Probed]:
+    def probe_all(cameras: Mapping[str, CameraSpec], _: object, within_s: float, say: object) -> dict[str, Probed]:
         return {name: answers[name].pop(0) if len(answers[name]) > 1 else answers[name][0] for name in cameras}
 
     monkeypatch.setattr("deploy.cameras.sources.probe_all", probe_all)
@@ -175,7 +192,9 @@ class Rounds:
     def sleep(self, seconds: float) -> None:
         self.now_s += seconds
 
-    def probe_all(self, cameras: Mapping[str, CameraSpec], _: object, within_s: float) -> dict[str, Probed]:
+    def probe_all(
+        self, cameras: Mapping[str, CameraSpec], _: object, within_s: float, say: object
+    ) -> dict[str, Probed]:
         self.limits_s.append(within_s)
         refused_at_once = len(self.limits_s) == 1 and self.first_s < within_s
         self.now_s += self.first_s if refused_at_once else within_s

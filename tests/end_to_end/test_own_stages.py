@@ -259,3 +259,23 @@ def test_whatever_a_side_branch_does_to_its_process_the_way_goes_on(deadly: Dead
         rows = deadly.run.windows(session)
         assert [row["index"] for row in rows] == list(range(len(rows)))
         assert all(row["failed"] == [] for row in rows)
+
+
+CLOSED = """
+from stages.api import EVENTS, FRAMES, In, Out, Stage
+class Keyless(Stage):
+    frames, notes = In(FRAMES, side=True), Out(EVENTS)
+    def open_session(self, session):
+        raise KeyError("no key for it")
+    def process(self, units):
+        return []
+"""
+
+
+def test_a_stage_that_cannot_open_a_session_ends_the_start_with_one_line(place: Place) -> None:
+    write(place, "closed", CLOSED, '  keyless: {use: "closed:Keyless"}', "hall")
+    run = place.up("--for", "5s")
+    assert run.returncode == 1
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
+    assert line == "pipeline: keyless: session 'hall' can't be opened: KeyError: 'no key for it'"
+    assert place.leftovers() == []
