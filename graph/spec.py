@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from graph.sections import (
     CameraSpec,
     ConsoleSpec,
     FileSpec,
+    ReplicasSpec,
     Section,
     SheddingSpec,
     StageOptions,
@@ -55,7 +56,7 @@ class PipelineSpec:
     """A checked pipeline. `stages` and `edges` hold what runs; `model` is one of BUILT_IN, a folder, or a hub id.
 
     types: what each stage is, by its name. off: stages that are off, of those that may be. off_classes: where their
-    classes are, for those that name one.
+    classes are, for those that name one. spread: stages with as many replicas as the cameras ask for.
     modules: folders in which the classes of stages may lie, beside the installed packages.
     wiring: what follows from the edges.
     """
@@ -74,6 +75,7 @@ class PipelineSpec:
     off: frozenset[str] = frozenset()
     off_classes: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
+    spread: frozenset[str] = field(default=frozenset(), compare=False)
     wiring: Wiring = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,15 @@ class PipelineSpec:
             off=self.off | (off & possible),
             off_classes={**self.off_classes, **{name: use for name in off if (use := self.stages[name].use)}},
         )
+
+    def with_cameras(self, cameras: Mapping[str, CameraSpec], num_cores: int = os.cpu_count() or 1) -> PipelineSpec:
+        """The same with other cameras. num_cores: of the machines where they are opened."""
+        stages = dict(self.stages)
+        for name in self.spread & stages.keys():
+            num_replicas = -(-len(cameras) // (self.types[name].sessions_per_replica or len(cameras) or 1))
+            scale = ReplicasSpec(min=max(1, min(num_replicas, num_cores)))
+            stages[name] = stages[name].model_copy(update={"scale": scale})
+        return dataclasses.replace(self, cameras=cameras, stages=stages)
 
     @property
     def ends_windows(self) -> frozenset[str]:
@@ -140,8 +151,17 @@ def _build(file: FileSpec, types: Mapping[str, StageType], edges: tuple[EdgeSpec
         admission=file.admission,
         shedding=file.shedding,
         console=file.console,
+        spread=frozenset(_spread(stages, types)),
     )
-    return spec.without([name for name, stage in stages.items() if stage.replicas == 0])
+    return spec.without([name for name, stage in stages.items() if stage.replicas == 0]).with_cameras(file.cameras)
+
+
+def _spread(stages: Mapping[str, StageOptions], types: Mapping[str, StageType]) -> Iterator[str]:
+    """The stages whose replicas follow from the cameras: neither they nor those that share their process say it."""
+    for name, stage in stages.items():
+        beside = [n for n, other in stages.items() if n == name or (stage.process and other.process == stage.process)]
+        if all(types[n].sessions_per_replica and "scale" not in stages[n].model_fields_set for n in beside):
+            yield name
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------

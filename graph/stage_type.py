@@ -162,6 +162,8 @@ class StageType:
     can_be_off:   `replicas: 0` is allowed. is_needed: it is of use though nothing takes what it makes.
     shares:       what it reads together with other stages, which then live in one process with it; "" for nothing.
     ends_windows: a window has come to its end when it has passed this stage, if no other such stage comes behind it.
+    sessions_per_replica: where pipeline.yaml does not say how many replicas there are, one for so many cameras, though
+                  not more than there are cores; None: one.
     """
 
     use: str
@@ -177,6 +179,7 @@ class StageType:
     is_needed: bool = False
     ends_windows: bool = False
     shares: str = ""
+    sessions_per_replica: int | None = None
 
     @property
     def makes_windows_only(self) -> bool:
@@ -231,6 +234,7 @@ def stage_type_of(cls: Any, use: str) -> StageType:
         is_needed=cls.is_needed,
         ends_windows=cls.ends_windows,
         shares=cls.shares,
+        sessions_per_replica=cls.sessions_per_replica,
     )
 
 

@@ -46,6 +46,7 @@ class Ack:
     heard_ns:    speech really heard.                 received_ns: speech received and not flushed.
     through_ns:  speech of all windows that end at or before this has been received.
     num_turns:   turns whose last piece has been received.
+    num_windows: windows that have come to their end at the sink, those included that were given up.
     queue:       (start_ns, duration_ns) of what is still to be heard, as scheduled; empty while paused.
     """
 
@@ -56,6 +57,7 @@ class Ack:
     num_turns: int = 0
     epoch: int = 0
     queue: tuple[tuple[int, int], ...] = ()
+    num_windows: int = 0
 
     def heard_at(self, now_ns: int) -> int:
         """P at `now_ns`, if all goes on as scheduled. Never more than was received."""
@@ -268,14 +270,16 @@ class Player:
     from `late_ns`).
     """
 
-    def __init__(self, *, delay_ns: int) -> None:
+    def __init__(self, *, delay_ns: int, ack: Ack = Ack(0), now_ns: int = 0) -> None:  # noqa: B008 - it is a value
+        """ack: what was last said of a listener whose player has died; what was queued there is lost. now_ns: since."""
         self._delay_ns = delay_ns
-        self._now_ns = 0
+        self._now_ns = now_ns
         self._pieces: deque[_Piece] = deque()
         self._first = 0  # number of the piece at the head of the queue
-        self._heard_ns = self._received_ns = self._through_ns = 0
-        self._num_turns = 0
-        self._epoch = 0
+        self._heard_ns = self._received_ns = ack.heard_ns
+        self._through_ns = ack.through_ns
+        self._num_turns, self._num_windows = ack.num_turns, ack.num_windows
+        self._epoch = ack.epoch
         self._paused = False
 
     @property
@@ -316,6 +320,10 @@ class Player:
     def settled(self, through_ns: int) -> None:
         """All speech of windows that end at or before `through_ns` has been received."""
         self._through_ns = max(self._through_ns, through_ns)
+
+    def ended(self, num_windows: int) -> None:
+        """So many windows have come to their end."""
+        self._num_windows = num_windows
 
     def advance(self, now_ns: int) -> list[Heard]:
         """Let time pass; returns what was heard meanwhile, in order. Time never runs backwards."""
@@ -363,7 +371,7 @@ class Player:
         pieces = () if self._paused else tuple(self._pieces)
         queue = tuple([(p.start_ns + p.heard_ns, p.duration_ns - p.heard_ns) for p in pieces])
         totals = (self._heard_ns, self._received_ns, self._through_ns, self._num_turns)
-        return Ack(self._now_ns, *totals, self._epoch, queue)
+        return Ack(self._now_ns, *totals, self._epoch, queue, self._num_windows)
 
 
 def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
@@ -374,6 +382,7 @@ def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
         "received_ns": ack.received_ns,
         "through_ns": ack.through_ns,
         "num_turns": ack.num_turns,
+        "num_windows": ack.num_windows,
     }
     arrays = {"queue": np.array(ack.queue, dtype=np.int64)} if ack.queue else {}
     return Chunk(session, "", ack.at_ns, epoch=ack.epoch, type=ChunkType.PLAYBACK, arrays=arrays, attrs=attrs)
@@ -382,9 +391,10 @@ def ack_chunk(session: SessionId, ack: Ack, level: int = 0) -> Chunk:
 def ack_of(chunk: Chunk) -> Ack:
     """The Ack in a control chunk of the playback stream. Raises KeyError when it holds none."""
     through_ns, num_turns = int(chunk.attrs["through_ns"] or 0), int(chunk.attrs["num_turns"] or 0)
+    num_windows = int(chunk.attrs["num_windows"] or 0)
     queue = chunk.arrays.get("queue")
     pieces = () if queue is None else tuple([(start, length) for start, length in queue.astype(np.int64).tolist()])
-    return Ack(chunk.start_ns, *totals_of(chunk), through_ns, num_turns, chunk.epoch, pieces)
+    return Ack(chunk.start_ns, *totals_of(chunk), through_ns, num_turns, chunk.epoch, pieces, num_windows)
 
 
 def totals_of(chunk: Chunk) -> tuple[int, int]:

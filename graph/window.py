@@ -114,6 +114,7 @@ class WindowJoin:
         self._inputs = inputs
         self._window_ns = window_ns
         self._lateness_ns = lateness_ns
+        self._patient_until_ns = 0
         self._awaited = tuple(stream for stream, each in inputs.items() if not each.is_side) or tuple(inputs)
         own_ns = {stream: inputs[stream].lateness_ns for stream in self._awaited}
         self._own_lateness_ns = {
@@ -148,8 +149,8 @@ class WindowJoin:
         if self._is_over:
             return self.next_end_ns if self.num_pending else None
         if self._own_lateness_ns:
-            return self.next_end_ns + self._patience_ns(self.next_end_ns)
-        return self.next_end_ns + self._lateness_ns
+            return max(self.next_end_ns + self._patience_ns(self.next_end_ns), self._patient_until_ns)
+        return max(self.next_end_ns + self._lateness_ns, self._patient_until_ns)
 
     @property
     def is_steady(self) -> bool:
@@ -188,8 +189,12 @@ class WindowJoin:
         self._pending.update((stream, []) for stream in streams)
         return left
 
-    def begin_at(self, index: int) -> None:
-        """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come."""
+    def begin_at(self, index: int, now_ns: int = 0) -> None:
+        """Let this window be the first; those before it have left elsewhere, or are lost. Before anything has come.
+
+        now_ns: windows that end before this are given up as if they ended then: what was held for them comes only now.
+        """
+        self._patient_until_ns = now_ns + (self._lateness_ns or 0)
         self._index = index
         self.next_end_ns = (index + 1) * self._window_ns
 
@@ -266,6 +271,8 @@ class WindowJoin:
             return NOTHING
         if self._is_over:
             return self._leave(now_ns, most)
+        if now_ns < self._patient_until_ns:
+            return NOTHING
         if self._own_lateness_ns:
             return self._leave(self._given_up_ns(now_ns), most)
         return self._leave(now_ns - self._lateness_ns, most)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import attrs_of
 from graph.stage_type import Feedback, Out
 from graph.window import FOREVER_NS
 from stages.kinds import EVENTS, FRAMES, PLAYBACK, Picture
-from stages.light import LightOptions
+from stages.light import SESSIONS_PER_REPLICA, MediaOptions
 from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.media.feed_buffer import Notice
 from stages.media.health import Totals
@@ -19,7 +19,10 @@ from stages.stage import Session, Site, SourceId, StageError, View
 
 @dataclass(slots=True)
 class _Open(Reading):
-    watermark_ns: int = 0
+    watermark_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watermark_ns = self.session.begin_ns
 
 
 class Camera(FeedStage[_Open]):
@@ -34,16 +37,17 @@ class Camera(FeedStage[_Open]):
     playback = Feedback(PLAYBACK)
     frames = Out(FRAMES, many=True)
     events = Out(EVENTS)
-    Options = LightOptions
+    Options = MediaOptions
     is_local = True
     can_be_off = False
     shares = "decoder"
+    sessions_per_replica = SESSIONS_PER_REPLICA
 
     def __init__(self, feeds: Feeds) -> None:
         super().__init__(feeds, _Open)
 
     @classmethod
-    def load(cls, options: LightOptions, site: Site) -> Camera:
+    def load(cls, options: MediaOptions, site: Site) -> Camera:
         return cls(Feeds.of(site))
 
     def totals(self, source: SourceId) -> Totals:

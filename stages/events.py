@@ -60,7 +60,7 @@ class Events(Stage):
         out = session.out
         if out is not None:
             try:
-                self._disk.call(lambda: self._lines.begin(out))
+                self._disk.call(lambda: self._lines.begin(out, anew=session.resume_ns is None))
             except OSError as error:
                 self._close_folder(out)
                 reason = error.strerror or str(error)
@@ -104,11 +104,13 @@ class _Lines:
         self._removed: set[Path] = set()  # the folders of which files were; logged once
         self._begun: set[Path] = set()  # a session may open when another of the same folder has ended already
 
-    def begin(self, out: Path) -> None:
-        """Raises OSError."""
+    def begin(self, out: Path, *, anew: bool) -> None:
+        """anew: what the folder's files hold is of an earlier run. Raises OSError."""
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("events.jsonl", "windows.jsonl", "transcript.txt"):
-            self._write(out / name, "")
+        for path in (out / name for name in ("events.jsonl", "windows.jsonl", "transcript.txt")):
+            if not anew:
+                self._begun.add(path)
+            self._write(path, "")
 
     def append(self, path: Path, line: str) -> None:
         if path in self.lost:

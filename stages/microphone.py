@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.stage_type import Out
 from stages.kinds import SOUND
-from stages.light import LightOptions
+from stages.light import SESSIONS_PER_REPLICA, MediaOptions
 from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.rates import SOUND_RATE_HZ
 from stages.stage import Session, Site, View
@@ -15,7 +15,10 @@ from stages.stage import Session, Site, View
 
 @dataclass(slots=True)
 class _Open(Reading):
-    index: int = 0  # the window that leaves next
+    index: int = field(init=False)  # of the window that leaves next
+
+    def __post_init__(self) -> None:
+        self.index = self.session.begin_index
 
     @property
     def end_ns(self) -> int:
@@ -29,16 +32,17 @@ class Microphone(FeedStage[_Open]):
     """
 
     sound = Out(SOUND)
-    Options = LightOptions
+    Options = MediaOptions
     is_local = True
     can_be_off = False
     shares = "decoder"
+    sessions_per_replica = SESSIONS_PER_REPLICA
 
     def __init__(self, feeds: Feeds) -> None:
         super().__init__(feeds, _Open)
 
     @classmethod
-    def load(cls, options: LightOptions, site: Site) -> Microphone:
+    def load(cls, options: MediaOptions, site: Site) -> Microphone:
         return cls(Feeds.of(site))
 
     def views_of(self, session: Session) -> list[View]:

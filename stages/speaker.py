@@ -94,7 +94,8 @@ class Speaker(Stage):
         try:
             if session.out is not None:
                 path = session.out / f"{session.id}.wav"
-                outputs.append(QueuedOutput(self._disk, path, lossless=not session.paced))
+                lossless, begin_ns = not session.paced, session.resume_ns
+                outputs.append(QueuedOutput(self._disk, path, lossless=lossless, begin_ns=begin_ns))
             if self._open_device is not None:
                 outputs.append(self._open_device())
         except Exception as error:
@@ -105,7 +106,11 @@ class Speaker(Stage):
                 raise StageError(f"speaker: {session.out} can't be written to: {reason}; name another --out") from error
             raise
         actions = deque(sorted(session.listener, key=lambda action: action.at_ns))
-        self._open[session.id] = _Open(session, Player(delay_ns=session.delay_ns), outputs, actions)
+        ack = session.playback.latest
+        player = Player(delay_ns=session.delay_ns, ack=ack, now_ns=session.begin_ns)
+        self._open[session.id] = state = _Open(session, player, outputs, actions, ack.epoch)
+        state.end_ns = session.begin_index * session.window_ns
+        _pass_by(state)
 
     def close_session(self, session: SessionId) -> None:
         state = self._open.pop(session, None)
@@ -128,6 +133,7 @@ class Speaker(Stage):
                 chunks += self._receive(state, chunk, unit)
             if unit.closed_by:  # of a window that was given up, speech may still come
                 state.player.settled(unit.end_ns)
+            state.player.ended(unit.index + 1)
             state.end_ns = max(state.end_ns, unit.end_ns)
             if not state.session.paced:
                 chunks += self._listen(state, unit.end_ns + state.session.window_ns)
@@ -243,6 +249,16 @@ class Speaker(Stage):
             control,
             _event(state, at_ns, kind, seconds=unheard_ns / NS_PER_S, epoch=state.epoch),
         ]
+
+
+def _pass_by(state: _Open) -> None:
+    """What the listener has done before the session was resumed here."""
+    while state.actions and state.actions[0].at_ns < state.session.begin_ns:
+        action = state.actions.popleft()
+        if action.kind == "pause":
+            state.player.pause()
+        elif action.kind == "resume":
+            state.player.resume()
 
 
 def _plan_ack(state: _Open, now_ns: int) -> None:

@@ -85,6 +85,8 @@ class Session:
     playback:    the listener as the sink's Acks describe it; kept up to date by the actor, read by the stage.
     ladder, level: what the session may shed, and how far down it is; kept up to date likewise.
     duration_ns: how long the sources run; None: as long as they can.
+    resume_ns:   the event time from which a replica resumes it that takes the place of one that has died; None: it
+                 begins. What was before is past: a source makes nothing of it, and what lies in files is kept.
     masked_source: the source as it may be shown; "": as `mask_source` shows it.
     views:       what it sees, where it has not just `source`. heard: the view whose sound the microphone hears.
     paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
@@ -103,6 +105,7 @@ class Session:
     lead_ns: int = 1_000_000_000
     delay_ns: int = 300_000_000
     duration_ns: int | None = None
+    resume_ns: int | None = None
     paced: bool = True
     listener: tuple[ListenerAction, ...] = ()
     out: Path | None = None
@@ -130,6 +133,16 @@ class Session:
 
     def without_view(self, name: str) -> Session:
         return replace(self, views=tuple(view for view in self.each_view if view.name != name))
+
+    @property
+    def begin_ns(self) -> int:
+        """The event time from which this replica has it."""
+        return max(self.resume_ns or 0, 0)
+
+    @property
+    def begin_index(self) -> int:
+        """The window which that lies in."""
+        return self.begin_ns // self.window_ns
 
     @property
     def taken(self) -> tuple[Step, ...]:
@@ -187,7 +200,7 @@ class Stage:
                   all sessions).
     cost:         what a batch takes, until it is measured.
     component:    the part of the checkpoint that it computes with. shares: see graph/stage_type.py.
-    is_local, can_be_off, is_needed, ends_windows: see graph/stage_type.py.
+    is_local, can_be_off, is_needed, ends_windows, sessions_per_replica: see graph/stage_type.py.
     paced_by_listener: in virtual time a unit waits until the listener's clock has come to its end.
     """
 
@@ -196,6 +209,7 @@ class Stage:
     cost: ClassVar[StageCost | None] = None
     component: ClassVar[str] = ""
     shares: ClassVar[str] = ""
+    sessions_per_replica: ClassVar[int | None] = None
     is_local: ClassVar[bool] = False
     can_be_off: ClassVar[bool] = True
     is_needed: ClassVar[bool] = False
@@ -310,7 +324,7 @@ class Source(Stage):
         raise NotImplementedError
 
     def open_session(self, session: Session) -> None:
-        self._making[session.id] = _Making(session, end_ns=session.duration_ns)
+        self._making[session.id] = _Making(session, session.begin_index * session.window_ns, session.duration_ns)
 
     def close_session(self, session: SessionId) -> None:
         self._making.pop(session, None)

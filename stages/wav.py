@@ -40,7 +40,8 @@ class WavOutput:
 
     After max_part_s it goes on in `<session>.2.wav`, `.3.wav` …, each from where the last one ended. What it tells:
 
-    recording_continues  file, seconds: the next part, and where on the session's axis it begins
+    recording_continues  file, seconds: the next part, and where on the session's axis it begins; the first part, too,
+                         where begin_ns is given: the process that recorded before has died, and its parts are kept
     recording_failed     file, reason: nothing more is written (disk full)
     recording_lost       file, seconds, reason: somebody has removed a part, which held so much. It is made anew, and
                          goes on from there (recording_continues)
@@ -49,13 +50,20 @@ class WavOutput:
     Raises OSError when the first file can't be made.
     """
 
-    def __init__(self, path: Path, max_part_s: int = MAX_PART_S) -> None:
+    def __init__(self, path: Path, max_part_s: int = MAX_PART_S, begin_ns: int | None = None) -> None:
+        """begin_ns: where on the axis it begins that takes another one's place."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._first = self._path = path
-        self._file: _WavFile | None = _open_wav(path)  # None: failed
-        self._part_samples = self._room = max_part_s * SPEECH_RATE_HZ
         self._num_parts = 1
-        self._num_samples = 0  # of the axis, all parts
+        self._news: list[OutputEvent] = []
+        self._num_samples = 0 if begin_ns is None else begin_ns * SPEECH_RATE_HZ // NS_PER_S  # of the axis, all parts
+        if begin_ns is not None:
+            while self._path.exists():
+                self._path = self._part(self._num_parts + 1)
+                self._num_parts += 1
+            self._news = [self._continues(begin_ns / NS_PER_S)]
+        self._file: _WavFile | None = _open_wav(self._path)  # None: failed
+        self._part_samples = self._room = max_part_s * SPEECH_RATE_HZ
 
     def write(self, at_ns: int, samples: np.ndarray) -> list[OutputEvent]:
         pcm = np.clip(samples * 32767.0, -32768, 32767).astype("<i2")
@@ -63,7 +71,7 @@ class WavOutput:
 
     def advance(self, now_ns: int) -> list[OutputEvent]:
         """Nothing was heard up to now: silence of whole seconds; the rest comes with what follows."""
-        events: list[OutputEvent] = []
+        events, self._news = self._news, []
         while self._missing(now_ns) >= SPEECH_RATE_HZ:
             events += self._append(np.zeros(SPEECH_RATE_HZ, "<i2"))
         return events
@@ -106,12 +114,12 @@ class WavOutput:
             }
             file = self._begin_file()
             events.append(OutputEvent("recording_lost", lost))
-            events.append(OutputEvent("recording_continues", {"file": self._path.name, "seconds": begin_s}))
+            events.append(self._continues(begin_s))
         while len(pcm):
             if self._room == 0:
                 file = self._next_part()
                 begin_s = (self._num_samples - len(pcm)) / SPEECH_RATE_HZ
-                events.append(OutputEvent("recording_continues", {"file": self._path.name, "seconds": begin_s}))
+                events.append(self._continues(begin_s))
             block, pcm = pcm[: self._room], pcm[self._room :]
             file.writeframes(block.tobytes())
             self._room -= len(block)
@@ -125,8 +133,14 @@ class WavOutput:
 
     def _next_part(self) -> _WavFile:
         self._num_parts += 1
-        self._path = self._first.with_suffix(f".{self._num_parts}.wav")
+        self._path = self._part(self._num_parts)
         return self._begin_file()
+
+    def _part(self, number: int) -> Path:
+        return self._first if number == 1 else self._first.with_suffix(f".{number}.wav")
+
+    def _continues(self, begin_s: float) -> OutputEvent:
+        return OutputEvent("recording_continues", {"file": self._path.name, "seconds": begin_s})
 
     def _close(self) -> None:
         file, self._file = self._file, None
@@ -141,8 +155,11 @@ class QueuedOutput:
     What the disk is too slow for is silence in it, of which `recording_lost` tells once: file, seconds until then.
     """
 
-    def __init__(self, disk: Disk, path: Path, *, lossless: bool) -> None:
-        """lossless: in virtual time who writes waits. Raises OSError when the file can't be made, or not in time."""
+    def __init__(self, disk: Disk, path: Path, *, lossless: bool, begin_ns: int | None = None) -> None:
+        """lossless: in virtual time who writes waits. begin_ns: see WavOutput.
+
+        Raises OSError when the file can't be made, or not in time.
+        """
         self._disk, self._path, self._lossless = disk, path, lossless
         self._opened: list[WavOutput] = []  # the thread's
         self._told: deque[OutputEvent] = deque()
@@ -150,7 +167,7 @@ class QueuedOutput:
         self._has_told = False
         self._advanced_s = 0  # silence is written by whole seconds
         try:
-            disk.call(lambda: self._opened.append(WavOutput(path)))
+            disk.call(lambda: self._opened.append(WavOutput(path, begin_ns=begin_ns)))
         except OSError:
             self.close(0)  # where it is made after all
             raise

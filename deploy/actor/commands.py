@@ -159,10 +159,20 @@ class Commands:
         for session, origin_ns in origins_ns.items():
             self.runners[stage].begin_session(session, origin_ns)
 
-    def _resume_session(self, stage: str, plan: SessionPlan, origin_ns: int) -> None:
-        """Both, for a session that goes on here. Raises StageError when there is no room."""
-        self.runners[stage].open_session(_own(plan))
-        self.runners[stage].begin_session(plan.session.id, origin_ns)
+    def _resume_session(self, plans: Mapping[str, SessionPlan], origin_ns: int) -> None:
+        """Both, for a session that is resumed at these stages. Raises StageError where one has no room; then it is open
+        at none."""
+        opened: list[StageRunner] = []
+        try:
+            for stage, plan in plans.items():
+                self.runners[stage].open_session(_own(plan))
+                opened.append(self.runners[stage])
+        except Exception:
+            for runner, plan in zip(opened, plans.values(), strict=False):
+                runner.close_session(plan.session.id)
+            raise
+        for runner, plan in zip(opened, plans.values(), strict=True):
+            runner.begin_session(plan.session.id, origin_ns)
 
     def _tell(self, stage: str, session: SessionId, kind: str, attrs: Mapping[str, Scalar], cuts: bool) -> None:
         self.runners[stage].tell(session, kind, attrs, cuts=cuts)

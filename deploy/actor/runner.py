@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from deploy.actor.isolation import Faults, breaks_process, process, reason_of
@@ -44,6 +44,8 @@ MAX_ENDED = 256  # sessions that were given up and have ended, of which is known
 MAX_QUIET = 5
 """Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
 UNSAID = f"what it had left to say was not said: its listener heard nothing for {MAX_QUIET} windows"
+MAX_ENDED = 256
+"""Sessions that have ended here, of which is known how."""
 MAX_CHUNKS_PER_WINDOW = 1 << 16
 """Of one stream; by far."""
 MAX_READY = 4
@@ -61,6 +63,14 @@ class Meter(WindowMeter, OutMeter, Protocol):
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def failed(self, session: Session, error: Exception, where: str) -> None: ...
     def unsaid(self, session: Session) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A session that has come to its end here, for a neighbour that is replaced later."""
+
+    num_windows: int
+    listener: Listener | None
 
 
 class StageRunner:
@@ -91,6 +101,7 @@ class StageRunner:
         self._working_on = working_on
         self.num_units = 0
         self._open: dict[SessionId, OpenSession] = {}
+        self._ended: dict[SessionId, _Ended] = {}
         self._given_up_before: dict[SessionId, tuple[str, bool]] = {}  # that have ended: why, and whether aside
         self._ready: dict[SessionId, OpenSession] = {}  # those which have a unit that is complete
         self._out = Outbox(name, meter)
@@ -107,8 +118,8 @@ class StageRunner:
         Raises StageError when the stage has no room; then nothing has changed.
         """
         session = plan.session
-        if plan.goes_on is not None:
-            session.playback.ack(plan.goes_on.ack)
+        if plan.resume_from is not None:
+            session.playback.ack(plan.resume_from.ack)
         self._open_at_stage(session)
         lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
         queues = tuple(
@@ -120,13 +131,15 @@ class StageRunner:
         hears = any(output.kind.is_control and output.edges for output in plan.outputs.values())
         has_ladder = session.ladder and session.paced and hears  # in virtual time nothing is late
         others = [state.session for state in self._open.values() if state.ladder is not None]
-        ladder = Ladder(session.ladder, session.window_ns, usual_level(session, others)) if has_ladder else None
-        session.level.told(0, ladder.level if ladder else plan.goes_on.level if plan.goes_on else 0)
+        level = plan.resume_from.level if plan.resume_from else usual_level(session, others) if has_ladder else 0
+        ladder = Ladder(session.ladder, session.window_ns, level) if has_ladder else None
+        session.level.told(0, level)
         faults = Faults(self.name, lambda error, where: self._meter.failed(session, error, where))
         state = OpenSession(plan, self._join(plan), lanes, queues, self._clock, ladder, faults)
         if plan.ends_windows:
             state.sink = WindowEnd(self.name, session, ladder, self._meter, state.events)
         self._open[session.id] = state
+        self._ended.pop(session.id, None)  # another one, of its name
         self._given_up_before.pop(session.id, None)
         self._schedule.touch(session.id)
         self._meter.opened(session, plan.upstream if plan.ends_windows else None)
@@ -147,16 +160,19 @@ class StageRunner:
         """Let a session's clock run. origin_ns: when event time 0 is, on this host's monotonic clock."""
         state = self._open[session]
         state.begin(origin_ns)
-        if state.plan.goes_on is not None:
-            self._go_on(state, state.plan.goes_on)
+        if state.plan.resume_from is not None:
+            self._resume(state, state.plan.resume_from)
         self._schedule.touch(session)
 
-    def _go_on(self, state: OpenSession, listener: Listener) -> None:
-        """With the window that it is in now. Numbers of chunks leave room for those of the replica that has died."""
-        index = max(state.now_ns(), 0) // state.session.window_ns
-        _of(state.join).begin_at(index)
+    def _resume(self, state: OpenSession, listener: Listener) -> None:
+        """Numbers of chunks leave room for those of the replica that has died."""
+        index = state.session.begin_index
+        if state.sink is not None and state.control and listener.is_known:  # those since then come to their end here
+            index = min(listener.ack.num_windows, index)
+        if state.join is not None:
+            state.join.begin_at(index, state.now_ns())
         state.num_units = index
-        state.first_seq = index * MAX_CHUNKS_PER_WINDOW
+        state.first_seq = state.session.begin_index * MAX_CHUNKS_PER_WINDOW
         state.fence.raise_to(listener.ack.epoch)
 
     def close_session(self, session: SessionId) -> None:
@@ -189,15 +205,19 @@ class StageRunner:
             self._schedule.touch(session)
 
     def listener(self, session: SessionId) -> Listener | None:
-        """What is known here of a session's listener; None where the session is not open."""
-        state = self._open.get(session)
-        return None if state is None else Listener(state.session.playback.latest, state.session.level.num_steps)
+        """What is known here of a session's listener; None where nothing is."""
+        if (state := self._open.get(session)) is None:
+            return self._ended[session].listener if session in self._ended else None
+        ack, before = state.session.playback.latest, state.plan.resume_from
+        is_known = before is None or before.is_known or ack.at_ns > 0
+        return Listener(ack, state.session.level.num_steps) if is_known else None
 
-    def reroute(self, session: SessionId, edge: str, replica: int) -> bool:
-        """A session goes on at a replica behind this edge that knows nothing of it. False: it has ended here."""
+    def reroute(self, session: SessionId, edge: str, replica: int) -> int | None:
+        """A session is resumed at a replica behind this edge that knows nothing of it. Returns None while it is open
+        here, else how many windows it had when it ended."""
         state = self._open.get(session)
         if state is None:
-            return False
+            return self._ended[session].num_windows if session in self._ended else 0
         before, sender = state.lanes[edge], self._senders[edge][replica]
         if sender is before:
             sender.release(session)
@@ -210,7 +230,7 @@ class StageRunner:
         with state.faults.within("peer_begins_anew"):
             self.stage.peer_begins_anew(session)
         self._schedule.touch(session)
-        return True
+        return None
 
     def add_view(self, session: SessionId, view: View) -> None:
         """The camera has another view. Raises StageError where the session has ended here, or the stage refuses."""
@@ -234,8 +254,8 @@ class StageRunner:
                 self.stage.remove_view(session, view, state.now_ns())
             self._schedule.touch(session)
 
-    def end_input(self, session: SessionId, edge: str) -> None:
-        """Nothing more comes on this edge, and nobody is left to say so."""
+    def end_input(self, session: SessionId, edge: str, num_windows: int) -> None:
+        """Nothing more comes on this edge, and nobody is left to say so. num_windows: that came there, in all."""
         state = self._open.get(session)
         if state is None:  # it has heard of the end meanwhile
             return
@@ -243,8 +263,10 @@ class StageRunner:
         if join is None:
             state.ended.add(edge)
         else:
+            window_ns = state.session.window_ns
+            at_ns = max(num_windows * window_ns, join.next_end_ns - window_ns)
             for stream in [name for name, each in join.inputs.items() if each.edge == edge]:
-                self._joined(state, join.end(stream, join.next_end_ns - state.session.window_ns))
+                self._joined(state, join.end(stream, at_ns))
         self._schedule.touch(session)
 
     def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
@@ -677,6 +699,11 @@ class StageRunner:
             state.ending = True
             self._say_goodbye(state)
         if state.ending and all(sender.is_drained(state.session.id) for sender in state.lanes.values()):
+            listener = self.listener(state.session.id)
+            self._ended.pop(state.session.id, None)  # so that the newest is the last
+            self._ended[state.session.id] = _Ended(state.num_units, listener)
+            for oldest in [*self._ended][:-MAX_ENDED]:
+                del self._ended[oldest]
             self.close_session(state.session.id)
 
     def _may_end(self, state: OpenSession) -> bool:

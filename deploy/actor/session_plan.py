@@ -15,10 +15,14 @@ from stages.stage import Session, SourceId, SourceReport
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """What was last heard of a session's listener, and how far down the shedding ladder it is."""
+    """What was last heard of a session's listener, and how far down the shedding ladder it is.
+
+    is_known: False where all that had heard of it have died.
+    """
 
     ack: Ack
     level: int
+    is_known: bool = True
 
 
 def view_stream(stream: str, view: str) -> str:
@@ -57,7 +61,7 @@ class SessionPlan:
     incarnation:    tells it from other sessions of its name, on every edge.
     ends_windows:   its windows end here. upstream: the streams that windows have passed before, other than sources'.
     is_aside:       no window ends behind it, as on a side branch: it reports itself what fails here.
-    goes_on:        where it takes the place of a replica that has died: what it is to know of the session.
+    resume_from:    where it takes the place of a replica that has died: what is known of the listener.
     held:           edges at whose other end it is not open now; nothing is sent there before it is (`reroute`).
     alone_for:      so many of its units go without others, since an actor died of one of several (actor/suspects.py).
     """
@@ -74,7 +78,7 @@ class SessionPlan:
     ends_windows: bool = False
     upstream: tuple[str, ...] = ()
     is_aside: bool = False
-    goes_on: Listener | None = None
+    resume_from: Listener | None = None
     held: frozenset[str] = frozenset()
     alone_for: int = 0
 

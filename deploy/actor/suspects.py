@@ -93,27 +93,27 @@ class _Suspect:
 
 
 class Suspects:
-    """By stage, the sessions that were in the work of the last death."""
+    """By group of processes, the sessions that were in the work of the last death."""
 
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
         self._suspects: dict[str, dict[SessionId, _Suspect]] = {}
 
-    def died(self, stage: str, working_on: Iterable[SessionId]) -> list[SessionId]:
-        """A replica of a stage has died; returns the guilty. A death without anybody at work says nothing."""
-        before = self._suspects.get(stage, {})
+    def died(self, group: str, working_on: Iterable[SessionId]) -> list[SessionId]:
+        """A process of a group has died; returns the guilty. A death without anybody at work says nothing."""
+        before = self._suspects.get(group, {})
         suspects = {session: self._again(before.get(session)) for session in sorted(working_on)}
         if not suspects:
             return []
         again = [session for session, suspect in suspects.items() if suspect.num_deaths >= DEATHS_OF_ONE]
         limit = DEATHS_OF_ONE if len(again) == 1 else DEATHS_OF_SEVERAL
         guilty = [session for session in again if suspects[session].num_deaths >= limit]
-        self._suspects[stage] = {session: each for session, each in suspects.items() if session not in guilty}
+        self._suspects[group] = {session: each for session, each in suspects.items() if session not in guilty}
         return guilty
 
-    def goes_on(self, stage: str, session: SessionId) -> bool:
+    def is_suspect(self, group: str, session: SessionId) -> bool:
         """It is open again; was it in the work of the last death?"""
-        suspect = self._suspects.get(stage, {}).get(session)
+        suspect = self._suspects.get(group, {}).get(session)
         if suspect is not None:
             suspect.since_s = self._now_s()
         return suspect is not None

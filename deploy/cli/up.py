@@ -66,7 +66,7 @@ def run_in_foreground(arguments: UpArguments) -> None:
                 teller.tell(line)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
-    if outcome.in_vain:
+    if outcome.in_vain or outcome.problem:
         raise typer.Exit(EXIT_RUNTIME)
 
 
@@ -107,7 +107,6 @@ def _duration(option: str, text: str, least_ns: int = 1) -> int:
 
 def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
     """`--camera` replaces the file's cameras; checked like the file's. `porch/back=…` is a view of camera `porch`."""
-    import dataclasses
     import json
 
     from graph.errors import Problem, SpecError
@@ -126,7 +125,7 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
         cameras = parse_spec(text, "--camera", CATALOG).cameras
     except SpecError as error:
         raise SpecError(Problem("--camera", problem.message) for problem in error.problems) from None
-    return dataclasses.replace(spec, cameras=cameras)
+    return spec.with_cameras(cameras)
 
 
 def _summary(outcome: Outcome, *, every_edge: bool = False) -> Iterator[str]:

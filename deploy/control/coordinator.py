@@ -4,8 +4,7 @@ Rule: it never waits for one actor. Calls go out side by side (control/calls.py)
 goes on as the answers come: opening sessions (control/opening.py), bringing up who has died (control/restarts.py).
 `poll()` looks after all of them for a moment; whoever has not answered by then is asked no more until he has, and what
 he reported last stands. An actor that dies, or takes no call for so long that it is as good as dead, is started again
-in its place while the others run on. Not so for who holds cameras, files and devices, and not in virtual time, where a
-run is to be whole or none.
+in its place while the others run on. Not so in virtual time, where a run is to be whole or none.
 """
 
 from __future__ import annotations
@@ -198,9 +197,10 @@ class Coordinator:
     def end_session(self, session: SessionId) -> None:
         """Let a session's sources stop now; it then runs to its end by itself."""
         placement = self._table.placements[session]
+        placement.is_ending = True
         for stage in self._spec.wiring.sources:
             living = self._tools.fleet.replica(stage, placement.replicas.get(stage, 0))
-            if stage in placement.opened and living is not None:
+            if stage in placement.opened and stage not in placement.absent and living is not None:
                 living.line.post("end_session", stage, session)
 
     def poll(self) -> Mapping[str, Mapping[str, StageSnapshot]]:

@@ -82,6 +82,11 @@ class Fleet:
         living = [each for each in self.living.values() if stage in each.process.stages]
         return sorted(living, key=lambda each: each.process.replica)
 
+    def in_group(self, group: str) -> list[Living]:
+        """The processes of a group that live (deploy/control/placement.py: group_of)."""
+        living = [each for each in self.living.values() if each.process.group == group]
+        return sorted(living, key=lambda each: each.process.replica)
+
     def replica(self, stage: str, replica: int) -> Living | None:
         """None when it is not there."""
         return next((living for living in self.of(stage) if living.process.replica == replica), None)
@@ -130,10 +135,11 @@ class Fleet:
         return ends
 
     def has_ended(self, placement: Placement) -> bool:
-        """Has everybody reported, of a time when the session was open, that it is not any more?"""
-        if not placement.is_open:
+        """Has everybody reported, of a time when the session was open, that it is not any more? What is down and comes
+        again may still owe its windows."""
+        if not placement.is_open or placement.absent or placement.in_hand:
             return False
-        replicas = [self.replica(stage, n) for stage, n in placement.replicas.items() if stage not in placement.absent]
+        replicas = [self.replica(stage, n) for stage, n in placement.replicas.items()]
         there = [living for living in replicas if living is not None]
         return bool(there) and all(self._has_left(placement, living) for living in there)
 

@@ -7,13 +7,14 @@ included, costs them and nobody else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from deploy.control.calls import CoordinatorError, Reply, Steps
 from deploy.control.fleet import Living
 from deploy.control.restarts import Tools
 from deploy.control.routing import session_plan
 from deploy.control.sessions import Placement
-from graph.chunk import SessionId
+from graph.chunk import NS_PER_S, SessionId
 from stages.stage import Session, StageError, View
 
 SILENT_S = 2.0  # a batch takes a window at most where a stage keeps up; no new session goes to who is silent for two
@@ -67,7 +68,9 @@ class Openings:
         try:
             if placement is None or not placement.is_open:
                 raise CoordinatorError(f"session {session} has ended")
-            placement.session = placement.session.with_view(view)  # who takes a dead one's place has it, too
+            placement.session = placement.session.with_view(
+                self._from_now_on(placement, view)
+            )  # for a replacement, too
             living = [(stage, self._at(placement, stage)) for stage in self._showing(placement)]
             added = [each.line.post("add_view", stage, session, view) for stage, each in living if each is not None]
             yield added
@@ -80,6 +83,12 @@ class Openings:
         else:
             opened()
             done.answer(None)
+
+    def _from_now_on(self, placement: Placement, view: View) -> View:
+        """A file that is added begins with the next window."""
+        window_ns = placement.session.window_ns
+        now_ns = round(self._tools.now_s() * NS_PER_S) - placement.origin_ns
+        return replace(view, from_ns=(max(now_ns, 0) // window_ns + 1) * window_ns)
 
     def _showing(self, placement: Placement) -> list[str]:
         """The stages at which a session's views are streams of their own."""

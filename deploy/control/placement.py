@@ -31,6 +31,16 @@ class Process:
     is_local: bool
     resources: Resources = field(default_factory=dict)
 
+    @property
+    def group(self) -> str:
+        """What its replicas have in common: the stage's name, or that which its stages have given their process."""
+        return group_of(*next(iter(self.stages.items())))
+
+
+def group_of(name: str, stage: StageOptions) -> str:
+    """Of which group of processes a stage is: one of its own, or one that it shares."""
+    return stage.process or name
+
 
 def processes_of(spec: PipelineSpec) -> list[Process]:
     """One process per replica of a stage, or of the stages with one name of `process`; in the order of the graph."""

@@ -1,13 +1,12 @@
-"""Actors that die are started again in their place, and their sessions go on: at other replicas, or at the new one.
+"""Actors that die are started again in their place, and their sessions are resumed there, or at other replicas.
 
 Rule: who pays. A death costs the sessions that lived there what was under way; nobody else waits. What ends sessions:
 
-- one that was in the work of two deaths of its stage in a row (actor/suspects.py), since its data kill, is closed;
+- one that was in the work of two deaths of its process in a row (actor/suspects.py), since its data kill, is closed;
 - one for which nobody has room any more is closed.
 
-What ends the run: `MAX_DEATHS` within `DEATHS_WITHIN_S` of one stage, none of which can be laid at a session's door
-(it dies idle, or can't be brought up), while no other replica of the stage lives. Between two tries to bring it up
-there is an ever longer pause; a try takes as long as an actor may take to load, and whoever can goes on meanwhile.
+No death ends the run while a session is left. Between two tries to bring an actor up there is an ever longer pause, a
+minute at last; a try takes as long as an actor may take to load, and all others continue meanwhile.
 """
 
 from __future__ import annotations
@@ -33,17 +32,16 @@ from deploy.control.calls import (
     failed,
 )
 from deploy.control.fleet import Cluster, Fleet, Living
-from deploy.control.placement import Process
-from deploy.control.recovery import Going, announce, redirect, reopen, tell
+from deploy.control.placement import Process, group_of
+from deploy.control.recovery import Resumption, announce, redirect, reopen, tell
 from deploy.control.sessions import Placement, SessionTable
 from deploy.control.wiring import Wiring
-from graph.chunk import Scalar, SessionId
+from graph.chunk import NS_PER_S, Scalar, SessionId
 from graph.spec import PipelineSpec
 
 START_TIMEOUT_S = 300.0  # a 9 B checkpoint from a slow disk takes minutes
 STALL_S = 30.0  # in real time: whoever takes no call for so long is thirty windows late, and is taken for dead
-MAX_DEATHS = 3  # what dies at once each time would die for ever
-DEATHS_WITHIN_S = 600.0
+DEATHS_WITHIN_S = 600.0  # those before are forgotten
 PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)  # before the first try to bring one up after a death of late, the second, …
 
 
@@ -78,30 +76,20 @@ class Tools:
 
 
 class Deaths:
-    """How often each actor has died, and how often of late for no session's sake."""
+    """How often each actor has died, and how often of late."""
 
     def __init__(self, now_s: NowS) -> None:
         self._now_s = now_s
         self._times_s: dict[str, list[float]] = {}
-        self._unexplained_s: dict[str, list[float]] = {}
 
     @property
     def numbers(self) -> Mapping[str, int]:
         return {name: len(times_s) for name, times_s in self._times_s.items()}
 
-    def count(self, name: str, *, explained: bool) -> bool:
-        """One more; True when those that nothing explains are too many."""
-        self._times_s.setdefault(name, []).append(self._now_s())
-        if explained:
-            return False
-        self._unexplained_s.setdefault(name, []).append(self._now_s())
-        return self._num_recent(self._unexplained_s[name]) >= MAX_DEATHS
-
-    def pause_s(self, name: str) -> float:
-        """How long to wait before the next try."""
-        return PAUSES_S[min(self._num_recent(self._times_s[name]), len(PAUSES_S)) - 1]
-
-    def _num_recent(self, times_s: Sequence[float]) -> int:
+    def count(self, name: str) -> int:
+        """One more; returns how many there were of late."""
+        times_s = self._times_s.setdefault(name, [])
+        times_s.append(self._now_s())
         return sum(self._now_s() - each_s < DEATHS_WITHIN_S for each_s in times_s)
 
 
@@ -128,22 +116,20 @@ class Restarts:
         Raises the error where it can't be replaced.
         """
         tools, process = self._tools, living.process
-        paced = all(placement.session.paced for placement in tools.table.placements.values())
-        if process.is_local or not paced:
+        if not all(placement.session.paced for placement in tools.table.placements.values()):
             raise error
-        stage = stage_of(process)
         tools.fleet.remove(living)  # it is as good as dead, and what it noted outlives it
         work = tools.fleet.work_of(living, tools.plan(process).directory)
         self._bury(living)
         tools.tell(f"{error}; stage {work.stage} was at {work.named}" if work.windows else str(error))
         for placement in tools.table.at(process):
-            placement.absent.add(stage)
-        guilty = self._suspects.died(stage, work.sessions)
+            placement.absent |= process.stages.keys() & placement.replicas.keys()
+        guilty = self._suspects.died(process.group, work.sessions)
         for session in guilty:
-            self._end(session, f"{stage} died twice in a row while it worked on its data")
+            self._end(session, f"{process.group} died twice in a row while it worked on its data")
         if guilty and not tools.table.placements.keys() - set(guilty):
             raise NoSessionLeft(f"{error}; no session is left")
-        self._try_again(process, error, explained=bool(work.windows))
+        self._try_again(process)
         tools.procedures.begin(self._resume(process))
 
     def look(self) -> None:
@@ -155,13 +141,14 @@ class Restarts:
                 coming.line = self._tools.lines.open(coming.process.name, handle, START_TIMEOUT_S)
                 self._tools.procedures.begin(self._bring_up(coming.process, plan, coming.line))
 
-    def _try_again(self, process: Process, error: CoordinatorError, *, explained: bool) -> None:
-        name = process.name
-        too_often = self._deaths.count(name, explained=explained)
-        if too_often and not self._tools.fleet.of(stage_of(process)):
-            told = f"that was {MAX_DEATHS} times within {DEATHS_WITHIN_S / 60:g} minutes"
-            raise CoordinatorError(f"{error}; {told}, and no other {stage_of(process)} is there")
-        self.coming[name] = Coming(process, self._tools.now_s() + self._deaths.pause_s(name))
+    def _try_again(self, process: Process) -> None:
+        """Let it be brought up: at once, or after a pause where it has died of late."""
+        num_recent = self._deaths.count(process.name)
+        pause_s = PAUSES_S[min(num_recent, len(PAUSES_S)) - 1]
+        self.coming[process.name] = Coming(process, self._tools.now_s() + pause_s)
+        if pause_s:
+            within = f"{num_recent} times within {DEATHS_WITHIN_S / 60:g} minutes"
+            self._tools.tell(f"{process.name} has died {within}: it is tried again in {pause_s:g} s")
 
     def _bury(self, dead: Living) -> None:
         """Let all who send to an actor know that it has died."""
@@ -197,8 +184,8 @@ class Restarts:
             line.fail(ActorDied(str(error)))
             tools.cluster.kill(line.handle)
             reason = error if isinstance(error, CoordinatorError) else CallError(f"{process.name}: {error}")
-            tools.tell(f"{reason}; it is tried again")
-            self._try_again(process, reason, explained=False)
+            tools.tell(str(reason))
+            self._try_again(process)
             return
         del self.coming[process.name]
         yield from self._resume(process)
@@ -206,60 +193,79 @@ class Restarts:
             return
         # Nothing is sent to it before its sessions are open, nor before who sends knows that it has begun anew.
         for other in tools.fleet.living.values():
-            if ends := tools.wiring.between(other.process, process):
+            ends = tools.wiring.between(other.process, process)
+            if ends and other is not living:  # it has reached itself before
                 other.line.post("reconnect", ends)
         tools.tell(f"  {process.name} ready again")
 
     def _resume(self, process: Process) -> Steps[None]:
-        """Let the sessions that are open nowhere at a stage go on where there is room, else wait for who comes."""
-        tools, stage = self._tools, stage_of(process)
-        placements = tools.table.absent_at(stage)
+        """Let the sessions that are open nowhere at its stages go on where there is room, else wait for what comes."""
+        tools, stages = self._tools, self._stages_of(process)
+        placements = tools.table.absent_at(stages)
         tried: dict[SessionId, set[str]] = {placement.session.id: set() for placement in placements}
-        before = {placement.session.id: placement.replicas[stage] for placement in placements}
+        before = {p.session.id: {s: p.replicas[s] for s in stages if s in p.replicas} for p in placements}
         for placement in placements:
-            placement.in_hand.add(stage)
-        while chosen := self._choose(stage, placements, tried):
-            opened = yield from reopen(self._remote, tools.spec, stage, [_going(p) for p, _ in chosen])
-            for (placement, living), reply in zip(chosen, opened, strict=True):
-                if reply.error is None and tools.fleet.has(living):
+            placement.in_hand.update(stages)
+        while chosen := self._choose(process, placements, tried):
+            opened = yield from reopen(self._remote, tools.spec, stages, [self._resumption(p) for p in chosen])
+            for placement, reply in zip(chosen, opened, strict=True):
+                stage = next(iter(before[placement.session.id]))
+                living = tools.fleet.replica(stage, placement.replicas[stage])  # which may have been replaced meanwhile
+                if reply.error is None and living is not None:
                     placements.remove(placement)
                     self._is_resumed(placement, living, process.name)
                 else:
-                    placement.absent.add(stage)
-                    placement.replicas[stage] = before[placement.session.id]
+                    placement.absent |= before[placement.session.id].keys()
+                    placement.replicas |= before[placement.session.id]
         for placement in placements:
-            placement.in_hand.discard(stage)
-            if tools.table.holds(placement) and not any(stage in c.process.stages for c in self.coming.values()):
-                self._end(placement.session.id, f"no {stage} has room for it any more")
+            placement.in_hand.difference_update(stages)
+            if tools.table.holds(placement) and not any(c.process.group == process.group for c in self.coming.values()):
+                self._end(placement.session.id, f"no {process.group} has room for it any more")
 
     def _choose(
-        self, stage: str, placements: Sequence[Placement], tried: Mapping[SessionId, set[str]]
-    ) -> list[tuple[Placement, Living]]:
-        """For each session the least loaded replica that it has not tried; its placement is there from now on."""
-        chosen: list[tuple[Placement, Living]] = []
+        self, process: Process, placements: Sequence[Placement], tried: Mapping[SessionId, set[str]]
+    ) -> list[Placement]:
+        """Those that have a replica which they have not tried; they are placed at the least loaded from now on."""
+        chosen: list[Placement] = []
         for placement in placements:
-            there = [each for each in self._tools.fleet.of(stage) if each.peer not in tried[placement.session.id]]
+            replicas = self._tools.fleet.in_group(process.group)
+            there = [each for each in replicas if each.peer not in tried[placement.session.id]]
             if there and self._tools.table.holds(placement):
-                loads = self._tools.table.load_of(stage)
+                here = [stage for stage in process.stages if stage in placement.replicas]
+                loads = self._tools.table.load_of(here[0])
                 living = min(there, key=lambda each: loads[each.process.replica])
                 tried[placement.session.id].add(living.peer)
-                placement.replicas[stage] = living.process.replica
-                chosen.append((placement, living))
+                placement.replicas.update(dict.fromkeys(here, living.process.replica))
+                chosen.append(placement)
         return chosen
 
     def _is_resumed(self, placement: Placement, living: Living, dead: str) -> None:
         """A session is open again: who sends to it hears where."""
-        tools, stage = self._tools, stage_of(living.process)
-        placement.in_hand.discard(stage)
+        tools, stages = self._tools, self._stages_of(living.process)
+        placement.in_hand.difference_update(stages)
         placement.since = tools.fleet.num_reports
         if not tools.table.holds(placement):  # it was closed meanwhile, there as well: that comes behind its opening
             return
-        redirected = redirect(self._remote, tools.spec, stage, _going(placement))
-        tools.procedures.begin(announce(self._remote, tools.spec, stage, _going(placement), dead, redirected))
+        if placement.is_ending:
+            for stage in tools.spec.wiring.sources:
+                if stage in stages and stage in placement.replicas:
+                    living.line.post("end_session", stage, placement.session.id)
+        resumed = self._resumption(placement)
+        redirected = redirect(self._remote, tools.spec, stages, resumed)
+        tools.procedures.begin(announce(self._remote, tools.spec, stages, resumed, dead, redirected))
+
+    def _stages_of(self, process: Process) -> list[str]:
+        """Downstream first."""
+        return [stage for stage in self._tools.spec.wiring.downstream_first if stage in process.stages]
+
+    def _resumption(self, placement: Placement) -> Resumption:
+        resume_ns = round(self._tools.now_s() * NS_PER_S) - placement.origin_ns
+        session = replace(placement.session, resume_ns=resume_ns)
+        return Resumption(session, placement.replicas, placement.incarnation)
 
     def announce(self, placement: Placement, kind: str, attrs: dict[str, Scalar]) -> None:
         """Let an event of a session be written."""
-        tell(self._remote, self._tools.spec, _going(placement), kind, attrs)
+        tell(self._remote, self._tools.spec, self._resumption(placement), kind, attrs)
 
     def _end(self, session: SessionId, reason: str) -> None:
         placement = self._tools.table.placements.get(session)
@@ -271,19 +277,10 @@ class Restarts:
     def _tell_and_close(self, placement: Placement, reason: str) -> Steps[None]:
         """Its last event is on its way before the way is closed."""
         session = placement.session.id
-        yield [tell(self._remote, self._tools.spec, _going(placement), "session_closed", {"reason": reason})]
+        closed = self._resumption(placement)
+        yield [tell(self._remote, self._tools.spec, closed, "session_closed", {"reason": reason})]
         if self._tools.table.holds(placement):
             self._close_session(session)
-
-
-def stage_of(process: Process) -> str:
-    """Of one that may be replaced: stages with a model have a process of their own (graph/spec_check.py)."""
-    (stage,) = process.stages
-    return stage
-
-
-def _going(placement: Placement) -> Going:
-    return Going(placement.session, placement.replicas, placement.incarnation)
 
 
 class Remote:
@@ -292,41 +289,42 @@ class Remote:
     def __init__(self, tools: Tools, suspects: Suspects) -> None:
         self._tools, self._suspects = tools, suspects
 
-    def resume(self, stage: str, going: Going, plan: SessionPlan) -> Reply[None]:
-        living, placement = self._tools.fleet.replica(stage, going.replicas[stage]), self._placement(going)
+    def resume(self, resumed: Resumption, plans: Mapping[str, SessionPlan]) -> Reply[None]:
+        spec, placement, session = self._tools.spec, self._placement(resumed), resumed.session.id
+        stage = next(iter(plans))
+        living = self._tools.fleet.replica(stage, resumed.replicas[stage])
         if living is None or placement is None:
-            return _gone(stage, going)
-        placement.absent.discard(stage)  # what is posted from now on comes behind this
-        nowhere = placement.absent | placement.in_hand
-        held = (e.id for e in self._tools.spec.edges if e.source.stage == stage and e.target.stage in nowhere)
-        alone_for = NUM_ALONE if self._suspects.goes_on(stage, plan.session.id) else 0
-        plan = replace(plan, held=frozenset(held), alone_for=alone_for)
-        origin_ns = self._tools.fleet.origin_ns(living, placement.origin_ns)
-        return living.line.post("resume_session", stage, plan, origin_ns)
+            return _gone(stage, resumed)
+        placement.absent -= plans.keys()  # what is posted from now on comes behind this
+        nowhere = (placement.absent | placement.in_hand) - plans.keys()
+        held = frozenset(edge.id for edge in spec.edges if edge.source.stage in plans and edge.target.stage in nowhere)
+        alone_for = NUM_ALONE if self._suspects.is_suspect(group_of(stage, spec.stages[stage]), session) else 0
+        plans = {name: replace(plan, held=held, alone_for=alone_for) for name, plan in plans.items()}
+        return living.line.post("resume_session", plans, self._tools.fleet.origin_ns(living, placement.origin_ns))
 
-    def listener(self, stage: str, going: Going) -> Reply[Listener | None]:
-        return self._post(stage, going, "listener")
+    def listener(self, stage: str, resumed: Resumption) -> Reply[Listener | None]:
+        return self._post(stage, resumed, "listener")
 
-    def reroute(self, stage: str, going: Going, edge: str, target: int) -> Reply[bool]:
-        return self._post(stage, going, "reroute", edge, target)
+    def reroute(self, stage: str, resumed: Resumption, edge: str, target: int) -> Reply[int | None]:
+        return self._post(stage, resumed, "reroute", edge, target)
 
-    def end_input(self, stage: str, going: Going, edge: str) -> None:
-        self._post(stage, going, "end_input", edge)
+    def end_input(self, stage: str, resumed: Resumption, edge: str, num_windows: int) -> None:
+        self._post(stage, resumed, "end_input", edge, num_windows)
 
-    def tell(self, stage: str, going: Going, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]:
-        return self._post(stage, going, "tell", kind, attrs, cuts)
+    def tell(self, stage: str, resumed: Resumption, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]:
+        return self._post(stage, resumed, "tell", kind, attrs, cuts)
 
-    def _post(self, stage: str, going: Going, method: str, *arguments: object) -> Reply[Any]:
-        living, placement = self._tools.fleet.replica(stage, going.replicas[stage]), self._placement(going)
+    def _post(self, stage: str, resumed: Resumption, method: str, *arguments: object) -> Reply[Any]:
+        living, placement = self._tools.fleet.replica(stage, resumed.replicas[stage]), self._placement(resumed)
         if living is None or placement is None or stage in placement.absent:
-            return _gone(stage, going)
-        return living.line.post(method, stage, going.session.id, *arguments)
+            return _gone(stage, resumed)
+        return living.line.post(method, stage, resumed.session.id, *arguments)
 
-    def _placement(self, going: Going) -> Placement | None:
+    def _placement(self, resumed: Resumption) -> Placement | None:
         """None where it is over; another session may have its name by now."""
-        placement = self._tools.table.placements.get(going.session.id)
-        return placement if placement is not None and placement.incarnation == going.incarnation else None
+        placement = self._tools.table.placements.get(resumed.session.id)
+        return placement if placement is not None and placement.incarnation == resumed.incarnation else None
 
 
-def _gone(stage: str, going: Going) -> Reply[Any]:
-    return failed(ActorDied(f"{stage}.{going.replicas[stage]} is not there, or {going.session.id} is over"))
+def _gone(stage: str, resumed: Resumption) -> Reply[Any]:
+    return failed(ActorDied(f"{stage}.{resumed.replicas[stage]} is not there, or {resumed.session.id} is over"))

@@ -32,7 +32,8 @@ class Placement:
     opened: stages that were asked to open it. is_open: all have.
     absent: stages at which it is open nowhere, since its replica has died. in_hand: those for which somebody is looking
     for another one.
-    since: only reports that were asked for later know all of it. is_given_up: a stage has failed at it too often.
+    since: only reports that were asked for later know all of it. is_ending: its sources were asked to stop.
+    is_given_up: a stage has failed at it too often.
     """
 
     session: Session
@@ -45,6 +46,7 @@ class Placement:
     absent: set[str] = field(default_factory=set)
     in_hand: set[str] = field(default_factory=set)
     since: int = 0
+    is_ending: bool = False
     is_given_up: bool = False
 
 
@@ -95,9 +97,9 @@ class SessionTable:
             if placement.is_open and any(placement.replicas.get(stage) == process.replica for stage in process.stages)
         ]
 
-    def absent_at(self, stage: str) -> list[Placement]:
-        """Those for which nobody looks for a replica of the stage yet."""
-        return [p for p in self.placements.values() if stage in p.absent and stage not in p.in_hand]
+    def absent_at(self, stages: Collection[str]) -> list[Placement]:
+        """Those for which nobody looks for a replica of these stages, which share a process, yet."""
+        return [p for p in self.placements.values() if not p.absent.isdisjoint(stages) and p.in_hand.isdisjoint(stages)]
 
     def holds(self, placement: Placement) -> bool:
         """Is it still in the table?"""

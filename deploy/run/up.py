@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,10 +62,12 @@ class UpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. interrupted: by Ctrl-C. in_vain: by itself, and no source ever gave anything."""
+    """How a run ended. interrupted: by Ctrl-C. in_vain: by itself, and no source ever gave anything. problem: what was
+    missing at its end, so that sessions could not come to theirs; "" for nothing."""
 
     interrupted: bool
     in_vain: bool
+    problem: str
     ledger: Mapping[str, Account]
     out: Path | None
 
@@ -129,6 +132,7 @@ class _Run:
         self._interrupts = interrupts
         self._live = live
         self._ending: Deadline | None = None  # once an end was asked for
+        self._problem = ""  # which the run has ended for
         self._tell = tell
         self._sources = SourceWatch(tell)
         needs_pictures = checkpoint.config.generation.needs_pictures
@@ -175,7 +179,7 @@ class _Run:
         for source, problem in self._sources.unreported.items():
             self._tell(f"camera {source}: {problem or 'gave neither picture nor sound'}")
         in_vain = self._sources.is_all_silent and not self._interrupts.count
-        return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out)
+        return Outcome(self._interrupts.is_ctrl_c, in_vain, self._problem, ledger, self._options.out)
 
     def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
         """Until every session has ended, by itself or because a signal has asked for it, or no time is left for that.
@@ -195,11 +199,20 @@ class _Run:
                     coordinator.end_session(session)
             if drain is not None and drain.is_over:
                 break
+            if self._waits_in_vain(coordinator):
+                self._problem = coordinator.problem
+                self._tell(f"{self._problem}: the run ends without")
+                break
             self._live.answer(self._watched)
             self._poll(coordinator, meter)
             self._state.keep()
             if coordinator.sessions:
                 self._live.wait(BUSY_S if coordinator.expects_answers else POLL_S)
+
+    def _waits_in_vain(self, coordinator: Coordinator) -> bool:
+        """Is the time over that was asked for, and what the sessions' ends still need is not there?"""
+        until_s = self._watched.until_s
+        return until_s is not None and time.monotonic() > until_s + drain_s(self._spec) and bool(coordinator.problem)
 
     def _poll(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
         """Look at the actors once, and let the gateway and the metrics know."""

@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from deploy.control.placement import Process
-from deploy.control.restarts import MAX_DEATHS, STALL_S
+from deploy.control.restarts import STALL_S
 from deploy.simulator.actors import VirtualActor
 from deploy.simulator.scenarios import Scenario
 from deploy.simulator.world import HostClock, World
@@ -15,6 +15,7 @@ from graph.chunk import NS_PER_MS, NS_PER_S
 
 HANGS_NS: Final = (round((STALL_S + 2) * NS_PER_S), round((STALL_S + 10) * NS_PER_S))
 LONGEST_STEP_NS: Final = 2 * 3600 * NS_PER_S  # of a wall clock, as when summer ends
+MAX_DEATHS: Final = 2  # of an actor
 NUM_STEPS: Final = 2  # of each host, at most
 
 
@@ -37,8 +38,7 @@ class Faults:
     def plan(self, processes: Sequence[Process]) -> None:
         for process in processes:
             self._plan_stalls(process.name)
-            if not process.is_local:  # without that one there is no pipeline
-                self._plan_deaths(process.name)
+            self._plan_deaths(process.name)
         for stage, factor in self._scenario.slow.items():
             begin_ns = self._some_time_ns()
             self._world.at(begin_ns, lambda stage=stage, factor=factor: self._slow_down(stage, factor))  # type: ignore[misc]
@@ -62,10 +62,9 @@ class Faults:
             self._world.at(self._some_time_ns(), lambda: self._stall(name, for_ns))
 
     def _plan_deaths(self, name: str) -> None:
-        """Fewer than would end the run."""
         deaths = self._scenario.deaths
-        num_deaths = sum(self._rng.random() < deaths / (MAX_DEATHS - 1) for _ in range(MAX_DEATHS - 1))
-        hangs = self._rng.random() < self._scenario.hangs and num_deaths < MAX_DEATHS - 1
+        num_deaths = sum(self._rng.random() < deaths / MAX_DEATHS for _ in range(MAX_DEATHS))
+        hangs = self._rng.random() < self._scenario.hangs and num_deaths < MAX_DEATHS
         for _ in range(num_deaths):
             self._world.at(self._some_time_ns(), lambda: self._die(name))
         if hangs:

@@ -18,6 +18,7 @@ from typing import Final
 
 from deploy.actor.plan import ActorPlan, Call
 from deploy.actor.runner import UNSAID, StageRunner
+from deploy.actor.session_plan import SessionPlan
 from deploy.control.coordinator import Coordinator
 from deploy.control.placement import Process, processes_of
 from deploy.control.restarts import NoSessionLeft
@@ -83,7 +84,6 @@ class Simulation:
         self._invariants = Invariants(self.world, seed, edges, num_sessions, longest, traced=traced)
         self.actors: dict[str, VirtualActor] = {}  # by name; of each the last one, dead or alive
         self._hosts: dict[str, HostClock] = {}
-        self._speaker = Speaker()
         self._llms: list[VirtualLlm] = []
         self._wires = Wires(self.world, self._invariants, self._named_rng, self._network_of, scenario.grants)
         here = self._host("coordinator")
@@ -162,7 +162,7 @@ class Simulation:
         if cls is Microphone:
             return VirtualMicrophone()
         if cls is Speaker:
-            return self._speaker
+            return Speaker()
         if cls is Events:
             return self._events
         if issubclass(cls, Source):
@@ -227,10 +227,11 @@ class Simulation:
         self._invariants.called(actor, call)
         self._comings.called(call, actor.host.ahead_ns())
         if call.method == "resume_session":
-            stage, plan, _ = call.arguments
-            resumed = actor.runners[str(stage)].stage
-            if isinstance(resumed, Costly):
-                resumed.begin_anywhere(plan.session.id)  # type: ignore[attr-defined]
+            plans: Mapping[str, SessionPlan] = call.arguments[0]  # type: ignore[assignment]
+            for name, plan in plans.items():
+                resumed = actor.runners[name].stage
+                if isinstance(resumed, Costly):
+                    resumed.begin_anywhere(plan.session.id)
 
     def died(self, actor: VirtualActor) -> None:
         self._invariants.died(actor)

@@ -125,6 +125,7 @@ class VirtualCamera(Stage):
     def _shots(self, session: Session, view: str, from_ns: int = 0) -> _Shots:
         period_ns = round(NS_PER_S / session.fps)
         dead_ns = self._dead_ns.get(SourceId(session.id, view), (0, 0))
+        from_ns = max(from_ns, session.begin_ns)
         next_ns = -(-from_ns // period_ns) * period_ns
         return _Shots(session, view, period_ns, dead_ns, session.duration_ns or 0, from_ns, next_ns)
 
@@ -216,35 +217,40 @@ class VirtualMicrophone(Stage):
     def __init__(self, listen: Callable[[SessionId, int, int], Array] | None = None) -> None:
         """listen: what is heard from when until when; None: next to nothing."""
         self._listen = listen or (lambda session, start_ns, end_ns: SOUND)
-        self._open: dict[SessionId, tuple[Session, int]] = {}
+        self._open: dict[SessionId, _Sound] = {}
 
     def open_session(self, session: Session) -> None:
-        self._open[session.id] = (session, 0)
+        self._open[session.id] = _Sound(session, session.begin_index * session.window_ns)
 
     def close_session(self, session: SessionId) -> None:
         self._open.pop(session, None)
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
-        state, sent_ns = self._open[session]
-        chunks: list[Chunk] = []
-        while sent_ns + state.window_ns <= min(now_ns, state.duration_ns or 0):
-            samples = self._listen(session, sent_ns, sent_ns + state.window_ns)
-            sound = Microphone.sound.chunk(session, sent_ns, state.window_ns, arrays={"samples": samples})
-            chunks.append(sound)
-            sent_ns += state.window_ns
-            chunks.append(Microphone.sound.watermark(session, sent_ns))
-        self._open[session] = (state, sent_ns)
-        if chunks and self.finished(session):
-            chunks.append(Microphone.sound.end(session, sent_ns))
+        sound, chunks = self._open[session], list[Chunk]()
+        window_ns, end_ns = sound.session.window_ns, sound.session.duration_ns or 0
+        while sound.sent_ns + window_ns <= min(now_ns, end_ns):
+            samples = self._listen(session, sound.sent_ns, sound.sent_ns + window_ns)
+            chunks.append(Microphone.sound.chunk(session, sound.sent_ns, window_ns, arrays={"samples": samples}))
+            sound.sent_ns += window_ns
+            chunks.append(Microphone.sound.watermark(session, sound.sent_ns))
+        if not sound.ended and sound.sent_ns + window_ns > end_ns:
+            sound.ended = True
+            chunks.append(Microphone.sound.end(session, min(sound.sent_ns, end_ns)))
         return chunks
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
-        state, sent_ns = self._open[session]
-        return max(sent_ns + state.window_ns - now_ns, 0)
+        sound = self._open[session]
+        return max(sound.sent_ns + sound.session.window_ns - now_ns, 0)
 
     def finished(self, session: SessionId) -> bool:
-        state, sent_ns = self._open[session]
-        return sent_ns + state.window_ns > (state.duration_ns or 0)
+        return self._open[session].ended
+
+
+@dataclass(slots=True)
+class _Sound:
+    session: Session
+    sent_ns: int
+    ended: bool = False
 
 
 class VirtualVision(Costly):

@@ -12,7 +12,7 @@ import os
 import re
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -83,6 +83,7 @@ _BESIDE: Final = (
     | Disposition.descriptions
     | Disposition.dependent
 )
+SEEKABLE_KINDS: Final[frozenset[SourceKind]] = frozenset(("file", "http"))
 _PROTOCOLS: Final = {
     "http": "http,tcp",
     "https": "https,tcp,tls",
@@ -94,14 +95,21 @@ class ParentGone(Exception):
 
 
 class Outlet:
-    """The pipe to the parent. A full pipe blocks: it is the only buffer between decoding and playing."""
+    """The pipe to the parent. A full pipe blocks: it is the only buffer between decoding and playing.
 
-    def __init__(self, fd: int) -> None:
+    start_ns: pictures and sound before this are not sent.
+    """
+
+    def __init__(self, fd: int, start_ns: int = 0) -> None:
         self._fd = fd
-        self.has_media = False  # a picture or sound was sent
+        self._start_ns = start_ns
+        self.has_media = False  # there was a picture or sound
 
     def put(self, item: MediaItem) -> None:
-        self.has_media |= isinstance(item, (Frame, Sound))
+        is_media = isinstance(item, (Frame, Sound))
+        self.has_media |= is_media
+        if is_media and self._start_ns and end_ns(item) <= self._start_ns:
+            return
         for part in to_bytes(item):
             view = memoryview(part)
             while view:
@@ -109,6 +117,13 @@ class Outlet:
                     view = view[os.write(self._fd, view) :]
                 except BrokenPipeError as error:
                     raise ParentGone from error
+
+
+def end_ns(item: MediaItem) -> int:
+    """When a picture or a piece of sound is over; a picture just after it was sampled."""
+    if isinstance(item, Sound):
+        return (item.first_sample + len(item.samples)) * NS_PER_S // SOUND_RATE_HZ
+    return item.start_ns + 1 if isinstance(item, Frame) else 0
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
@@ -200,6 +215,8 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, w
     ]
     starts = [start for s in streams if (start := to_ns(s.start_time, s.time_base)) is not None]
     origin_ns = min(starts, default=None)
+    if request.start_ns and origin_ns is not None and order.kind in SEEKABLE_KINDS:
+        seek(containers, origin_ns + request.start_ns)
     feeds: list[Feed] = [(container, {}) for container in containers]
     put = None if len({id(stream.container) for stream in streams}) > 1 else outlet.put
     for stream in streams:
@@ -213,6 +230,14 @@ def make_feeds(order: Order, containers: list[InputContainer], outlet: Outlet, w
     return [feed for feed in feeds if feed[1]]
 
 
+def seek(containers: Iterable[InputContainer], pts_ns: int) -> None:
+    """Go to the last place before this from which everything can be decoded. Where that can't be done it is read from
+    its beginning, and what comes too early is not sent."""
+    for container in containers:
+        with contextlib.suppress(FFmpegError, OverflowError):
+            container.seek(pts_ns // 1000)  # microseconds
+
+
 def make_lane(order: Order, stream: VideoStream | AudioStream, origin_ns: int | None, put: Put | None) -> Lane:
     """origin_ns: PTS of the file's beginning. put: where items go; None: they wait in the lane."""
     items: deque[MediaItem] = deque()
@@ -220,8 +245,10 @@ def make_lane(order: Order, stream: VideoStream | AudioStream, origin_ns: int | 
     is_live = order.kind in LIVE_KINDS
     start_ns = max(session_ns(order), 0) if is_live else 0
     if isinstance(stream, AudioStream):
-        return Lane(SoundTrack(order.request, LiveAxis() if is_live else FileAxis(origin_ns), put, start_ns), items)
-    axis = LiveAxis() if is_live else FileAxis(origin_ns, period_ns(stream.average_rate))
+        axis = LiveAxis() if is_live else FileAxis(origin_ns, begins_ns=order.request.start_ns)
+        return Lane(SoundTrack(order.request, axis, put, start_ns), items)
+    step_ns = period_ns(stream.average_rate)
+    axis = LiveAxis() if is_live else FileAxis(origin_ns, step_ns, begins_ns=order.request.start_ns)
     stream.codec_context.options = {"max_pixels": str(MAX_PICTURE_PIXELS)}
     end_ns = None if is_live else media_end_ns(stream, origin_ns)
     return Lane(VideoTrack(stream, order.request, axis, put, start_ns, live=is_live, media_end_ns=end_ns), items)
@@ -290,9 +317,11 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
     reasons = [decoding.given_up for decoding in decodings if decoding.given_up is not None]
     if len(reasons) == len(decodings):
         raise reasons[0]
-    if not any(track.num_decoded for track in tracks):
+    if not any(track.num_decoded for track in tracks) and not order.request.start_ns:
         raise MediaError("unreadable", "holds nothing which could be decoded")
-    if not outlet.has_media and order.kind not in LIVE_KINDS:  # an end like this would not be heard of
+    if (
+        not outlet.has_media and order.kind not in LIVE_KINDS and not order.request.start_ns
+    ):  # an end like this would not be heard of
         raise MediaError("unreadable", "is at its end before there was a picture to take, or any sound")
     if finished:
         return Ended("the duration asked for is over")
@@ -326,7 +355,8 @@ def run_room(order: Order, outlet: Outlet) -> MediaItem:
     room = open_room(request)
     grid, until_ns = FrameGrid(request.fps), FOREVER_NS if request.duration_ns is None else request.duration_ns
     outlet.put(Progress(0 if request.want_video else FOREVER_NS, 0 if request.want_audio else FOREVER_NS))
-    num_pictures, num_sent, start_ns = 0, 0, 0
+    start_ns = request.start_ns
+    num_pictures, num_sent = grid.first_index(start_ns), start_ns * SOUND_RATE_HZ // NS_PER_S
     while start_ns < until_ns:
         start_ns = min(start_ns + request.piece_ns, until_ns)
         while request.want_video and (instant_ns := grid.instant_ns(num_pictures)) < start_ns:

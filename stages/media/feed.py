@@ -23,7 +23,7 @@ import numpy as np
 
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.window import FOREVER_NS
-from stages.media.feed_buffer import Notice, Sides
+from stages.media.feed_buffer import Notice, Sides, SoundBuffer
 from stages.media.feed_opening import Opener, Opening, at_once, in_thread
 from stages.media.feed_retries import Retries
 from stages.media.health import Health, Totals
@@ -66,17 +66,17 @@ class Feed:
         self._live = False  # the last reader that could be made reads a source that sets the pace itself
         self._absent: set[TrackName] = set()  # of this connection of a live source: nothing of these will come
         self._retries = Retries()
-        self._sides = Sides()
+        self._sides = Sides(sound=SoundBuffer(session.begin_index * session.window_ns * SOUND_RATE_HZ // NS_PER_S))
         self._health = Health()
         self._delivers: set[TrackName] = set()
         self._frozen: set[TrackName] = set()  # told, and nothing has come since
         self._report = SourceReport()
         self._pumped_ns: int | None = None
         self._pause_ns = from_ns  # a file's media are so much later than it says
-        self._shown_ns = 0  # end of what was really seen, and heard
-        self._heard_ns = 0
-        self.video_ns = from_ns  # nothing before this will come
-        self.audio_ns = from_ns
+        self._begin_ns = max(session.begin_index * session.window_ns, from_ns)  # of sound: a window's is whole or none
+        self.video_ns = max(session.begin_ns, from_ns)  # nothing before this will come
+        self.audio_ns = self._begin_ns
+        self._shown_ns, self._heard_ns = self.video_ns, self.audio_ns  # end of what was really seen, and heard
         self.end_ns: int | None = None  # set when the source has ended for good
 
     @property
@@ -284,6 +284,7 @@ class Feed:
             duration_ns=session.duration_ns,
             masked=session.masked_source,
             window_ns=session.window_ns,
+            start_ns=max(self._begin_ns - self._pause_ns, 0),
         )
         reader = self._open(request)
         self._live = reader.is_live
@@ -304,7 +305,7 @@ class Feed:
         elif isinstance(item, Warned):
             self._warn(item, now_ns)
         elif isinstance(item, Ended):
-            if not self._report.has_delivered:
+            if not self._report.has_delivered and not self._begin_ns:
                 self._report = replace(self._report, problem=f"gave neither picture nor sound: {item.reason}")
             self._finish(Notice("camera_ended", self._end_ns(), reason=item.reason))
         else:

@@ -27,11 +27,11 @@ class Notice:
 
 
 class SoundBuffer:
-    """Sound by the running number of its samples. Holes cost no memory."""
+    """Sound by the running number of its samples, from the number `begin` on. Holes cost no memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: int = 0) -> None:
         self._parts: deque[tuple[int, Samples]] = deque()
-        self._end = 0  # of what has come
+        self._end = begin  # of what has come
         self.num_samples = 0
 
     @property

@@ -25,9 +25,9 @@ def run_decoder(order_fd: int, items_fd: int, owner_fd: int) -> int:
 
     owner_fd: the pidfd of the process that this one belongs to.
     """
-    outlet = Outlet(items_fd)
     try:
         order = read_order(order_fd)
+        outlet = Outlet(items_fd, order.request.start_ns)
         threading.Thread(target=watch_lifeline, args=(order_fd, owner_fd), daemon=True).start()
         limit_resources()
         signal.signal(GOODBYE_SIGNAL, lambda *_: sys.exit(0))  # so that a camera is told goodbye

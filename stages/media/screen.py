@@ -45,6 +45,11 @@ class FrameGrid:
         """The period which this time lies in."""
         return self._num * time_ns // (self._den * NS_PER_S)
 
+    def first_index(self, time_ns: int) -> int:
+        """Of the first instant which is not before this time."""
+        index = self.index_at(time_ns)
+        return index + (self.instant_ns(index) < time_ns)
+
     def first_ns(self, index: int) -> int:
         """The earliest time which frame `index` may have: its period's begin, or that of its instant's window."""
         period_ns = -(-index * NS_PER_S * self._den // self._num)
@@ -121,17 +126,12 @@ class Screen(Generic[P]):
     def show(self, time_ns: int, picture: P) -> list[Shot[P]]:
         """The next picture comes on the screen: what was due before it, and at its time. Times must not go back."""
         shots = self.stand(time_ns - 1)
-        self._index = max(self._index, self._first_index(time_ns))
+        self._index = max(self._index, self._grid.first_index(time_ns))
         if self._held is not None:
             self._distances.append(time_ns - self._held[0])
         self._held = (time_ns, picture)
         self._doubted = self._live
         return shots + self.stand(time_ns)
-
-    def _first_index(self, time_ns: int) -> int:
-        """The first instant which is not over at time_ns."""
-        index = self._grid.index_at(time_ns)
-        return index + (self._grid.instant_ns(index) < time_ns)
 
     def doubt(self) -> None:
         """The picture which should come next is lost: what is on the screen is no longer what would be there."""

@@ -54,12 +54,13 @@ class FileAxis:
     """PTS minus the file's start. A jump which no recording makes (a day, or back) continues seamlessly instead.
 
     step_ns: what lies between the media before a jump and that behind it: for pictures, which last, their period.
+    begins_ns: where reading begins, if not at the file's start.
     """
 
-    def __init__(self, origin_ns: int | None, step_ns: int = 0) -> None:
+    def __init__(self, origin_ns: int | None, step_ns: int = 0, begins_ns: int = 0) -> None:
         self._origin_ns = origin_ns
         self._step_ns = step_ns
-        self._ahead_ns = max(FILE_AHEAD_NS, 2 * step_ns)
+        self._ahead_ns = max(begins_ns + FILE_AHEAD_NS, 2 * step_ns)
         self.num_jumps = 0
 
     def place(self, pts_ns: int | None, expected_ns: int, arrival_ns: int) -> int:

@@ -86,6 +86,7 @@ class MediaRequest:
     duration_ns: int | None  # None: to the source's end
     masked: str = ""  # the source as it may be shown; "": as is found out here
     window_ns: int = NS_PER_S  # of the session: a frame lies in the window of its sampling instant
+    start_ns: int = 0  # of a file: nothing before this event time is sent. A live source begins in the present
 
     def __post_init__(self) -> None:
         KNOWN.add_source(self.source)
@@ -96,6 +97,8 @@ class MediaRequest:
         _check_range("window_ns", self.window_ns, PIECE_RANGE_NS)
         if self.duration_ns is not None and self.duration_ns <= 0:
             raise MediaError("limit", f"duration_ns is {self.duration_ns}; it must be above 0, or None for no end")
+        if self.start_ns < 0:
+            raise MediaError("limit", f"start_ns is {self.start_ns}; it must be 0 or above")
         if not (self.want_video or self.want_audio):
             raise MediaError("limit", "neither video nor audio is wanted: there is nothing to read")
 

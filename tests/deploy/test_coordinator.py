@@ -9,7 +9,6 @@ from deploy.actor.accounts import EdgeEnds
 from deploy.actor.clock import clock_ahead_ns
 from deploy.actor.session_plan import SessionPlan
 from deploy.control.coordinator import Coordinator, CoordinatorError
-from deploy.control.restarts import MAX_DEATHS
 from deploy.control.sessions import DECODER_START_NS, FIRST_WINDOW_NS, HEAD_START_NS
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.ledger import Account
@@ -60,11 +59,13 @@ def test_sessions_open_together_stage_by_stage_and_begin_when_all_are_open(
     assert methods == sorted(methods, reverse=True), "all are open before one begins"
     opened = [stage for _, stage, _ in of(cluster.calls, "open_sessions")]
     assert sorted(opened) == sorted([*coordinator._spec.stages, "llm"])
-    assert opened[-4:] == ["events", "speaker", "microphone", "camera"]
+    assert [stage for stage in opened if stage in ("microphone", "camera")] == ["microphone", "camera"]
+    assert [stage for stage in opened if stage in ("events", "speaker")] == ["events", "speaker"]
     begun = [(stage, list(origins)) for _, stage, (origins,) in of(cluster.calls, "begin_sessions")]
-    assert [stage for stage, _ in begun[: len(opened) - 2]] == opened[:-2]
+    takers = [stage for stage in opened if stage not in ("microphone", "camera")]
+    assert [stage for stage, _ in begun[: len(takers)]] == takers
     sources = [(stage, [one]) for one in ("a", "b", "c") for stage in ("microphone", "camera")]
-    assert begun[len(opened) - 2 :] == sources, "one after the other, since each starts a decoder"
+    assert begun[len(takers) :] == sources, "one after the other, since each starts a decoder"
 
 
 def test_replicas_share_the_sessions(coordinator: Coordinator, cluster: FakeCluster):
@@ -211,7 +212,7 @@ def test_sessions_of_a_dead_replica_go_on_at_another_one(coordinator: Coordinato
     look(coordinator)
     assert replicas_at(coordinator, "llm") == {"a": 1, "b": 1}
     (resumed,) = of(cluster.calls, "resume_session")
-    assert (resumed[1], resumed[2][0].goes_on) == ("llm", HEARD)
+    assert (resumed[1], resumed[2][0].resume_from) == ("llm", HEARD)
     buried = {stage: ends for _, stage, (ends,) in of(cluster.calls, "bury")}
     assert buried["vision_encoder"] == [("vision_encoder.image->llm.image", 0)]
     assert (cluster.peers, coordinator.problem) == (["llm.0-1"], "llm.0 started again after it has died")
@@ -299,11 +300,29 @@ def test_who_dies_while_a_session_opens_costs_that_session(coordinator: Coordina
     assert coordinator.sessions == ["a"]
 
 
-def test_who_holds_cameras_and_files_is_not_replaced(coordinator: Coordinator, cluster: FakeCluster):
+def test_stages_of_one_process_are_resumed_together(coordinator: Coordinator, cluster: FakeCluster):
+    coordinator.open_sessions(sessions("a", "b"))
+    cluster.actors["media.0"].is_dead = True
+    cluster.calls.clear()
+    look(coordinator)
+    settle(coordinator, cluster)
+    resumed = [(stage, plan.session.id) for _, stage, (plan, _) in of(cluster.calls, "resume_session")]
+    assert resumed == [("microphone", "a"), ("camera", "a"), ("microphone", "b"), ("camera", "b")]
+    assert coordinator.sessions == ["a", "b"]
+
+
+def test_sources_that_are_down_when_a_session_is_to_end_are_ended_when_they_are_back(
+    coordinator: Coordinator, cluster: FakeCluster
+):
     coordinator.open_sessions(sessions("a"))
-    cluster.actors["io.0"].is_dead = True
-    with pytest.raises(CoordinatorError, match=r"io\.0 has died"):
-        coordinator.poll()
+    cluster.starts_at_once = False
+    cluster.actors["media.0"].is_dead = True
+    coordinator.poll()
+    coordinator.end_session(SessionId("a"))
+    assert of(cluster.calls, "end_session") == []
+    cluster.actors["media.0"].is_up = True
+    settle(coordinator, cluster)
+    assert sorted(stage for _, stage, _ in of(cluster.calls, "end_session")) == ["camera", "microphone"]
 
 
 def test_in_virtual_time_a_run_is_whole_or_none(coordinator: Coordinator, cluster: FakeCluster):
@@ -313,23 +332,21 @@ def test_in_virtual_time_a_run_is_whole_or_none(coordinator: Coordinator, cluste
         coordinator.poll()
 
 
-def test_one_that_dies_again_and_again_for_no_reason_ends_the_run(coordinator: Coordinator, cluster: FakeCluster):
+def test_one_that_dies_again_and_again_is_started_again_each_time(coordinator: Coordinator, cluster: FakeCluster):
     coordinator.open_sessions(sessions("a"))
-    for number in range(1, MAX_DEATHS):
+    for number in range(1, 6):
         cluster.actors["tts.0"].is_dead = True
         coordinator.poll()
         settle(coordinator, cluster)
         assert len(cluster.peers) == number
-    cluster.actors["tts.0"].is_dead = True
-    with pytest.raises(CoordinatorError, match="that was 3 times within 10 minutes, and no other tts is there"):
-        coordinator.poll()
+    assert coordinator.sessions == ["a"]
 
 
 def test_where_another_replica_lives_the_run_goes_on_however_often_one_dies(
     coordinator: Coordinator, cluster: FakeCluster
 ):
     coordinator.open_sessions(sessions("a", "b"))
-    for number in range(1, 2 * MAX_DEATHS):
+    for number in range(1, 6):
         cluster.actors["llm.0"].is_dead = True
         coordinator.poll()
         settle(coordinator, cluster)
@@ -390,7 +407,7 @@ def test_one_that_comes_while_others_run_is_in_its_first_window_at_once(coordina
         coordinator.close_session(SessionId(name))
         cluster.clock.advance(0.7)
     cluster.calls.clear()
-    before, now_ns = cluster.actors["io.0"].num_batches, cluster.clock.now_ns()
+    before, now_ns = cluster.actors["media.0"].num_batches, cluster.clock.now_ns()
     reply = coordinator.begin_to_open(sessions("last")[0], lambda: None)
     poll_until(coordinator, cluster, lambda: reply.is_done)
     (origin_ns,) = [
@@ -398,7 +415,7 @@ def test_one_that_comes_while_others_run_is_in_its_first_window_at_once(coordina
     ]
     ends_after_ns = origin_ns + NS_PER_S - now_ns
     assert FIRST_WINDOW_NS <= ends_after_ns <= FIRST_WINDOW_NS + NS_PER_S + 250 * NS_PER_MS
-    assert cluster.actors["io.0"].num_batches - before <= 6
+    assert cluster.actors["media.0"].num_batches - before <= 6
 
 
 def test_a_session_at_which_a_stage_has_failed_too_often_is_reported_once_and_its_sources_end(

@@ -21,10 +21,12 @@ def by_name(*overrides: str) -> dict[str, Process]:
     return {process.name: process for process in processes_of(spec(*overrides))}
 
 
-def test_a_model_stage_has_a_process_and_light_ones_share_one():
+def test_a_model_stage_has_a_process_and_light_ones_share_some():
     processes = by_name()
-    assert set(processes) == {"vision_encoder.0", "audio_encoder.0", "llm.0", "tts.0", "vocoder.0", "io.0"}
-    assert set(processes["io.0"].stages) == {"camera", "microphone", "speaker", "events"}
+    models = {"vision_encoder.0", "audio_encoder.0", "llm.0", "tts.0", "vocoder.0"}
+    assert set(processes) == {*models, "media.0", "io.0"}
+    assert set(processes["media.0"].stages) == {"camera", "microphone"}
+    assert set(processes["io.0"].stages) == {"speaker", "events"}
 
 
 def test_every_replica_is_a_process_with_a_number():
@@ -33,30 +35,50 @@ def test_every_replica_is_a_process_with_a_number():
 
 
 def test_stages_that_share_a_process_may_have_several_of_it():
-    names = ("camera", "microphone")
-    processes = by_name(*(f"stages.{name}.{set_}" for name in names for set_ in ("process=media", "replicas=2")))
+    processes = by_name("stages.camera.replicas=2", "stages.microphone.replicas=2")
     media = [processes[f"media.{n}"] for n in range(2)]
+    names = {"camera", "microphone"}
     assert [(process.replica, set(process.stages), process.is_local) for process in media] == [
-        (n, set(names), True) for n in range(2)
+        (n, names, True) for n in range(2)
     ]
-    assert set(processes["io.0"].stages) == {"speaker", "events"}
+
+
+@pytest.mark.parametrize(
+    ("num_cameras", "num_cores", "num_processes"), [(1, 8, 1), (64, 8, 1), (65, 8, 2), (200, 8, 4), (200, 2, 2)]
+)
+def test_cameras_have_as_many_processes_as_they_need_and_there_are_cores(
+    num_cameras: int, num_cores: int, num_processes: int
+):
+    (camera,) = spec().cameras.values()
+    many = spec().with_cameras({f"camera{n}": camera for n in range(num_cameras)}, num_cores)
+    replicas = [process.name for process in processes_of(many) if process.group == "media"]
+    assert replicas == [f"media.{n}" for n in range(num_processes)]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [["stages.camera.replicas=1"], ["stages.camera.process=io", "stages.microphone.process=io"]],
+)
+def test_what_says_how_many_it_has_or_shares_its_process_with_others_keeps_to_that(written: list[str]):
+    (camera,) = spec().cameras.values()
+    many = spec(*written).with_cameras({f"camera{n}": camera for n in range(200)}, num_cores=8)
+    assert {many.stages[name].replicas for name in ("camera", "microphone")} == {1}
 
 
 def test_light_stages_may_be_taken_apart():
     processes = by_name("stages.speaker.process=null", "stages.events.process=notes")
-    assert set(processes["io.0"].stages) == {"camera", "microphone"}
     assert set(processes["notes.0"].stages) == {"events"}
     assert set(processes["speaker.0"].stages) == {"speaker"}
 
 
 def test_what_opens_files_and_devices_stays_here():
     processes = by_name("stages.speaker.process=null")
-    assert {name for name, process in processes.items() if process.is_local} == {"io.0", "speaker.0"}
+    assert {name for name, process in processes.items() if process.is_local} == {"media.0", "io.0", "speaker.0"}
 
 
 def test_a_shared_process_asks_for_what_its_stages_ask_together():
-    processes = by_name("stages.camera.cpus=0.5", "stages.speaker.resources.sound=1")
-    assert processes["io.0"].resources == {"CPU": 1.25, "sound": 1.0}
+    processes = by_name("stages.camera.cpus=0.5", "stages.microphone.resources.site=1")
+    assert processes["media.0"].resources == {"CPU": 0.75, "site": 1.0}
 
 
 def test_a_replica_asks_for_its_stage_s_resources():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from deploy.actor.session_plan import Listener, SessionPlan
 from deploy.control.calls import ActorDied, Reply, Steps, answered, failed
-from deploy.control.recovery import Going, announce, redirect, reopen
+from deploy.control.recovery import Resumption, announce, redirect, reopen
 from graph.chunk import Scalar, SessionId
 from graph.spec import PipelineSpec, default_spec_path
 from graph.tail import Ack
@@ -28,25 +29,29 @@ class Written:
     dead: tuple[str, ...] = ()
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     plans: dict[str, SessionPlan] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)  # what they know of the listener
 
-    def resume(self, stage: str, going: Going, plan: SessionPlan) -> Reply[None]:
-        self.plans[stage] = plan
-        self.calls.append(("resume", stage, going.replicas[stage]))
-        return answered(stage, None)
+    def resume(self, resumed: Resumption, plans: Mapping[str, SessionPlan]) -> Reply[None]:
+        self.plans |= plans
+        self.calls += [("resume", stage, resumed.replicas[stage]) for stage in plans]
+        return answered("", None)
 
-    def listener(self, stage: str, going: Going) -> Reply[Listener | None]:
-        return answered(stage, None if stage in self.gone else HEARD)
-
-    def reroute(self, stage: str, going: Going, edge: str, target: int) -> Reply[bool]:
-        self.calls.append(("reroute", stage, going.replicas[stage], edge.partition(".")[2], target))
+    def listener(self, stage: str, resumed: Resumption) -> Reply[Listener | None]:
+        self.asked.append(stage)
         if stage in self.dead:
             return failed(ActorDied(stage))
-        return answered(stage, stage not in self.gone)
+        return answered(stage, None if stage in self.gone else HEARD)
 
-    def end_input(self, stage: str, going: Going, edge: str) -> None:
-        self.calls.append(("end_input", stage, going.replicas[stage], edge.partition(".")[2]))
+    def reroute(self, stage: str, resumed: Resumption, edge: str, target: int) -> Reply[int | None]:
+        self.calls.append(("reroute", stage, resumed.replicas[stage], edge.partition(".")[2], target))
+        if stage in self.dead:
+            return failed(ActorDied(stage))
+        return answered(stage, 5 if stage in self.gone else None)
 
-    def tell(self, stage: str, going: Going, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]:
+    def end_input(self, stage: str, resumed: Resumption, edge: str, num_windows: int) -> None:
+        self.calls.append(("end_input", stage, resumed.replicas[stage], edge.partition(".")[2], num_windows))
+
+    def tell(self, stage: str, resumed: Resumption, kind: str, attrs: dict[str, Scalar], *, cuts: bool) -> Reply[None]:
         self.calls.append(("tell", stage, kind, attrs["actor"], cuts))
         return answered(stage, None)
 
@@ -56,9 +61,9 @@ def spec() -> PipelineSpec:
     return load_spec(default_spec_path(), ["stages.llm.replicas=2"])
 
 
-def going(spec: PipelineSpec, **fields: object) -> Going:
+def resumption(spec: PipelineSpec, **fields: object) -> Resumption:
     session = Session(DOOR, "door", "test://pattern", **fields)  # type: ignore[arg-type]
-    return Going(session, {**dict.fromkeys(spec.stages, 0), "llm": 1}, incarnation=7)
+    return Resumption(session, {**dict.fromkeys(spec.stages, 0), "llm": 1}, incarnation=7)
 
 
 def all_of(steps: Steps[Any]) -> None:
@@ -67,15 +72,16 @@ def all_of(steps: Steps[Any]) -> None:
         assert all(reply.is_done for reply in replies)
 
 
-def recover(written: Written, spec: PipelineSpec, stage: str, going: Going) -> None:
-    all_of(reopen(written, spec, stage, [going]))
-    redirected = redirect(written, spec, stage, going)
-    all_of(announce(written, spec, stage, going, "llm.0", redirected))
+def recover(written: Written, spec: PipelineSpec, stages: str, resumed: Resumption) -> None:
+    """stages: of one process, downstream first."""
+    all_of(reopen(written, spec, stages.split(), [resumed]))
+    redirected = redirect(written, spec, stages.split(), resumed)
+    all_of(announce(written, spec, stages.split(), resumed, "llm.0", redirected))
 
 
-def recovered(spec: PipelineSpec, stage: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
+def recovered(spec: PipelineSpec, stages: str, gone: tuple[str, ...] = (), **fields: object) -> Written:
     written = Written(gone)
-    recover(written, spec, stage, going(spec, **fields))
+    recover(written, spec, stages, resumption(spec, **fields))
     return written
 
 
@@ -89,9 +95,9 @@ def test_a_session_is_open_and_its_clock_runs_before_anything_is_sent_there(spec
     ]
 
 
-def test_it_goes_on_with_what_is_known_of_its_listener(spec: PipelineSpec) -> None:
+def test_it_is_resumed_with_what_is_known_of_its_listener(spec: PipelineSpec) -> None:
     plan = recovered(spec, "llm").plans["llm"]
-    assert plan.goes_on == HEARD
+    assert plan.resume_from == HEARD
     assert plan.peers["llm.text->tts.text"] == 0
     assert plan.incarnation == 7
 
@@ -104,16 +110,16 @@ def test_where_nothing_is_said_nothing_is_cut_off(spec: PipelineSpec) -> None:
 def test_what_has_ended_before_it_is_ended_for_it(spec: PipelineSpec) -> None:
     calls = recovered(spec, "llm", gone=("vision_encoder", "audio_encoder")).calls
     assert [call for call in calls if call[0] == "end_input"] == [
-        ("end_input", "llm", 1, "image->llm.image"),
-        ("end_input", "llm", 1, "audio->llm.audio"),
+        ("end_input", "llm", 1, "image->llm.image", 5),
+        ("end_input", "llm", 1, "audio->llm.audio", 5),
     ]
 
 
 def test_nothing_is_ended_for_a_neighbour_that_is_dead_as_well(spec: PipelineSpec) -> None:
     written = Written(gone=("audio_encoder",), dead=("vision_encoder",))
-    recover(written, spec, "llm", going(spec))
+    recover(written, spec, "llm", resumption(spec))
     assert [call for call in written.calls if call[0] == "end_input"] == [
-        ("end_input", "llm", 1, "audio->llm.audio"),
+        ("end_input", "llm", 1, "audio->llm.audio", 5),
     ]
 
 
@@ -125,12 +131,36 @@ def test_a_session_without_ears_asks_no_ears(spec: PipelineSpec) -> None:
 def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
     spec = load_spec(default_spec_path(), ["stages.tts.replicas=0"])
     written = Written()
-    silent = Going(Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0), incarnation=7)
+    silent = Resumption(
+        Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0), incarnation=7
+    )
     recover(written, spec, "llm", silent)
-    assert written.plans["llm"].goes_on == Listener(Ack(0), 0)
+    assert written.plans["llm"].resume_from == Listener(Ack(0), 0, is_known=False)
     assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)
 
 
 def test_where_nobody_listens_to_events_speech_is_cut_off_all_the_same(spec: PipelineSpec) -> None:
     deaf = replace(spec, edges=tuple(edge for edge in spec.edges if edge.kind.name != "events"))
     assert recovered(deaf, "vocoder").calls[-1] == ("tell", "speaker", "recovered", "llm.0", True)
+
+
+def test_stages_of_one_process_are_resumed_together_and_send_one_another_nothing_before(spec: PipelineSpec) -> None:
+    calls = recovered(spec, "events speaker microphone camera").calls
+    assert calls[:4] == [("resume", stage, 0) for stage in ("events", "speaker", "microphone", "camera")]
+    rerouted = {call[1:4] for call in calls if call[0] == "reroute"}
+    assert rerouted == {("vocoder", 0, "speech->speaker.speech"), ("llm", 1, "events->events.events")}
+
+
+def test_where_the_listener_was_is_dead_those_are_asked_that_have_heard_of_him(spec: PipelineSpec) -> None:
+    written = recovered(spec, "events speaker")
+    assert set(written.asked) == {"llm", "tts", "vocoder", "camera"}
+    assert written.plans["speaker"].resume_from == HEARD
+    assert recovered(spec, "llm").asked == ["speaker"]
+    written = Written(dead=("speaker",))  # which nobody has buried yet
+    recover(written, spec, "tts", resumption(spec))
+    assert (written.asked[0], set(written.asked[1:])) == ("speaker", {"llm", "vocoder", "camera"})
+
+
+def test_what_the_dead_speaker_had_and_nobody_has_heard_is_cut_off(spec: PipelineSpec) -> None:
+    assert recovered(spec, "events speaker").calls[-1] == ("tell", "speaker", "recovered", "llm.0", True)
+    assert recovered(spec, "microphone camera").calls[-1] == ("tell", "speaker", "recovered", "llm.0", False)

@@ -262,7 +262,8 @@ HEARD = Listener(Ack(3 * NS_PER_S, heard_ns=NS_PER_S, received_ns=2 * NS_PER_S, 
 def go_on(house: House, stage: str = "llm") -> StageRunner:
     """Session `door` goes on at this stage."""
     runner = house.runners[stage]
-    runner.open_session(house.plan(stage, session_of("door", paced=True), goes_on=HEARD))
+    session = session_of("door", paced=True, resume_ns=house.clock.monotonic_ns())
+    runner.open_session(house.plan(stage, session, resume_from=HEARD))
     runner.begin_session(DOOR, 0)
     return runner
 
@@ -317,7 +318,7 @@ def test_an_input_that_nobody_is_left_to_end_is_ended(build, clock: ManualClock)
     house = build({"llm": Echo()}, (SOUND, SPOKEN))
     clock.advance(3.4)
     runner = go_on(house)
-    runner.end_input(DOOR, SOUND)
+    runner.end_input(DOOR, SOUND, 3)
     runner.step()
     assert runner.snapshot().sessions == {}
 
@@ -333,10 +334,10 @@ def test_a_session_is_sent_to_another_replica_which_knows_nothing_of_it(build, c
     house.bus.bury(house.senders[SOUND])
     runner.step()
     assert house.senders[SOUND].num_waiting == 1
-    assert runner.reroute(DOOR, SOUND, 1)
+    assert runner.reroute(DOOR, SOUND, 1) is None
     assert [chunk.type for chunk in sink.chunks] == [ChunkType.DATA, ChunkType.WATERMARK]
     assert begun_anew == ["door"]
-    assert not runner.reroute(YARD, SOUND, 1), "it has ended here"
+    assert runner.reroute(YARD, SOUND, 1) == 0, "it is not open here"
 
 
 def test_an_end_that_is_told_again_by_who_takes_a_dead_ones_place_counts_once(build, clock: ManualClock):

@@ -86,10 +86,10 @@ def test_who_has_gone_on_for_a_minute_is_cleared() -> None:
     suspects = Suspects(clock)
     suspects.died("llm", [A])
     clock.advance(300.0)  # as long as a large checkpoint takes to load
-    assert suspects.goes_on("llm", A)
+    assert suspects.is_suspect("llm", A)
     clock.advance(CLEARED_AFTER_S + 1)
     assert suspects.died("llm", [A]) == []
-    assert suspects.goes_on("llm", A)
+    assert suspects.is_suspect("llm", A)
     clock.advance(CLEARED_AFTER_S - 1)
     assert suspects.died("llm", [A]) == [A]
 

@@ -40,4 +40,4 @@ def test_the_run_is_seen_as_it_was(prometheus: PrometheusServer) -> None:
     ready = prometheus.query('omni_replicas{state="ready"} == 1')
     assert {"camera", "vision_encoder", "llm", "vocoder", "speaker"} <= {sample.labels["stage"] for sample in ready}
     up = {sample.labels["instance"].removesuffix("/0") for sample in prometheus.query("up == 1")}
-    assert up == {"coordinator", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
+    assert up == {"coordinator", "media", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}

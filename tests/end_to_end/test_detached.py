@@ -22,7 +22,7 @@ PIECES = (b"Hunter2", b"zzy", b"Hunter2%2Fxy%23zzy")
 NOBODY = "127.0.0.1:9"  # discard: no camera is there
 GATE = f"rtsp://me:${{env:GATE_PASSWORD}}@{NOBODY}/live?t=${{env:GATE_PASSWORD}}"
 
-PROCESSES = {"coordinator", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
+PROCESSES = {"coordinator", "media", "io", "vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,15 +312,52 @@ def test_a_run_in_which_an_actor_hangs_ends_in_order_with_its_ledger(with_stoppe
     assert is_exact(run)
 
 
-def test_whoever_holds_the_cameras_ends_the_run_with_its_name(fresh: Place) -> None:
-    process = fresh.start("up", *YARD, "--out", "run")
-    fresh.wait_for_window(1)
-    kill(fresh, process.pid, "io.0")
-    run = fresh.finish(process)
-    assert run.returncode == 1
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
-    assert line.startswith("pipeline: io.0 has died")
-    assert fresh.leftovers() == []
+@pytest.fixture(scope="module")
+def with_dead_sources_and_speaker(tmp_path_factory: pytest.TempPathFactory, cache: Path, clip: Path) -> Iterator[Run]:
+    """What holds the cameras is killed, then what holds speaker and files."""
+    with new_place(tmp_path_factory.mktemp("project"), cache) as place:
+        cameras = ("--camera", f"door={clip}", *YARD, "--camera", "hall=synthetic://room?seed=7&events=busy")
+        process = place.start("up", *cameras, "--out", "run")
+        for number, name in enumerate(("media.0", "io.0")):
+            place.wait_for_window(3 + 6 * number)
+            kill(place, process.pid, name)
+        place.wait_for_window(17)
+        process.send_signal(signal.SIGINT)
+        yield place.finish(process)
+        assert place.leftovers() == []
+
+
+def test_whatever_holds_cameras_speaker_and_files_is_replaced_and_the_run_ends_as_asked(
+    with_dead_sources_and_speaker: Run,
+) -> None:
+    run = with_dead_sources_and_speaker
+    assert run.returncode == 130, run.stderr
+    for name in ("media.0", "io.0"):
+        assert f"{name} has died" in run.stderr
+        assert f"  {name} ready again" in run.stderr
+    assert is_exact(run), run.ledger()
+
+
+def test_each_window_is_named_once_whatever_has_died(with_dead_sources_and_speaker: Run) -> None:
+    for session in ("yard", "hall"):
+        indexes = [window["index"] for window in with_dead_sources_and_speaker.windows(session)]
+        assert indexes == list(range(len(indexes)))
+
+
+def test_cameras_and_microphones_deliver_again_where_they_would_be_now(with_dead_sources_and_speaker: Run) -> None:
+    windows = with_dead_sources_and_speaker.windows("yard")
+    assert windows[2]["missing"] == [] == windows[16]["missing"], "before and behind"
+    assert any(window["missing"] for window in windows[3:14])
+    assert [e["actor"] for e in with_dead_sources_and_speaker.events("yard", "recovered")] == ["media.0", "io.0"]
+
+
+def test_what_the_dead_speaker_recorded_is_kept_and_the_recording_goes_on(with_dead_sources_and_speaker: Run) -> None:
+    run = with_dead_sources_and_speaker
+    (event,) = run.events("hall", "recording_continues")
+    assert event["file"] == "hall.2.wav"
+    with wave.open(str(run.out / "hall.wav")) as first, wave.open(str(run.out / "hall.2.wav")) as second:
+        assert first.getnframes() / first.getframerate() > 5
+        assert second.getnframes() / second.getframerate() > 5
 
 
 def test_while_an_actor_is_slow_a_session_sheds_pictures_and_names_them(fresh: Place) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from deploy.actor.accounts import EdgeEnds
 from deploy.actor.plan import ActorPlan, Address, Answer, Report
 from deploy.actor.plan import Call as Posted
-from deploy.actor.session_plan import Listener, SessionSnapshot, StageSnapshot
+from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
 from deploy.actor.suspects import Work, note_path, read_note
 from deploy.control.calls import ActorDied
 from deploy.control.coordinator import Coordinator
@@ -81,10 +81,15 @@ class FakeActor:
             case "reroute" | "tell" | "end_input" | "close_session" | "end_session":
                 self.calls.append((method, arguments[0], arguments[1:]))
                 self.sessions -= {arguments[1]} if method == "close_session" else set()
-                return Answer(method == "reroute")
-            case "open_sessions" | "begin_sessions" | "resume_session":
+                return Answer()
+            case "resume_session":
+                plans, origin_ns = arguments
+                self.calls += [(method, stage, (plan, origin_ns)) for stage, plan in plans.items()]
+                answers = [self._opened(stage, [plan]) for stage, plan in plans.items()]
+                return next((answer for answer in answers if answer.error is not None), Answer())
+            case "open_sessions" | "begin_sessions":
                 self.calls.append((method, arguments[0], arguments[1:]))
-                return self._opened(method, *arguments)
+                return self._opened(arguments[0], arguments[1] if method == "open_sessions" else [])
         return Answer()
 
     def _snapshot(self, seen: Mapping[SessionId, SessionSnapshot]) -> StageSnapshot:
@@ -97,12 +102,11 @@ class FakeActor:
             given_up_before=self.given_up_before,
         )
 
-    def _opened(self, method: str, stage: str, what: Any, *_: object) -> Answer:
+    def _opened(self, stage: str, plans: Sequence[SessionPlan]) -> Answer:
         if stage == self.full_at:
             return Answer(error=StageError("no room"))
         if stage == self.faulty_at:
             return Answer(error=KeyError("a fault"))
-        plans = {"open_sessions": what, "resume_session": [what]}.get(method, [])
         self.sessions |= {plan.session.id for plan in plans}
         return Answer()
 
