@@ -29,6 +29,7 @@ class Figures:
     num_deaths: int = 0  # of actors
     num_underruns: int = 0
     num_pieces: int = 0
+    unsaid: set[SessionId] = field(default_factory=set)  # sessions that ended with something left to say, unheard
     unheard_max_ns: int = 0
     wasted_tokens: list[float] = field(default_factory=list)
 
@@ -43,6 +44,7 @@ class Figures:
         self.num_deaths += other.num_deaths
         self.num_underruns += other.num_underruns
         self.num_pieces += other.num_pieces
+        self.unsaid |= other.unsaid
         self.unheard_max_ns = max(self.unheard_max_ns, other.unheard_max_ns)
         self.wasted_tokens += other.wasted_tokens
 
@@ -79,7 +81,8 @@ class VirtualMeter:
     def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...
     def unit_done(self, session: Session, end_ns: int) -> None: ...
     def moved(self, session: Session, level: int) -> None: ...
-    def unsaid(self, session: Session) -> None: ...
+    def unsaid(self, session: Session) -> None:
+        self._figures.unsaid.add(session.id)
 
     def failed(self, session: Session, error: Exception, where: str) -> None:
         """Nothing of ours may raise, but for what a scenario spoils."""

@@ -296,9 +296,9 @@ class Simulation:
             invariants.violated("every window ends", f"{num_ended} of {num_due} windows of {session} have come to it")
 
     def _check_said(self) -> None:
-        if self._faults.num_hung:  # of a listener behind one that hangs nobody hears, and what waits is given up
-            return
         excused = {chunk.session for chunk in self._events.chunks if self._says_what_is_lost(chunk)}
+        if self._faults.num_hung:  # the trace that names it may have been lost with the one that hung; it is counted
+            excused |= self.figures.unsaid
         for actor in self._living():
             for name, runner in actor.runners.items():
                 for session in runner.stage.unsaid if isinstance(runner.stage, Costly) else ():
