@@ -7,8 +7,10 @@ an edge together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal, get_args
+
+from graph.value import value
 
 Reason = Literal["late", "shed", "stale", "overflow", "crash", "failed", "invalid"]
 """shed: given up under overload, or its session was closed while it was under way. failed: the stage that had it raised
@@ -16,7 +18,7 @@ at it, or had given its session up. invalid: the receiver could not read it."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Account:
     """The sums of one edge. `in_flight` is what is not accounted for yet: 0 once the edge is drained."""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
+from typing import Final
 
 from graph.chunk import AFTERWORD, MAX_IN_TRACE, Chunk, Failure, Span, Trace
 from graph.value import value
 from graph.window import Unit
+
+_PLACE: Final = attrgetter("finished_ns", "received_ns", "stage")  # of a span
 
 
 @value
@@ -27,7 +31,7 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
     """
     views = _missing_views(unit)
     inherited_failures = (failure for trace in unit.traces.values() for failure in trace.failures)
-    all_spans = {s for trace in unit.traces.values() for s in trace.spans} | {*spans}
+    all_spans = {*spans}.union(*[trace.spans for trace in unit.traces.values()])
     inherited = {name for trace in unit.traces.values() for name in trace.missing}
     # A stage that had nothing to work on has nothing to give, even if it sends something (the voice, say). One that had
     # all, and gave nothing, has decided so (as one does that lets pass only what moves).
@@ -38,7 +42,7 @@ def leave_stage(unit: Unit, *spans: Span, failures: Iterable[Failure] = ()) -> T
     return Trace(
         digest=digest_of(unit),
         missing=tuple(sorted((unit.awaited - views).union(sensed_missing or (inherited if _says(unit) else ())))),
-        spans=tuple(sorted(all_spans, key=lambda s: (s.finished_ns, s.received_ns, s.stage))[-MAX_IN_TRACE:]),
+        spans=tuple(sorted(all_spans, key=_PLACE)[-MAX_IN_TRACE:]),
         failures=tuple(dict.fromkeys([*inherited_failures, *failures]))[-MAX_IN_TRACE:],
         missing_views=tuple(sorted(views))[:MAX_IN_TRACE],
     )

@@ -8,14 +8,15 @@ done with (`Sender.bury()`), who received from it says how much has come (`Recei
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from graph.ledger import Account, Reason, merge
+from graph.value import value
 
 NOTHING = Account()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EdgeEnds:
     """One actor's ends of one edge, over all replicas of the other stage. arrived: data chunks, by who sent them."""
 

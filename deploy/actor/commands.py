@@ -73,7 +73,8 @@ class Ends:
 
     @staticmethod
     def _ends_of(senders: Sequence[Sender], receiver: Receiver | None) -> EdgeEnds:
-        sent = merge(sender.account() for sender in senders) if senders else NOTHING
+        accounts = [sender.account() for sender in senders]
+        sent = merge(accounts) if len(accounts) > 1 else next(iter(accounts), NOTHING)
         if receiver is None:
             return EdgeEnds(sent)
         return EdgeEnds(sent, receiver.account(), {peer.decode(): number for peer, number in receiver.arrived.items()})

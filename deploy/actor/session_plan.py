@@ -9,6 +9,7 @@ from typing import Any
 from graph.chunk import SessionId
 from graph.kinds import Kind
 from graph.tail import Ack
+from graph.value import value
 from graph.window import Input
 from stages.stage import Session, SourceId, SourceReport
 
@@ -83,7 +84,7 @@ class SessionPlan:
     alone_for: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SessionSnapshot:
     """A session at one stage: windows that are through, and how many of them came late (known at the sink only)."""
 
@@ -91,7 +92,7 @@ class SessionSnapshot:
     num_late: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StageSnapshot:
     """What a stage replica has done and has before it.
 

@@ -139,9 +139,9 @@ class Fleet:
         again may still owe its windows."""
         if not placement.is_open or placement.absent or placement.in_hand:
             return False
-        replicas = [self.replica(stage, n) for stage, n in placement.replicas.items()]
-        there = [living for living in replicas if living is not None]
-        return bool(there) and all(self._has_left(placement, living) for living in there)
+        replicas = (self.replica(stage, n) for stage, n in placement.replicas.items())
+        have_left = (self._has_left(placement, living) for living in replicas if living is not None)
+        return next(have_left, False) and all(have_left)
 
     def _has_left(self, placement: Placement, living: Living) -> bool:
         stages = self.snapshots.get(living.process.name, {})

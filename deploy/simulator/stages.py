@@ -85,7 +85,7 @@ class Costly(Stage):
 
     def _is_spoilt(self, unit: Unit) -> bool:
         """The same each time that it is tried."""
-        return Random(f"{type(self).__name__} {unit.session} {unit.index}").random() < self.spoils
+        return self.spoils > 0 and Random(f"{type(self).__name__} {unit.session} {unit.index}").random() < self.spoils
 
     def _spoil(self, spoilt: list[Unit], units: list[Unit]) -> None:
         if spoilt == units:  # else those beside it are tried again
