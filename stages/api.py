@@ -52,7 +52,8 @@ from stages.kinds import (
     Said,
 )
 from stages.rates import CODES_PER_S, SOUND_RATE_HZ, SPEECH_RATE_HZ
-from stages.stage import BatchLost, Session, Site, Source, Stage, StageError
+from stages.session import Session
+from stages.stage import BatchLost, Site, Source, Stage, StageError
 
 __all__ = [
     "AUDIO",

@@ -15,7 +15,8 @@ from graph.window import Unit
 from stages.inference import inference
 from stages.kinds import AUDIO, SOUND
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Session, Site, Stage, moving
+from stages.session import Session
+from stages.stage import Site, Stage, moving
 
 if TYPE_CHECKING:
     import torch

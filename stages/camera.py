@@ -14,7 +14,8 @@ from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.media.feed_buffer import Notice
 from stages.media.health import Totals
 from stages.media.wire import TrackName
-from stages.stage import Session, Site, SourceId, StageError, View
+from stages.session import Session, View
+from stages.stage import Site, SourceId, StageError
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ from graph.window import Unit
 from stages.disk import Disk, is_removed
 from stages.kinds import EVENTS
 from stages.light import LightOptions
-from stages.stage import Session, Stage, StageError
+from stages.session import Session
+from stages.stage import Stage, StageError
 
 WINDOW_EVENT = "window"
 SAID_EVENT = "said"  # by the model, at its window's end

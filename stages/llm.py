@@ -20,7 +20,8 @@ from stages.audio_encoder import VOICE_ROLE
 from stages.events import SAID_EVENT
 from stages.inference import inference
 from stages.kinds import AUDIO, EVENTS, IMAGE, PLAYBACK, TEXT, Said
-from stages.stage import BatchLost, Session, Site, Stage, StageError, session_seed
+from stages.session import Session
+from stages.stage import BatchLost, Site, Stage, StageError, session_seed
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from stages.kinds import SOUND
 from stages.light import SESSIONS_PER_REPLICA, MediaOptions
 from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Session, Site, View
+from stages.session import Session, View
+from stages.stage import Site
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class Microphone(FeedStage[_Open]):
         return cls(Feeds.of(site))
 
     def views_of(self, session: Session) -> list[View]:
-        return [view for view in session.each_view if view.name == session.heard]
+        return [view for view in session.media.views if view.name == session.media.heard]
 
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._heard(session)

@@ -22,7 +22,8 @@ from stages.disk import Disk
 from stages.kinds import EVENTS, PLAYBACK, SPEECH
 from stages.light import LightOptions
 from stages.rates import SPEECH_RATE_HZ
-from stages.stage import TICK_NS, ListenerAction, Session, Site, Stage, StageError
+from stages.session import ListenerAction, Session
+from stages.stage import TICK_NS, Site, Stage, StageError
 from stages.wav import Output, OutputEvent, QueuedOutput
 
 ACK_PERIOD_NS = 100 * NS_PER_MS

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import StageCost
-from graph.ladder import Level, Step
 from graph.sections import StageOptions
 from graph.stage_type import Out, Scope, outputs_of
-from graph.tail import Ack, Playback
+from graph.tail import Ack
 from graph.window import Unit
+from stages.session import Session, View
 
 T = TypeVar("T")
 TICK_NS = 10 * NS_PER_MS
@@ -53,101 +53,6 @@ def moving(start_anew: Callable[[], None]) -> Iterator[None]:
 
 class MissingDependency(StageError):
     """A stage needs something that is not installed here."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListenerAction:
-    """Something the listener does, at an event time: stop listening, go on, or interrupt."""
-
-    at_ns: int
-    kind: Literal["pause", "resume", "barge_in"]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One of the pictures of a camera that has several, or its only one: its name is "" then.
-
-    masked_source: as it may be shown; "": as `mask_source` shows it. from_ns: event time from which on it is watched.
-    """
-
-    name: str
-    source: str = field(repr=False)
-    masked_source: str = ""
-    from_ns: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What a stage is told when a session opens. All times are ns on the session's event-time axis.
-
-    id:          usually one camera with its microphone.
-    pictures, microphone, speech: whether there is somebody to see, to hear and to speak (a checkpoint may lack parts).
-    playback:    the listener as the sink's Acks describe it; kept up to date by the actor, read by the stage.
-    ladder, level: what the session may shed, and how far down it is; kept up to date likewise.
-    duration_ns: how long the sources run; None: as long as they can.
-    resume_ns:   the event time from which a replica resumes it that takes the place of one that has died; None: it
-                 begins. What was before is past: a source makes nothing of it, and what lies in files is kept.
-    masked_source: the source as it may be shown; "": as `mask_source` shows it.
-    views:       what it sees, where it has not just `source`. heard: the view whose sound the microphone hears.
-    paced:       real time; False: virtual time, as fast as the stages can (`--speed max`).
-    """
-
-    id: SessionId
-    camera: str
-    source: str = field(default="", repr=False)
-    fps: float = 1.0
-    max_pixels: int = 4 * 448 * 448
-    pictures: bool = True
-    microphone: bool = True
-    speech: bool = True
-    window_ns: int = 1_000_000_000
-    lateness_ns: int = 150_000_000
-    lead_ns: int = 1_000_000_000
-    delay_ns: int = 300_000_000
-    duration_ns: int | None = None
-    resume_ns: int | None = None
-    paced: bool = True
-    listener: tuple[ListenerAction, ...] = ()
-    out: Path | None = None
-    masked_source: str = ""
-    playback: Playback = field(default_factory=Playback)
-    ladder: tuple[Step, ...] = ()
-    level: Level = field(default_factory=Level)
-    views: tuple[View, ...] = ()
-    heard: str = ""
-
-    @property
-    def each_view(self) -> tuple[View, ...]:
-        """Its views; of a camera that has one source only, that one, without a name."""
-        return self.views or (View("", self.source, self.masked_source),)
-
-    def of_view(self, view: View) -> Session:
-        """The session as if this view were all that there is."""
-        microphone = self.microphone and view.name == self.heard
-        source = {"source": view.source, "masked_source": view.masked_source}
-        return replace(self, **source, views=(), microphone=microphone)  # type: ignore[arg-type]
-
-    def with_view(self, view: View) -> Session:
-        """The session with this view, in the place of one of its name."""
-        return replace(self, views=(*self.without_view(view.name).views, view))
-
-    def without_view(self, name: str) -> Session:
-        return replace(self, views=tuple(view for view in self.each_view if view.name != name))
-
-    @property
-    def begin_ns(self) -> int:
-        """The event time from which this replica has it."""
-        return max(self.resume_ns or 0, 0)
-
-    @property
-    def begin_index(self) -> int:
-        """The window which that lies in."""
-        return self.begin_ns // self.window_ns
-
-    @property
-    def taken(self) -> tuple[Step, ...]:
-        """The steps of the shedding ladder that are taken now."""
-        return self.ladder[: self.level.num_steps]
 
 
 class SourceId(NamedTuple):
@@ -276,7 +181,7 @@ class Stage:
         """For sources: stop; the stream ends with the window of `now_ns`."""
 
     def add_view(self, session: Session, view: View, now_ns: int) -> None:
-        """For sources: the camera has another view, one of `session.views`. Raises StageError where that can't be."""
+        """For sources: the camera has another view, one of `session.media.views`. Raises StageError where it can't."""
 
     def remove_view(self, session: SessionId, view: str, now_ns: int) -> None:
         """For sources: the camera has one view less; its stream ends with the window of `now_ns`."""
@@ -359,7 +264,7 @@ class Source(Stage):
 
     def _streams(self, state: _Making) -> list[tuple[Out, str]]:
         """What leaves window by window: by port, and of one with many by view."""
-        views = [view.name for view in state.session.each_view]
+        views = [view.name for view in state.session.media.views]
         ports = [port for port in outputs_of(type(self)) if port.kind.is_windowed]
         return [(port, view) for port in ports for view in (views if port.many else [""])]
 

@@ -16,7 +16,8 @@ from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from stages.inference import inference
 from stages.kinds import CODES, PLAYBACK, TEXT, Said
-from stages.stage import Session, Site, Stage, moving, session_seed
+from stages.session import Session
+from stages.stage import Site, Stage, moving, session_seed
 
 if TYPE_CHECKING:
     from model_shards.tts import Talker, TalkerInput, TalkerState

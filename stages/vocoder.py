@@ -19,7 +19,8 @@ from graph.window import Unit
 from stages.inference import inference
 from stages.kinds import CODES, PLAYBACK, SPEECH
 from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
-from stages.stage import Session, Site, Stage, StageError, moving, session_seed
+from stages.session import Session
+from stages.stage import Site, Stage, StageError, moving, session_seed
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,8 @@ from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import SessionPlan
 from graph.chunk import Scalar, SessionId
 from graph.edge import EdgeObserver, EdgeRule, Receiver, Sender
-from graph.ladder import Level
 from graph.ledger import merge
-from graph.tail import Playback
+from stages.session import Mailbox
 
 
 class EdgeBus(Protocol):
@@ -182,7 +181,7 @@ class Commands:
 def _own(plan: SessionPlan) -> SessionPlan:
     """A stage knows of a session what it was told itself, and nothing of what others in its process were: what comes
     in one batch of calls is one object for all of them."""
-    return replace(plan, session=replace(plan.session, playback=Playback(), level=Level()))
+    return replace(plan, session=replace(plan.session, mailbox=Mailbox()))
 
 
 def _portable(error: Exception) -> Exception:

@@ -13,7 +13,8 @@ from graph.kinds import Kind
 from graph.metrics import CameraMetrics, Metrics, PlaybackMetrics, TurnMetrics, WindowMetrics
 from graph.stage_type import outputs_of
 from stages.media.health import Totals
-from stages.stage import Session, SourceId, Stage
+from stages.session import Session
+from stages.stage import SourceId, Stage
 
 RECONNECT_REASONS = ("missing", "unreadable", "refused", "timeout", "closed", "crashed", "limit")
 
@@ -86,7 +87,7 @@ class StageMeter:
             playback=metrics.playback(camera) if self._speaks else None,
             windows=metrics.windows(camera, tuple(ended), self._stages) if ended is not None else None,
         )
-        for view in session.each_view if self._camera is not None else ():
+        for view in session.media.views if self._camera is not None else ():
             self._view(session, view.name)
 
     def closed(self, session: Session) -> None:

@@ -15,7 +15,8 @@ from graph.codec import CodecError, check
 from graph.kinds import Kind, KindError
 from graph.ladder import sheds_picture
 from graph.tail import totals_of
-from stages.stage import Session, StageError
+from stages.session import Session
+from stages.stage import StageError
 
 
 class OutMeter(Protocol):
@@ -68,7 +69,7 @@ class Outbox:
         for name, output in state.plan.outputs.items():
             if not output.kind.is_control and not (says_itself and output.kind.is_windowed):
                 epoch = state.fence.epoch_of(output.kind)
-                for view in [each.name for each in state.session.each_view] if output.is_many else [""]:
+                for view in [each.name for each in state.session.media.views] if output.is_many else [""]:
                     self.send(state, end_of_stream(state.session.id, name, end_ns, epoch, view))
 
     def _send_control(self, state: OpenSession, chunk: Chunk) -> None:
@@ -126,7 +127,7 @@ class Outbox:
         if output is None:
             has = ", ".join(sorted(state.plan.outputs)) or "none"
             raise StageError(f"stage {self._stage} has no output {chunk.stream!r}; it has: {has}")
-        if output.is_many and chunk.view not in (views := [view.name for view in state.session.each_view]):
+        if output.is_many and chunk.view not in (views := [view.name for view in state.session.media.views]):
             has = ", ".join(views) if any(views) else "one only, without a name"
             where = f"stage {self._stage}, port {chunk.stream}"
             raise StageError(f"{where}: camera {state.session.camera} has no view {chunk.view!r}; it has: {has}")

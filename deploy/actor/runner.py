@@ -36,7 +36,8 @@ from graph.ledger import Reason
 from graph.schedule import Schedule
 from graph.trace import leave_stage
 from graph.window import NOTHING, Joined, Unit, WindowJoin
-from stages.stage import TICK_NS, Session, Stage, StageError, View
+from stages.session import Session, View
+from stages.stage import TICK_NS, Stage, StageError
 
 WorkingOn = Callable[[str, Sequence[Unit]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS

@@ -11,7 +11,8 @@ from graph.kinds import Kind
 from graph.tail import Ack
 from graph.value import value
 from graph.window import Input
-from stages.stage import Session, SourceId, SourceReport
+from stages.session import Session
+from stages.stage import SourceId, SourceReport
 
 
 @dataclass(frozen=True, slots=True)

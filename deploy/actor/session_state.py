@@ -15,7 +15,7 @@ from graph.epoch import EpochFence
 from graph.gather import Waiting
 from graph.ladder import Ladder
 from graph.window import Unit, WindowJoin
-from stages.stage import Session
+from stages.session import Session
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from graph.tail import ack_chunk
 from graph.trace import slowest_stage, stage_seconds, waterfall
 from graph.window import Unit
 from stages.events import WINDOW_EVENT
-from stages.stage import Session
+from stages.session import Session
 
 
 class WindowMeter(Protocol):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deploy.run.up import Outcome
     from graph.ledger import Account
     from graph.spec import PipelineSpec
-    from stages.stage import ListenerAction
+    from stages.session import ListenerAction
 
 OUT_FILES: Final = ("transcript.txt", "events.jsonl", "windows.jsonl", "ledger.json")
 
@@ -73,7 +73,7 @@ def run_in_foreground(arguments: UpArguments) -> None:
 def parse_listener(pauses: Sequence[str], barge_ins: Sequence[str]) -> tuple[ListenerAction, ...]:
     """`paused@5s:10s` and `7s` as what the listener does. Raises UpError."""
     from deploy.run.up import UpError
-    from stages.stage import ListenerAction
+    from stages.session import ListenerAction
 
     actions = [ListenerAction(_duration("--barge-in", text), "barge_in") for text in barge_ins]
     for text in pauses:

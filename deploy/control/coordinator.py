@@ -31,7 +31,7 @@ from deploy.process.deadline import Deadline
 from graph.chunk import NS_PER_S, SessionId
 from graph.ledger import Account
 from graph.spec import PipelineSpec
-from stages.stage import Session, View
+from stages.session import Session, View
 
 LOOK_S = 0.2  # a poll takes at most so long, whoever does not answer
 OPEN_TIMEOUT_S = 10.0  # for a camera that comes while others run: somebody waits for the answer

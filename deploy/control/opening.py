@@ -15,7 +15,8 @@ from deploy.control.restarts import Tools
 from deploy.control.routing import session_plan
 from deploy.control.sessions import Placement
 from graph.chunk import NS_PER_S, SessionId
-from stages.stage import Session, StageError, View
+from stages.session import Session, View
+from stages.stage import StageError
 
 SILENT_S = 2.0  # a batch takes a window at most where a stage keeps up; no new session goes to who is silent for two
 

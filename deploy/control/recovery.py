@@ -24,7 +24,7 @@ from graph.edges import EdgeSpec
 from graph.kinds import Kind
 from graph.spec import PipelineSpec
 from graph.tail import Ack
-from stages.stage import Session
+from stages.session import Session
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from graph.edges import EdgeSpec
 from graph.sections import WindowSpec
 from graph.spec import PipelineSpec
 from graph.window import Input
-from stages.stage import Session
+from stages.session import Session
 
 
 def stages_of(session: Session, spec: PipelineSpec) -> set[str]:
@@ -67,7 +67,7 @@ def _prefixes(edges: Sequence[EdgeSpec], session: Session) -> dict[str, str]:
 def _streams_of(edge: EdgeSpec, spec: PipelineSpec, session: Session) -> list[str]:
     """The streams that an edge brings: one, or one per view."""
     stream = stream_of(edge, session)
-    return [view_stream(stream, view.name) for view in session.each_view] if _is_many(edge, spec) else [stream]
+    return [view_stream(stream, view.name) for view in session.media.views] if _is_many(edge, spec) else [stream]
 
 
 def _is_many(edge: EdgeSpec, spec: PipelineSpec) -> bool:

@@ -14,7 +14,8 @@ from deploy.control.placement import Process
 from deploy.control.routing import phase_ns, stages_of
 from graph.chunk import NS_PER_MS, SessionId
 from graph.spec import PipelineSpec
-from stages.stage import Session, StageError
+from stages.session import Session
+from stages.stage import StageError
 
 # From the opening of sessions to their event time 0 their decoders start, each on a core; alone it takes one 0.2 s.
 HEAD_START_NS = 300 * NS_PER_MS

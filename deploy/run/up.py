@@ -31,7 +31,7 @@ from graph.errors import GraphError
 from graph.ledger import Account
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction
+from stages.session import ListenerAction
 
 if TYPE_CHECKING:
     from deploy.control.coordinator import Coordinator

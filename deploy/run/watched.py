@@ -16,7 +16,8 @@ from graph.chunk import NS_PER_S, SessionId
 from graph.secret import Secret
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction, Session, SourceId, View
+from stages.session import ListenerAction, Media, Session, View
+from stages.stage import SourceId
 
 if TYPE_CHECKING:
     from deploy.control.coordinator import Coordinator
@@ -124,10 +125,12 @@ class Watched:
         return Session(
             id=SessionId(name),
             camera=name,
-            views=tuple(_view(view, source) for view, source in camera.sources.items()),
-            heard=camera.heard,
-            fps=camera.fps,
-            max_pixels=camera.max_pixels,
+            media=Media(
+                views=tuple(_view(view, source) for view, source in camera.sources.items()),
+                heard=camera.heard,
+                fps=camera.fps,
+                max_pixels=camera.max_pixels,
+            ),
             pictures=spec.has_pictures,
             speech=spec.has_speech,
             microphone=microphone,

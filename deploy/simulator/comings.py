@@ -16,7 +16,7 @@ from deploy.simulator.scenarios import Arrivals, Scenario
 from deploy.simulator.world import World
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.spec import PipelineSpec
-from stages.stage import ListenerAction, Session, View
+from stages.session import ListenerAction, Media, Session, View
 
 VIEWS: Final = tuple(f"view{number}" for number in range(1, 16))
 AWAY_NS: Final = 100 * NS_PER_MS  # for how long nobody has the name of a session that was closed by force, at most
@@ -57,7 +57,7 @@ class Comings:
         return Session(
             SessionId(name),
             name,
-            "virtual",
+            Media(self._views(scenario)),
             window_ns=window_ns,
             lateness_ns=self._spec.window.lateness_ns,
             lead_ns=self._spec.tail.lead_ns,
@@ -67,14 +67,13 @@ class Comings:
             microphone=self._spec.has_sound,
             speech=self._spec.has_speech,
             listener=tuple(actions),
-            views=self._views(scenario),
             ladder=self._spec.shedding.steps(),
         )
 
     def _views(self, scenario: Scenario) -> tuple[View, ...]:
         """Where a camera has several, the first of them is heard."""
         if scenario.most_views == 1:
-            return ()
+            return (View("", "virtual"),)
         return tuple(View(name, "virtual") for name in ("", *VIEWS)[: self._rng.randint(1, scenario.most_views)])
 
     def start(self, world: World, operator: Operator) -> None:

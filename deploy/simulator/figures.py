@@ -12,7 +12,7 @@ import numpy as np
 from deploy.simulator.stages import Spoilt
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import Kind
-from stages.stage import Session
+from stages.session import Session
 
 
 @dataclass(slots=True)

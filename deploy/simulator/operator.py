@@ -17,7 +17,7 @@ from deploy.simulator.world import HostClock, World
 from graph.chunk import NS_PER_MS, SessionId
 from graph.ledger import Account
 from graph.spec import PipelineSpec
-from stages.stage import Session, View
+from stages.session import Session, View
 
 BUSY_NS: Final = 20 * NS_PER_MS  # as deploy/run/up.py
 RETRY_NS: Final = 250 * NS_PER_MS  # until a session is tried again that could not be opened

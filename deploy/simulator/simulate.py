@@ -55,8 +55,9 @@ from stages.catalog import stage_class
 from stages.events import WINDOW_EVENT, Events
 from stages.llm import Llm
 from stages.microphone import Microphone
+from stages.session import View
 from stages.speaker import Speaker
-from stages.stage import Source, SourceId, Stage, View
+from stages.stage import Source, SourceId, Stage
 
 UPTIME_NS: Final = 1000 * 86_400 * NS_PER_S  # of a host, at most: its monotonic clock counts from its start
 DAY_NS: Final = 1_700_000_000 * NS_PER_S  # what a host's wall clock says when all begins
@@ -186,7 +187,7 @@ class Simulation:
     def _dead_cameras(self) -> dict[SourceId, tuple[int, int]]:
         dead: dict[SourceId, tuple[int, int]] = {}
         for session in self._comings.sessions:
-            for view in session.each_view:
+            for view in session.media.views:
                 if self._rng.random() < self._scenario.dies:
                     begin_ns = self._rng.randint(0, session.duration_ns or 0)
                     until_ns = begin_ns + self._rng.randint(NS_PER_S, 4 * NS_PER_S)

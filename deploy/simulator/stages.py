@@ -26,7 +26,8 @@ from stages.kinds import TEXT, Said
 from stages.llm import Llm
 from stages.microphone import Microphone
 from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
-from stages.stage import Session, Source, SourceId, Stage, View
+from stages.session import Session, View
+from stages.stage import Source, SourceId, Stage
 from stages.tts import Tts
 from stages.vision_encoder import VisionEncoder
 from stages.vocoder import Vocoder
@@ -120,10 +121,10 @@ class VirtualCamera(Stage):
         self._open: dict[SessionId, dict[str, _Shots]] = {}
 
     def open_session(self, session: Session) -> None:
-        self._open[session.id] = {view.name: self._shots(session, view.name) for view in session.each_view}
+        self._open[session.id] = {view.name: self._shots(session, view.name) for view in session.media.views}
 
     def _shots(self, session: Session, view: str, from_ns: int = 0) -> _Shots:
-        period_ns = round(NS_PER_S / session.fps)
+        period_ns = round(NS_PER_S / session.media.fps)
         dead_ns = self._dead_ns.get(SourceId(session.id, view), (0, 0))
         from_ns = max(from_ns, session.begin_ns)
         next_ns = -(-from_ns // period_ns) * period_ns

@@ -42,7 +42,8 @@ from stages.media.reader import (
 )
 from stages.media.wire import TrackName
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import TICK_NS, Session, Site, SourceId, SourceReport, Stage, View
+from stages.session import Session, View
+from stages.stage import TICK_NS, Site, SourceId, SourceReport, Stage
 
 MAX_AHEAD_NS = 2 * NS_PER_S
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
@@ -59,6 +60,7 @@ class Feed:
     def __init__(self, session: Session, open_reader: Open, opener: Opener = at_once, from_ns: int = 0) -> None:
         """session: as this view alone has it. from_ns: event time from which on it is watched; a file begins then."""
         self._session = session
+        (self._view,) = session.media.views
         self._open = open_reader
         self._opener = opener
         self._opening: Opening | None = None
@@ -178,7 +180,7 @@ class Feed:
 
     @property
     def _has_room_to_see(self) -> bool:
-        return len(self._sides.frames) < max(int(self._session.fps * self._ahead_ns // NS_PER_S), 2)
+        return len(self._sides.frames) < max(int(self._session.media.fps * self._ahead_ns // NS_PER_S), 2)
 
     @property
     def _has_room_to_hear(self) -> bool:
@@ -248,7 +250,7 @@ class Feed:
 
     @property
     def _shown_name(self) -> str:
-        return self._session.masked_source or mask_source(self._session.source)
+        return self._view.masked_source or mask_source(self._view.source)
 
     # ---- the connection ----------------------------------------------------------------------------------------------
 
@@ -275,14 +277,14 @@ class Feed:
         """Perhaps in another thread. MediaError when the source can't be opened."""
         session = self._session
         request = MediaRequest(
-            source=session.source,
-            fps=session.fps,
-            max_pixels=session.max_pixels,
+            source=self._view.source,
+            fps=session.media.fps,
+            max_pixels=session.media.max_pixels,
             want_video=session.pictures,
             want_audio=session.microphone,
             piece_ns=min(PIECE_NS, session.window_ns),
             duration_ns=session.duration_ns,
-            masked=session.masked_source,
+            masked=self._view.masked_source,
             window_ns=session.window_ns,
             start_ns=max(self._begin_ns - self._pause_ns, 0),
         )
@@ -487,7 +489,7 @@ class FeedStage(Stage, Generic[R]):
 
     def views_of(self, session: Session) -> Sequence[View]:
         """Those whose feeds it reads."""
-        return session.each_view
+        return session.media.views
 
     def open_session(self, session: Session) -> None:
         self._open[session.id] = {}

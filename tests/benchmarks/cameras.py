@@ -33,14 +33,15 @@ import psutil
 
 from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, less_is_better, option
 from deploy.evaluate.films import FilmSpec, make_film
-from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType
 from graph.window import Input, Joined, WindowJoin
 from stages.camera import Camera
 from stages.kinds import FRAMES
 from stages.media.feed import Feed, Feeds
 from stages.media.feed_opening import in_thread
 from stages.media.fork import FORK_SERVER
-from stages.stage import Session
+from stages.session import Session
+from tests.support.sessions import make_session
 
 NAME: Final = "cameras"
 RIVAL: Final = "a plain PyAV loop that decodes everything"
@@ -170,7 +171,7 @@ class House:
         self._stage = Camera(self._feeds)
 
     def open(self, number: int, source: str, origin_ns: int) -> None:
-        session = Session(SessionId(f"camera-{number}"), f"camera-{number}", source, microphone=False)
+        session = make_session(f"camera-{number}", source, microphone=False)
         taken = {PICTURES: Input(PICTURES, FRAMES)}
         join = WindowJoin(session.id, taken, window_ns=session.window_ns, lateness_ns=session.lateness_ns)
         self._stage.open_session(session)
@@ -248,6 +249,7 @@ def serving(film: Path) -> Iterator[str]:
 PLAIN: Final = """
 import sys, time
 import av
+from tests.support.sessions import make_session
 
 source, seconds = sys.argv[1], int(sys.argv[2])
 with av.open(source, options={"rtsp_transport": "tcp"} if source.startswith("rtsp") else {}) as container:

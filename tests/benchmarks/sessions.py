@@ -49,7 +49,8 @@ from graph.sections import NANO
 from graph.spec import PipelineSpec
 from model_shards.kv_cache import KvCache
 from model_shards.llm import LanguageModel, SequenceInput
-from stages.stage import Session, Stage
+from stages.stage import Stage
+from tests.support.sessions import make_session
 from tests.support.specs import load_spec, model_stages
 
 NAME = "sessions"
@@ -122,7 +123,7 @@ class Pipeline:
         _tell(f"{self._name}: {num_sessions} session(s)")
         out = self._folder / f"{num_sessions}-sessions"
         sessions = [SessionId(f"{self._name}-{n}") for n in range(num_sessions)]
-        self.coordinator.open_sessions([Session(s, s, self._source(n), out=out) for n, s in enumerate(sessions)])
+        self.coordinator.open_sessions([make_session(s, self._source(n), out=out) for n, s in enumerate(sessions)])
         time.sleep(NUM_WARM_UP_WINDOWS)
         begin_s, cpu_s = time.monotonic(), self._cpu_s()
         time.sleep(measured_s)

@@ -34,7 +34,8 @@ from graph.spec import PipelineSpec
 from graph.tail import Ack
 from graph.window import Unit
 from model_shards.nano.synthetic import SyntheticRoom
-from stages.stage import Session, Stage
+from stages.session import Session
+from stages.stage import Stage
 from tests.support.specs import load_spec, model_stages
 
 NAME = "stages"

@@ -13,8 +13,9 @@ from stages.camera import Camera
 from stages.events import Events
 from stages.media.feed import Feeds
 from stages.microphone import Microphone
+from stages.session import ListenerAction
 from stages.speaker import Speaker
-from stages.stage import ListenerAction, SourceId
+from stages.stage import SourceId
 from tests.support.house import House
 from tests.support.media import Clip, times
 from tests.support.media_script import FakeMedia, FakeReader, source

@@ -11,7 +11,8 @@ from graph.ladder import STEPS
 from graph.ledger import Account
 from graph.window import Unit
 from stages.llm import Llm
-from stages.stage import BatchLost, Session, Stage, StageError
+from stages.session import Session
+from stages.stage import BatchLost, Stage, StageError
 from tests.support.house import (
     NOTED,
     PLAYED,

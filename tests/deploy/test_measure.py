@@ -11,7 +11,8 @@ from graph.metrics import MAX_CAMERAS, Metrics
 from graph.stage_type import Out
 from stages import kinds
 from stages.media.health import Totals
-from stages.stage import Session, Stage
+from stages.session import Session
+from stages.stage import Stage
 from tests.support.streams import CODES, EVENTS, TEXT, camera_stream, kind_of
 from tests.support.units import DOOR, session
 

@@ -14,7 +14,7 @@ from deploy.control.recovery import Resumption, announce, redirect, reopen
 from graph.chunk import Scalar, SessionId
 from graph.spec import PipelineSpec, default_spec_path
 from graph.tail import Ack
-from stages.stage import Session
+from tests.support.sessions import make_session
 from tests.support.specs import load_spec
 
 DOOR = SessionId("door")
@@ -62,7 +62,7 @@ def spec() -> PipelineSpec:
 
 
 def resumption(spec: PipelineSpec, **fields: object) -> Resumption:
-    session = Session(DOOR, "door", "test://pattern", **fields)  # type: ignore[arg-type]
+    session = make_session("door", **fields)
     return Resumption(session, {**dict.fromkeys(spec.stages, 0), "llm": 1}, incarnation=7)
 
 
@@ -131,9 +131,7 @@ def test_a_session_without_ears_asks_no_ears(spec: PipelineSpec) -> None:
 def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
     spec = load_spec(default_spec_path(), ["stages.tts.replicas=0"])
     written = Written()
-    silent = Resumption(
-        Session(DOOR, "door", "test://pattern", speech=False), dict.fromkeys(spec.stages, 0), incarnation=7
-    )
+    silent = Resumption(make_session("door", speech=False), dict.fromkeys(spec.stages, 0), incarnation=7)
     recover(written, spec, "llm", silent)
     assert written.plans["llm"].resume_from == Listener(Ack(0), 0, is_known=False)
     assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)

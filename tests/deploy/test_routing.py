@@ -4,7 +4,7 @@ import pytest
 
 from deploy.control.routing import session_plan, stages_of
 from graph.spec import PipelineSpec, default_spec_path
-from stages.stage import View
+from stages.session import View
 from tests.support.specs import load_spec, parse_spec
 from tests.support.units import session
 

@@ -14,7 +14,7 @@ from graph.ladder import STEPS
 from graph.tail import Ack, ack_chunk
 from graph.window import Unit
 from stages.llm import Llm
-from stages.stage import Session, StageError
+from stages.stage import StageError
 from tests.support.house import (
     LEVELS,
     NOTED,
@@ -34,6 +34,7 @@ from tests.support.house import (
     barge_in,
     heard,
 )
+from tests.support.sessions import make_session
 from tests.support.streams import MIC, SPEECH, TEXT, camera_stream
 from tests.support.units import session as session_of
 
@@ -215,7 +216,7 @@ def test_a_stage_that_falls_behind_still_takes_what_comes(build, clock: ManualCl
 def test_a_source_is_silent_until_its_sessions_time_begins(build, clock: ManualClock):
     house = build({"microphone": Ticker(1)}, (SOUND,))
     runner = house.runners["microphone"]
-    runner.open_session(house.plan("microphone", Session(DOOR, "door", "test://pattern")))
+    runner.open_session(house.plan("microphone", make_session("door")))
     runner.step()
     assert house.account(SOUND).accepted == 0
     runner.begin_session(DOOR, 0)

@@ -2,7 +2,7 @@
 
 from deploy.actor.sink import WindowEnd
 from graph.chunk import AFTERWORD, Chunk, Trace
-from stages.stage import Session
+from stages.session import Session
 from tests.support.units import session, unit
 
 

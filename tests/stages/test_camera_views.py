@@ -6,7 +6,8 @@ from graph.chunk import NS_PER_S, REMOVED, Chunk, ChunkType, SessionId
 from stages.camera import Camera
 from stages.media.feed import Feeds
 from stages.microphone import Microphone
-from stages.stage import Session, SourceId, StageError, View
+from stages.session import View
+from stages.stage import SourceId, StageError
 from tests.support.media import Clip, times
 from tests.support.media_script import (
     GONE,
@@ -19,6 +20,7 @@ from tests.support.media_script import (
     seconds,
     source,
 )
+from tests.support.sessions import make_session
 
 PORCH = SessionId("porch")
 FRONT, BACK, SIDE = View("front", "rtsp://front"), View("back", "rtsp://back"), View("side", "rtsp://side")
@@ -31,7 +33,7 @@ class Porch:
         self.media = {source: FakeMedia(*script) for source, script in (readers or {}).items()}
         self.feeds = Feeds(lambda request: self.media[request.source](request)) if readers else Feeds()
         self.camera, self.microphone = Camera(self.feeds), Microphone(self.feeds)
-        self.session = Session(PORCH, "porch", **({"views": (FRONT, BACK), "heard": "back"} | session))
+        self.session = make_session("porch", **({"views": (FRONT, BACK), "heard": "back"} | session))
         self.camera.open_session(self.session)
         self.microphone.open_session(self.session)
         self.now_s = 0.0
@@ -97,7 +99,7 @@ def test_a_view_that_comes_later_begins_with_the_next_window():
     late = FakeReader(frame(1.4), frame(2.0), progress(3, None), live=True)
     porch = Porch({"rtsp://front": [live], "rtsp://side": [late]}, views=(FRONT,), heard="front")
     porch.until(1.2)
-    porch.camera.add_view(Session(PORCH, "porch", views=(FRONT, SIDE), heard="front"), SIDE, round(1.3 * NS_PER_S))
+    porch.camera.add_view(make_session("porch", views=(FRONT, SIDE), heard="front"), SIDE, round(1.3 * NS_PER_S))
     said = of_view(porch.until(2.5), "side")
     assert (said[0].type, said[0].start_ns) == (ChunkType.WATERMARK, 2 * NS_PER_S)
     assert shown(said, "side") == [2.0]

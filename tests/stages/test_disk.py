@@ -15,8 +15,9 @@ from stages.disk import Disk
 from stages.events import Events
 from stages.media.feed import Feed, Feeds, FeedStage, Reading
 from stages.rates import SPEECH_RATE_HZ
+from stages.session import Session
 from stages.speaker import Speaker
-from stages.stage import MissingDependency, Session, Stage, StageError
+from stages.stage import MissingDependency, Stage, StageError
 from stages.wav import Output, OutputEvent
 from tests.support.units import DOOR, session, speech, unit
 

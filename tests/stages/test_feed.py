@@ -16,7 +16,8 @@ from stages.media.feed_retries import Retries
 from stages.media.health import Totals
 from stages.media.reader import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Session, SourceId, SourceReport
+from stages.session import Session
+from stages.stage import SourceId, SourceReport
 from tests.support.media_script import (
     DOOR,
     GONE,
@@ -32,12 +33,13 @@ from tests.support.media_script import (
     source,
     watermarks,
 )
+from tests.support.sessions import make_session
 
 MISSING = MediaError("missing", "/dev/video0: no such device")
 
 
 def session(**fields: object) -> Session:
-    return Session(DOOR, "door", "rtsp://door", **fields)
+    return make_session("door", "rtsp://door", **fields)
 
 
 def feed(*script: FakeReader | MediaError, **fields: object) -> Feed:
@@ -384,7 +386,7 @@ def test_a_track_that_is_frozen_no_longer_delivers():
 
 def test_a_source_that_gave_nothing_is_reported_with_its_reason_also_when_it_is_gone():
     feeds = Feeds(FakeMedia(FakeReader(progress(0, None), Failed("unreadable", "junk/ has no image, of 2"))))
-    subject = feeds.open(session(), *session().each_view)
+    subject = feeds.open(session(), *session().media.views)
     subject.pump(0)
     expected = SourceReport(num_lost=1, problem="junk/ has no image, of 2")
     assert feeds.reports() == {SourceId(DOOR): expected}
@@ -409,7 +411,7 @@ def test_only_the_latest_of_the_sources_that_are_gone_are_remembered():
     feeds = Feeds(FakeMedia())
     for number in range(MAX_CLOSED + 5):
         name = SessionId(f"camera-{number}")
-        feeds.open(replace(session(), id=name), *session().each_view)
+        feeds.open(replace(session(), id=name), *session().media.views)
         feeds.close(SourceId(name))
     assert [source.session for source in feeds.reports()] == [f"camera-{number}" for number in range(5, MAX_CLOSED + 5)]
 
@@ -542,7 +544,7 @@ def test_in_virtual_time_stop_ends_with_what_was_read():
 def test_the_last_of_its_users_closes_a_feed():
     reader = FakeReader(*seconds(0, 1))
     feeds = Feeds(FakeMedia(reader))
-    one, other = feeds.open(session(), *session().each_view), feeds.open(session(), *session().each_view)
+    one, other = feeds.open(session(), *session().media.views), feeds.open(session(), *session().media.views)
     one.pump(0), other.pump(0)
     feeds.close(SourceId(DOOR))
     assert (reader.started_at_ns, reader.closed) == ([0], False)

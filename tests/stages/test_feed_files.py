@@ -10,9 +10,9 @@ from graph.window import WindowJoin
 from stages.camera import Camera
 from stages.media.feed import Feeds
 from stages.microphone import Microphone
-from stages.stage import Session
 from tests.support.media import Clip, damaged, times
 from tests.support.media_script import DOOR
+from tests.support.sessions import make_session
 from tests.support.streams import inputs
 
 CAMERA = "frames"
@@ -30,7 +30,7 @@ class Pair:
         self.missing: list[set[str]] = []
         self.waiting = dict.fromkeys(self.stages, 0)
         for stage in self.stages.values():
-            stage.open_session(Session(DOOR, "door", str(source), paced=False))
+            stage.open_session(make_session("door", str(source), paced=False))
 
     def run(self) -> list[set[str]]:
         """What each window lacks, to the end."""

@@ -15,7 +15,8 @@ from graph.window import Unit, WindowJoin
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
 from stages.llm import Llm
-from stages.stage import Session, StageError
+from stages.session import Session
+from stages.stage import StageError
 from tests.support.batching import assert_batches, open_all
 from tests.support.streams import EVENTS, IMAGE, TEXT, inputs
 from tests.support.tiny import MAX_UNIT, Tiny, session_tokens

@@ -11,8 +11,9 @@ from graph.tail import Ack, ack_of
 from stages.events import Events
 from stages.media.reader import Ended, Sound
 from stages.rates import SOUND_RATE_HZ, SPEECH_RATE_HZ
+from stages.session import ListenerAction, Session
 from stages.speaker import Speaker
-from stages.stage import ListenerAction, Session, Source
+from stages.stage import Source
 from stages.wav import OutputEvent, WavOutput
 from tests.support.media import Clip, times
 from tests.support.media_script import DOOR, Door, FakeMedia, FakeReader, data, frame, progress, seconds, sound, source

@@ -10,8 +10,8 @@ import pytest
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType
 from graph.tail import Ack, ack_of
 from stages.rates import SPEECH_RATE_HZ
+from stages.session import ListenerAction
 from stages.speaker import Speaker
-from stages.stage import ListenerAction
 from stages.wav import OutputEvent
 from tests.support.units import DOOR, of_kind, session, speech, unit
 

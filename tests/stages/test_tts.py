@@ -4,7 +4,7 @@ import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.window import Unit
-from stages.stage import Session
+from stages.session import Session
 from stages.tts import Tts
 from tests.support.batching import assert_batches, open_all
 from tests.support.listeners import HearsAtOnce

@@ -6,7 +6,7 @@ import pytest
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk
 from graph.tail import Player
 from stages.rates import SPEECH_RATE_HZ
-from stages.stage import Session
+from stages.session import Session
 from stages.vocoder import HELD_BACK_NS, Vocoder, _longest_ns
 from tests.support.batching import assert_batches
 from tests.support.listeners import HearsAtOnce

@@ -15,7 +15,9 @@ from deploy.control.coordinator import Coordinator
 from graph.chunk import NS_PER_S, SessionId
 from graph.spec import default_spec_path
 from graph.tail import Ack
-from stages.stage import Session, StageError
+from stages.session import Session
+from stages.stage import StageError
+from tests.support.sessions import make_session
 from tests.support.specs import load_spec
 
 AHEAD_NS = 5 * NS_PER_S
@@ -194,7 +196,7 @@ def started(cluster: FakeCluster, folder: Path, *overrides: str, told: list[str]
 
 
 def sessions(*names: str, **fields: Any) -> list[Session]:
-    return [Session(SessionId(name), name, "test://pattern", **fields) for name in names]
+    return [make_session(name, **fields) for name in names]
 
 
 def of(calls: Sequence[Call], method: str) -> list[Call]:

@@ -6,7 +6,8 @@ import numpy as np
 
 from graph.chunk import Chunk, SessionId
 from graph.window import Unit
-from stages.stage import Session, Stage
+from stages.session import Session
+from stages.stage import Stage
 from tests.support.units import session
 
 Work = Mapping[str, Sequence[Unit]]

@@ -24,7 +24,8 @@ from graph.ledger import Account, merge
 from graph.metrics import Metrics
 from graph.tail import Ack, ack_chunk
 from graph.window import Input, Unit
-from stages.stage import Session, Stage, StageError
+from stages.session import Session
+from stages.stage import Stage, StageError
 from tests.support.streams import KINDS, MIC, TEXT, input_of, outputs, stream_of
 from tests.support.units import session
 

@@ -3,7 +3,8 @@
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.tail import Playback
 from graph.window import Unit
-from stages.stage import Session, Stage
+from stages.session import Session
+from stages.stage import Stage
 from tests.support.units import ack
 
 

@@ -11,7 +11,7 @@ from stages.media.feed import Feeds
 from stages.media.reader import FOREVER_NS, Ended, Failed, Frame, MediaError, MediaItem, MediaRequest, Progress, Sound
 from stages.microphone import Microphone
 from stages.rates import SOUND_RATE_HZ
-from stages.stage import Session
+from tests.support.sessions import make_session
 
 DOOR = SessionId("door")
 GONE = Failed("closed", "rtsp://door closed the connection")
@@ -96,7 +96,7 @@ class Door:
         self.media = media
         self.feeds = Feeds(media)
         self.camera, self.microphone = Camera(self.feeds), Microphone(self.feeds)
-        self.session = Session(DOOR, "door", "rtsp://door", **session)
+        self.session = make_session("door", "rtsp://door", **session)
         for stage in (self.camera, self.microphone):
             stage.open_session(self.session)
 

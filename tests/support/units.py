@@ -8,7 +8,8 @@ from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
 from graph.tail import Ack
 from graph.window import Unit
 from stages.rates import SPEECH_RATE_HZ
-from stages.stage import Session
+from stages.session import Session
+from tests.support.sessions import make_session
 from tests.support.streams import AUDIO, CODES, IMAGE, SPEECH, TEXT, inputs
 
 DOOR = SessionId("door")
@@ -17,7 +18,7 @@ DOOR = SessionId("door")
 def session(name: str = "door", **fields: object) -> Session:
     """A session in virtual time with nothing to write to, unless told otherwise."""
     usual = {"source": f"test://pattern?name={name}", "paced": False}
-    return Session(SessionId(name), name, **(usual | fields))
+    return make_session(name, **(usual | fields))
 
 
 def unit(name: str, index: int, *chunks: Chunk) -> Unit:
