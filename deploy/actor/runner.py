@@ -168,8 +168,8 @@ class StageRunner:
     def _resume(self, state: OpenSession, listener: Listener) -> None:
         """Numbers of chunks leave room for those of the replica that has died."""
         index = state.session.begin_index
-        if state.sink is not None and state.control and listener.is_known:  # those since then come to their end here
-            index = min(listener.ack.num_windows, index)
+        if state.sink is not None and state.control:  # those since then come to their end here
+            index = state.sink.num_windows = min(listener.ack.num_windows, index)
         if state.join is not None:
             state.join.begin_at(index, state.now_ns())
         state.num_units = index
@@ -209,9 +209,7 @@ class StageRunner:
         """What is known here of a session's listener; None where nothing is."""
         if (state := self._open.get(session)) is None:
             return self._ended[session].listener if session in self._ended else None
-        ack, before = state.session.playback.latest, state.plan.resume_from
-        is_known = before is None or before.is_known or ack.at_ns > 0
-        return Listener(ack, state.session.level.num_steps) if is_known else None
+        return Listener(state.session.playback.latest, state.session.level.num_steps)
 
     def reroute(self, session: SessionId, edge: str, replica: int) -> int | None:
         """A session is resumed at a replica behind this edge that knows nothing of it. Returns None while it is open

@@ -17,14 +17,10 @@ from stages.stage import SourceId, SourceReport
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """What was last heard of a session's listener, and how far down the shedding ladder it is.
-
-    is_known: False where all that had heard of it have died.
-    """
+    """What was last heard of a session's listener, and how far down the shedding ladder it is."""
 
     ack: Ack
     level: int
-    is_known: bool = True
 
 
 def view_stream(stream: str, view: str) -> str:

@@ -134,6 +134,14 @@ class Fleet:
                 living.asked = None
         return ends
 
+    def num_windows(self, living: Living, placement: Placement) -> int:
+        """How many windows of a session have come to their end there, as was reported last."""
+        stages = self.snapshots.get(living.process.name, {}) if living.reported_at > placement.since else {}
+        seen = [
+            stage.sessions[placement.session.id] for stage in stages.values() if placement.session.id in stage.sessions
+        ]
+        return max((each.num_windows for each in seen), default=0)
+
     def has_ended(self, placement: Placement) -> bool:
         """Has everybody reported, of a time when the session was open, that it is not any more? What is down and comes
         again may still owe its windows."""

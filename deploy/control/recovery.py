@@ -29,11 +29,15 @@ from stages.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """A session that is resumed, as the same incarnation, and per stage the replica where it is from now on."""
+    """A session that is resumed, as the same incarnation, and per stage the replica where it is from now on.
+
+    num_windows: that have come to their end, as was last reported; since then it may be more.
+    """
 
     session: Session
     replicas: dict[str, int]
     incarnation: int
+    num_windows: int = 0
 
 
 class Replicas(Protocol):
@@ -135,7 +139,7 @@ def _listeners(
     known = yield from _ask(replicas, spec, there, resumed)
     hearing = [] if all(known) else [stage for stage in _hearing(spec) if stage not in dead]
     others = yield from _ask(replicas, spec, [[] if each else hearing for each in known], resumed)
-    return [_latest([*first, *second]) for first, second in zip(known, others, strict=True)]
+    return [_latest([*a, *b], each.num_windows) for a, b, each in zip(known, others, resumed, strict=True)]
 
 
 def _ask(
@@ -150,8 +154,10 @@ def _ask(
     return [[known for reply in each if not reply.error and (known := reply.result())] for each in replies]
 
 
-def _latest(known: Sequence[Listener]) -> Listener:
-    return max(known, key=lambda each: (each.ack.epoch, each.ack.at_ns), default=Listener(Ack(0), 0, is_known=False))
+def _latest(known: Sequence[Listener], num_windows: int) -> Listener:
+    """Of what several know; where all who knew something have died, there is what was reported."""
+    latest = max(known, key=lambda each: (each.ack.epoch, each.ack.at_ns), default=Listener(Ack(0), 0))
+    return replace(latest, ack=replace(latest.ack, num_windows=max(latest.ack.num_windows, num_windows)))
 
 
 def _listening(spec: PipelineSpec) -> str | None:

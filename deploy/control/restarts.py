@@ -118,6 +118,8 @@ class Restarts:
         tools, process = self._tools, living.process
         if not all(placement.session.paced for placement in tools.table.placements.values()):
             raise error
+        for placement in tools.table.at(process):
+            placement.num_windows = max(placement.num_windows, tools.fleet.num_windows(living, placement))
         tools.fleet.remove(living)  # it is as good as dead, and what it noted outlives it
         work = tools.fleet.work_of(living, tools.plan(process).directory)
         self._bury(living)
@@ -261,7 +263,7 @@ class Restarts:
     def _resumption(self, placement: Placement) -> Resumption:
         resume_ns = round(self._tools.now_s() * NS_PER_S) - placement.origin_ns
         session = replace(placement.session, resume_ns=resume_ns)
-        return Resumption(session, placement.replicas, placement.incarnation)
+        return Resumption(session, placement.replicas, placement.incarnation, placement.num_windows)
 
     def announce(self, placement: Placement, kind: str, attrs: dict[str, Scalar]) -> None:
         """Let an event of a session be written."""

@@ -68,18 +68,19 @@ class Faults:
         for _ in range(num_deaths):
             self._world.at(self._some_time_ns(), lambda: self._die(name))
         if hangs:
-            self._world.at(self._some_time_ns(), lambda: self._hang(name))
+            at_ns, for_ns = self._some_time_ns(), self._rng.randint(*HANGS_NS)
+            self._world.at(at_ns, lambda: self._hang(name, for_ns))
 
     def _stall(self, name: str, for_ns: int) -> None:
         if (actor := self._actors.get(name)) is not None:
             actor.stall(self._world.now_ns + for_ns)
 
-    def _hang(self, name: str) -> None:
+    def _hang(self, name: str, for_ns: int) -> None:
         """For so long that it is taken for dead."""
         if self._lives(name):
             self.num_deaths += 1
             self.num_hung += 1
-            self._stall(name, self._rng.randint(*HANGS_NS))
+            self._stall(name, for_ns)
 
     def _die(self, name: str) -> None:
         if self._lives(name):

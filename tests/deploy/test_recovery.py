@@ -133,7 +133,7 @@ def test_without_a_speaker_the_model_itself_tells_of_it() -> None:
     written = Written()
     silent = Resumption(make_session("door", speech=False), dict.fromkeys(spec.stages, 0), incarnation=7)
     recover(written, spec, "llm", silent)
-    assert written.plans["llm"].resume_from == Listener(Ack(0), 0, is_known=False)
+    assert written.plans["llm"].resume_from == Listener(Ack(0), 0)
     assert written.calls[-1] == ("tell", "llm", "recovered", "llm.0", False)
 
 
@@ -162,3 +162,9 @@ def test_where_the_listener_was_is_dead_those_are_asked_that_have_heard_of_him(s
 def test_what_the_dead_speaker_had_and_nobody_has_heard_is_cut_off(spec: PipelineSpec) -> None:
     assert recovered(spec, "events speaker").calls[-1] == ("tell", "speaker", "recovered", "llm.0", True)
     assert recovered(spec, "microphone camera").calls[-1] == ("tell", "speaker", "recovered", "llm.0", False)
+
+
+def test_where_all_have_died_that_knew_the_listener_what_was_reported_counts(spec: PipelineSpec) -> None:
+    written = Written(dead=("llm", "tts", "vocoder", "camera"))
+    recover(written, spec, "events speaker", replace(resumption(spec), num_windows=12))
+    assert written.plans["speaker"].resume_from == Listener(Ack(0, num_windows=12), 0)

@@ -254,7 +254,7 @@ def test_a_source_of_ones_own_may_have_a_stream_per_view(tmp_path: Path):
 
 
 def test_views_come_and_go_and_are_missing_by_their_names(spec: PipelineSpec):
-    missing = run(spec, "views").figures.missing
+    missing = run(spec, "views", 60).figures.missing
     assert [stream for stream in missing if stream.endswith("/view1")]
     assert [stream for stream in missing if stream.endswith("/later")]
 
@@ -285,7 +285,7 @@ def test_where_the_last_ledger_is_taken_while_something_is_in_flight_that_is_see
     spec: PipelineSpec, broken: pytest.MonkeyPatch
 ):
     broken.setattr("deploy.control.ending._is_in_flight", lambda tools: False)
-    assert "ledger" in rules(run(spec, "interrupted"))
+    assert "ledger" in rules(run_scenario(spec, SCENARIOS["interrupted"], range(71, 72)))
 
 
 def test_where_sessions_of_one_name_are_taken_for_one_another_that_is_seen(
