@@ -277,7 +277,7 @@ class WindowJoin:
             return self._leave(self._given_up_ns(now_ns), most)
         return self._leave(now_ns - self._lateness_ns, most)
 
-    def go_on(self) -> Joined:
+    def extend(self) -> Joined:
         """One window more, after the last: there is something left to say. Only for a join that has `finished`."""
         return Joined(units=(self._close(),))
 

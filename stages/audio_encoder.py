@@ -70,7 +70,7 @@ class AudioEncoder(Stage):
     def close_session(self, session: SessionId) -> None:
         self._open.pop(session, None)
 
-    def peer_begins_anew(self, session: SessionId) -> None:
+    def downstream_replaced(self, session: SessionId) -> None:
         self._open[session].voice_sent = False
 
     @inference

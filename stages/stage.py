@@ -166,14 +166,14 @@ class Stage:
         """For sinks: what was said and not heard will not be heard; its maker has died."""
         return []
 
-    def peer_begins_anew(self, session: SessionId) -> None:
-        """Who takes what this stage sends of the session has died; another one does now, and knows nothing of it."""
+    def downstream_replaced(self, session: SessionId) -> None:
+        """The session's downstream replica was replaced and has no state: send again what it needs once."""
 
     def finished(self, session: SessionId) -> bool:
         """May the session end, now that its inputs have ended and all units are processed?"""
         return True
 
-    def goes_on(self, session: SessionId) -> bool:
+    def has_more_to_say(self, session: SessionId) -> bool:
         """Has it something left to say, now that its inputs have ended? Then it is given windows without content."""
         return False
 

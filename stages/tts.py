@@ -94,7 +94,7 @@ class Tts(Stage):
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(self.text) or self._open[unit.session].queue)
 
-    def goes_on(self, session: SessionId) -> bool:
+    def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
 
     @inference

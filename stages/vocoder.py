@@ -98,7 +98,7 @@ class Vocoder(Stage):
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(self.codes) or self._open[unit.session].queue)
 
-    def goes_on(self, session: SessionId) -> bool:
+    def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
 
     @inference

@@ -226,8 +226,8 @@ class StageRunner:
         self._out.say_again(state, edge)
         if state.join is not None and state.session.paced:  # windows in which nobody could hear do not count
             state.num_quiet = min(0, (state.join.next_end_ns - state.now_ns()) // state.session.window_ns)
-        with state.faults.within("peer_begins_anew"):
-            self.stage.peer_begins_anew(session)
+        with state.faults.within("downstream_replaced"):
+            self.stage.downstream_replaced(session)
         self._schedule.touch(session)
         return None
 
@@ -445,8 +445,8 @@ class StageRunner:
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 now_ns = state.now_ns()
                 self._joined(state, state.join.expire(now_ns, MAX_READY - len(state.ready)))
-                if self._goes_on(state) and self._afterword_ns(state, state.join) <= now_ns:
-                    self._joined(state, state.join.go_on())
+                if self._wants_afterword(state) and self._afterword_ns(state, state.join) <= now_ns:
+                    self._joined(state, state.join.extend())
         while idle := self._idle():
             self._process(idle, idle=True)
             looked_at |= {state.session.id: state for state, _ in idle}
@@ -508,7 +508,7 @@ class StageRunner:
             expires_ns = state.join.expires_ns
             if expires_ns is not None:
                 due_ns.append(state.monotonic_ns(expires_ns))
-            elif self._goes_on(state):
+            elif self._wants_afterword(state):
                 due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
         self._schedule.plan(session, min(due_ns, default=None))
 
@@ -528,7 +528,7 @@ class StageRunner:
             what = {"stage": failure.stage, "reason": failure.reason}
             self._out.tell(state, state.now_ns(), {"type": "unit_failed", **window, **what})
 
-    def _goes_on(self, state: OpenSession) -> bool:
+    def _wants_afterword(self, state: OpenSession) -> bool:
         """Is a window more wanted, after the last of the inputs?"""
         over = not state.ready and not state.ending and state.join is not None and state.join.finished
         return over and state.num_quiet < MAX_QUIET and self._has_more_to_say(state)
@@ -536,8 +536,8 @@ class StageRunner:
     def _has_more_to_say(self, state: OpenSession) -> bool:
         if state.faults.given_up:
             return False
-        with state.faults.within("goes_on"):
-            return self.stage.goes_on(state.session.id)
+        with state.faults.within("has_more_to_say"):
+            return self.stage.has_more_to_say(state.session.id)
         return False
 
     @staticmethod
@@ -706,7 +706,7 @@ class StageRunner:
             self.close_session(state.session.id)
 
     def _may_end(self, state: OpenSession) -> bool:
-        if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._goes_on(state):
+        if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._wants_afterword(state):
             return False
         if state.faults.given_up:
             return True

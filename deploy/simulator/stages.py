@@ -67,7 +67,7 @@ class Costly(Stage):
         self._next[session] = None
 
     def close_session(self, session: SessionId) -> None:
-        if self._next.pop(session, 0) and self.goes_on(session):
+        if self._next.pop(session, 0) and self.has_more_to_say(session):
             self.unsaid.append(session)
 
     def process(self, units: list[Unit]) -> list[Chunk]:
@@ -407,7 +407,7 @@ class VirtualTts(Costly):
         self._open[session].owed_ns = 0
         return []
 
-    def goes_on(self, session: SessionId) -> bool:
+    def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
 
     def is_idle(self, unit: Unit) -> bool:
@@ -448,7 +448,7 @@ class VirtualVocoder(Costly):
         self._open[session].interrupted()
         return []
 
-    def goes_on(self, session: SessionId) -> bool:
+    def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session])
 
     def is_idle(self, unit: Unit) -> bool:

@@ -236,7 +236,9 @@ def test_what_no_receiver_would_take_costs_its_session_and_no_credit(build, cloc
     assert watermark_.trace.failures == (Failure("llm", reason),)
 
 
-@pytest.mark.parametrize("hook", ["is_idle", "goes_on", "finished", "drain", "interrupt", "due_in_ns", "advance"])
+@pytest.mark.parametrize(
+    "hook", ["is_idle", "has_more_to_say", "finished", "drain", "interrupt", "due_in_ns", "advance"]
+)
 def test_a_hook_that_raises_costs_its_session_which_ends_like_the_others(build, hook: str):
     house = chain(build, Hooked(hook), num_windows=3)
     house.open("door"), house.open("yard")
@@ -247,7 +249,7 @@ def test_a_hook_that_raises_costs_its_session_which_ends_like_the_others(build, 
     assert house.account(SOUND).in_flight == 0
 
 
-@pytest.mark.parametrize("hook", ["close_session", "peer_begins_anew", "cut_off", "end"])
+@pytest.mark.parametrize("hook", ["close_session", "downstream_replaced", "cut_off", "end"])
 def test_a_call_that_raises_inside_the_stage_costs_its_session(build, clock: ManualClock, hook: str):
     house = build({"llm": Hooked(hook)}, (SOUND, SPOKEN))
     house.open("door"), house.open("yard")

@@ -260,7 +260,7 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
 HEARD = Listener(Ack(3 * NS_PER_S, heard_ns=NS_PER_S, received_ns=2 * NS_PER_S, num_turns=1, epoch=2), level=1)
 
 
-def go_on(house: House, stage: str = "llm") -> StageRunner:
+def resume(house: House, stage: str = "llm") -> StageRunner:
     """Session `door` goes on at this stage."""
     runner = house.runners[stage]
     session = session_of("door", paced=True, resume_ns=house.clock.monotonic_ns())
@@ -272,7 +272,7 @@ def go_on(house: House, stage: str = "llm") -> StageRunner:
 def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClock):
     house = build({"llm": (echo := Echo())}, (SOUND, SPOKEN))
     clock.advance(3.4)
-    go_on(house)
+    resume(house)
     house.window("door", 2), house.window("door", 3)
     house.runners["llm"].step()
     assert echo.batches == [[("door", 3)]]
@@ -283,7 +283,7 @@ def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClo
 
 def test_it_knows_the_listener_as_the_others_do(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND,))
-    state = go_on(house)._open[DOOR]
+    state = resume(house)._open[DOOR]
     assert (state.session.playback.latest, state.session.level.num_steps) == (HEARD.ack, 1)
     assert house.runners["llm"].listener(DOOR) == HEARD
     assert house.runners["llm"].listener(YARD) is None
@@ -299,14 +299,14 @@ def test_numbers_of_chunks_never_come_twice(build, clock: ManualClock):
         house.runners["llm"].step()
         seqs += [chunk.seq for chunk in house.arrivals(2) if not chunk.is_control]
         house.runners["llm"].close_session(DOOR)
-        go_on(house)
+        resume(house)
     assert len(seqs) == len(set(seqs)) == 2
 
 
 def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND, SPOKEN))
     clock.advance(3.4)
-    runner = go_on(house)
+    runner = resume(house)
     house.window("door", 3)
     house.take(end_of_stream(DOOR, MIC, 4 * NS_PER_S))
     runner.step()
@@ -318,7 +318,7 @@ def test_its_end_is_where_it_would_have_been(build, clock: ManualClock):
 def test_an_input_that_nobody_is_left_to_end_is_ended(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND, SPOKEN))
     clock.advance(3.4)
-    runner = go_on(house)
+    runner = resume(house)
     runner.end_input(DOOR, SOUND, 3)
     runner.step()
     assert runner.snapshot().sessions == {}
@@ -327,7 +327,7 @@ def test_an_input_that_nobody_is_left_to_end_is_ended(build, clock: ManualClock)
 def test_a_session_is_sent_to_another_replica_which_knows_nothing_of_it(build, clock: ManualClock):
     house = build({"microphone": (ticker := Ticker(9))}, (SOUND,))
     begun_anew: list[str] = []
-    ticker.peer_begins_anew = begun_anew.append  # type: ignore[method-assign]
+    ticker.downstream_replaced = begun_anew.append  # type: ignore[method-assign]
     house.open("door")
     runner, sink = house.runners["microphone"], Sink()
     other = Sender(house.senders[SOUND].rule, sink, SilentObserver())
@@ -745,7 +745,7 @@ class Slow(Echo):
         arrays = {"token_ids": self._waiting.pop().arrays["samples"].astype(np.int64)}
         return [Llm.text.over(unit, arrays=arrays)]
 
-    def goes_on(self, session: SessionId) -> bool:
+    def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._waiting)
 
 

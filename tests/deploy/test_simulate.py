@@ -328,7 +328,7 @@ def test_speech_that_runs_ahead_is_seen(spec: PipelineSpec, broken: pytest.Monke
 
 
 def test_what_is_not_said_at_the_end_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
-    broken.setattr(StageRunner, "_goes_on", lambda self, state: False)
+    broken.setattr(StageRunner, "_wants_afterword", lambda self, state: False)
     assert "all is said" in rules(run(spec, "slow-tts", 20))
 
 

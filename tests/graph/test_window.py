@@ -333,7 +333,7 @@ def test_after_the_last_window_more_are_to_be_had_and_they_are_empty() -> None:
     subject = join(MIC)
     subject.add(piece(MIC, 0))
     subject.end(MIC, T)
-    units = [unit for _ in range(2) for unit in subject.go_on().units]
+    units = [unit for _ in range(2) for unit in subject.extend().units]
     assert [(unit.index, unit.is_afterword, unit.chunks) for unit in units] == [(1, True, {}), (2, True, {})]
     assert subject.finished
 

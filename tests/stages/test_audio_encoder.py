@@ -88,6 +88,6 @@ def test_a_closed_session_may_come_again(tiny: Tiny):
 def test_the_voice_comes_again_for_who_knows_nothing(tiny: Tiny):
     encoder = tiny.audio_encoder(voice=True)
     listen(encoder, unit("a", 0, sound("a", 0)))
-    encoder.peer_begins_anew(SessionId("a"))
+    encoder.downstream_replaced(SessionId("a"))
     said = [chunk for k in (1, 2) for chunk in encoder.process([unit("a", k, sound("a", k))])]
     assert [chunk.attrs.get("role") for chunk in said] == [VOICE_ROLE, None, None]

@@ -142,13 +142,13 @@ def test_a_turn_is_ended_without_a_word(tiny: Tiny):
 def test_a_session_goes_on_as_long_as_text_waits(tiny: Tiny):
     stage = tiny.tts()
     listener = opened(stage)
-    assert not stage.goes_on(DOOR)
+    assert not stage.has_more_to_say(DOOR)
     for index in range(3):
         stage.process([say("door", index)])
-    assert stage.goes_on(DOOR)
+    assert stage.has_more_to_say(DOOR)
     listener.playback.ack(ack(3.5, heard_s=2.0, received_s=2.0, through_s=3.0))
     stage.process([unit("door", 3)])
-    assert not stage.goes_on(DOOR)
+    assert not stage.has_more_to_say(DOOR)
 
 
 def test_a_barge_in_forgets_what_waits_and_what_was_under_way(tiny: Tiny):

@@ -100,10 +100,10 @@ def test_a_session_goes_on_as_long_as_codes_wait(tiny: Tiny):
     listener = opened(stage)
     for index in range(3):
         stage.process([unit("door", index, voice("door", index))])
-    assert stage.goes_on(DOOR)
+    assert stage.has_more_to_say(DOOR)
     listener.playback.ack(ack(3.5, heard_s=2.0, received_s=2.0, through_s=3.0))
     stage.process([unit("door", 3)])
-    assert not stage.goes_on(DOOR)
+    assert not stage.has_more_to_say(DOOR)
 
 
 def test_a_barge_in_forgets_codes_words_and_voice(tiny: Tiny):
