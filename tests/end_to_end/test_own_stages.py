@@ -279,3 +279,39 @@ def test_a_stage_that_cannot_open_a_session_ends_the_start_with_one_line(place: 
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("pipeline: ")]
     assert line == "pipeline: keyless: session 'hall' can't be opened: KeyError: 'no key for it'"
     assert place.leftovers() == []
+
+
+# ---- what can't be brought up again ----------------------------------------------------------------------------------
+
+ONCE = """
+import os
+from pathlib import Path
+from stages.api import SOUND, In, Stage, StageError, StageOptions
+class Once(Stage):
+    sound = In(SOUND, side=True)
+    is_needed = True
+    class Options(StageOptions):
+        marker: str = ""
+    @classmethod
+    def load(cls, options, site):
+        if Path(options.marker).exists():
+            raise StageError("once: the licence is used up")
+        Path(options.marker).touch()
+        return super().load(options, site)
+    def process(self, units):
+        if any(unit.index == 2 for unit in units):
+            os._exit(1)
+        return []
+"""
+
+
+def test_a_run_whose_time_is_over_does_not_wait_for_what_never_comes_back(place: Place) -> None:
+    marker = place.folder / "marker"
+    write(place, "once", ONCE, f'  once: {{use: "once:Once", marker: "{marker}"}}', "door")
+    run = place.up("--for", "6s", "--out", "run")
+    assert run.returncode == 1
+    assert "once.0: once: the licence is used up" in run.stderr
+    assert "once.0 has died 2 times within 10 minutes: it is tried again in 1 s" in run.stderr
+    assert "once.0 started again after it has died: the run ends without" in run.stderr
+    assert [window["index"] for window in run.windows("door")] == list(range(6)), "all others go on"
+    assert is_exact(run), run.ledger()
