@@ -55,6 +55,16 @@ class Outbox:
             if edge in output.edges:
                 self._send_on(state, [edge], chunk, chunk.stream)
 
+    def end_removed(self, state: OpenSession) -> None:
+        """Views that were taken away before the session was resumed here: those behind may not have heard of it."""
+        at_ns = state.session.begin_ns
+        for name, output in state.plan.outputs.items():
+            for view in state.plan.removed_views if output.is_many else ():
+                end = end_of_stream(state.session.id, name, at_ns, view=view, removed=True)
+                sent = end.on(output.stream_of(view), state.plan.incarnation)
+                state.ends[sent.stream] = (output, sent)
+                self._send_on(state, output.edges, sent, name)
+
     def advance(self, state: OpenSession, end_ns: int, trace: Trace) -> None:
         """A window is done: its watermark leaves wherever windows do."""
         session, incarnation = state.session.id, state.plan.incarnation

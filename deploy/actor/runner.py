@@ -175,6 +175,7 @@ class StageRunner:
         state.num_units = index
         state.first_seq = state.session.begin_index * MAX_CHUNKS_PER_WINDOW
         state.fence.raise_to(listener.ack.epoch)
+        self._out.end_removed(state)
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""

@@ -60,6 +60,7 @@ class Openings:
         placement = self._tools.table.placements.get(session)
         if placement is not None:
             placement.session = placement.session.without_view(view)
+            placement.removed_views.add(view)
             for stage in self._showing(placement):
                 if (living := self._at(placement, stage)) is not None:
                     living.line.post("remove_view", stage, session, view)
@@ -74,12 +75,14 @@ class Openings:
             )  # for a replacement, too
             living = [(stage, self._at(placement, stage)) for stage in self._showing(placement)]
             added = [each.line.post("add_view", stage, session, view) for stage, each in living if each is not None]
+            placement.removed_views.discard(view.name)
             yield added
             for reply in added:
                 reply.result()
         except Exception as error:
             if placement is not None:
                 placement.session = placement.session.without_view(view.name)
+                placement.removed_views.add(view.name)
             done.fail(StageError(str(error)) if isinstance(error, CoordinatorError) else error)
         else:
             opened()

@@ -32,12 +32,14 @@ class Resumption:
     """A session that is resumed, as the same incarnation, and per stage the replica where it is from now on.
 
     num_windows: that have come to their end, as was last reported; since then it may be more.
+    removed_views: of which those behind a source may not have heard.
     """
 
     session: Session
     replicas: dict[str, int]
     incarnation: int
     num_windows: int = 0
+    removed_views: tuple[str, ...] = ()
 
 
 class Replicas(Protocol):
@@ -66,7 +68,9 @@ def reopen(
         passed = stages_of(each.session, spec)
         here = (stage for stage in stages if stage in passed)
         plans = {name: session_plan(spec, name, each.session, each.replicas, each.incarnation) for name in here}
-        plans = {name: replace(plan, resume_from=listener) for name, plan in plans.items()}
+        plans = {
+            name: replace(plan, resume_from=listener, removed_views=each.removed_views) for name, plan in plans.items()
+        }
         opened.append(replicas.resume(each, plans))
     yield opened
     return opened

@@ -263,7 +263,8 @@ class Restarts:
     def _resumption(self, placement: Placement) -> Resumption:
         resume_ns = round(self._tools.now_s() * NS_PER_S) - placement.origin_ns
         session = replace(placement.session, resume_ns=resume_ns)
-        return Resumption(session, placement.replicas, placement.incarnation, placement.num_windows)
+        removed = tuple(sorted(placement.removed_views))
+        return Resumption(session, placement.replicas, placement.incarnation, placement.num_windows, removed)
 
     def announce(self, placement: Placement, kind: str, attrs: dict[str, Scalar]) -> None:
         """Let an event of a session be written."""

@@ -168,3 +168,9 @@ def test_where_all_have_died_that_knew_the_listener_what_was_reported_counts(spe
     written = Written(dead=("llm", "tts", "vocoder", "camera"))
     recover(written, spec, "events speaker", replace(resumption(spec), num_windows=12))
     assert written.plans["speaker"].resume_from == Listener(Ack(0, num_windows=12), 0)
+
+
+def test_a_source_says_of_views_that_were_taken_away_that_they_are_over(spec: PipelineSpec) -> None:
+    written = Written()
+    recover(written, spec, "microphone camera", replace(resumption(spec), removed_views=("back",)))
+    assert written.plans["camera"].removed_views == ("back",)

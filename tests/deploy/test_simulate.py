@@ -159,6 +159,14 @@ def test_whoever_dies_in_a_storm_what_must_hold_does(settings: list[str], replic
         ("kill-storm", 16),
         # The vocoder came back after the sources' end, and the TTS gave up a listener whom it could not have reached.
         ("squall", 1964),
+        # The last windows of a session were owed by a speaker that was down, and nobody waited until it was back.
+        ("squall", 143),
+        # All that had heard of the listener had ended before another speaker asked them.
+        ("hangs", 1),
+        # TTS and vocoder were resumed while the speaker was down, and what others knew of the listener was not asked.
+        ("kill-storm", 22),
+        # A camera died when it had got another view: those behind it waited for a stream that never came again.
+        ("views", 11),
     ],
 )
 def test_what_has_failed_once_does_not_fail_again(spec: PipelineSpec, name: str, seed: int):
