@@ -6,51 +6,30 @@ alone, which answers between two looks at its actors. What can be refused is ref
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from deploy.cameras.sources import (
-    Probed,
-    SourceError,
-    apart,
-    check_sources,
-    probe,
-    probe_all,
-    shown_sources,
-)
+from deploy.cameras.checks import Checks, Refused, camera_of, check_only_source, check_spare, look_at
+from deploy.cameras.sources import shown_sources
 from deploy.control.calls import Reply, answered
 from deploy.control.capacity import CapacityError, admit
-from graph.chunk import NS_PER_S
-from graph.errors import GraphError, SpecError
 from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
-from graph.spec import PipelineSpec, parse_spec
-from graph.spec_check import MAX_CAMERAS, MAX_VIEWS
-from graph.wording import listed
-from stages.catalog import CATALOG
+from graph.spec import PipelineSpec
+from graph.spec_check import MAX_CAMERAS
 from stages.media.reader import MediaError
-from stages.media.wire import is_control
 
 ANSWER_S: Final = 60.0  # until the pipeline's thread must have begun; it looks four times a second
 RETRY_S: Final = 30.0  # where nobody knows when there will be room
 STARTING_S: Final = 10.0  # it then runs, most likely
 ENDING: Final = "the pipeline is ending"
-
-
-class Refused(GraphError):
-    """A camera that is not added, or not removed. status: HTTP's. retry_after_s: when to ask again; None: never."""
-
-    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.retry_after_s = status, retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +74,12 @@ class _Asked:
             cameras.end_camera(self.name)
         return answered("", None)
 
+    def refusal(self, error: Exception, retry_after_s: int | None) -> Refused:
+        """What to say of what was begun and has failed."""
+        if isinstance(error, MediaError):  # it has gone since it was looked at
+            return Refused(422, f"{self}: {error}")
+        return Refused(503, str(error), retry_after_s)
+
 
 class LiveCameras:
     """Which cameras there are, and what is asked of them."""
@@ -102,6 +87,7 @@ class LiveCameras:
     def __init__(self, spec: PipelineSpec, *, paced: bool, keeps_files: bool) -> None:
         """keeps_files: sessions leave files named after their camera, so that a name is used once."""
         self._spec, self._paced, self._keeps_files = spec, paced, keeps_files
+        self._checks = Checks(spec, paced)
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._coming: dict[str, int] = {}  # how many sources each has
@@ -126,48 +112,31 @@ class LiveCameras:
         camera_name, slash, view = name.partition("/")
         if slash:
             return self._add_view(camera_name, view, wanted)
-        camera = self._described(name, wanted)
-        self._check_fps(name, camera)
+        camera = self._checks.camera(name, wanted)
         self._reserve(name, len(camera.sources))
         warnings = self._open_checked(_Asked(name, camera), {name: camera})
         return Added(name, shown_sources(camera.shown_sources), warnings)
 
     def _add_view(self, name: str, view: str, wanted: Mapping[str, object]) -> Added:
         whole = mask_urls(f"{name}/{view}")
-        if others := wanted.keys() - {"source", "masked_source"}:
-            raise Refused(422, f"camera {whole}: of a view only its source is said; {listed(others)} is the camera's")
-        before = self._camera(whole, name)
-        described = {"views": {view: wanted.get("source")}, "masked_source": wanted.get("masked_source")}
-        source = self._described(name, described).views[view]
-        if view in before.sources:
-            raise Refused(409, f"camera {whole}: there is one of this name")
-        if len(before.sources) >= MAX_VIEWS:
-            raise Refused(409, f"camera {whole}: a camera has {MAX_VIEWS} views at most")
-        camera = before.model_copy(update={"views": {**before.views, view: source}})
-        self._check_fps(name, camera)
+        check_only_source(whole, wanted)
+        with self._lock:
+            before = camera_of(self._open, name, whole)
+        camera = self._checks.with_view(before, name, view, wanted)
         self._reserve(whole, 1)
         warnings = self._open_checked(_Asked(name, camera, view), {whole: camera.apart[view]})
-        return Added(whole, source.masked, warnings)
+        return Added(whole, camera.views[view].masked, warnings)
 
     def _open_checked(self, asked: _Asked, sources: Mapping[str, CameraSpec]) -> tuple[str, ...]:
         """Look at what it brings, and let it be opened; returns warnings."""
         (coming,) = sources
         try:
-            warnings: list[str] = []
-            self._check_source(sources, warnings.append)
+            warnings = look_at(sources, self._is_over.is_set)
             self._ask(asked)
         finally:
             with self._lock:
                 self._coming.pop(coming, None)
-        return tuple(warnings)
-
-    def _camera(self, whole: str, name: str) -> CameraSpec:
-        """The camera of a view. Raises Refused."""
-        with self._lock:
-            if name not in self._open:
-                there = ", ".join(sorted(self._open)) or "none"
-                raise Refused(404, f"camera {whole}: there is no camera {name}; there are: {there}")
-            return self._open[name]
+        return warnings
 
     def remove(self, name: str) -> None:
         """End a camera's session: what was seen and heard until now is gone through, and said. Raises Refused.
@@ -175,59 +144,12 @@ class LiveCameras:
         A name like `porch/back` takes a view from a camera, from the window's end on.
         """
         camera_name, slash, view = name.partition("/")
-        if slash:
-            whole = mask_urls(name)
-            self._check_spare(whole, view, self._camera(whole, camera_name))
-            self._ask(_Asked(camera_name, None, view))
-            return
+        whole = mask_urls(name) if slash else ""
         with self._lock:
-            if name not in self._open:
-                there = ", ".join(sorted(self._open)) or "none"
-                raise Refused(404, f"camera {name}: there is none of this name; there are: {there}")
-        self._ask(_Asked(name, None))
-
-    @staticmethod
-    def _check_spare(whole: str, view: str, camera: CameraSpec) -> None:
-        """Raises Refused for a view that is not there, or that the camera can't be without."""
-        if not view or view not in camera.sources:
-            has = ", ".join(camera.views) or "one source only"
-            raise Refused(404, f"camera {whole}: there is no such view; the camera has: {has}")
-        if len(camera.sources) == 1:
-            raise Refused(409, f"camera {whole}: it is the last view; remove the whole camera")
-        if camera.has_sound and view == camera.heard:
-            raise Refused(409, f"camera {whole}: its sound is what is heard of the camera; remove the whole camera")
-
-    def _described(self, name: str, wanted: Mapping[str, object]) -> CameraSpec:
-        template = wanted.get("masked_source")
-        described = {key: value for key, value in wanted.items() if key != "masked_source"}
-        text = json.dumps({"version": 1, "cameras": {name: described}}, ensure_ascii=False)
-        if "${" in text:
-            raise Refused(422, f"camera {mask_urls(name)}: ${{…}} is resolved by who asks, not here")
-        try:
-            cameras = parse_spec(text, "camera", CATALOG, environment={}).cameras
-            check_sources(replace(self._spec, cameras=cameras), paced=self._paced)
-        except SpecError as error:
-            told = [f"camera {mask_urls(name)}: {mask_urls(problem.message)}" for problem in error.problems]
-            raise Refused(422, "\n".join(told)) from None
-        except SourceError as error:
-            raise Refused(422, str(error)) from None
-        camera = cameras[name]
-        if not isinstance(template, str) or any(map(is_control, template)) or len(camera.sources) > 1:
-            return camera
-        ((view, source),) = camera.sources.items()
-        shown = Secret(template, source.reveal())
-        return camera.model_copy(update={"views": {view: shown}} if view else {"source": shown})
-
-    def _check_fps(self, name: str, camera: CameraSpec) -> None:
-        """An edge's credit is for all sessions, and was made for the cameras of the beginning."""
-        fps, num_views = camera.fps, len(camera.sources)
-        num_pictures = num_views * math.ceil(fps * self._spec.window.length_ns / NS_PER_S)
-        for edge in self._spec.edges:
-            if edge.kind.is_picture and edge.credit.chunks < num_pictures:
-                views = f" from {num_views} views" if num_views > 1 else ""
-                told = f"a window has {num_pictures} pictures at fps {fps:g}{views}, {edge.id} has credit for "
-                told += f"{edge.credit.chunks}; start the pipeline with such a camera, or with more credit"
-                raise Refused(422, f"camera {name}: {told}")
+            camera = camera_of(self._open, camera_name, whole)
+        if slash:
+            check_spare(whole, view, camera)
+        self._ask(_Asked(camera_name, None, view))
 
     def _reserve(self, name: str, num_sources: int) -> None:
         """name: with its view, where it is to be only one more of a camera's."""
@@ -253,19 +175,6 @@ class LiveCameras:
             admit(self._spec, len(self._open) + len(coming) + 1)
         except CapacityError as error:
             raise Refused(503, str(error), self._retry_after_s()) from None
-
-    def _check_source(self, sources: Mapping[str, CameraSpec], tell: Callable[[str], None]) -> None:
-        """A broken file is refused; a live camera that does not answer is looked for, as in `up`."""
-
-        def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
-            return probe(None, camera, lambda: is_over() or self._is_over.is_set())
-
-        probed = probe_all(apart(sources), ask)
-        if broken := [f"camera {source}: {why}" for source, (why, is_live) in probed.items() if why and not is_live]:
-            raise Refused(422, "\n".join(broken))
-        for source, (why, _) in probed.items():
-            if why:
-                tell(f"camera {source}: {why}; it is looked for again")
 
     def _ask(self, asked: _Asked) -> None:
         with self._lock:
@@ -318,16 +227,11 @@ class LiveCameras:
         done = [(each, reply) for each, reply in self._opening if reply.is_done]
         self._opening = [(each, reply) for each, reply in self._opening if not reply.is_done]
         for each, reply in done:
-            self._answer(each, reply)
-
-    def _answer(self, asked: _Asked, reply: Reply[None]) -> None:
-        if reply.error is None:
-            self._done(asked)
-            asked.done.set_result(None)
-        elif isinstance(reply.error, MediaError):  # it has gone since it was looked at
-            asked.done.set_exception(Refused(422, f"{asked}: {reply.error}"))
-        else:
-            asked.done.set_exception(Refused(503, str(reply.error), self._retry_after_s()))
+            if reply.error is None:
+                self._done(each)
+                each.done.set_result(None)
+            else:
+                each.done.set_exception(each.refusal(reply.error, self._retry_after_s()))
 
     def _done(self, asked: _Asked) -> None:
         """Take it down. Of a camera that is removed it is over with `ended`."""

@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deploy.cameras.live_cameras import LiveCameras, Refused
+from deploy.cameras.checks import Refused
+from deploy.cameras.live_cameras import LiveCameras
 from deploy.gateway.exposition import MergedExposition, Target, scrape
 from graph.errors import GraphError
 from graph.exporter import Exposition

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from deploy.cameras.live_cameras import LiveCameras, Refused
+from deploy.cameras.checks import Refused
+from deploy.cameras.live_cameras import LiveCameras
 from deploy.control.calls import Reply, answered, failed
 from deploy.gateway.observe import MAX_BODY_BYTES, build_gateway
 from graph.costs import Profile, StageCost
