@@ -26,18 +26,25 @@ class ProfileError(GraphError):
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What a batch of n units takes at one replica: fixed + n · each as a rule, `spread` of that more at p99."""
+    """What a batch of n units takes at one replica: fixed + n · each as a rule, `spread` of that more at p99.
+
+    picture_ns: of each picture of a window beyond its first, which is part of `each`.
+    """
 
     fixed_ns: int
     each_ns: int
     spread: float = 0.0
+    picture_ns: int = 0
 
     def batch_ns(self, num_units: int) -> int:
         return self.fixed_ns + num_units * self.each_ns
 
-    def window_ns(self, num_sessions: int, batch: int) -> int:
-        """One window of each of `num_sessions`, in batches of at most `batch`."""
-        return -(-num_sessions // batch) * self.fixed_ns + num_sessions * self.each_ns
+    def window_ns(self, num_sessions: int, batch: int, num_more: int = 0) -> int:
+        """One window of each of `num_sessions`, in batches of at most `batch`.
+
+        num_more: pictures of all these windows, beyond the first of each.
+        """
+        return -(-num_sessions // batch) * self.fixed_ns + num_sessions * self.each_ns + num_more * self.picture_ns
 
 
 def fit(samples: Sequence[tuple[int, int]]) -> StageCost:
@@ -86,6 +93,7 @@ class Profile:
     def as_json(self) -> str:
         stages = {
             name: {"fixed_ns": cost.fixed_ns, "each_ns": cost.each_ns, "spread": cost.spread}
+            | ({"picture_ns": cost.picture_ns} if cost.picture_ns else {})
             for name, cost in self.stages.items()
         }
         told = {"version": VERSION, "model": self.model, "machine": dict(self.machine), "num_cores": self.num_cores}
@@ -114,9 +122,11 @@ def read_profile(path: Path) -> Profile:
 
 def _cost(path: Path, stage: str, entry: Any) -> StageCost:
     """A day is longer than any batch takes."""
-    values = [entry.get(name) if isinstance(entry, dict) else None for name in ("fixed_ns", "each_ns", "spread")]
+    told = {"picture_ns": 0, **entry} if isinstance(entry, dict) else {}
+    values = [told.get(name) for name in ("fixed_ns", "each_ns", "spread", "picture_ns")]
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values) or not all(0 <= number < 86_400 * NS_PER_S for number in numbers):
-        raise ProfileError(f"{path}: stages.{stage}: fixed_ns, each_ns and spread must be numbers from 0 on")
-    fixed_ns, each_ns, spread = map(float, numbers)
-    return StageCost(round(fixed_ns), round(each_ns), spread)
+        must = "fixed_ns, each_ns and spread must be numbers from 0 on, and so must picture_ns where it is given"
+        raise ProfileError(f"{path}: stages.{stage}: {must}")
+    fixed_ns, each_ns, spread, picture_ns = map(float, numbers)
+    return StageCost(round(fixed_ns), round(each_ns), spread, round(picture_ns))

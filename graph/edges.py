@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from graph.chunk import NS_PER_S
 from graph.credit import Limit
 from graph.kinds import Kind, Late, WhenFull
 from graph.ports import InPort, OutPort
@@ -252,9 +253,9 @@ def least_chunks(kind: Kind[Any], file: FileSpec) -> int:
     """The least credit for pictures: what a window holds until it closes, and the same again of the next."""
     if not kind.is_picture:
         return 1
-    window_s = file.window.length_ns / 1e9
-    pictures = (math.ceil(each.fps * window_s) * max(len(each.sources), 1) for each in file.cameras.values())
-    return 2 * max(pictures, default=math.ceil(window_s)) + 2
+    window_ns = file.window.length_ns
+    pictures = (each.num_pictures(window_ns) for each in file.cameras.values())
+    return 2 * max(pictures, default=math.ceil(window_ns / NS_PER_S)) + 2
 
 
 def _circle(edges: Iterable[EdgeSpec]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -25,6 +26,7 @@ from pydantic import (
     create_model,
 )
 
+from graph.chunk import NS_PER_S
 from graph.kinds import Late, WhenFull
 from graph.ladder import OF_PICTURES, STEPS, Step
 from graph.secret import Secret
@@ -221,6 +223,10 @@ class CameraSpec(Section):
     def sources(self) -> Mapping[str, Secret]:
         """By view; that of a camera which has one source only is called ""."""
         return {**({} if self.source is None else {"": self.source}), **self.views}
+
+    def num_pictures(self, window_ns: int) -> int:
+        """How many pictures of all views a window has at most."""
+        return max(len(self.sources), 1) * math.ceil(self.fps * window_ns / NS_PER_S)
 
     @property
     def has_sound(self) -> bool:

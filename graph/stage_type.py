@@ -187,6 +187,11 @@ class StageType:
         return bool(self.outputs) and all(port.kind.is_windowed for port in self.outputs.values())
 
     @property
+    def makes_pictures(self) -> bool:
+        """Whether its work is a picture's, however many a window has, and not a window's."""
+        return any(port.kind.is_picture for port in self.outputs.values())
+
+    @property
     def has_model(self) -> bool:
         return bool(self.component)
 

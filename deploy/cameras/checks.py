@@ -6,12 +6,12 @@ Rule: nothing here opens, ends or keeps anything; what holds is returned, what d
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from deploy.cameras.sources import Probed, SourceError, apart, check_sources, probe, probe_all
-from graph.chunk import NS_PER_S
+from deploy.control.capacity import CapacityError, Demand, admit
 from graph.errors import GraphError, SpecError
 from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
@@ -56,6 +56,20 @@ class Checks:
         self._check_fps(name, camera)
         return camera
 
+    def admit(self, cameras: Iterable[tuple[str, CameraSpec]], retry_after_s: int | None) -> None:
+        """Raises Refused where `admission.profile` says that all these can't be served on time.
+
+        cameras: by their names, those that are open and those that come; views that come apart, by `porch/back`.
+        """
+        window_ns = self.spec.window.length_ns
+        num_pictures: Counter[str] = Counter()
+        for name, camera in cameras:
+            num_pictures[name.partition("/")[0]] += camera.num_pictures(window_ns)
+        try:
+            admit(self.spec, Demand.of(num_pictures.values()))
+        except CapacityError as error:
+            raise Refused(503, str(error), retry_after_s) from None
+
     def _parsed(self, name: str, described: Mapping[str, object]) -> CameraSpec:
         template = described.get("masked_source")
         section = {key: value for key, value in described.items() if key != "masked_source"}
@@ -80,7 +94,7 @@ class Checks:
     def _check_fps(self, name: str, camera: CameraSpec) -> None:
         """An edge's credit is for all sessions, and was made for the cameras of the beginning."""
         fps, num_views = camera.fps, len(camera.sources)
-        num_pictures = num_views * math.ceil(fps * self.spec.window.length_ns / NS_PER_S)
+        num_pictures = camera.num_pictures(self.spec.window.length_ns)
         for edge in self.spec.edges:
             if edge.kind.is_picture and edge.credit.chunks < num_pictures:
                 views = f" from {num_views} views" if num_views > 1 else ""

@@ -19,7 +19,6 @@ from typing import Final, Protocol
 from deploy.cameras.checks import Checks, Refused, camera_of, check_only_source, check_spare, look_at
 from deploy.cameras.sources import shown_sources
 from deploy.control.calls import Reply, answered
-from deploy.control.capacity import CapacityError, admit
 from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
@@ -86,11 +85,11 @@ class LiveCameras:
 
     def __init__(self, spec: PipelineSpec, *, paced: bool, keeps_files: bool) -> None:
         """keeps_files: sessions leave files named after their camera, so that a name is used once."""
-        self._spec, self._paced, self._keeps_files = spec, paced, keeps_files
+        self._paced, self._keeps_files = paced, keeps_files
         self._checks = Checks(spec, paced)
         self._wake = threading.Event()
         self._lock = threading.Lock()
-        self._coming: dict[str, int] = {}  # how many sources each has
+        self._coming: dict[str, CameraSpec] = {}  # a view by the name of both, with its source only
         self._open = dict(spec.cameras)
         self._used = set(spec.cameras)
         self._asked: deque[_Asked] = deque()
@@ -113,8 +112,7 @@ class LiveCameras:
         if slash:
             return self._add_view(camera_name, view, wanted)
         camera = self._checks.camera(name, wanted)
-        self._reserve(name, len(camera.sources))
-        warnings = self._open_checked(_Asked(name, camera), {name: camera})
+        warnings = self._open_checked(_Asked(name, camera), name, camera)
         return Added(name, shown_sources(camera.shown_sources), warnings)
 
     def _add_view(self, name: str, view: str, wanted: Mapping[str, object]) -> Added:
@@ -123,19 +121,18 @@ class LiveCameras:
         with self._lock:
             before = camera_of(self._open, name, whole)
         camera = self._checks.with_view(before, name, view, wanted)
-        self._reserve(whole, 1)
-        warnings = self._open_checked(_Asked(name, camera, view), {whole: camera.apart[view]})
+        warnings = self._open_checked(_Asked(name, camera, view), whole, camera.apart[view])
         return Added(whole, camera.views[view].masked, warnings)
 
-    def _open_checked(self, asked: _Asked, sources: Mapping[str, CameraSpec]) -> tuple[str, ...]:
-        """Look at what it brings, and let it be opened; returns warnings."""
-        (coming,) = sources
+    def _open_checked(self, asked: _Asked, name: str, coming: CameraSpec) -> tuple[str, ...]:
+        """Look at what comes, and let it be opened; returns warnings. name: with its view, where only one comes."""
+        self._reserve(name, coming)
         try:
-            warnings = look_at(sources, self._is_over.is_set)
+            warnings = look_at({name: coming}, self._is_over.is_set)
             self._ask(asked)
         finally:
             with self._lock:
-                self._coming.pop(coming, None)
+                self._coming.pop(name, None)
         return warnings
 
     def remove(self, name: str) -> None:
@@ -151,8 +148,7 @@ class LiveCameras:
             check_spare(whole, view, camera)
         self._ask(_Asked(camera_name, None, view))
 
-    def _reserve(self, name: str, num_sources: int) -> None:
-        """name: with its view, where it is to be only one more of a camera's."""
+    def _reserve(self, name: str, coming: CameraSpec) -> None:
         is_camera = "/" not in name
         with self._lock:
             self._refuse_if_closed()
@@ -162,19 +158,11 @@ class LiveCameras:
                 raise Refused(409, f"camera {name}: there is one of this name")
             if is_camera and self._keeps_files and name in self._used:
                 raise Refused(409, f"camera {name}: --out holds what an earlier one of this name has left")
-            num_open = sum(len(camera.sources) for camera in self._open.values()) + sum(self._coming.values())
-            if num_open + num_sources > MAX_CAMERAS:
+            cameras = [*self._open.items(), *self._coming.items(), (name, coming)]
+            if sum(len(camera.sources) for _, camera in cameras) > MAX_CAMERAS:
                 raise Refused(503, f"one pipeline takes {MAX_CAMERAS} cameras", self._retry_after_s())
-            if is_camera:
-                self._admit()
-            self._coming[name] = num_sources
-
-    def _admit(self) -> None:
-        coming = [name for name in self._coming if "/" not in name]
-        try:
-            admit(self._spec, len(self._open) + len(coming) + 1)
-        except CapacityError as error:
-            raise Refused(503, str(error), self._retry_after_s()) from None
+            self._checks.admit(cameras, self._retry_after_s())
+            self._coming[name] = coming
 
     def _ask(self, asked: _Asked) -> None:
         with self._lock:

@@ -161,7 +161,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """How many replicas of each stage so many cameras need; or how many cameras the described ones serve on time."""
-    from deploy.control.capacity import most_cameras, plan_for, print_plan, reckon
+    from deploy.control.capacity import Demand, most_cameras, plan_for, print_plan, reckon
     from graph.costs import read_profile
 
     with clear_errors(), usage():
@@ -170,7 +170,7 @@ def plan(
         if cameras is not None:
             found = plan_for(spec, measured, cameras)
         else:
-            found = reckon(spec, measured, max(most_cameras(spec, measured), 1))
+            found = reckon(spec, measured, Demand.like(spec, max(most_cameras(spec, measured), 1)))
     print_plan(found, as_json)
     if found.problems:
         raise typer.Exit(EXIT_VIOLATED)

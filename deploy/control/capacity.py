@@ -3,20 +3,24 @@
 Rule: reckoned, not tried. The windows of a phase's sessions end together (control/coordinator.py keeps them in step)
 and all of them speak, so a stage gets the windows of a phase at once and is through with them one batch after the
 other; a window passes the stages one after the other, but for those that work side by side, as the encoders do.
+Sessions are spread by their number, so the busiest replica may have those with most pictures. What makes a picture of
+each picture is paid by the picture (a profile counts it so), the rest by the window, and `picture_ns` for each picture
+of it beyond the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Final
 
 from graph.chunk import NS_PER_MS, NS_PER_S
-from graph.costs import Profile, read_profile
+from graph.costs import Profile, StageCost, read_profile
 from graph.errors import GraphError
 from graph.spec import PipelineSpec
 
@@ -29,6 +33,56 @@ MAX_CAMERAS: Final = 1_000_000
 
 class CapacityError(GraphError):
     """So many cameras can't be served, whatever is given; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Cameras, by how many pictures a window of theirs has: (pictures, cameras), those with most first."""
+
+    groups: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, num_pictures: Iterable[int]) -> Demand:
+        """num_pictures: in a window, of each camera."""
+        return cls(tuple(sorted(Counter(num_pictures).items(), reverse=True)))
+
+    @classmethod
+    def described(cls, spec: PipelineSpec) -> Demand:
+        """The cameras that are described."""
+        return cls.of(camera.num_pictures(spec.window.length_ns) for camera in spec.cameras.values())
+
+    @classmethod
+    def like(cls, spec: PipelineSpec, num_cameras: int) -> Demand:
+        """So many cameras like those described, each of them as often; where none is, each with one picture."""
+        described = cls.described(spec).groups or ((1, 1),)
+        times, left = divmod(num_cameras, sum(count for _, count in described))
+        groups = []
+        for pictures, count in described:
+            groups.append((pictures, times * count + min(left, count)))
+            left -= min(left, count)
+        return cls(tuple((pictures, count) for pictures, count in groups if count))
+
+    @property
+    def num_cameras(self) -> int:
+        return sum(count for _, count in self.groups)
+
+    @property
+    def num_pictures(self) -> int:
+        """In a window of all cameras."""
+        return sum(pictures * count for pictures, count in self.groups)
+
+    def __str__(self) -> str:
+        cameras = "1 camera" if self.num_cameras == 1 else f"{self.num_cameras} cameras"
+        is_plain = self.num_pictures == self.num_cameras
+        return cameras if is_plain else f"{cameras} with {self.num_pictures} pictures in a window"
+
+    def num_more(self, num_cameras: int) -> int:
+        """Pictures beyond the first of each camera, of the `num_cameras` that have most."""
+        more, left = 0, num_cameras
+        for pictures, count in self.groups:
+            more += (pictures - 1) * min(left, count)
+            left -= min(left, count)
+        return more
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +102,16 @@ class Plan:
     """latency_p99_ns: from a window's end until its speech has left the vocoder. cores: busy, of stages without a GPU.
     first: the stage with the highest load, which is the first to saturate."""
 
-    num_cameras: int
+    demand: Demand
     stages: Mapping[str, StagePlan]
     latency_p99_ns: int
     cores: float
     num_cores: int
     window_ns: int
+
+    @property
+    def num_cameras(self) -> int:
+        return self.demand.num_cameras
 
     @property
     def first(self) -> str:
@@ -81,6 +139,7 @@ class Plan:
     def as_dict(self) -> dict[str, object]:
         return {
             "cameras": self.num_cameras,
+            "pictures": self.demand.num_pictures,
             "fits": not self.problems,
             "problems": self.problems,
             "latency_p99_s": round(self.latency_p99_ns / NS_PER_S, 4),
@@ -92,44 +151,57 @@ class Plan:
         }
 
 
-def reckon(spec: PipelineSpec, profile: Profile, num_cameras: int, replicas: Mapping[str, int] | None = None) -> Plan:
-    """What so many cameras cost. replicas: by stage, where they are others than described.
+def reckon(spec: PipelineSpec, profile: Profile, demand: Demand, replicas: Mapping[str, int] | None = None) -> Plan:
+    """What these cameras cost. replicas: by stage, where they are others than described.
 
     Raises ProfileError when a stage was not measured.
     """
     stages: dict[str, StagePlan] = {}
     cores = 0.0
+    num_cameras = demand.num_cameras
     for name, stage in spec.stages.items():
         if not spec.types[name].has_model:
             continue
         count = (replicas or {}).get(name, stage.replicas)
-        sessions, cost = ceil(num_cameras / count), profile.of(name)
+        sessions, cost = ceil(num_cameras / count), _cost(spec, name, profile)
         phases = min(spec.window.phases, sessions)
-        phase_ns = cost.window_ns(ceil(sessions / phases), stage.batch)
-        load = phases * phase_ns / spec.window.length_ns
+        at_once = ceil(sessions / phases)
+        phase_ns = cost.window_ns(at_once, stage.batch, demand.num_more(at_once))
+        first_ns = phases * cost.window_ns(at_once, stage.batch)
+        load = (first_ns + demand.num_more(sessions) * cost.picture_ns) / spec.window.length_ns
         stages[name] = StagePlan(count, sessions, load, round(phase_ns * (1 + cost.spread)), count * stage.gpus)
         if not stage.gpus:
-            cores += load * num_cameras / sessions
+            all_ns = first_ns * num_cameras / sessions + demand.num_more(num_cameras) * cost.picture_ns
+            cores += all_ns / spec.window.length_ns
     way_ns = spec.wiring.longest({name: stage.p99_ns for name, stage in stages.items()})
-    return Plan(num_cameras, stages, way_ns, cores, profile.num_cores, spec.window.length_ns)
+    return Plan(demand, stages, way_ns, cores, profile.num_cores, spec.window.length_ns)
+
+
+def _cost(spec: PipelineSpec, stage: str, profile: Profile) -> StageCost:
+    """What makes pictures was measured by the picture."""
+    cost = profile.of(stage)
+    if not spec.has_pictures:
+        return dataclasses.replace(cost, picture_ns=0)
+    return dataclasses.replace(cost, picture_ns=cost.each_ns) if spec.types[stage].makes_pictures else cost
 
 
 def plan_for(spec: PipelineSpec, profile: Profile, num_cameras: int) -> Plan:
-    """The fewest replicas, stage by stage, with which so many cameras are served on time.
+    """The fewest replicas, stage by stage, with which so many cameras like those described are served on time.
 
     Raises CapacityError when no number of replicas is enough.
     """
     if not 1 <= num_cameras <= MAX_CAMERAS:
         raise CapacityError(f"--cameras must be 1 to {MAX_CAMERAS}, not {num_cameras}")
     replicas = {name: 1 for name, stage in spec.stages.items() if spec.types[name].has_model}
-    plan = reckon(spec, profile, num_cameras, replicas)
+    demand = Demand.like(spec, num_cameras)
+    plan = reckon(spec, profile, demand, replicas)
     while plan.problems:
         grow = _next_to_grow(plan)
         if grow is None:
-            raise CapacityError(f"{num_cameras} cameras can't be served on time: {'; '.join(plan.problems)}")
+            raise CapacityError(f"{demand} can't be served on time: {'; '.join(plan.problems)}")
         # As many as take one session less from the busiest, so that no step is in vain.
         replicas[grow] = ceil(num_cameras / (plan.stages[grow].sessions - 1))
-        plan = reckon(spec, profile, num_cameras, replicas)
+        plan = reckon(spec, profile, demand, replicas)
     return plan
 
 
@@ -143,13 +215,17 @@ def _next_to_grow(plan: Plan) -> str | None:
 
 
 def most_cameras(spec: PipelineSpec, profile: Profile) -> int:
-    """How many cameras the description serves on time, with its replicas as they are; 0: none."""
+    """How many cameras like those described it serves on time, with its replicas as they are; 0: none."""
+    return _most(lambda count: not reckon(spec, profile, Demand.like(spec, count)).problems)
+
+
+def _most(fits: Callable[[int], bool]) -> int:
     low, high = 0, 1
-    while high <= MAX_CAMERAS and not reckon(spec, profile, high).problems:
+    while high <= MAX_CAMERAS and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if reckon(spec, profile, middle).problems else (middle, high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
@@ -160,16 +236,18 @@ def _expanded(path: str) -> Path:
         return Path(path)
 
 
-def admit(spec: PipelineSpec, num_cameras: int) -> None:
-    """Raises CapacityError when `admission.profile` says that so many can't be served on time, or ProfileError."""
+def admit(spec: PipelineSpec, demand: Demand) -> None:
+    """Raises CapacityError when `admission.profile` says that these can't be served on time, or ProfileError."""
     if spec.admission.profile is None:
         return
     profile = read_profile(_expanded(spec.admission.profile))
-    asked = reckon(spec, profile, num_cameras)
-    if asked.problems:
+    plan = reckon(spec, profile, demand)
+    if plan.problems:
+        most = _most(lambda count: not reckon(spec, profile, Demand(((1, count),))).problems)
+        those = f"{most} can" if demand.num_pictures == demand.num_cameras else f"{most} with one picture each can"
         raise CapacityError(
-            f"{num_cameras} cameras can't be served on time, {most_cameras(spec, profile)} can "
-            f"(admission.profile: {spec.admission.profile}): {'; '.join(asked.problems)}; "
+            f"{demand} can't be served on time, {those} "
+            f"(admission.profile: {spec.admission.profile}): {'; '.join(plan.problems)}; "
             "`pipeline plan` says how many replicas they need"
         )
 
@@ -187,7 +265,7 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"\n{plan.num_cameras} cameras: a window takes {plan.latency_p99_ns / NS_PER_S:.2f} s at p99; {_needs(plan)}")
+    print(f"\n{plan.demand}: a window takes {plan.latency_p99_ns / NS_PER_S:.2f} s at p99; {_needs(plan)}")
     print(f"{plan.first} saturates first")
 
 

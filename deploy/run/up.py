@@ -16,7 +16,7 @@ from deploy.cameras.live_cameras import LiveCameras
 from deploy.cameras.source_watch import SourceWatch
 from deploy.cameras.sources import check_cameras
 from deploy.control import ray_environment
-from deploy.control.capacity import admit
+from deploy.control.capacity import Demand, admit
 from deploy.control.ending import DRAIN_S, END_S, drain_s
 from deploy.gateway.gateway_server import GatewayServer
 from deploy.gateway.observe import build_gateway
@@ -91,7 +91,7 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         checkpoint = open_checkpoint(spec, tell)
         spec = checkpoint.fit(spec)
         if options.paced:
-            admit(spec, len(spec.cameras))
+            admit(spec, Demand.described(spec))
         checkpoint.check_tensors(spec)
         cameras = check_cameras(spec, options.duration_ns, tell, options.wait_for_cameras_s)
         if not (options.address or os.environ.get("RAY_ADDRESS")):

@@ -416,6 +416,50 @@ def test_more_views_than_an_edge_has_credit_for_are_refused(start):
     assert error.status == 422 and "a window has 5 pictures at fps 1 from 5 views" in str(error)
 
 
+@pytest.fixture
+def two_pictures(tmp_path: Path) -> Path:
+    """A profile with which two pictures of a window are served on time, of one camera or of two."""
+    cheap = StageCost(1_000_000, 1_000_000)
+    stages = dict.fromkeys(("audio_encoder", "llm", "tts", "vocoder"), cheap)
+    path = tmp_path / "pictures.json"
+    path.write_text(Profile("tiny", {}, 2, {**stages, "vision_encoder": StageCost(0, 300_000_000)}).as_json())
+    return path
+
+
+def test_a_view_beyond_what_is_served_on_time_is_refused_until_another_one_has_gone(start, two_pictures: Path):
+    pipeline = start(profile=two_pictures, until_s=time.monotonic() + 100)
+    pipeline.live.add("door/back", PATTERN)
+    for name in ("door/side", "yard"):
+        error = refusal(lambda name=name: pipeline.live.add(name, PATTERN))
+        assert (error.status, error.retry_after_s) == (503, 30)
+        assert "3 pictures in a window can't be served on time, 2 with one picture each can" in str(error)
+    pipeline.live.remove("door/back")
+    pipeline.live.add("door/side", PATTERN)
+    assert list(pipeline.views) == ["door/side"]
+
+
+def test_a_camera_of_more_views_than_are_served_on_time_is_refused_whole(start, two_pictures: Path):
+    pipeline = start(profile=two_pictures)
+    views = {"views": {"front": "test://pattern", "back": "test://pattern?seed=2"}}
+    error = refusal(lambda: pipeline.live.add("porch", views))
+    assert error.status == 503 and "2 cameras with 3 pictures in a window can't be served" in str(error)
+    pipeline.live.ended("door")
+    pipeline.live.add("porch", views)
+
+
+def test_a_view_that_is_about_to_come_has_its_place(start, two_pictures: Path):
+    spec = replace(SPEC, admission=AdmissionSpec(profile=str(two_pictures)))
+    live = LiveCameras(spec, paced=True, keeps_files=False)
+    live.begin(None)
+    coming = threading.Thread(target=lambda: live.add("door/back", PATTERN))
+    coming.start()
+    while not live._asked:
+        time.sleep(0.01)
+    assert refusal(lambda: live.add("yard", PATTERN)).status == 503
+    live.answer(Pipeline(live))
+    coming.join()
+
+
 def test_a_view_that_a_stage_refuses_is_none(start):
     pipeline = start()
     pipeline.fails_with = StageError("camera: what session 'door' sees has ended")

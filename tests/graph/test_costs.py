@@ -61,6 +61,10 @@ WHOLE = {"version": 1, "model": "nano", "machine": {}, "num_cores": 2, "stages":
         (WHOLE | {"num_cores": 0}, "num_cores must be a whole number"),
         (WHOLE | {"stages": {"llm": 7}}, "stages.llm: fixed_ns, each_ns and spread must be numbers"),
         (WHOLE | {"stages": {"llm": {"fixed_ns": 1, "each_ns": -1, "spread": 0}}}, "stages.llm: fixed_ns"),
+        (
+            WHOLE | {"stages": {"llm": {"fixed_ns": 1, "each_ns": 1, "spread": 0, "picture_ns": "x"}}},
+            "so must picture_ns where it is given",
+        ),
     ],
 )
 def test_a_file_that_is_no_profile_is_told(tmp_path: Path, told: object, problem: str):
@@ -76,3 +80,12 @@ def test_a_file_that_is_missing_or_no_json_is_told(tmp_path: Path):
     (tmp_path / "p.json").write_text("{")
     with pytest.raises(ProfileError, match="not JSON"):
         read_profile(tmp_path / "p.json")
+
+
+def test_what_a_further_picture_costs_is_in_the_profile_where_it_was_measured(tmp_path: Path):
+    path = tmp_path / "p.json"
+    profile = Profile("nano", {}, 2, {"llm": StageCost(10, 3, 0.1, picture_ns=2), "tts": StageCost(10, 3, 0.1)})
+    path.write_text(profile.as_json())
+    assert read_profile(path) == profile
+    assert "picture_ns" not in json.loads(path.read_text())["stages"]["tts"]
+    assert profile.of("llm").window_ns(num_sessions=2, batch=4, num_more=5) == 10 + 2 * 3 + 5 * 2
