@@ -2,7 +2,8 @@
 
 The real stages with the shipped model, in one process and one thread, in virtual time: n busy rooms are watched, each
 batch that a stage is given is timed, and `fixed + n x each` is fitted to it. TTS and vocoder count who speaks, the
-vision encoder pictures. Rows: a unit's share of a batch of the largest size, beside a batch of one.
+vision encoder pictures. Once more with cameras of up to four views: what each further picture costs the LLM.
+Rows: a unit's share of a batch of the largest size, beside a batch of one.
 
 Options: OMNI_BENCH_SIZES, how many sessions (default: 1,2,4,8,16); OMNI_BENCH_WINDOWS, how many windows each (default:
 20); OMNI_BENCH_PROFILE, a file to write the profile to, for `pipeline plan`; OMNI_BENCH_MODEL, a checkpoint (default:
@@ -11,10 +12,12 @@ nano; any other one is shown the same rooms).
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -29,11 +32,13 @@ from deploy.simulator.simulate import Simulation
 from deploy.simulator.stages import VirtualCamera, VirtualMicrophone
 from deploy.simulator.world import Device
 from graph.chunk import NS_PER_MS, Chunk, SessionId
-from graph.costs import Profile, fit
+from graph.costs import Profile, StageCost, fit
+from graph.credit import Limit
 from graph.spec import PipelineSpec
 from graph.tail import Ack
 from graph.window import Unit
 from model_shards.nano.synthetic import SyntheticRoom
+from stages.llm import Llm
 from stages.session import Session
 from stages.stage import Stage
 from tests.support.specs import load_spec, model_stages
@@ -41,11 +46,22 @@ from tests.support.specs import load_spec, model_stages
 NAME = "stages"
 SIZES = "1,2,4,8,16"
 NUM_WINDOWS = "20"
+MANY_VIEWS = 4
+ROOM_FOR_VIEWS = Limit(4 * MANY_VIEWS)
 NUM_WARM_UP = 2  # batches of each stage
 RIVAL = "one session's window alone"
 
 Samples = dict[str, list[tuple[int, int]]]
 """By stage: (units, ns) of each batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """num_units: what a batch's cost grows with. num_pictures: that the LLM was given; elsewhere 0."""
+
+    num_units: int
+    num_pictures: int
+    ns: int
 
 
 def run() -> list[Row]:
@@ -61,15 +77,28 @@ def run() -> list[Row]:
         _tell(f"{size} sessions")
         scenario = Scenario("stages", "", size, int(option("WINDOWS", NUM_WINDOWS)), devices={"cpu": 16})
         for name, measured in Watched(spec, scenario, checkpoint.path).watch().items():
-            samples[name] += measured
+            samples[name] += [(batch.num_units, batch.ns) for batch in measured]
     if path := option("PROFILE", ""):
-        Path(path).write_text(_profile(model, samples).as_json() + "\n", encoding="utf-8")
+        _tell(f"{size} sessions of up to {MANY_VIEWS} views")
+        views = dataclasses.replace(scenario, most_views=MANY_VIEWS, credit=ROOM_FOR_VIEWS)
+        batches = Watched(spec, views, checkpoint.path).watch()
+        Path(path).write_text(_profile(model, samples, batches).as_json() + "\n", encoding="utf-8")
     return [_row(name, measured) for name, measured in samples.items()]
 
 
-def _profile(model: str, samples: Samples) -> Profile:
+def _profile(model: str, samples: Samples, of_views: Mapping[str, list[Batch]]) -> Profile:
     costs = {name: fit(measured) for name, measured in samples.items()}
+    costs = {
+        name: dataclasses.replace(cost, picture_ns=_picture_ns(cost, of_views[name])) for name, cost in costs.items()
+    }
     return Profile(model, describe_machine(), psutil.cpu_count() or 1, costs)
+
+
+def _picture_ns(cost: StageCost, batches: list[Batch]) -> int:
+    """What each picture of a window beyond the first costs: what batches with such take more than those without."""
+    more = [(batch, batch.num_pictures - batch.num_units) for batch in batches]
+    shares = [(batch.ns - cost.batch_ns(batch.num_units)) / num_more for batch, num_more in more if num_more > 0]
+    return max(round(median(shares)), 0) if shares else 0
 
 
 def _row(name: str, samples: list[tuple[int, int]]) -> Row:
@@ -94,7 +123,7 @@ class Watched(Simulation):
         self._timed: dict[str, Timed] = {}
         super().__init__(spec, scenario, seed=0)
 
-    def watch(self, num_warm_up: int = NUM_WARM_UP) -> Mapping[str, list[tuple[int, int]]]:
+    def watch(self, num_warm_up: int = NUM_WARM_UP) -> Mapping[str, list[Batch]]:
         """What each batch took, without the first ones."""
         self.run()
         if self.violations:
@@ -127,8 +156,9 @@ class Timed(Stage):
     def __init__(self, stage: Stage, device: Device, counts_made: bool) -> None:
         """counts_made: its work is what it makes, not what it is given."""
         self._stage, self._device, self._counts_made = stage, device, counts_made
+        self._takes_pictures = isinstance(stage, Llm)
         self.paced_by_listener = stage.paced_by_listener  # type: ignore[misc]  # as the one within
-        self.samples: list[tuple[int, int]] = []
+        self.samples: list[Batch] = []
 
     def open_session(self, session: Session) -> None:
         self._stage.open_session(session)
@@ -148,7 +178,8 @@ class Timed(Stage):
         spent_ns = time.perf_counter_ns() - begin_ns
         num_items = len(made) if self._counts_made else len(units)
         if num_items:
-            self.samples.append((num_items, spent_ns))
+            num_pictures = sum(len(unit.of(Llm.image)) for unit in units) if self._takes_pictures else 0
+            self.samples.append(Batch(num_items, num_pictures, spent_ns))
         self._device.work(spent_ns)
         return made
 
