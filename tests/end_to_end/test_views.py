@@ -1,16 +1,21 @@
-"""A camera of several views in a real pipeline: one that ends early, one that comes while it runs and goes again."""
+"""A camera of several views in a real pipeline: one that ends early, one that comes while it runs and goes again, and
+one that is cut off and comes back."""
 
+import contextlib
 import json
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graph.ledger import REASONS
 from tests.support.media import Clip, times
-from tests.support.pipeline import Place, Run
+from tests.support.pipeline import Place, Run, new_place, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -113,3 +118,62 @@ def test_the_ledger_is_exact(porch: Porch) -> None:
         assert account["accepted"] == account["delivered"] + sum(account["dropped"][reason] for reason in REASONS), edge
     accepted = porch.run.ledger()["camera.frames->vision_encoder.frames"]["accepted"]
     assert accepted >= 2 * NUM_SECONDS + EARLY_END - 1 + len(porch.seen("side"))
+
+
+# ---- a view that is cut off ------------------------------------------------------------------------------------------
+
+RTSP_SERVER = Path(__file__).parents[1] / "stages" / "rtsp_server.py"
+CUT_SECONDS = 35  # the camera is looked for again after 1, 2, 4 … s
+CUT_DESCRIPTION = """
+version: 1
+cameras:
+  gate:
+    views: {{near: "test://pattern?seed=1", far: "rtsp://127.0.0.1:{port}/live"}}
+    microphone: near
+"""
+
+
+@contextlib.contextmanager
+def rtsp_camera(port: int = 0) -> Iterator[int]:
+    """A camera on a port, which is cut off at the end."""
+    command = [sys.executable, str(RTSP_SERVER), "camera", "1e9", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield int(server.stdout.readline())
+        finally:
+            server.kill()
+
+
+def test_a_view_that_is_cut_off_is_missing_by_its_name_until_it_is_back(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path
+) -> None:
+    with new_place(tmp_path_factory.mktemp("cut"), cache) as place:
+        out = place.folder / "run"
+        with rtsp_camera() as port:
+            (place.folder / "pipeline.yaml").write_text(CUT_DESCRIPTION.format(port=port))
+            up = place.start("up", "--for", f"{CUT_SECONDS}s", "--out", "run", "--set", "window.lateness=2s")
+            place.wait_for_window(5)
+        running = Run(0, "", "", out)
+
+        def misses_far() -> bool:
+            last = running.windows("gate")[-2:]
+            return all("camera/gate/far" in row["missing"] for row in last) or up.poll() is not None
+
+        wait_for(misses_far)
+        with rtsp_camera(port):
+            run = place.finish(up)
+        assert run.returncode == 0, run.stderr
+        assert place.leftovers() == []
+
+    windows = {row["index"]: row["missing"] for row in run.windows("gate")}
+    assert sorted(windows) == list(range(CUT_SECONDS))
+    lost_s = min(event["time_s"] for event in run.events("gate", "camera_lost") if event["view"] == "far")
+    back = [event["time_s"] for event in run.events("gate", "camera_up") if event["view"] == "far"]
+    back_s = next(time_s for time_s in back if time_s > lost_s)
+    missing = {index for index, names in windows.items() if index > 1 and "camera/gate/far" in names}
+    assert set(range(int(lost_s) + 1, int(back_s))) <= missing <= set(range(int(lost_s) - 1, int(back_s) + 2))
+    assert len(missing) >= 2, "it was waited for"
+    assert not [index for index, names in windows.items() if index > 1 and {"camera/gate/near", "image"} & set(names)]
+    for edge, account in run.ledger().items():
+        assert account["accepted"] == account["delivered"] + sum(account["dropped"][reason] for reason in REASONS), edge

@@ -1,4 +1,4 @@
-"""Cameras for the tests, each a process: `python rtsp_server.py MODE [SECONDS]` prints its port and serves.
+"""Cameras for the tests, each a process: `python rtsp_server.py MODE [SECONDS [PORT]]` prints its port and serves.
 
 camera    moving picture (H.264, 320x240, 25 fps) and a tone (L16, 16 kHz) over RTSP/TCP, sent in real time
 cut       the same, but the connection is closed after SECONDS
@@ -49,7 +49,8 @@ def main() -> None:
     pictures = encode_pictures(num_frames) if is_camera else []
     if mode == "gop":
         pictures = pictures[1:] + pictures[:1]
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    port = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    with socket.create_server(("127.0.0.1", port)) as server:
         print(server.getsockname()[1], flush=True)
         while True:
             connection, _ = server.accept()
