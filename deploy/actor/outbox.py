@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from deploy.actor.session_plan import Output
 from deploy.actor.session_state import OpenSession
-from graph.chunk import Chunk, ChunkType, Scalar, Trace, end_of_stream, watermark
+from graph.chunk import Chunk, ChunkType, Failure, Scalar, Trace, end_of_stream, watermark
 from graph.codec import CodecError, check
 from graph.kinds import Kind, KindError
 from graph.ladder import sheds_picture
@@ -48,6 +48,17 @@ class Outbox:
         """An event of the machinery's; where the stage makes none, there is nobody who would take it."""
         if state.events:
             self.send(state, Chunk(state.session.id, state.events, at_ns, attrs=attrs))
+
+    def tell_failures(self, state: OpenSession, failures: Iterable[Failure], **window: int) -> None:
+        """window: at which one, where there are any."""
+        for failure in failures:
+            what = {"stage": failure.stage, "reason": failure.reason}
+            self.tell(state, state.now_ns(), {"type": "unit_failed", **window, **what})
+
+    def tell_new_failures(self, state: OpenSession) -> None:
+        """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
+        if state.join is None and state.faults.are_new:
+            self.tell_failures(state, state.faults.take())
 
     def say_again(self, state: OpenSession, edge: str) -> None:
         """Another one takes what leaves on an edge: it hears which streams have ended."""

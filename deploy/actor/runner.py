@@ -6,23 +6,23 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
+from deploy.actor.afterword import UNSAID, Afterword
 from deploy.actor.isolation import Faults, breaks_process, process, reason_of
-from deploy.actor.outbox import Outbox, OutMeter
+from deploy.actor.replica import Meter, Replica, WorkingOn
 from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
 from deploy.actor.session_state import OpenSession, ReadyUnit
-from deploy.actor.sink import WindowEnd, WindowMeter, usual_level
+from deploy.actor.sink import WindowEnd, usual_level
 from graph.chunk import (
     NS_PER_MS,
     NS_PER_S,
     REMOVED,
     Chunk,
     ChunkType,
-    Failure,
     Scalar,
     SessionId,
     Span,
@@ -33,37 +33,18 @@ from graph.gather import Gathering
 from graph.kinds import Kind
 from graph.ladder import Ladder
 from graph.ledger import Reason
-from graph.schedule import Schedule
 from graph.trace import leave_stage
 from graph.window import NOTHING, Joined, Unit, WindowJoin
 from stages.session import Session, View
 from stages.stage import TICK_NS, Stage, StageError
 
-WorkingOn = Callable[[str, Sequence[Unit]], AbstractContextManager[object]]
 LEAST_SLEEP_NS = NS_PER_MS
-MAX_ENDED = 256  # sessions that were given up and have ended, of which is known why
-MAX_QUIET = 5
-"""Windows after its inputs' end in which a stage waits for a listener who hears nothing."""
-UNSAID = f"what it had left to say was not said: its listener heard nothing for {MAX_QUIET} windows"
 MAX_ENDED = 256
-"""Sessions that have ended here, of which is known how."""
+"""Sessions that have ended here, of which is known how, and those that were given up, of which is known why."""
 MAX_CHUNKS_PER_WINDOW = 1 << 16
 """Of one stream; by far."""
 MAX_READY = 4
 """Units of a session that may wait for a stage that falls behind before more windows are given up for it."""
-
-
-class Meter(WindowMeter, OutMeter, Protocol):
-    """What is counted of a stage (deploy/actor/measure.py: StageMeter)."""
-
-    def opened(self, session: Session, ended: Collection[str] | None) -> None: ...
-    def closed(self, session: Session) -> None: ...
-    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None: ...
-    def passed(self, num_units: int) -> None: ...
-    def carried(self, num_chunks: int) -> None: ...
-    def unit_done(self, session: Session, end_ns: int) -> None: ...
-    def failed(self, session: Session, error: Exception, where: str) -> None: ...
-    def unsaid(self, session: Session) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +75,11 @@ class StageRunner:
     ) -> None:
         self.name = name
         self.stage = stage
-        self._receivers = receivers
-        self._senders = senders
-        self._meter = meter
+        self.replica = Replica(name, stage, receivers, senders, meter, clock, working_on)
         self._gathering = gathering
-        self._clock = clock
-        self._working_on = working_on
-        self.num_units = 0
-        self._open: dict[SessionId, OpenSession] = {}
         self._ended: dict[SessionId, _Ended] = {}
         self._given_up_before: dict[SessionId, tuple[str, bool]] = {}  # that have ended: why, and whether aside
-        self._ready: dict[SessionId, OpenSession] = {}  # those which have a unit that is complete
-        self._out = Outbox(name, meter)
-        self._schedule = Schedule()
+        self._afterword = Afterword(self.replica)
         self._follows_clock = type(stage).advance is not Stage.advance
         self._knows_idle = getattr(stage.is_idle, "__func__", None) is not Stage.is_idle
         self._has_files = type(stage).wakes is not Stage.wakes
@@ -122,30 +95,30 @@ class StageRunner:
         if plan.resume_from is not None:
             session.playback.ack(plan.resume_from.ack)
         self._open_at_stage(session)
-        lanes = {edge: self._senders[edge][peer] for edge, peer in plan.peers.items()}
+        lanes = {edge: self.replica.senders[edge][peer] for edge, peer in plan.peers.items()}
         queues = tuple(
             sender.open_session(session.id, plan.incarnation, lossless=not session.paced, held=edge in plan.held)
             for edge, sender in lanes.items()
         )
-        for receiver in self._receivers.values():
+        for receiver in self.replica.receivers.values():
             receiver.open_session(session.id, plan.incarnation)
         hears = any(output.kind.is_control and output.edges for output in plan.outputs.values())
         has_ladder = session.ladder and session.paced and hears  # in virtual time nothing is late
-        others = [state.session for state in self._open.values() if state.ladder is not None]
+        others = [state.session for state in self.replica.open.values() if state.ladder is not None]
         level = plan.resume_from.level if plan.resume_from else usual_level(session, others) if has_ladder else 0
         ladder = Ladder(session.ladder, session.window_ns, level) if has_ladder else None
         session.level.told(0, level)
-        faults = Faults(self.name, lambda error, where: self._meter.failed(session, error, where))
-        state = OpenSession(plan, self._join(plan), lanes, queues, self._clock, ladder, faults)
+        faults = Faults(self.name, lambda error, where: self.replica.meter.failed(session, error, where))
+        state = OpenSession(plan, self._join(plan), lanes, queues, self.replica.clock, ladder, faults)
         if plan.ends_windows:
-            state.sink = WindowEnd(self.name, session, ladder, self._meter, state.events)
-        self._open[session.id] = state
+            state.sink = WindowEnd(self.name, session, ladder, self.replica.meter, state.events)
+        self.replica.open[session.id] = state
         self._ended.pop(session.id, None)  # another one, of its name
         self._given_up_before.pop(session.id, None)
-        self._schedule.touch(session.id)
-        self._meter.opened(session, plan.upstream if plan.ends_windows else None)
+        self.replica.schedule.touch(session.id)
+        self.replica.meter.opened(session, plan.upstream if plan.ends_windows else None)
         if ladder is not None:
-            self._meter.moved(session, ladder.level)
+            self.replica.meter.moved(session, ladder.level)
 
     def _open_at_stage(self, session: Session) -> None:
         try:
@@ -159,11 +132,11 @@ class StageRunner:
 
     def begin_session(self, session: SessionId, origin_ns: int) -> None:
         """Let a session's clock run. origin_ns: when event time 0 is, on this host's monotonic clock."""
-        state = self._open[session]
+        state = self.replica.open[session]
         state.begin(origin_ns)
         if state.plan.resume_from is not None:
             self._resume(state, state.plan.resume_from)
-        self._schedule.touch(session)
+        self.replica.schedule.touch(session)
 
     def _resume(self, state: OpenSession, listener: Listener) -> None:
         """Numbers of chunks leave room for those of the replica that has died."""
@@ -175,13 +148,13 @@ class StageRunner:
         state.num_units = index
         state.first_seq = state.session.begin_index * MAX_CHUNKS_PER_WINDOW
         state.fence.raise_to(listener.ack.epoch)
-        self._out.end_removed(state)
+        self.replica.out.end_removed(state)
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
-        state = self._open.pop(session, None)
-        self._ready.pop(session, None)
-        self._schedule.forget(session)
+        state = self.replica.open.pop(session, None)
+        self.replica.ready.pop(session, None)
+        self.replica.schedule.forget(session)
         if state is None:
             return
         if state.faults.given_up:
@@ -189,52 +162,52 @@ class StageRunner:
             if len(self._given_up_before) > MAX_ENDED:
                 self._given_up_before.pop(next(iter(self._given_up_before)))
         for arrival in state.arrivals.values():
-            self._receivers[arrival.edge].drop(arrival, "shed")
+            self.replica.receivers[arrival.edge].drop(arrival, "shed")
         for sender in state.lanes.values():
             sender.close_session(session)
-        for receiver in self._receivers.values():
+        for receiver in self.replica.receivers.values():
             receiver.close_session(session)
         with state.faults.within("close_session"):
             self.stage.close_session(session)
-        self._meter.closed(state.session)
+        self.replica.meter.closed(state.session)
 
     def end_session(self, session: SessionId) -> None:
         """Let a source stop now."""
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         if state is not None:
             with state.faults.within("end"):
                 self.stage.end(session, state.now_ns())
-            self._schedule.touch(session)
+            self.replica.schedule.touch(session)
 
     def listener(self, session: SessionId) -> Listener | None:
         """What is known here of a session's listener; None where nothing is."""
-        if (state := self._open.get(session)) is None:
+        if (state := self.replica.open.get(session)) is None:
             return self._ended[session].listener if session in self._ended else None
         return Listener(state.session.playback.latest, state.session.level.num_steps)
 
     def reroute(self, session: SessionId, edge: str, replica: int) -> int | None:
         """A session is resumed at a replica behind this edge that knows nothing of it. Returns None while it is open
         here, else how many windows it had when it ended."""
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         if state is None:
             return self._ended[session].num_windows if session in self._ended else 0
-        before, sender = state.lanes[edge], self._senders[edge][replica]
+        before, sender = state.lanes[edge], self.replica.senders[edge][replica]
         if sender is before:
             sender.release(session)
         else:
             before.move(session, sender)
             state.lanes[edge] = sender
-        self._out.say_again(state, edge)
+        self.replica.out.say_again(state, edge)
         if state.join is not None and state.session.paced:  # windows in which nobody could hear do not count
             state.num_quiet = min(0, (state.join.next_end_ns - state.now_ns()) // state.session.window_ns)
         with state.faults.within("downstream_replaced"):
             self.stage.downstream_replaced(session)
-        self._schedule.touch(session)
+        self.replica.schedule.touch(session)
         return None
 
     def add_view(self, session: SessionId, view: View) -> None:
         """The camera has another view. Raises StageError where the session has ended here, or the stage refuses."""
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         if state is None or state.ending or state.faults.given_up:
             raise StageError(f"{self.name}: what session {session!r} sees has ended")
         before = state.session
@@ -244,19 +217,19 @@ class StageRunner:
         except Exception:
             state.session = before
             raise
-        self._schedule.touch(session)
+        self.replica.schedule.touch(session)
 
     def remove_view(self, session: SessionId, view: str) -> None:
         """The camera has one view less, from the window's end on."""
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         if state is not None:
             with state.faults.within("remove_view"):
                 self.stage.remove_view(session, view, state.now_ns())
-            self._schedule.touch(session)
+            self.replica.schedule.touch(session)
 
     def end_input(self, session: SessionId, edge: str, num_windows: int) -> None:
         """Nothing more comes on this edge, and nobody is left to say so. num_windows: that came there, in all."""
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         if state is None:  # it has heard of the end meanwhile
             return
         join = state.join
@@ -267,37 +240,33 @@ class StageRunner:
             at_ns = max(num_windows * window_ns, join.next_end_ns - window_ns)
             for stream in [name for name, each in join.inputs.items() if each.edge == edge]:
                 self._joined(state, join.end(stream, at_ns))
-        self._schedule.touch(session)
+        self.replica.schedule.touch(session)
 
     def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
         """Something worth telling has happened to a session. cuts: what is said and not heard is lost with it."""
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         if state is None or state.ending:
             return
         now_ns = state.now_ns()
         if cuts and not state.faults.given_up:
             with state.faults.within("cut_off"):
-                self._out.send_all(state, self.stage.cut_off(session, now_ns))
-        self._out.tell(state, now_ns, {"type": kind, **attrs})
+                self.replica.out.send_all(state, self.stage.cut_off(session, now_ns))
+        self.replica.out.tell(state, now_ns, {"type": kind, **attrs})
 
     def snapshot(self) -> StageSnapshot:
         """What this replica is doing."""
-        sinks = {name: state.sink for name, state in self._open.items()}
+        replica = self.replica
+        sinks = {name: state.sink for name, state in replica.open.items()}
         seen = {n: SessionSnapshot(s.num_windows, s.num_late) if s else SessionSnapshot(0, 0) for n, s in sinks.items()}
-        failing = {name: (s.faults.given_up, s.plan.is_aside) for name, s in self._open.items() if s.faults.given_up}
+        failing = {name: (s.faults.given_up, s.plan.is_aside) for name, s in replica.open.items() if s.faults.given_up}
         given_up, before = _of_way(failing, is_aside=False), _of_way(self._given_up_before, is_aside=False)
         aside = _of_way(self._given_up_before | failing, is_aside=True)
-        return StageSnapshot(self.num_units, self.num_ready, seen, self.stage.sources(), given_up, aside, before)
+        return StageSnapshot(replica.num_units, replica.num_ready, seen, self.stage.sources(), given_up, aside, before)
 
     @property
     def incoming(self) -> Iterable[str]:
         """The edges that come here."""
-        return self._receivers
-
-    @property
-    def num_ready(self) -> int:
-        """Units that wait to be processed."""
-        return sum(len(state.ready) for state in self._ready.values())
+        return self.replica.receivers
 
     def _join(self, plan: SessionPlan) -> WindowJoin | None:
         if not plan.inputs:
@@ -312,10 +281,10 @@ class StageRunner:
     def take(self, arrival: Arrival) -> None:
         """One chunk from the bus."""
         chunk = arrival.chunk
-        state = self._open.get(chunk.session)
+        state = self.replica.open.get(chunk.session)
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
-                self._receivers[arrival.edge].drop(arrival, "shed")
+                self.replica.receivers[arrival.edge].drop(arrival, "shed")
             return
         if chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
             self._hear(state, chunk)
@@ -323,18 +292,18 @@ class StageRunner:
         with state.faults.within("take"):
             self._take(state, arrival)
             if state.join is None or not state.join.is_steady:
-                self._schedule.touch(chunk.session)
+                self.replica.schedule.touch(chunk.session)
             return
-        self._schedule.touch(chunk.session)
+        self.replica.schedule.touch(chunk.session)
         if state.arrivals.pop(id(chunk), None) is not None:
-            self._receivers[arrival.edge].drop(arrival, "failed")
+            self.replica.receivers[arrival.edge].drop(arrival, "failed")
 
     def _hear(self, state: OpenSession, chunk: Chunk) -> None:
         """News of the listener. In real time they wake nothing: a stage reads the newest when it decides."""
         state.session.playback.hear(chunk)
         state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
         if not state.session.paced:
-            self._schedule.touch(chunk.session)
+            self.replica.schedule.touch(chunk.session)
 
     def _take(self, state: OpenSession, arrival: Arrival) -> None:
         chunk = arrival.chunk
@@ -355,16 +324,16 @@ class StageRunner:
         """Of a stage without windows."""
         unit = _single(state, arrival)
         if not state.faults.given_up:
-            with self._working_on(self.name, [unit]):
-                outcome = process(self.stage, [unit], self._open if self.stage.scope == "pipeline" else ())
-            outcome.send(lambda chunk: self._out.send(self._open[chunk.session], chunk))
+            with self.replica.working_on(self.name, [unit]):
+                outcome = process(self.stage, [unit], self.replica.open if self.stage.scope == "pipeline" else ())
+            outcome.send(lambda chunk: self.replica.out.send(self.replica.open[chunk.session], chunk))
             error = outcome.failed.get(unit.session)
             if error is None:
                 state.faults.succeeded("process")
-                self._receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
+                self.replica.receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
                 return
             state.faults.failed("process", error, unit.index)
-        self._receivers[arrival.edge].drop(arrival, "failed")
+        self.replica.receivers[arrival.edge].drop(arrival, "failed")
 
     def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
         if chunk.type is ChunkType.WATERMARK:
@@ -396,22 +365,23 @@ class StageRunner:
     def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
         if state.fence.raise_to(epoch):
-            self._schedule.touch(state.session.id)
+            self.replica.schedule.touch(state.session.id)
             if not state.faults.given_up:
                 with state.faults.within("interrupt"):
-                    self._out.send_all(state, self.stage.interrupt(state.session.id, state.session.playback.latest))
+                    made = self.stage.interrupt(state.session.id, state.session.playback.latest)
+                    self.replica.out.send_all(state, made)
 
     def _joined(self, state: OpenSession, joined: Joined) -> None:
         if joined is NOTHING:
             return
         for chunk in joined.late:
             self._settle(state, chunk, "late")
-        self._meter.carried(len(joined.carried))
+        self.replica.meter.carried(len(joined.carried))
         if joined.units:
-            now_ns = self._clock.monotonic_ns()
+            now_ns = self.replica.clock.monotonic_ns()
             state.ready.extend([state.ready_unit(unit, now_ns) for unit in joined.units])
-            self._ready[state.session.id] = state
-            self._schedule.touch(state.session.id)
+            self.replica.ready[state.session.id] = state
+            self.replica.schedule.touch(state.session.id)
 
     def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason. One of a sliding window is in several units."""
@@ -419,9 +389,9 @@ class StageRunner:
         if arrival is None:
             return
         if reason is None:
-            self._receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
+            self.replica.receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
         else:
-            self._receivers[arrival.edge].drop(arrival, reason)
+            self.replica.receivers[arrival.edge].drop(arrival, reason)
 
     @staticmethod
     def _age_s(state: OpenSession, chunk: Chunk) -> float:
@@ -435,18 +405,18 @@ class StageRunner:
         Only sessions are looked at for which something came or is due, so that a step costs what happens in it, not
         what is open.
         """
-        if self._schedule.is_empty and not self._ready:
+        if self.replica.schedule.is_empty and not self.replica.ready:
             return False
         looked_at = self._due()
-        if not looked_at and not self._ready:
+        if not looked_at and not self.replica.ready:
             return False
         for state in looked_at.values():
             self._advance(state)
-            self._tell_failures(state)
+            self.replica.out.tell_new_failures(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 now_ns = state.now_ns()
                 self._joined(state, state.join.expire(now_ns, MAX_READY - len(state.ready)))
-                if self._wants_afterword(state) and self._afterword_ns(state, state.join) <= now_ns:
+                if self._afterword.is_needed(state) and self._afterword.due_ns(state, state.join) <= now_ns:
                     self._joined(state, state.join.extend())
         while idle := self._idle():
             self._process(idle, idle=True)
@@ -457,12 +427,12 @@ class StageRunner:
         for state in looked_at.values():
             self._finish(state)
         self._plan_looks(looked_at)
-        return bool(batch) and bool(self._ready)
+        return bool(batch) and bool(self.replica.ready)
 
     def due_in_ns(self) -> int | None:
         """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
-        next_ns = self._schedule.next_ns
-        return None if next_ns is None else max(next_ns - self._clock.monotonic_ns(), LEAST_SLEEP_NS)
+        next_ns = self.replica.schedule.next_ns
+        return None if next_ns is None else max(next_ns - self.replica.clock.monotonic_ns(), LEAST_SLEEP_NS)
 
     def files(self) -> list[int]:
         """File descriptors that become readable when there is something to do: of sessions that could do it."""
@@ -477,27 +447,27 @@ class StageRunner:
             wakes = self.stage.wakes()
             for descriptor in descriptors:
                 if descriptor in wakes:
-                    self._schedule.touch(wakes[descriptor])
+                    self.replica.schedule.touch(wakes[descriptor])
 
     def _may_be_woken(self, session: SessionId) -> bool:
-        state = self._open.get(session)
+        state = self.replica.open.get(session)
         return state is not None and self._may_advance(state)
 
     def _due(self) -> dict[SessionId, OpenSession]:
         """The sessions to look at now."""
-        due = self._schedule.due(self._clock.monotonic_ns())
-        return {session: self._open[session] for session in due if session in self._open}
+        due = self.replica.schedule.due(self.replica.clock.monotonic_ns())
+        return {session: self.replica.open[session] for session in due if session in self.replica.open}
 
     def _plan_looks(self, looked_at: Mapping[SessionId, OpenSession]) -> None:
         """When to look at them again if nothing comes."""
         for name, state in looked_at.items():
-            if name in self._open:
+            if name in self.replica.open:
                 self._look_again(name, state)
 
     def _look_again(self, session: SessionId, state: OpenSession) -> None:
-        if state.ending or not self._has_room(state):
-            self._schedule.touch(session)  # its lanes drain in silence: look whenever there is a step
-        now_ns = self._clock.monotonic_ns()
+        if state.ending or not state.has_room():
+            self.replica.schedule.touch(session)  # its lanes drain in silence: look whenever there is a step
+        now_ns = self.replica.clock.monotonic_ns()
         due_ns: list[int] = []
         if self._follows_clock and self._may_advance(state):
             due_ns.append(now_ns + self._due_in_ns(session, state, now_ns))
@@ -509,9 +479,9 @@ class StageRunner:
             expires_ns = state.join.expires_ns
             if expires_ns is not None:
                 due_ns.append(state.monotonic_ns(expires_ns))
-            elif self._wants_afterword(state):
-                due_ns.append(state.monotonic_ns(self._afterword_ns(state, state.join)))
-        self._schedule.plan(session, min(due_ns, default=None))
+            elif self._afterword.is_needed(state):
+                due_ns.append(state.monotonic_ns(self._afterword.due_ns(state, state.join)))
+        self.replica.schedule.plan(session, min(due_ns, default=None))
 
     def _due_in_ns(self, session: SessionId, state: OpenSession, now_ns: int) -> int:
         """now_ns: monotonic."""
@@ -519,44 +489,17 @@ class StageRunner:
             return self.stage.due_in_ns(session, state.session_ns(now_ns))
         return TICK_NS
 
-    def _tell_failures(self, state: OpenSession) -> None:
-        """Of a stage without windows, which otherwise tell of them, at once, if it can tell anything."""
-        if state.join is None and state.faults.are_new:
-            self._tell_of(state, state.faults.take())
-
-    def _tell_of(self, state: OpenSession, failures: Iterable[Failure], **window: int) -> None:
-        for failure in failures:
-            what = {"stage": failure.stage, "reason": failure.reason}
-            self._out.tell(state, state.now_ns(), {"type": "unit_failed", **window, **what})
-
-    def _wants_afterword(self, state: OpenSession) -> bool:
-        """Is a window more wanted, after the last of the inputs?"""
-        over = not state.ready and not state.ending and state.join is not None and state.join.finished
-        return over and state.num_quiet < MAX_QUIET and self._has_more_to_say(state)
-
-    def _has_more_to_say(self, state: OpenSession) -> bool:
-        if state.faults.given_up:
-            return False
-        with state.faults.within("has_more_to_say"):
-            return self.stage.has_more_to_say(state.session.id)
-        return False
-
-    @staticmethod
-    def _afterword_ns(state: OpenSession, join: WindowJoin) -> int:
-        """When that window leaves: at its end, so that the listener has heard on meanwhile. In virtual time at once."""
-        return join.next_end_ns if state.session.paced else 0
-
     def _advance(self, state: OpenSession) -> None:
         if self._follows_clock and self._may_advance(state):
             with state.faults.within("advance"):
-                self._out.send_all(state, self.stage.advance(state.session.id, state.now_ns()))
+                self.replica.out.send_all(state, self.stage.advance(state.session.id, state.now_ns()))
 
     def _may_advance(self, state: OpenSession) -> bool:
-        return state.begun and not state.ending and not state.faults.given_up and self._has_room(state)
+        return state.begun and not state.ending and not state.faults.given_up and state.has_room()
 
     def _idle(self) -> list[tuple[OpenSession, ReadyUnit]]:
         """Units which cost nothing: they go at once."""
-        states = [state for state in self._ready.values() if state.faults.given_up or self._is_idle(state)]
+        states = [state for state in self.replica.ready.values() if state.faults.given_up or self._is_idle(state)]
         return [(state, state.ready[0]) for state in states if self._may_go(state)]
 
     def _is_idle(self, state: OpenSession) -> bool:
@@ -568,54 +511,47 @@ class StageRunner:
 
     def _gather(self) -> list[tuple[OpenSession, ReadyUnit]]:
         """The most urgent units, one per session; none while it is worth waiting for peers."""
-        going = [state.ready[0].waiting for state in self._ready.values() if self._may_go(state)]
+        going = [state.ready[0].waiting for state in self.replica.ready.values() if self._may_go(state)]
         if not going:
             return []
         next_ends_ns = (
             state.monotonic_ns(state.join.next_end_ns)
-            for state in self._open.values()
+            for state in self.replica.open.values()
             if not state.ready and state.join is not None and state.begun and not state.ending
         )
-        sessions = self._gathering.batch(going, next_ends_ns, self._clock.monotonic_ns())
-        batch = [self._open[session] for session in sessions]
+        sessions = self._gathering.batch(going, next_ends_ns, self.replica.clock.monotonic_ns())
+        batch = [self.replica.open[session] for session in sessions]
         if len(batch) > 1 and any(state.goes_alone for state in batch):
             together = [state for state in batch if not state.goes_alone]
             batch = batch[:1] if batch[0].goes_alone else together
         return [(state, state.ready[0]) for state in batch]
 
     def _may_go(self, state: OpenSession) -> bool:
-        if not self._has_room(state):
+        if not state.has_room():
             return False
         if state.session.paced or not (self.stage.paced_by_listener and state.session.speech):
             return True
         # Virtual time: the listener's clock must have come to the window's end, as it always has in real time.
         return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
 
-    @staticmethod
-    def _has_room(state: OpenSession) -> bool:
-        for lane in state.queues:  # noqa: SIM110 - asked at every step: a generator takes twice as long
-            if lane.waits and lane.waiting:
-                return False
-        return True
-
     def _process(self, batch: list[tuple[OpenSession, ReadyUnit]], *, idle: bool = False) -> None:
         for state, ready in batch:
             state.ready.popleft()
             if not state.ready:
-                del self._ready[state.session.id]
+                del self.replica.ready[state.session.id]
             self._advance(state)
             ready.unit = self._without_stale(state, self._marked(state, ready.unit))
-        started_ns = self._clock.monotonic_ns()
+        started_ns = self.replica.clock.monotonic_ns()
         units = [ready.unit for state, ready in batch if not state.faults.given_up]
-        with self._working_on(self.name, units):
-            outcome = process(self.stage, units, self._open if self.stage.scope == "pipeline" else ())
-        compute_s = (self._clock.monotonic_ns() - started_ns) / NS_PER_S
+        with self.replica.working_on(self.name, units):
+            outcome = process(self.stage, units, self.replica.open if self.stage.scope == "pipeline" else ())
+        compute_s = (self.replica.clock.monotonic_ns() - started_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.waiting.since_ns for _, ready in batch)
         if idle:
-            self._meter.passed(len(batch))
+            self.replica.meter.passed(len(batch))
         else:
-            self._meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
-        outcome.send(lambda chunk: self._out.send(self._open[chunk.session], chunk))
+            self.replica.meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
+        outcome.send(lambda chunk: self.replica.out.send(self.replica.open[chunk.session], chunk))
         saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
         for state, ready in batch:
             if (error := outcome.failed.get(state.session.id)) is not None:
@@ -665,24 +601,18 @@ class StageRunner:
                 self._settle(state, chunk, "failed" if has_failed else None)
         state.num_units += 1
         state.num_processed += 1
-        self.num_units += 1
-        self._meter.unit_done(state.session, unit.end_ns)
+        self.replica.num_units += 1
+        self.replica.meter.unit_done(state.session, unit.end_ns)
         received_ns = state.session_ns(ready.waiting.since_ns)
         span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
-        failures = (*state.faults.take(), *self._unsaid(state, unit))
+        failures = (*state.faults.take(), *self._afterword.unsaid(state, unit))
         if state.plan.is_aside:
-            self._tell_of(state, failures, window=unit.index)
+            self.replica.out.tell_failures(state, failures, window=unit.index)
         trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=failures)
         if state.sink is not None:
-            self._out.send_all(state, state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._open)))
-        self._out.advance(state, unit.end_ns, trace)
-
-    def _unsaid(self, state: OpenSession, unit: Unit) -> tuple[Failure, ...]:
-        """What is lost with the last window that is given to a stage for what it has left to say."""
-        if not unit.is_afterword or state.num_quiet != MAX_QUIET or not self._has_more_to_say(state):
-            return ()
-        self._meter.unsaid(state.session)
-        return (Failure(self.name, UNSAID),)
+            events = state.sink.done(unit, received_ns, trace, state.now_ns(), len(self.replica.open))
+            self.replica.out.send_all(state, events)
+        self.replica.out.advance(state, unit.end_ns, trace)
 
     def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
         """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
@@ -707,7 +637,7 @@ class StageRunner:
             self.close_session(state.session.id)
 
     def _may_end(self, state: OpenSession) -> bool:
-        if state.ready or not self._inputs_ended(state) or not self._has_room(state) or self._wants_afterword(state):
+        if state.ready or not self._inputs_ended(state) or not state.has_room() or self._afterword.is_needed(state):
             return False
         if state.faults.given_up:
             return True
@@ -716,19 +646,19 @@ class StageRunner:
         return False
 
     def _say_goodbye(self, state: OpenSession) -> None:
-        if self._has_more_to_say(state):
+        if self._afterword.has_more_to_say(state):
             logging.warning("%s: session %s: %s", self.name, state.session.id, UNSAID)
         if not state.faults.given_up:
             with state.faults.within("drain"):
-                self._out.send_all(state, self.stage.drain(state.session.id))
-        self._tell_failures(state)
+                self.replica.out.send_all(state, self.stage.drain(state.session.id))
+        self.replica.out.tell_new_failures(state)
         window_ns = state.session.window_ns
         end_ns = state.num_units * window_ns
         # A source says itself where its streams end, unless it can't any more.
         says_itself = state.join is None and not state.faults.given_up
         if state.join is None and state.faults.given_up:
             end_ns = -(-max(state.now_ns(), 0) // window_ns) * window_ns if state.session.paced else 0
-        self._out.end(state, end_ns, says_itself=says_itself)
+        self.replica.out.end(state, end_ns, says_itself=says_itself)
 
     def _inputs_ended(self, state: OpenSession) -> bool:
         if state.join is not None:

@@ -85,6 +85,13 @@ class OpenSession:
     def monotonic_ns(self, event_ns: int) -> int:
         return event_ns - self.offset_ns
 
+    def has_room(self) -> bool:
+        """Does nothing wait for credit on an edge that waits?"""
+        for lane in self.queues:  # noqa: SIM110 - asked at every step: a generator takes twice as long
+            if lane.waits and lane.waiting:
+                return False
+        return True
+
     def begin(self, origin_ns: int) -> None:
         """origin_ns: when event time 0 is, monotonic."""
         self.offset_ns = -origin_ns

@@ -129,7 +129,7 @@ class Invariants:
             for link, receiver in actor.bus.receivers:
                 self._bound(f"{receiver.rule.id}: messages that were not taken", link.num_waiting, receiver.rule.limit)
             for name, runner in actor.runners.items():
-                self._bound(f"{name}: units that wait", runner.num_ready, Limit(MAX_READY))
+                self._bound(f"{name}: units that wait", runner.replica.num_ready, Limit(MAX_READY))
         for edge, account in self.accounts(actors).items():
             if account.in_flight < 0:
                 self.violated("ledger", f"{edge}: more has come out than went in: {account}")

@@ -16,8 +16,9 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
+from deploy.actor.afterword import UNSAID
 from deploy.actor.plan import ActorPlan, Call
-from deploy.actor.runner import UNSAID, StageRunner
+from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import SessionPlan
 from deploy.control.coordinator import Coordinator
 from deploy.control.placement import Process, processes_of

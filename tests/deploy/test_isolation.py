@@ -429,4 +429,4 @@ def test_a_ladder_belongs_to_where_windows_end(build, clock: ManualClock):
     session = session_of("door", paced=True, ladder=STEPS)
     house.open("door", paced=True, ladder=STEPS)
     assert session.taken == ()
-    assert house.runners["speaker"]._open[DOOR].sink is not None
+    assert house.runners["speaker"].replica.open[DOOR].sink is not None

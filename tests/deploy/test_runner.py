@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy.actor.runner import UNSAID, StageRunner
+from deploy.actor.afterword import UNSAID
+from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import Listener
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.credit import Limit
@@ -283,7 +284,7 @@ def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClo
 
 def test_it_knows_the_listener_as_the_others_do(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND,))
-    state = resume(house)._open[DOOR]
+    state = resume(house).replica.open[DOOR]
     assert (state.session.playback.latest, state.session.level.num_steps) == (HEARD.ack, 1)
     assert house.runners["llm"].listener(DOOR) == HEARD
     assert house.runners["llm"].listener(YARD) is None
@@ -331,7 +332,7 @@ def test_a_session_is_sent_to_another_replica_which_knows_nothing_of_it(build, c
     house.open("door")
     runner, sink = house.runners["microphone"], Sink()
     other = Sender(house.senders[SOUND].rule, sink, SilentObserver())
-    runner._senders[SOUND].append(other)
+    runner.replica.senders[SOUND].append(other)
     house.bus.bury(house.senders[SOUND])
     runner.step()
     assert house.senders[SOUND].num_waiting == 1
@@ -402,7 +403,7 @@ def test_a_camera_hears_of_the_level_when_it_changes_and_once_per_window(build, 
     for now_s, level in ((0.3, 0), (0.6, 1), (0.7, 1), (1.2, 1), (1.7, 1)):
         clock.now_ns = round(now_s * NS_PER_S)
         session.level.told(clock.now_ns, level)
-        runner._out.send_all(runner._open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
+        runner.replica.out.send_all(runner.replica.open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
     assert [chunk.attrs["level"] for chunk in told.chunks] == [1, 1]
     assert [chunk.start_ns for chunk in told.chunks] == [600_000_000, 1_700_000_000]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deploy.actor.runner import StageRunner
+from deploy.actor.afterword import Afterword
 from deploy.actor.session_state import OpenSession
 from deploy.cli import app as cli
 from deploy.cli.common import EXIT_USAGE, EXIT_VIOLATED
@@ -336,7 +336,7 @@ def test_speech_that_runs_ahead_is_seen(spec: PipelineSpec, broken: pytest.Monke
 
 
 def test_what_is_not_said_at_the_end_is_seen(spec: PipelineSpec, broken: pytest.MonkeyPatch):
-    broken.setattr(StageRunner, "_wants_afterword", lambda self, state: False)
+    broken.setattr(Afterword, "is_needed", lambda self, state: False)
     assert "all is said" in rules(run(spec, "slow-tts", 20))
 
 

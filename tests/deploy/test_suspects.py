@@ -117,7 +117,7 @@ def test_what_is_worked_on_is_noted_while_it_is(tmp_path: Path) -> None:
 
     looks = Looks()
     with House({"llm": looks}, (SOUND,), clock=ManualClock()) as house:
-        house.runners["llm"]._working_on = WorkNote(tmp_path / "note").of
+        house.runners["llm"].replica.working_on = WorkNote(tmp_path / "note").of
         house.open("door", paced=True)
         house.window("door", 0)
         house.runners["llm"].step()
