@@ -9,9 +9,9 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 from deploy.actor.afterword import UNSAID, Afterword
+from deploy.actor.inbox import Inbox
 from deploy.actor.isolation import Faults, breaks_process, process, reason_of
 from deploy.actor.replica import Meter, Replica, WorkingOn
 from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
@@ -20,21 +20,17 @@ from deploy.actor.sink import WindowEnd, usual_level
 from graph.chunk import (
     NS_PER_MS,
     NS_PER_S,
-    REMOVED,
     Chunk,
-    ChunkType,
     Scalar,
     SessionId,
     Span,
 )
 from graph.clock import Clock
-from graph.edge import Arrival, Receiver, Sender
+from graph.edge import Receiver, Sender
 from graph.gather import Gathering
-from graph.kinds import Kind
 from graph.ladder import Ladder
-from graph.ledger import Reason
 from graph.trace import leave_stage
-from graph.window import NOTHING, Joined, Unit, WindowJoin
+from graph.window import Unit, WindowJoin
 from stages.session import Session, View
 from stages.stage import TICK_NS, Stage, StageError
 
@@ -80,6 +76,9 @@ class StageRunner:
         self._ended: dict[SessionId, _Ended] = {}
         self._given_up_before: dict[SessionId, tuple[str, bool]] = {}  # that have ended: why, and whether aside
         self._afterword = Afterword(self.replica)
+        self._inbox = Inbox(self.replica)
+        self.take = self._inbox.take
+        self.end_input = self._inbox.end_input
         self._follows_clock = type(stage).advance is not Stage.advance
         self._knows_idle = getattr(stage.is_idle, "__func__", None) is not Stage.is_idle
         self._has_files = type(stage).wakes is not Stage.wakes
@@ -227,21 +226,6 @@ class StageRunner:
                 self.stage.remove_view(session, view, state.now_ns())
             self.replica.schedule.touch(session)
 
-    def end_input(self, session: SessionId, edge: str, num_windows: int) -> None:
-        """Nothing more comes on this edge, and nobody is left to say so. num_windows: that came there, in all."""
-        state = self.replica.open.get(session)
-        if state is None:  # it has heard of the end meanwhile
-            return
-        join = state.join
-        if join is None:
-            state.ended.add(edge)
-        else:
-            window_ns = state.session.window_ns
-            at_ns = max(num_windows * window_ns, join.next_end_ns - window_ns)
-            for stream in [name for name, each in join.inputs.items() if each.edge == edge]:
-                self._joined(state, join.end(stream, at_ns))
-        self.replica.schedule.touch(session)
-
     def tell(self, session: SessionId, kind: str, attrs: Mapping[str, Scalar], *, cuts: bool) -> None:
         """Something worth telling has happened to a session. cuts: what is said and not heard is lost with it."""
         state = self.replica.open.get(session)
@@ -276,127 +260,6 @@ class StageRunner:
         lateness_ns = session.lateness_ns + session.window_ns if session.paced else None
         return WindowJoin(session.id, plan.inputs, window_ns=session.window_ns, lateness_ns=lateness_ns)
 
-    # ---- what comes in -----------------------------------------------------------------------------------------------
-
-    def take(self, arrival: Arrival) -> None:
-        """One chunk from the bus."""
-        chunk = arrival.chunk
-        state = self.replica.open.get(chunk.session)
-        if state is None:  # the session was closed here while the chunk was under way
-            if not chunk.is_control:
-                self.replica.receivers[arrival.edge].drop(arrival, "shed")
-            return
-        if chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
-            self._hear(state, chunk)
-            return
-        with state.faults.within("take"):
-            self._take(state, arrival)
-            if state.join is None or not state.join.is_steady:
-                self.replica.schedule.touch(chunk.session)
-            return
-        self.replica.schedule.touch(chunk.session)
-        if state.arrivals.pop(id(chunk), None) is not None:
-            self.replica.receivers[arrival.edge].drop(arrival, "failed")
-
-    def _hear(self, state: OpenSession, chunk: Chunk) -> None:
-        """News of the listener. In real time they wake nothing: a stage reads the newest when it decides."""
-        state.session.playback.hear(chunk)
-        state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
-        if not state.session.paced:
-            self.replica.schedule.touch(chunk.session)
-
-    def _take(self, state: OpenSession, arrival: Arrival) -> None:
-        chunk = arrival.chunk
-        if chunk.is_control:
-            self._control(state, chunk, arrival.edge)
-            return
-        if state.join is None:
-            self._process_single(state, arrival)
-            return
-        state.arrivals[id(chunk)] = arrival
-        stream = self._stream_of(state, state.join, chunk, arrival.edge)
-        if self._is_stale(state, chunk, state.join.inputs[stream].kind):
-            self._settle(state, chunk, "stale")
-        else:
-            self._joined(state, state.join.add(chunk, stream))
-
-    def _process_single(self, state: OpenSession, arrival: Arrival) -> None:
-        """Of a stage without windows."""
-        unit = _single(state, arrival)
-        if not state.faults.given_up:
-            with self.replica.working_on(self.name, [unit]):
-                outcome = process(self.stage, [unit], self.replica.open if self.stage.scope == "pipeline" else ())
-            outcome.send(lambda chunk: self.replica.out.send(self.replica.open[chunk.session], chunk))
-            error = outcome.failed.get(unit.session)
-            if error is None:
-                state.faults.succeeded("process")
-                self.replica.receivers[arrival.edge].deliver(arrival, self._age_s(state, arrival.chunk))
-                return
-            state.faults.failed("process", error, unit.index)
-        self.replica.receivers[arrival.edge].drop(arrival, "failed")
-
-    def _control(self, state: OpenSession, chunk: Chunk, edge: str) -> None:
-        if chunk.type is ChunkType.WATERMARK:
-            join = _of(state.join)
-            stream = self._stream_of(state, join, chunk, edge)
-            self._joined(state, join.advance(stream, chunk.start_ns, chunk.trace))
-        elif chunk.type is ChunkType.END and state.join is not None:
-            removed = bool(chunk.attrs.get(REMOVED))
-            self._joined(state, state.join.end(state.stream_of(edge, chunk), chunk.start_ns, removed=removed))
-        elif chunk.type is ChunkType.END:
-            state.ended.add(edge)  # twice, where one that takes a dead one's place says so again
-        else:
-            if chunk.type is ChunkType.PLAYBACK:
-                self._hear(state, chunk)
-            self._raise_epoch(state, chunk.epoch)
-
-    @staticmethod
-    def _stream_of(state: OpenSession, join: WindowJoin, chunk: Chunk, edge: str) -> str:
-        """As the join calls it. What comes of a view that it does not know yet opens that view's stream."""
-        stream = state.stream_of(edge, chunk)
-        if chunk.view and stream not in join.inputs:
-            join.open(stream, edge, chunk.start_ns)
-        return stream
-
-    def _is_stale(self, state: OpenSession, chunk: Chunk, kind: Kind[Any]) -> bool:
-        self._raise_epoch(state, chunk.epoch)
-        return state.fence.is_stale(chunk, kind)
-
-    def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
-        """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
-        if state.fence.raise_to(epoch):
-            self.replica.schedule.touch(state.session.id)
-            if not state.faults.given_up:
-                with state.faults.within("interrupt"):
-                    made = self.stage.interrupt(state.session.id, state.session.playback.latest)
-                    self.replica.out.send_all(state, made)
-
-    def _joined(self, state: OpenSession, joined: Joined) -> None:
-        if joined is NOTHING:
-            return
-        for chunk in joined.late:
-            self._settle(state, chunk, "late")
-        self.replica.meter.carried(len(joined.carried))
-        if joined.units:
-            now_ns = self.replica.clock.monotonic_ns()
-            state.ready.extend([state.ready_unit(unit, now_ns) for unit in joined.units])
-            self.replica.ready[state.session.id] = state
-            self.replica.schedule.touch(state.session.id)
-
-    def _settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
-        """Give a chunk's credit back: used, or dropped for a reason. One of a sliding window is in several units."""
-        arrival = state.arrivals.pop(id(chunk), None)
-        if arrival is None:
-            return
-        if reason is None:
-            self.replica.receivers[arrival.edge].deliver(arrival, self._age_s(state, chunk))
-        else:
-            self.replica.receivers[arrival.edge].drop(arrival, reason)
-
-    @staticmethod
-    def _age_s(state: OpenSession, chunk: Chunk) -> float:
-        return max(state.now_ns() - chunk.end_ns, 0) / NS_PER_S
-
     # ---- what goes out -----------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
@@ -415,9 +278,9 @@ class StageRunner:
             self.replica.out.tell_new_failures(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 now_ns = state.now_ns()
-                self._joined(state, state.join.expire(now_ns, MAX_READY - len(state.ready)))
+                self._inbox.joined(state, state.join.expire(now_ns, MAX_READY - len(state.ready)))
                 if self._afterword.is_needed(state) and self._afterword.due_ns(state, state.join) <= now_ns:
-                    self._joined(state, state.join.extend())
+                    self._inbox.joined(state, state.join.extend())
         while idle := self._idle():
             self._process(idle, idle=True)
             looked_at |= {state.session.id: state for state, _ in idle}
@@ -571,7 +434,7 @@ class StageRunner:
         pictures = {stream for stream in unit.chunks if unit.inputs[stream].kind.is_sheddable}
         for stream in pictures:
             for chunk in unit.chunks[stream]:
-                self._settle(state, chunk, "late")
+                self._inbox.settle(state, chunk, "late")
         kept = {stream: chunks for stream, chunks in unit.chunks.items() if stream not in pictures}
         return replace(unit, chunks=kept, missing=unit.missing | pictures, overdue=True)
 
@@ -584,7 +447,7 @@ class StageRunner:
             kind = unit.inputs[stream].kind
             for chunk in chunks:
                 if state.fence.is_stale(chunk, kind):
-                    self._settle(state, chunk, "stale")
+                    self._inbox.settle(state, chunk, "stale")
             kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk, kind))
         if kept == unit.chunks:
             return unit
@@ -598,7 +461,7 @@ class StageRunner:
         unit = ready.unit
         for chunks in unit.chunks.values():
             for chunk in chunks:
-                self._settle(state, chunk, "failed" if has_failed else None)
+                self._inbox.settle(state, chunk, "failed" if has_failed else None)
         state.num_units += 1
         state.num_processed += 1
         self.replica.num_units += 1
@@ -637,7 +500,7 @@ class StageRunner:
             self.close_session(state.session.id)
 
     def _may_end(self, state: OpenSession) -> bool:
-        if state.ready or not self._inputs_ended(state) or not state.has_room() or self._afterword.is_needed(state):
+        if state.ready or not self._inbox.have_ended(state) or not state.has_room() or self._afterword.is_needed(state):
             return False
         if state.faults.given_up:
             return True
@@ -660,28 +523,7 @@ class StageRunner:
             end_ns = -(-max(state.now_ns(), 0) // window_ns) * window_ns if state.session.paced else 0
         self.replica.out.end(state, end_ns, says_itself=says_itself)
 
-    def _inputs_ended(self, state: OpenSession) -> bool:
-        if state.join is not None:
-            if not state.join.finished:
-                return False
-            for chunk in state.join.rest():
-                self._settle(state, chunk, "late")
-            return state.join.ended
-        return len(state.ended) >= state.plan.num_inputs
-
 
 def _of_way(given_up: Mapping[SessionId, tuple[str, bool]], *, is_aside: bool) -> dict[SessionId, str]:
     """Of those that were given up, with the reason, the ones on a side branch, or on the way of the windows."""
     return {session: reason for session, (reason, aside) in given_up.items() if aside == is_aside}
-
-
-def _single(state: OpenSession, arrival: Arrival) -> Unit:
-    """What came, of a stage without windows; by the name of the port that it came in at."""
-    chunk, window_ns = arrival.chunk, state.session.window_ns
-    index, port = chunk.start_ns // window_ns, state.plan.ports[arrival.edge]
-    return Unit(chunk.session, index, index * window_ns, (index + 1) * window_ns, chunks={port: (chunk,)})
-
-
-def _of(join: WindowJoin | None) -> WindowJoin:
-    assert join is not None, "a stage with inputs has a join"
-    return join

@@ -64,7 +64,7 @@ class ReceiveEnd:
         tells_of_barge_in = chunk.epoch > self._epochs.get(key, 0)
         if tells_of_barge_in:
             self._epochs[key] = chunk.epoch
-        # In real time nothing is done about the listener's news until the next window comes (`StageRunner.take()`), so
+        # In real time nothing is done about the listener's news until the next window comes (`Inbox.take()`), so
         # here they wait for it without a turn of their own.
         if tells_of_barge_in or chunk.type is not ChunkType.PLAYBACK:
             self.party.wake()
