@@ -6,31 +6,29 @@ Rule: stages compute, graph/ decides, the bus carries; this file is where they m
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from deploy.actor.afterword import UNSAID, Afterword
+from deploy.actor.batch import Batch
 from deploy.actor.inbox import Inbox
-from deploy.actor.isolation import Faults, breaks_process, process, reason_of
+from deploy.actor.isolation import Faults, breaks_process, reason_of
 from deploy.actor.replica import Meter, Replica, WorkingOn
 from deploy.actor.session_plan import Listener, SessionPlan, SessionSnapshot, StageSnapshot
-from deploy.actor.session_state import OpenSession, ReadyUnit
+from deploy.actor.session_state import OpenSession
 from deploy.actor.sink import WindowEnd, usual_level
+from deploy.actor.ticker import Ticker
 from graph.chunk import (
     NS_PER_MS,
-    NS_PER_S,
-    Chunk,
     Scalar,
     SessionId,
-    Span,
 )
 from graph.clock import Clock
 from graph.edge import Receiver, Sender
 from graph.gather import Gathering
 from graph.ladder import Ladder
-from graph.trace import leave_stage
-from graph.window import Unit, WindowJoin
+from graph.window import WindowJoin
 from stages.session import Session, View
 from stages.stage import TICK_NS, Stage, StageError
 
@@ -79,9 +77,10 @@ class StageRunner:
         self._inbox = Inbox(self.replica)
         self.take = self._inbox.take
         self.end_input = self._inbox.end_input
-        self._follows_clock = type(stage).advance is not Stage.advance
-        self._knows_idle = getattr(stage.is_idle, "__func__", None) is not Stage.is_idle
-        self._has_files = type(stage).wakes is not Stage.wakes
+        self._ticker = Ticker(self.replica)
+        self.files = self._ticker.files
+        self.wake = self._ticker.wake
+        self._batch = Batch(self.replica, gathering, self._inbox, self._ticker, self._afterword)
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
@@ -274,18 +273,18 @@ class StageRunner:
         if not looked_at and not self.replica.ready:
             return False
         for state in looked_at.values():
-            self._advance(state)
+            self._ticker.advance(state)
             self.replica.out.tell_new_failures(state)
             if state.begun and state.join is not None and len(state.ready) < MAX_READY:
                 now_ns = state.now_ns()
                 self._inbox.joined(state, state.join.expire(now_ns, MAX_READY - len(state.ready)))
                 if self._afterword.is_needed(state) and self._afterword.due_ns(state, state.join) <= now_ns:
                     self._inbox.joined(state, state.join.extend())
-        while idle := self._idle():
-            self._process(idle, idle=True)
+        while idle := self._batch.idle():
+            self._batch.process(idle, idle=True)
             looked_at |= {state.session.id: state for state, _ in idle}
-        if batch := self._gather():
-            self._process(batch)
+        if batch := self._batch.gather():
+            self._batch.process(batch)
             looked_at |= {state.session.id: state for state, _ in batch}
         for state in looked_at.values():
             self._finish(state)
@@ -296,25 +295,6 @@ class StageRunner:
         """How long the loop may sleep if nothing comes; None: as long as nothing comes."""
         next_ns = self.replica.schedule.next_ns
         return None if next_ns is None else max(next_ns - self.replica.clock.monotonic_ns(), LEAST_SLEEP_NS)
-
-    def files(self) -> list[int]:
-        """File descriptors that become readable when there is something to do: of sessions that could do it."""
-        if not self._has_files:
-            return []
-        wakes = self.stage.wakes()
-        return [descriptor for descriptor, session in wakes.items() if self._may_be_woken(session)]
-
-    def wake(self, descriptors: Collection[int]) -> None:
-        """These are readable."""
-        if self._has_files:
-            wakes = self.stage.wakes()
-            for descriptor in descriptors:
-                if descriptor in wakes:
-                    self.replica.schedule.touch(wakes[descriptor])
-
-    def _may_be_woken(self, session: SessionId) -> bool:
-        state = self.replica.open.get(session)
-        return state is not None and self._may_advance(state)
 
     def _due(self) -> dict[SessionId, OpenSession]:
         """The sessions to look at now."""
@@ -332,11 +312,11 @@ class StageRunner:
             self.replica.schedule.touch(session)  # its lanes drain in silence: look whenever there is a step
         now_ns = self.replica.clock.monotonic_ns()
         due_ns: list[int] = []
-        if self._follows_clock and self._may_advance(state):
-            due_ns.append(now_ns + self._due_in_ns(session, state, now_ns))
+        if self._ticker.follows_clock and self._ticker.may_advance(state):
+            due_ns.append(now_ns + self._ticker.due_in_ns(session, state, now_ns))
         if state.faults.are_recent:
             due_ns.append(now_ns + TICK_NS)
-        if state.ready and self._may_go(state):
+        if state.ready and self._batch.may_go(state):
             due_ns.append(self._gathering.until_ns(state.ready[0].waiting))
         elif not state.ready and state.begun and state.join is not None:
             expires_ns = state.join.expires_ns
@@ -345,146 +325,6 @@ class StageRunner:
             elif self._afterword.is_needed(state):
                 due_ns.append(state.monotonic_ns(self._afterword.due_ns(state, state.join)))
         self.replica.schedule.plan(session, min(due_ns, default=None))
-
-    def _due_in_ns(self, session: SessionId, state: OpenSession, now_ns: int) -> int:
-        """now_ns: monotonic."""
-        with state.faults.within("due_in_ns"):
-            return self.stage.due_in_ns(session, state.session_ns(now_ns))
-        return TICK_NS
-
-    def _advance(self, state: OpenSession) -> None:
-        if self._follows_clock and self._may_advance(state):
-            with state.faults.within("advance"):
-                self.replica.out.send_all(state, self.stage.advance(state.session.id, state.now_ns()))
-
-    def _may_advance(self, state: OpenSession) -> bool:
-        return state.begun and not state.ending and not state.faults.given_up and state.has_room()
-
-    def _idle(self) -> list[tuple[OpenSession, ReadyUnit]]:
-        """Units which cost nothing: they go at once."""
-        states = [state for state in self.replica.ready.values() if state.faults.given_up or self._is_idle(state)]
-        return [(state, state.ready[0]) for state in states if self._may_go(state)]
-
-    def _is_idle(self, state: OpenSession) -> bool:
-        if not self._knows_idle:
-            return False
-        with state.faults.within("is_idle"):
-            return self.stage.is_idle(state.ready[0].unit)
-        return False
-
-    def _gather(self) -> list[tuple[OpenSession, ReadyUnit]]:
-        """The most urgent units, one per session; none while it is worth waiting for peers."""
-        going = [state.ready[0].waiting for state in self.replica.ready.values() if self._may_go(state)]
-        if not going:
-            return []
-        next_ends_ns = (
-            state.monotonic_ns(state.join.next_end_ns)
-            for state in self.replica.open.values()
-            if not state.ready and state.join is not None and state.begun and not state.ending
-        )
-        sessions = self._gathering.batch(going, next_ends_ns, self.replica.clock.monotonic_ns())
-        batch = [self.replica.open[session] for session in sessions]
-        if len(batch) > 1 and any(state.goes_alone for state in batch):
-            together = [state for state in batch if not state.goes_alone]
-            batch = batch[:1] if batch[0].goes_alone else together
-        return [(state, state.ready[0]) for state in batch]
-
-    def _may_go(self, state: OpenSession) -> bool:
-        if not state.has_room():
-            return False
-        if state.session.paced or not (self.stage.paced_by_listener and state.session.speech):
-            return True
-        # Virtual time: the listener's clock must have come to the window's end, as it always has in real time.
-        return state.session.playback.latest.at_ns >= state.ready[0].unit.end_ns
-
-    def _process(self, batch: list[tuple[OpenSession, ReadyUnit]], *, idle: bool = False) -> None:
-        for state, ready in batch:
-            state.ready.popleft()
-            if not state.ready:
-                del self.replica.ready[state.session.id]
-            self._advance(state)
-            ready.unit = self._without_stale(state, self._marked(state, ready.unit))
-        started_ns = self.replica.clock.monotonic_ns()
-        units = [ready.unit for state, ready in batch if not state.faults.given_up]
-        with self.replica.working_on(self.name, units):
-            outcome = process(self.stage, units, self.replica.open if self.stage.scope == "pipeline" else ())
-        compute_s = (self.replica.clock.monotonic_ns() - started_ns) / NS_PER_S
-        queue_ns = max(started_ns - ready.waiting.since_ns for _, ready in batch)
-        if idle:
-            self.replica.meter.passed(len(batch))
-        else:
-            self.replica.meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
-        outcome.send(lambda chunk: self.replica.out.send(self.replica.open[chunk.session], chunk))
-        saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
-        for state, ready in batch:
-            if (error := outcome.failed.get(state.session.id)) is not None:
-                state.faults.failed("process", error, ready.unit.index)
-            else:
-                state.faults.succeeded("process")
-            is_quiet = ready.unit.is_afterword and state.session.id not in saying
-            state.num_quiet = state.num_quiet + 1 if is_quiet else min(state.num_quiet, 0)
-            has_failed = error is not None or bool(state.faults.given_up)
-            self._leave(state, ready, started_ns, has_failed=has_failed)
-
-    def _marked(self, state: OpenSession, unit: Unit) -> Unit:
-        """A unit that comes too late for its listener is overdue, and its pictures are not worth the work any more."""
-        session = state.session
-        if not session.paced or state.now_ns() <= unit.end_ns + session.window_ns + session.lateness_ns:
-            return unit
-        pictures = {stream for stream in unit.chunks if unit.inputs[stream].kind.is_sheddable}
-        for stream in pictures:
-            for chunk in unit.chunks[stream]:
-                self._inbox.settle(state, chunk, "late")
-        kept = {stream: chunks for stream, chunks in unit.chunks.items() if stream not in pictures}
-        return replace(unit, chunks=kept, missing=unit.missing | pictures, overdue=True)
-
-    def _without_stale(self, state: OpenSession, unit: Unit) -> Unit:
-        """A barge-in may have come after the unit was complete."""
-        if not state.fence.epoch:
-            return unit
-        kept: dict[str, tuple[Chunk, ...]] = {}
-        for stream, chunks in unit.chunks.items():
-            kind = unit.inputs[stream].kind
-            for chunk in chunks:
-                if state.fence.is_stale(chunk, kind):
-                    self._inbox.settle(state, chunk, "stale")
-            kept[stream] = tuple(chunk for chunk in chunks if not state.fence.is_stale(chunk, kind))
-        if kept == unit.chunks:
-            return unit
-        return replace(unit, chunks=kept)
-
-    def _leave(self, state: OpenSession, ready: ReadyUnit, started_ns: int, *, has_failed: bool) -> None:
-        """The unit is done, or has failed: its chunks' credit goes back, its watermark goes on with its trace.
-
-        started_ns: monotonic.
-        """
-        unit = ready.unit
-        for chunks in unit.chunks.values():
-            for chunk in chunks:
-                self._inbox.settle(state, chunk, "failed" if has_failed else None)
-        state.num_units += 1
-        state.num_processed += 1
-        self.replica.num_units += 1
-        self.replica.meter.unit_done(state.session, unit.end_ns)
-        received_ns = state.session_ns(ready.waiting.since_ns)
-        span = Span(self.name, received_ns, state.session_ns(started_ns), state.now_ns())
-        failures = (*state.faults.take(), *self._afterword.unsaid(state, unit))
-        if state.plan.is_aside:
-            self.replica.out.tell_failures(state, failures, window=unit.index)
-        trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=failures)
-        if state.sink is not None:
-            events = state.sink.done(unit, received_ns, trace, state.now_ns(), len(self.replica.open))
-            self.replica.out.send_all(state, events)
-        self.replica.out.advance(state, unit.end_ns, trace)
-
-    def _awaited(self, state: OpenSession, unit: Unit, given_up_ns: int) -> list[Span]:
-        """Where a window was that was given up, or of which a stage that has died can't tell any more: as far as is
-        known here, with the stages which it had not left."""
-        untold = state.traced - unit.traces.keys()
-        if not (untold or unit.awaited):
-            return []
-        sources = (unit.inputs[stream].source for stream in sorted(unit.awaited | untold))
-        return [Span(source, unit.end_ns, given_up_ns, given_up_ns) for source in sources]
 
     def _finish(self, state: OpenSession) -> None:
         """End the session here once its inputs have ended and everything is processed and sent."""
