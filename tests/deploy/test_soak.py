@@ -2,6 +2,7 @@
 
 from collections.abc import Sized
 
+from deploy.actor.lives import Lives
 from deploy.actor.replica import Replica
 from deploy.actor.runner import StageRunner
 from graph.chunk import SessionId
@@ -30,7 +31,7 @@ class Quiet(Echo):
         self.batches.clear(), self.units.clear(), self.interruptions.clear()
 
 
-def tables(of: StageRunner | Replica | Sender | Receiver | Stage) -> dict[str, int]:
+def tables(of: StageRunner | Replica | Lives | Sender | Receiver | Stage) -> dict[str, int]:
     """How much everything in it holds that can hold something."""
     return {name: len(value) for name, value in vars(of).items() if isinstance(value, Sized) and name != "_arrived"}
 
@@ -38,7 +39,12 @@ def tables(of: StageRunner | Replica | Sender | Receiver | Stage) -> dict[str, i
 def all_tables(house: House) -> dict[str, dict[str, int]]:
     held: dict[str, dict[str, int]] = {}
     for name, runner in house.runners.items():
-        held |= {name: tables(runner), f"{name}.replica": tables(runner.replica), f"{name}.stage": tables(runner.stage)}
+        held |= {
+            name: tables(runner),
+            f"{name}.replica": tables(runner.replica),
+            f"{name}.lives": tables(runner._lives),
+            f"{name}.stage": tables(runner.stage),
+        }
     for edge in house.edges:
         held |= {f"{edge} out": tables(house.senders[edge]), f"{edge} in": tables(house.receivers[edge])}
     return held
