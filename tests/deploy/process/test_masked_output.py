@@ -19,7 +19,7 @@ from graph.reference import resolve
 from graph.secret import KNOWN, hide
 from tests.support.specs import parse_spec
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = [
     f"rtsp://admin:Hunter2{end}@10.0.0.7/live" for end in ("/xyzzy", "#xyzzy", "?xyzzy", " xyzzy", "[xyzzy", "%xyzzy")
 ]

@@ -21,7 +21,7 @@ from graph.secret import Secret
 from graph.sections import AdmissionSpec, CameraSpec
 from stages.media.reader import MediaError
 from stages.stage import StageError
-from tests.deploy.test_observe import FakePipeline
+from tests.deploy.gateway.test_observe import FakePipeline
 from tests.support.specs import parse_spec
 
 SPEC = parse_spec("version: 1\ncameras: {door: {source: 'test://pattern'}}", "here")

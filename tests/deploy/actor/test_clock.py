@@ -9,7 +9,7 @@ from deploy.actor.clock import NUM_CLOCK_QUESTIONS, NodeClocks
 from graph.chunk import NS_PER_S
 from tests.support.actors import Clock
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WALL_CLOCK = re.compile(r"time\.time(_ns)?\b|datetime\.(now|today|utcnow)|\.create_time\(|time\.(localtime|gmtime)\b")
 TELLS_PEOPLE = {
     "graph/clock.py": "where all others read it, when a camera's last picture came for example; the simulator sets it",
