@@ -21,8 +21,8 @@ NO_STAGES = {
     ("graph/spec_check.py", "microphone"),
     ("deploy/actor/measure.py", "audio"),
     ("deploy/simulator/comings.py", "camera"),
-    ("deploy/simulator/stages.py", "codes"),
-    ("deploy/simulator/stages.py", "image"),
+    ("deploy/simulator/speech.py", "codes"),
+    ("deploy/simulator/sources.py", "image"),
     ("deploy/simulator/shrink.py", "events"),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.simulator.stages import Spoilt
+from deploy.simulator.costly import Spoilt
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.kinds import Kind
 from stages.session import Session

@@ -1,6 +1,6 @@
 """What must hold of a simulated pipeline, whatever happens.
 
-Units come as 0, 1, 2 …, each once (deploy/simulator/stages.py); nothing is sent without credit; no more speech waits
+Units come as 0, 1, 2 …, each once (deploy/simulator/costly.py); nothing is sent without credit; no more speech waits
 unheard than lead + window; the ledger of every edge is exact and queues stay bounded; every window comes to its end,
 and every session; and all is said.
 """

@@ -26,6 +26,7 @@ from deploy.control.restarts import NoSessionLeft
 from deploy.simulator.actors import VirtualActor
 from deploy.simulator.cluster import VirtualCluster
 from deploy.simulator.comings import Comings
+from deploy.simulator.costly import Costly, OutOfOrder
 from deploy.simulator.faults import HANGS_NS, Faults
 from deploy.simulator.figures import Figures, VirtualMeter
 from deploy.simulator.invariants import Invariants, Violation
@@ -33,18 +34,9 @@ from deploy.simulator.links import Wires
 from deploy.simulator.operator import Operator
 from deploy.simulator.report import Report
 from deploy.simulator.scenarios import Scenario, by_stage
-from deploy.simulator.stages import (
-    FREE,
-    TWINS,
-    Costly,
-    OutOfOrder,
-    StandIn,
-    VirtualCamera,
-    VirtualEvents,
-    VirtualLlm,
-    VirtualMicrophone,
-    silent,
-)
+from deploy.simulator.sources import VirtualCamera, VirtualMicrophone, silent
+from deploy.simulator.speech import VirtualLlm
+from deploy.simulator.stages import FREE, TWINS, StandIn, VirtualEvents
 from deploy.simulator.world import Device, HostClock, Network, World, WorldOver
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.gather import Gathering

@@ -29,7 +29,7 @@ from deploy.evaluate.bench import ROOT, BenchError, Row, command_of, describe_ma
 from deploy.run.checkpoints import open_checkpoint
 from deploy.simulator.scenarios import Scenario
 from deploy.simulator.simulate import Simulation
-from deploy.simulator.stages import VirtualCamera, VirtualMicrophone
+from deploy.simulator.sources import VirtualCamera, VirtualMicrophone
 from deploy.simulator.world import Device
 from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import Profile, StageCost, fit
