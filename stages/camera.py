@@ -10,8 +10,8 @@ from graph.stage_type import Feedback, Out
 from graph.window import FOREVER_NS
 from stages.kinds import EVENTS, FRAMES, PLAYBACK, Picture
 from stages.light import SESSIONS_PER_REPLICA, MediaOptions
-from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
 from stages.media.feed_buffer import Notice
+from stages.media.feeds import Feeds, FeedStage, Reading, soonest_ns
 from stages.media.health import Totals
 from stages.media.wire import TrackName
 from stages.session import Session, View
@@ -105,20 +105,22 @@ class Camera(FeedStage[_Open]):
     def _due_in_ns(self, state: _Open, now_ns: int) -> int:
         window_ns, lateness_ns = state.session.window_ns, state.session.lateness_ns
         given_up_ns = ((now_ns - lateness_ns) // window_ns + 1) * window_ns + lateness_ns
-        end_ns = None if state.ended else state.feed.video_end_ns
+        end_ns = None if state.ended else state.feed.times.video_end_ns
         return soonest_ns(state.session, now_ns, state.feed.next_frame_ns, end_ns, given_up_ns)
 
     def _settle(self, state: _Open, now_ns: int) -> list[Chunk]:
         feed, session = state.feed, state.session
         if state.ended:
             return []
-        end_ns = feed.video_end_ns
+        end_ns = feed.times.video_end_ns
         if end_ns is not None and feed.next_frame_ns is None and (not session.paced or now_ns >= end_ns):
             state.ended = True
             removed = [self._event(state, Notice("view_removed", end_ns))] if state.removed else []
             return [*removed, self.frames.end(session.id, end_ns, view=state.view.name, removed=state.removed)]
-        settled_ns = _settled_ns(session, feed.video_ns, feed.next_frame_ns, now_ns)
-        return self._move_on(state, min(settled_ns, feed.limit_ns))  # beyond the end there are no windows to close
+        settled_ns = _settled_ns(session, feed.times.video_ns, feed.next_frame_ns, now_ns)
+        return self._move_on(
+            state, min(settled_ns, feed.times.limit_ns)
+        )  # beyond the end there are no windows to close
 
     def _move_on(self, state: _Open, settled_ns: int) -> list[Chunk]:
         """Move the watermark on; it never moves back."""

@@ -8,7 +8,7 @@ from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.stage_type import Out
 from stages.kinds import SOUND
 from stages.light import SESSIONS_PER_REPLICA, MediaOptions
-from stages.media.feed import Feeds, FeedStage, Reading, soonest_ns
+from stages.media.feeds import Feeds, FeedStage, Reading, soonest_ns
 from stages.rates import SOUND_RATE_HZ
 from stages.session import Session, View
 from stages.stage import Site
@@ -61,7 +61,7 @@ class Microphone(FeedStage[_Open]):
                 chunks.pop()  # a row of windows without sound has one watermark: an hour of them is no flood
             chunks += cut
             state.index += 1
-        end_ns = state.feed.audio_end_ns
+        end_ns = state.feed.times.audio_end_ns
         if end_ns is not None and end_ns < state.end_ns and (not state.session.paced or now_ns >= end_ns):
             # The rest, if the end cuts a window.
             chunks += [chunk for chunk in self._cut(state) if not chunk.is_control]
@@ -72,8 +72,8 @@ class Microphone(FeedStage[_Open]):
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         """The window's end has come, or it is given up."""
         state = self._heard(session)
-        lateness_ns = 0 if state.feed.audio_ns >= state.end_ns else state.session.lateness_ns
-        end_ns = None if state.ended else state.feed.audio_end_ns
+        lateness_ns = 0 if state.feed.times.audio_ns >= state.end_ns else state.session.lateness_ns
+        end_ns = None if state.ended else state.feed.times.audio_end_ns
         return soonest_ns(state.session, now_ns, end_ns, state.end_ns + lateness_ns)
 
     def _heard(self, session: SessionId) -> _Open:
@@ -94,8 +94,8 @@ class Microphone(FeedStage[_Open]):
 def _is_due(state: _Open, now_ns: int) -> bool:
     """May the next window leave: its sound is complete, and in real time its end has come?"""
     session, feed = state.session, state.feed
-    if feed.audio_end_ns is not None:
-        return state.end_ns <= feed.audio_end_ns and (not session.paced or now_ns >= state.end_ns)
-    if feed.audio_ns >= state.end_ns:
+    if feed.times.audio_end_ns is not None:
+        return state.end_ns <= feed.times.audio_end_ns and (not session.paced or now_ns >= state.end_ns)
+    if feed.times.audio_ns >= state.end_ns:
         return not session.paced or now_ns >= state.end_ns
     return session.paced and now_ns >= state.end_ns + session.lateness_ns

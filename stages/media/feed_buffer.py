@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,11 @@ import numpy.typing as npt
 from graph.chunk import NS_PER_S
 from stages.media.reader import Frame
 from stages.rates import SOUND_RATE_HZ
+from stages.session import Session
 
 Samples = npt.NDArray[np.float32]
+MAX_AHEAD_NS = 2 * NS_PER_S
+"""Of media that are held, or two windows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,44 @@ class SoundBuffer:
 
 @dataclass(slots=True)
 class Sides:
-    """What the two readers of a feed, and who hears of it, have not taken yet."""
+    """What the two readers of a feed, and who hears of it, have not taken yet.
 
+    window_ns: of the session. max_frames, max_samples: what may wait before nothing more is read.
+    """
+
+    window_ns: int
+    max_frames: int
+    max_samples: int
     frames: deque[Frame] = field(default_factory=deque)
     sound: SoundBuffer = field(default_factory=SoundBuffer)
     notices: deque[Notice] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, session: Session) -> Sides:
+        ahead_ns = max(MAX_AHEAD_NS, 2 * session.window_ns)
+        begin = session.begin_index * session.window_ns * SOUND_RATE_HZ // NS_PER_S
+        max_frames = max(int(session.media.fps * ahead_ns // NS_PER_S), 2)
+        return cls(session.window_ns, max_frames, ahead_ns * SOUND_RATE_HZ // NS_PER_S, sound=SoundBuffer(begin))
+
+    @property
+    def has_room(self) -> bool:
+        """May more be read?"""
+        return len(self.frames) < self.max_frames and self.sound.num_samples < self.max_samples
+
+    def make_room(self) -> None:
+        """Forget the oldest window of what nobody takes."""
+        if len(self.frames) >= self.max_frames:
+            self.take_frames(self._window_end_ns(self.frames[0].start_ns) - 1)
+        if self.sound.num_samples >= self.max_samples:
+            self.sound.take(self._window_end_ns(self.sound.first_ns) * SOUND_RATE_HZ // NS_PER_S)
+
+    def shift(self, by_ns: int) -> None:
+        """Everything happens so much later."""
+        self.frames = deque(replace(frame, start_ns=frame.start_ns + by_ns) for frame in self.frames)
+        self.sound.shift(by_ns * SOUND_RATE_HZ // NS_PER_S)
+
+    def _window_end_ns(self, time_ns: int) -> int:
+        return (time_ns // self.window_ns + 1) * self.window_ns
 
     @property
     def next_frame_ns(self) -> int | None:

@@ -37,8 +37,9 @@ from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType
 from graph.window import Input, Joined, WindowJoin
 from stages.camera import Camera
 from stages.kinds import FRAMES
-from stages.media.feed import Feed, Feeds
+from stages.media.feed import Feed
 from stages.media.feed_opening import in_thread
+from stages.media.feeds import Feeds
 from stages.media.fork import FORK_SERVER
 from stages.session import Session
 from tests.support.sessions import make_session

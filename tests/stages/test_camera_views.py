@@ -4,7 +4,7 @@ import pytest
 
 from graph.chunk import NS_PER_S, REMOVED, Chunk, ChunkType, SessionId
 from stages.camera import Camera
-from stages.media.feed import Feeds
+from stages.media.feeds import Feeds
 from stages.microphone import Microphone
 from stages.session import View
 from stages.stage import SourceId, StageError

@@ -13,9 +13,10 @@ import pytest
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from stages.disk import Disk
 from stages.events import Events
-from stages.media.feed import Feed, Feeds, FeedStage, Reading
+from stages.media.feed import Feed
+from stages.media.feeds import Feeds, FeedStage, Reading
 from stages.rates import SPEECH_RATE_HZ
-from stages.session import Session
+from stages.session import Session, View
 from stages.speaker import Speaker
 from stages.stage import MissingDependency, Stage, StageError
 from stages.wav import Output, OutputEvent
@@ -151,14 +152,14 @@ class Missing(Output):
     def close(self, end_ns: int) -> None: ...
 
 
-def fails_once() -> Callable[[Session, Feed], Reading]:
+def fails_once() -> Callable[[Session, View, Feed], Reading]:
     tries: list[Session] = []
 
-    def begin(session: Session, feed: Feed) -> Reading:
+    def begin(session: Session, view: View, feed: Feed) -> Reading:
         tries.append(session)
         if len(tries) == 1:
             raise ValueError("not now")
-        return Reading(session, feed)
+        return Reading(session, view, feed)
 
     return begin
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from graph.chunk import NS_PER_S, SessionId
-from stages.media.feed import MAX_CLOSED, Feed, Feeds
+from stages.media.feed import Feed
 from stages.media.feed_opening import in_thread
 from stages.media.feed_retries import Retries
+from stages.media.feeds import MAX_CLOSED, Feeds
 from stages.media.health import Totals
 from stages.media.reader import Ended, Failed, MediaError, MediaItem, MediaReader, Progress, Warned
 from stages.rates import SOUND_RATE_HZ
@@ -140,7 +141,7 @@ def test_a_source_ends_where_its_last_picture_or_sample_was():
     subject.pump(0)
     subject.take_frames(9 * NS_PER_S), subject.take_sound(9 * NS_PER_S)
     subject.pump(0)
-    assert (subject.over, subject.end_ns) == (True, 2 * NS_PER_S)
+    assert (subject.times.are_over, subject.times.end_ns) == (True, 2 * NS_PER_S)
     assert told(subject) == ["camera_up", "camera_ended"]
 
 
@@ -193,7 +194,7 @@ def test_a_live_stream_that_ends_is_a_connection_that_breaks():
     # Given: libav flushes its tracks before the decoder says that the camera closed the connection.
     subject = feed(FakeReader(*seconds(0, 1), progress(None, None), GONE, live=True))
     subject.pump(0)
-    assert (subject.video_end_ns, subject.audio_end_ns, subject.over) == (None, None, False)
+    assert (subject.times.video_end_ns, subject.times.audio_end_ns, subject.times.are_over) == (None, None, False)
 
 
 def test_a_camera_that_never_comes_back_ends_with_the_duration():
@@ -201,7 +202,7 @@ def test_a_camera_that_never_comes_back_ends_with_the_duration():
     subject = Feed(session(duration_ns=2 * NS_PER_S), media)
     for tenth in range(23):
         subject.pump(tenth * NS_PER_S // 10)
-    assert (subject.over, subject.end_ns) == (True, 2 * NS_PER_S)
+    assert (subject.times.are_over, subject.times.end_ns) == (True, 2 * NS_PER_S)
 
 
 def test_a_device_that_was_pulled_out_is_a_lost_camera_and_no_error():
@@ -218,7 +219,7 @@ def test_a_device_that_was_pulled_out_is_a_lost_camera_and_no_error():
 def test_a_file_that_can_not_be_opened_is_a_lost_camera():
     subject = feed(MediaError("missing", "clip.mp4: not there"), duration_ns=5 * NS_PER_S)
     subject.pump(0)
-    assert (subject.end_ns, told(subject)) == (5 * NS_PER_S, ["camera_lost"])
+    assert (subject.times.end_ns, told(subject)) == (5 * NS_PER_S, ["camera_lost"])
 
 
 def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
@@ -227,7 +228,7 @@ def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
     subject.pump(0)
     subject.take_frames(NS_PER_S * 9), subject.take_sound(NS_PER_S * 9)
     subject.pump(10 * NS_PER_S)
-    assert (len(media.requests), subject.end_ns) == (1, 20 * NS_PER_S)
+    assert (len(media.requests), subject.times.end_ns) == (1, 20 * NS_PER_S)
 
 
 def test_a_warning_is_an_event_once_per_track_and_code_over_all_connections():
@@ -511,7 +512,7 @@ def test_stop_ends_with_the_window_of_now(now_s: float):
         subject.take_frames(taken_ns - 1), subject.take_sound(taken_ns)
     subject.pump(0)
     subject.stop(round(now_s * NS_PER_S))
-    assert subject.end_ns == 3 * NS_PER_S
+    assert subject.times.end_ns == 3 * NS_PER_S
     assert [f.start_ns for f in subject.take_frames(99 * NS_PER_S)] == [2 * NS_PER_S]
     assert len(subject.take_sound(99 * NS_PER_S)[1]) == SOUND_RATE_HZ
 
@@ -531,14 +532,14 @@ def test_stop_also_ends_a_lost_file_that_owes_windows():
     subject = feed(FakeReader(Failed("unreadable", "clip.mp4 is damaged")), duration_ns=3600 * NS_PER_S)
     subject.pump(0)
     subject.stop(5 * NS_PER_S)
-    assert subject.end_ns == 5 * NS_PER_S
+    assert subject.times.end_ns == 5 * NS_PER_S
 
 
 def test_in_virtual_time_stop_ends_with_what_was_read():
     subject = feed(FakeReader(*seconds(0, 20)), paced=False)
     subject.pump(0)
     subject.stop(3600 * NS_PER_S)
-    assert subject.end_ns == NS_PER_S  # and of the second that follows, the picture only
+    assert subject.times.end_ns == NS_PER_S  # and of the second that follows, the picture only
 
 
 def test_the_last_of_its_users_closes_a_feed():

@@ -8,7 +8,7 @@ import pytest
 from graph.chunk import NS_PER_S, Chunk, ChunkType
 from graph.window import WindowJoin
 from stages.camera import Camera
-from stages.media.feed import Feeds
+from stages.media.feeds import Feeds
 from stages.microphone import Microphone
 from tests.support.media import Clip, damaged, times
 from tests.support.media_script import DOOR

@@ -7,7 +7,7 @@ import numpy as np
 
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
 from stages.camera import Camera
-from stages.media.feed import Feeds
+from stages.media.feeds import Feeds
 from stages.media.reader import FOREVER_NS, Ended, Failed, Frame, MediaError, MediaItem, MediaRequest, Progress, Sound
 from stages.microphone import Microphone
 from stages.rates import SOUND_RATE_HZ

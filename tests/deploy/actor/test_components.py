@@ -11,7 +11,7 @@ from graph.chunk import NS_PER_S, SessionId
 from graph.credit import Limit
 from stages.camera import Camera
 from stages.events import Events
-from stages.media.feed import Feeds
+from stages.media.feeds import Feeds
 from stages.microphone import Microphone
 from stages.session import ListenerAction
 from stages.speaker import Speaker
