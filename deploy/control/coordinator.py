@@ -13,18 +13,19 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from deploy.actor.accounts import Accounts
 from deploy.actor.plan import ActorPlan, Address, EdgePlan, stage_plan
 from deploy.actor.session_plan import StageSnapshot
 from deploy.control.calls import CoordinatorError, Lines, NowS, Procedures, Reply
 from deploy.control.ending import last_ledger, ledger_of, take_reports
-from deploy.control.fleet import Cluster, Fleet, Living
+from deploy.control.fleet import Cluster, Fleet
+from deploy.control.given_up import GivenUp
 from deploy.control.opening import SILENT_S, Openings
 from deploy.control.placement import Process, processes_of
 from deploy.control.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
 from deploy.control.sessions import SessionTable
+from deploy.control.start import LOOK_S, start_actors
 from deploy.control.watch import Slow, Waiting
 from deploy.control.wiring import Wiring
 from deploy.process.deadline import Deadline
@@ -33,7 +34,6 @@ from graph.ledger import Account
 from graph.spec import PipelineSpec
 from stages.session import Session, View
 
-LOOK_S = 0.2  # a poll takes at most so long, whoever does not answer
 OPEN_TIMEOUT_S = 10.0  # for a camera that comes while others run: somebody waits for the answer
 ENDS_S = 10.0  # to end an orderly run, in which nobody is in a batch any more
 STOP_S = 1.0
@@ -75,7 +75,7 @@ class Coordinator:
         self._openings = Openings(self._tools)
         self._restarts = Restarts(self._tools, self.close_session)
         self._slow = Slow(self._tools.fleet, directory / "bus", tell)
-        self._reported: set[tuple[str, SessionId]] = set()  # at which stage which session is given up
+        self._given_up = GivenUp(self._tools, self._restarts, self.end_session)
 
     @property
     def actors(self) -> Mapping[str, Address]:
@@ -119,23 +119,7 @@ class Coordinator:
 
         Raises PlacementError, CoordinatorError, or what a stage raises when it can't be built.
         """
-        cluster, wiring = self._tools.cluster, self._tools.wiring
-        handles = cluster.place(self._processes, [self._plan(process) for process in self._processes])
-        lines = {name: self._tools.lines.open(name, handle, START_TIMEOUT_S) for name, handle in handles.items()}
-
-        def post(method: str, arguments: Callable[[Process], Sequence[object]]) -> dict[str, Reply[Any]]:
-            return {p.name: lines[p.name].post(method, *arguments(p)) for p in self._processes}
-
-        addresses = self._wait_for("start", post("address", lambda process: []))
-        for process in self._processes:
-            address = addresses[process.name]
-            wiring.is_at(process, address)
-            self._tools.fleet.add(Living(process, lines[process.name], self._plan(process).peer, address))
-        bound = self._wait_for("bind", post("bind", lambda process: [wiring.over_tcp(process)]))
-        for process in self._processes:
-            wiring.is_bound(process, bound[process.name])
-        post("connect", lambda process: [wiring.outgoing(process)])
-        self._wait_for("load", post("load", lambda process: []), lambda name: self._tools.tell(f"  {name} ready"))
+        start_actors(self._tools, self._processes)
 
     def end(self, deadline: Deadline | None = None) -> dict[str, Account]:
         """Close what is still open, and return the last ledger, in which nothing is in flight.
@@ -145,7 +129,7 @@ class Coordinator:
         for session in self.sessions:
             self.close_session(session)
         ledger = last_ledger(self._tools, deadline or Deadline(ENDS_S, self._now_s))
-        self._report_given_up()
+        self._given_up.report()
         return ledger
 
     def stop(self, deadline: Deadline | None = None) -> None:
@@ -215,8 +199,8 @@ class Coordinator:
             if all(report.is_done for report in reports) or deadline.is_over:
                 break
         self._slow.look()
-        self._end_given_up()
-        self._report_given_up()
+        self._given_up.end()
+        self._given_up.report()
         for placement in [each for each in self._table.placements.values() if self._tools.fleet.has_ended(each)]:
             del self._table.placements[placement.session.id]
         return dict(self._tools.fleet.snapshots)
@@ -253,52 +237,6 @@ class Coordinator:
         paced = all(placement.session.paced for placement in self._table.placements.values())
         for living in self._tools.fleet.living.values():
             living.line.limit_s = STALL_S if paced else START_TIMEOUT_S
-
-    def _end_given_up(self) -> None:
-        """Where a stage has failed at a session too often, its sources end; what is under way is gone through."""
-        for name, stages in self._tools.fleet.snapshots.items():
-            living = self._tools.fleet.living.get(name)
-            given_up = [(stage, *item) for stage, each in stages.items() for item in each.given_up.items()]
-            for stage, session, reason in given_up:
-                placement = self._table.placements.get(session)
-                if placement is None or living is None or living.reported_at <= placement.since:
-                    continue
-                if placement.is_open and not placement.is_given_up:
-                    placement.is_given_up = True
-                    self._reported.add((stage, session))
-                    self._tools.tell(f"camera {placement.session.camera}: closed: {reason}")
-                    self._restarts.announce(placement, "session_closed", {"reason": reason})
-                    self.end_session(session)
-
-    def _report_given_up(self) -> None:
-        """What ends nothing any more: on a side branch, where the session goes on without the stage, or in a session
-        that has ended before anybody looked."""
-        given_up: set[tuple[str, SessionId]] = set()
-        for name, stage in [item for stages in self._tools.fleet.snapshots.values() for item in stages.items()]:
-            given_up |= {(name, session) for session in stage.given_up}
-            aside = {s: f"{reason}; the camera goes on without {name}" for s, reason in stage.given_up_aside.items()}
-            before = {s: f"closed: {reason}" for s, reason in stage.given_up_before.items()}
-            for session, what in (aside | before).items():
-                given_up.add((name, session))
-                if (name, session) not in self._reported:
-                    self._reported.add((name, session))
-                    self._tools.tell(f"camera {session}: {what}")
-        self._reported &= given_up  # who opens again under its name is another one
-
-    def _wait_for(
-        self, what: str, replies: Mapping[str, Reply[Any]], is_there: Callable[[str], None] = lambda name: None
-    ) -> dict[str, Any]:
-        """While the pipeline starts: all answers, by actor. what: they are to do. is_there: called as each comes."""
-        answers: dict[str, Any] = {}
-        waiting = Waiting(what, self._tools.tell, self._now_s)
-        while len(answers) < len(replies):
-            self._tools.lines.look(LOOK_S)
-            for name, reply in replies.items():
-                if reply.is_done and name not in answers:
-                    answers[name] = reply.result()
-                    is_there(name)
-            waiting.look(name for name in replies if name not in answers)
-        return answers
 
     def _now_ns(self) -> int:
         return round(self._now_s() * NS_PER_S)
