@@ -67,9 +67,9 @@ class Outcome:
 
     interrupted: bool
     in_vain: bool
-    problem: str
     ledger: Mapping[str, Account]
     out: Path | None
+    problem: str = ""
 
 
 def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) -> Outcome:
@@ -179,7 +179,7 @@ class _Run:
         for source, problem in self._sources.unreported.items():
             self._tell(f"camera {source}: {problem or 'gave neither picture nor sound'}")
         in_vain = self._sources.is_all_silent and not self._interrupts.count
-        return Outcome(self._interrupts.is_ctrl_c, in_vain, self._problem, ledger, self._options.out)
+        return Outcome(self._interrupts.is_ctrl_c, in_vain, ledger, self._options.out, self._problem)
 
     def _wait(self, coordinator: Coordinator, meter: PipelineMeter) -> None:
         """Until every session has ended, by itself or because a signal has asked for it, or no time is left for that.
