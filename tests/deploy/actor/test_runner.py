@@ -377,9 +377,8 @@ def test_windows_that_come_late_take_a_step_of_the_ladder_which_is_told(build, c
     for index in range(2):
         clock.advance(1.9)  # after the window's end
         house.take(watermark(DOOR, TEXT, (index + 1) * NS_PER_S), SPOKEN)
-        house.turn()
+        house.settle()
         clock.advance(-0.9)
-    house.settle()
     assert session.taken == STEPS[:1]
     told = house.runners["events"].stage.told("shed")
     assert [(event["step"], event["level"]) for event in told] == [("fewer_frames", 1)]
