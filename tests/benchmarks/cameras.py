@@ -42,6 +42,7 @@ from stages.media.feed_opening import in_thread
 from stages.media.feeds import Feeds
 from stages.media.fork import FORK_SERVER
 from stages.session import Session
+from stages.stage import SourceId
 from tests.support.sessions import make_session
 
 NAME: Final = "cameras"
@@ -176,7 +177,7 @@ class House:
         taken = {PICTURES: Input(PICTURES, FRAMES)}
         join = WindowJoin(session.id, taken, window_ns=session.window_ns, lateness_ns=session.lateness_ns)
         self._stage.open_session(session)
-        self.cameras.append(Watched(session, self._feeds.open(session), origin_ns, join))
+        self.cameras.append(Watched(session, self._feeds.open(session, *session.media.views), origin_ns, join))
 
     def run_until(self, end_s: float) -> None:
         """Read what comes, and let windows leave."""
@@ -202,7 +203,7 @@ class House:
     def close(self) -> None:
         for watched in self.cameras:
             self._stage.close_session(watched.session.id)
-            self._feeds.close(watched.session.id)
+            self._feeds.close(SourceId(watched.session.id))
 
     def cpu_ns(self) -> int:
         """What this process and its decoders have taken; of those that have ended, nothing is known."""

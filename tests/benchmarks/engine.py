@@ -54,7 +54,7 @@ def _work(num_sessions: int, batch: int) -> Mapping[str, float]:
     scenario = Scenario("engine", "", num_sessions, num_windows, devices={"cpu": 16})
     samples = watched(checkpoint.fit(spec), scenario, checkpoint.path).watch(num_warm_up=0)
     windows = num_sessions * num_windows
-    return {stage: sum(ns for _, ns in samples[stage]) / NS_PER_MS / windows for stage in model_stages()}
+    return {stage: sum(batch.ns for batch in samples[stage]) / NS_PER_MS / windows for stage in model_stages()}
 
 
 def _scheduler(num_sessions: int) -> list[Row]:
