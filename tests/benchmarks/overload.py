@@ -60,8 +60,8 @@ def _simulate(ladder: str | None, seed: int) -> Overloaded:
     spec = load_spec(ROOT / "pipeline.yaml", [] if ladder is None else [f"shedding.ladder={ladder}"])
     simulation = Simulation(spec, SCENARIOS["overload"], seed)
     simulation.run()
-    # Without a ladder speech comes so late that some is given up behind the end, and a camera that comes is refused until
-    # it finds room, so that it runs on when the scenario is over: which is what the ladder is for.
+    # Without a ladder speech comes so late that some is given up behind the end, and a camera that comes is refused
+    # until it finds room, so that it runs on when the scenario is over: which is what the ladder is for.
     excused = () if ladder is None else ("all is said", "no starvation", "ledger")
     if violations := [violation for violation in simulation.violations if violation.rule not in excused]:
         raise BenchError(f"what must hold does not: {violations[0]}")
