@@ -152,7 +152,7 @@ def test_a_view_that_is_cut_off_is_missing_by_its_name_until_it_is_back(
         out = place.folder / "run"
         with rtsp_camera() as port:
             (place.folder / "pipeline.yaml").write_text(CUT_DESCRIPTION.format(port=port))
-            up = place.start("up", "--for", f"{CUT_SECONDS}s", "--out", "run", "--set", "window.lateness=2s")
+            up = place.start("up", "--for", f"{CUT_SECONDS}s", "--out", "run", "--set", "window.lateness=5s")
             place.wait_for_window(5)
         running = Run(0, "", "", out)
 
@@ -174,7 +174,6 @@ def test_a_view_that_is_cut_off_is_missing_by_its_name_until_it_is_back(
     missing = {index for index, names in windows.items() if index > 1 and "camera/gate/far" in names}
     assert set(range(int(lost_s) + 1, int(back_s))) <= missing <= set(range(int(lost_s) - 1, int(back_s) + 2))
     assert len(missing) >= 2, "it was waited for"
-    others = {index for index, names in windows.items() if {"camera/gate/near", "image"} & set(names)}
-    assert not others & set(range(2, CUT_SECONDS - 1)), "but for the first and the last of a busy machine"
+    assert not [index for index, names in windows.items() if index > 1 and {"camera/gate/near", "image"} & set(names)]
     for edge, account in run.ledger().items():
         assert account["accepted"] == account["delivered"] + sum(account["dropped"][reason] for reason in REASONS), edge

@@ -239,24 +239,28 @@ class Heat(Stage):
 """
 
 
+def with_own(folder: Path, module: str, code: str, stages: str) -> PipelineSpec:
+    """A pipeline with stages of a module beside it, of a name that no other test has used: it stays loaded."""
+    (folder / f"{module}.py").write_text(code)
+    camera = 'cameras: {a: {source: "test://pattern"}}'
+    (folder / "p.yaml").write_text(f"version: 1\n{camera}\nstages: {{{stages}}}\n")
+    return read_spec(folder / "p.yaml", StageCatalog(folder))
+
+
 def test_a_source_of_ones_own_has_its_windows(tmp_path: Path):
-    (tmp_path / "thermometer.py").write_text(THERMOMETER)
     stages = 'thermo: {use: "thermometer:Thermometer"}, heat: {use: "thermometer:Heat"}'
-    (tmp_path / "p.yaml").write_text(
-        f'version: 1\ncameras: {{a: {{source: "test://pattern"}}}}\nstages: {{{stages}}}\n'
-    )
-    report = run_scenario(read_spec(tmp_path / "p.yaml", StageCatalog(tmp_path)), SCENARIOS["squall"], range(3))
+    own = with_own(tmp_path, "thermometer", THERMOMETER, stages)
+    report = run_scenario(own, SCENARIOS["squall"], range(3))
     assert report.violations == ()
     assert report.figures.num_windows > 0
 
 
 def test_a_source_of_ones_own_may_have_a_stream_per_view(tmp_path: Path):
-    (tmp_path / "thermometer.py").write_text(THERMOMETER.replace("Out(TEMPERATURE)", "Out(TEMPERATURE, many=True)"))
-    stages = 'thermo: {use: "thermometer:Thermometer"}, heat: {use: "thermometer:Heat"}'
-    (tmp_path / "p.yaml").write_text(
-        f'version: 1\ncameras: {{a: {{source: "test://pattern"}}}}\nstages: {{{stages}}}\n'
-    )
-    report = run_scenario(read_spec(tmp_path / "p.yaml", StageCatalog(tmp_path)), SCENARIOS["views"], range(3))
+    code = THERMOMETER.replace("Out(TEMPERATURE)", "Out(TEMPERATURE, many=True)")
+    stages = 'thermo: {use: "thermometers:Thermometer"}, heat: {use: "thermometers:Heat"}'
+    own = with_own(tmp_path, "thermometers", code, stages)
+    assert own.types["thermo"].outputs["readings"].many
+    report = run_scenario(own, SCENARIOS["views"], range(3))
     assert report.violations == ()
     assert report.figures.num_windows > 0
 
@@ -278,12 +282,8 @@ class Asr(Stage):
 
 
 def test_a_run_that_is_ended_beside_a_slow_side_branch_has_an_exact_ledger(tmp_path: Path):
-    (tmp_path / "asr_stage.py").write_text(RECOGNIZER)
     stages = 'asr: {use: "asr_stage:Asr", inputs: {sound: microphone.sound}}'
-    (tmp_path / "p.yaml").write_text(
-        f'version: 1\ncameras: {{a: {{source: "test://pattern"}}}}\nstages: {{{stages}}}\n'
-    )
-    spec = read_spec(tmp_path / "p.yaml", StageCatalog(tmp_path))
+    spec = with_own(tmp_path, "asr_stage", RECOGNIZER, stages)
     # In 257 one that sends to a hanging one hangs itself when it is to bury that.
     for seed in (0, 1, 2, 257):
         assert run_scenario(spec, SCENARIOS["interrupted"], range(seed, seed + 1)).violations == ()
