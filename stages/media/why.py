@@ -25,6 +25,7 @@ _BLOCKED: Final = re.compile(r"Protocol '([\w.+-]{1,20})' not on whitelist")
 _REDIRECT: Final = re.compile(
     r"Redirecting to \w+://(?:[^/\s]*@)?([\w.-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(:\d{1,5})?(?:[/?\s]|$)"
 )
+_TIMED_OUT: Final = (TimeoutError, av.error.ExitError)
 _HAVE_WORDS: Final = (
     av.error.HTTPUnauthorizedError,
     av.error.HTTPForbiddenError,
@@ -49,6 +50,8 @@ def explaining(order: Order) -> Iterator[None]:
 
 def reason(order: Order, error: FFmpegError | OSError, logged: Sequence[str]) -> MediaError | None:
     """What can be said better than by the error itself. logged: libav's own messages."""
+    if isinstance(error, _TIMED_OUT):
+        return None  # an answer was cut off in its middle, and libav follows what is left of its address
     text = "\n".join(logged)
     if blocked := _BLOCKED.search(text):
         return MediaError("blocked", f"leads on to a {blocked[1]}: address, which is not followed")

@@ -6,9 +6,12 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import av
 import pytest
 
+from stages.media import why
 from stages.media.reader import Ended, Failed, MediaReader
+from stages.media.wire import Order
 from tests.support.reading import request
 
 
@@ -108,6 +111,18 @@ def test_a_server_that_gives_no_camera_says_why(answer, kind, what):
     with server(answer) as port:
         failed = failure(f"rtsp://user:canary@127.0.0.1:{port}/live")
     assert (failed.kind, failed.message.partition("/live ")[2]) == (kind, what)
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), av.error.ExitError(0, "Immediate exit requested")])
+def test_what_libav_makes_of_an_answer_cut_off_by_the_time_out_is_no_reason(error):
+    """As libav logged it of a server that redirects in circles: the address is the rest of one."""
+    logged = [
+        "Status 302: Redirecting to rtsp://127.0.0.1:35145/live\n",
+        "Failed reading RTSP data: Immediate exit requested\n",
+        "Protocol 's' not on whitelist 'rtsp,rtp,tcp'!\n",
+    ]
+    order = Order("rtsp", request("rtsp://127.0.0.1:35145/live"), 2.0, 1.5, 0)
+    assert why.reason(order, error, logged) is None
 
 
 def test_a_refusal_over_http_is_named_by_its_status():
