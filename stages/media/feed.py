@@ -98,7 +98,8 @@ class Feed:
     def stop(self, now_ns: int) -> None:
         """End the source with the window that `now_ns` lies in; what comes after it is forgotten.
 
-        In virtual time, where the clock says nothing, with the last whole window that was read.
+        Of a live camera's last window, what is under way is still waited for, as of any window. In virtual time, where
+        the clock says nothing, the last whole window that was read is the last.
         """
         window_ns = self._session.window_ns
         if self._session.paced:
@@ -106,10 +107,13 @@ class Feed:
         else:
             end_ns = self.times.seen_ns // window_ns * window_ns
             self.close()
-        if self.times.end_ns is not None and self.times.end_ns <= end_ns:
+        if self.times.limit_ns <= end_ns and self.times.are_over:
             return
         self._sides.cut(end_ns)
-        self.times.end_ns = end_ns
+        if self._live and self._session.paced:
+            self.times.stop_ns = end_ns
+        else:
+            self.times.end_ns = end_ns
 
     def wakes(self) -> list[int]:
         """The descriptor to wait on while there is room to read ahead."""
@@ -121,9 +125,8 @@ class Feed:
         Raises nothing: a source that can't be opened is a lost camera.
         """
         self._catch_up(now_ns)
-        duration_ns = self._session.duration_ns
-        if self._live and duration_ns is not None and now_ns >= duration_ns + self._session.lateness_ns:
-            self.stop(duration_ns)
+        if self._live and self._session.paced and now_ns >= self.times.limit_ns + self._session.lateness_ns:
+            self.times.end_ns = self.times.limit_ns
         if self._reader is None and not self.times.are_over:
             self._connect(now_ns)
         if self._live:

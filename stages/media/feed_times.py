@@ -16,7 +16,9 @@ class FeedTimes:
     video_ns, audio_ns: nothing before these will come.
     shown_ns, heard_ns: the ends of what was really seen, and heard.
     pause_ns:           a file's media are so much later than it says.
-    duration_ns:        of the session. end_ns: set when the source has ended for good.
+    duration_ns:        of the session.
+    stop_ns:            a live source is to end there; what it still gives of the time before is waited for.
+    end_ns:             set when the source has ended for good.
     """
 
     begin_ns: int
@@ -26,6 +28,7 @@ class FeedTimes:
     heard_ns: int
     pause_ns: int
     duration_ns: int | None
+    stop_ns: int | None = None
     end_ns: int | None = None
 
     @classmethod
@@ -42,7 +45,7 @@ class FeedTimes:
     @property
     def limit_ns(self) -> int:
         """What begins here or later is not wanted."""
-        return min(ns for ns in (self.end_ns, self.duration_ns, FOREVER_NS) if ns is not None)
+        return min(ns for ns in (self.end_ns, self.stop_ns, self.duration_ns, FOREVER_NS) if ns is not None)
 
     @property
     def seen_ns(self) -> int:
@@ -74,8 +77,9 @@ class FeedTimes:
         self.video_ns, self.audio_ns = _later(self.video_ns, by_ns), _later(self.audio_ns, by_ns)
 
     def _end_of(self, stream_ns: int, seen_ns: int) -> int | None:
-        ends = [ns for ns in (self.end_ns, seen_ns if stream_ns >= FOREVER_NS else None) if ns is not None]
-        return min(ends, default=None)
+        ends = [self.end_ns, self.stop_ns if self.stop_ns is not None and stream_ns >= self.stop_ns else None]
+        ends.append(seen_ns if stream_ns >= FOREVER_NS else None)
+        return min((ns for ns in ends if ns is not None), default=None)
 
 
 def _later(time_ns: int, by_ns: int) -> int:

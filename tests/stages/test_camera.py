@@ -150,6 +150,29 @@ def test_end_stops_both_sources_with_the_window_of_now():
     assert door.finished == (True, True)
 
 
+def stopped_live_camera(*late_items, late_s: float):
+    """What both sources of a live camera say that is stopped at 1.4 s, and whose last second comes at `late_s`."""
+    reader = FakeReader(*seconds(0, 1), live=True)
+    door = Door(FakeMedia(reader))
+    said = door.until(1.4)
+    for stage in (door.camera, door.microphone):
+        stage.end(DOOR, round(1.4 * NS_PER_S))
+    said += door.until(late_s - 0.1, start_s=1.5)
+    reader.give(*late_items)
+    said += door.until(4, start_s=late_s)
+    assert door.finished == (True, True)
+    assert ends(said) == {CAMERA: [2 * NS_PER_S], "sound": [2 * NS_PER_S]}
+    return windows(said)
+
+
+def test_of_a_stopped_live_camera_the_last_window_waits_for_what_is_under_way():
+    assert stopped_live_camera(*seconds(1, 4), late_s=2.2) == [(0, []), (1, [])]
+
+
+def test_a_stopped_live_camera_that_gives_nothing_more_ends_when_its_last_window_is_given_up():
+    assert stopped_live_camera(late_s=2.2) == [(0, []), (1, [CAMERA, "sound"])]
+
+
 def test_a_closed_session_leaves_no_reader_behind():
     reader = FakeReader(*seconds(0, 1))
     door = Door(FakeMedia(reader))
