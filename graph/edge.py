@@ -149,11 +149,11 @@ class Sender:
         return lane
 
     def close_session(self, session: SessionId) -> None:
-        """Forget a session. What still waits is dropped as `shed`."""
+        """Forget a session. What still waits is dropped as `closed`."""
         lane = self._lanes.pop(session, None)
         for chunk, _ in lane.waiting if lane else ():
             if not chunk.is_control:
-                self._drop("shed")
+                self._drop("closed")
 
     def bury(self) -> None:
         """The replica at the other end has died.
@@ -363,7 +363,7 @@ class Receiver:
             self._unsent.pop(key, None)
 
     def receive(self) -> list[Arrival]:
-        """What has come in, a bounded number; what is of no session that is open here is dropped as `shed`."""
+        """What has come in, a bounded number; what is of no session that is open here is dropped as `closed`."""
         edge, arrivals = self.rule.id, list[Arrival]()
         for peer, chunk in self._link.receive():
             arrival = Arrival(chunk, edge, peer)
@@ -373,7 +373,7 @@ class Receiver:
             if not chunk.is_control:
                 self._arrived[peer] += 1
                 if not is_open:
-                    self.drop(arrival, "shed")
+                    self.drop(arrival, "closed")
         for peer, chunk in self._link.refused():
             self._arrived[peer] += 1
             self.drop(Arrival(chunk, edge, peer), "invalid")

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 
 from graph.value import value
 
-Reason = Literal["late", "shed", "stale", "overflow", "crash", "failed", "invalid"]
-"""shed: given up under overload, or its session was closed while it was under way. failed: the stage that had it raised
-at it, or had given its session up. invalid: the receiver could not read it."""
+Reason = Literal["late", "shed", "closed", "stale", "overflow", "crash", "failed", "invalid"]
+"""shed: given up under overload. closed: its session was closed while it was under way. failed: the stage that had it
+raised at it, or had given its session up. invalid: the receiver could not read it."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 

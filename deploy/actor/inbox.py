@@ -29,7 +29,7 @@ class Inbox:
         state = self._replica.open.get(chunk.session)
         if state is None:  # the session was closed here while the chunk was under way
             if not chunk.is_control:
-                self._replica.receivers[arrival.edge].drop(arrival, "shed")
+                self._replica.receivers[arrival.edge].drop(arrival, "closed")
             return
         if chunk.type is ChunkType.PLAYBACK and chunk.epoch <= state.fence.epoch:
             self._hear(state, chunk)

@@ -90,7 +90,7 @@ class Lives:
         self._replica.schedule.touch(session)
 
     def close_session(self, session: SessionId) -> None:
-        """Forget a session at once; what it still holds here is dropped as `shed`. May be called twice."""
+        """Forget a session at once; what it still holds here is dropped as `closed`. May be called twice."""
         state = self._replica.open.pop(session, None)
         self._replica.ready.pop(session, None)
         self._replica.schedule.forget(session)
@@ -101,7 +101,7 @@ class Lives:
             if len(self._given_up_before) > MAX_ENDED:
                 self._given_up_before.pop(next(iter(self._given_up_before)))
         for arrival in state.arrivals.values():
-            self._replica.receivers[arrival.edge].drop(arrival, "shed")
+            self._replica.receivers[arrival.edge].drop(arrival, "closed")
         for sender in state.lanes.values():
             sender.close_session(session)
         for receiver in self._replica.receivers.values():

@@ -8,6 +8,7 @@ Rule: nothing heavy is imported at the top; `--help` answers at once.
 from __future__ import annotations
 
 # First: whatever comes next is not taken from the user's folder.
+
 import deploy.process.search_path  # noqa: F401
 
 # isort: split
@@ -26,6 +27,7 @@ from deploy.cli.common import (
     check_folder,
     clear_errors,
     load,
+    silent,
     usage,
 )
 from deploy.cli.graph import graph, stages
@@ -208,7 +210,7 @@ def simulate(
         found = find_scenario(scenario).sized(sessions, windows)
         if profile is not None:
             found = found.priced(read_profile(profile), spec)
-    with clear_errors():
+    with clear_errors(), silent():  # what stages warn of is what the scenario does to them
         report: Report = run_scenario(spec, found, numbers)
     shortest = shrink(spec, found, report.violations[0]) if report.violations else None
     print_report(report, shortest, as_json)

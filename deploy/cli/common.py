@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def check_folder() -> None:
     except FileNotFoundError:
         tell("pipeline: the folder that this was started in has been removed: change to one that is there")
         sys.exit(EXIT_RUNTIME)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No warning is logged in here."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

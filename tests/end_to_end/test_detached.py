@@ -164,7 +164,7 @@ def test_a_camera_is_added_and_removed_while_the_others_run(place: Place, url: s
     assert all(after[name]["state"] == "running" for name in ("door", "yard"))
     assert all(after[name]["windows"] > before[name]["windows"] for name in ("door", "yard"))
     edge = get(f"{url}/api/v1/ps")[1]["edges"]["camera.frames->vision_encoder.frames"]
-    assert edge["dropped"]["shed"] == 0, "it was gone through to its end"
+    assert edge["dropped"]["shed"] == edge["dropped"]["closed"] == 0, "it was gone through to its end"
     again = place.run("camera", "add", "hall=test://pattern")
     assert "--out holds what an earlier one of this name has left" in again.stderr
     assert place.run("camera", "add", "porch=test://pattern").returncode == 0, "there is room again"

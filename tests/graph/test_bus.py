@@ -248,12 +248,12 @@ def test_another_session_on_the_same_edge_feels_nothing_of_a_blocked_one(edge: E
     assert edge.sender.num_waiting == 6
 
 
-def test_what_waits_when_a_session_closes_is_counted_as_shed(edge: Edge) -> None:
+def test_what_waits_when_a_session_closes_is_counted_as_closed(edge: Edge) -> None:
     for seq in range(7):
         edge.sender.send(piece(seq))
     edge.sender.send(watermark(PORCH, "image", 7 * NS_PER_S))
     edge.sender.close_session(PORCH)
-    assert (edge.sender.account().dropped["shed"], edge.sender.num_waiting) == (3, 0)
+    assert (edge.sender.account().dropped["closed"], edge.sender.num_waiting) == (3, 0)
 
 
 def test_a_session_that_comes_back_begins_with_full_credit(edge: Edge) -> None:

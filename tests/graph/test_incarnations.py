@@ -86,7 +86,7 @@ def test_what_comes_late_of_a_closed_session_gives_the_next_one_of_its_name_no_c
     for seq in range(9):
         edge.sender.send(piece(seq))
     assert len(edge.wire.chunks) == RULE.limit.chunks
-    assert (edge.sender.num_in_flight, edge.account.dropped["shed"], edge.account.in_flight) == (4, 4, 9)
+    assert (edge.sender.num_in_flight, edge.account.dropped["closed"], edge.account.in_flight) == (4, 4, 9)
 
 
 def test_a_grant_for_a_closed_session_that_a_busy_sender_takes_later_is_none_for_the_next() -> None:
@@ -210,7 +210,7 @@ class Names(RuleBasedStateMachine):
 
     def close_receiver(self) -> None:
         for arrival in self.held:
-            self.edge.receiver.drop(arrival, "shed")
+            self.edge.receiver.drop(arrival, "closed")
         self.held.clear()
         self.edge.receiver.close_session(DOOR)
 

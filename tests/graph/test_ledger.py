@@ -110,6 +110,6 @@ def test_the_json_names_every_reason_even_the_ones_that_never_came() -> None:
     assert ledger.account().as_dict() == {
         "accepted": 2,
         "delivered": 1,
-        "dropped": {"late": 0, "shed": 0, "stale": 0, "overflow": 0, "crash": 0, "failed": 0, "invalid": 0},
+        "dropped": dict.fromkeys(("late", "shed", "closed", "stale", "overflow", "crash", "failed", "invalid"), 0),
         "in_flight": 1,
     }

@@ -652,7 +652,7 @@ def test_a_session_for_which_there_is_no_room_leaves_nothing_behind(build, clock
     assert set(house.runners["llm"].snapshot().sessions) == {"door"}
     assert house.runners["llm"].stage.open == ["door"]
     house.take(heard(YARD, 0))
-    assert house.account(SOUND).dropped["shed"] == 1
+    assert house.account(SOUND).dropped["closed"] == 1
 
 
 def test_closing_drops_what_is_held_and_counts_it(build, clock: ManualClock):
@@ -663,18 +663,18 @@ def test_closing_drops_what_is_held_and_counts_it(build, clock: ManualClock):
         house.runners["llm"].step()
     house.runners["llm"].close_session(DOOR)
     house.runners["llm"].close_session(DOOR)
-    assert (house.account(SOUND).dropped["shed"], house.account(SOUND).in_flight) == (2, 0)
-    assert house.account(SPOKEN).dropped["shed"] == 1  # waited for credit
+    assert (house.account(SOUND).dropped["closed"], house.account(SOUND).in_flight) == (2, 0)
+    assert house.account(SPOKEN).dropped["closed"] == 1  # waited for credit
     assert house.runners["llm"].stage.open == []
 
 
-def test_what_comes_for_a_session_that_is_gone_is_shed(build, clock: ManualClock):
+def test_what_comes_for_a_session_that_is_gone_is_counted(build, clock: ManualClock):
     house = build({"llm": Echo()}, (SOUND, PLAYED))
     house.open("door")
     house.runners["llm"].close_session(DOOR)
     house.window("door", 0)
     house.take(ack_chunk(DOOR, Ack(1)), PLAYED)
-    assert (house.account(SOUND).dropped["shed"], house.account(SOUND).in_flight) == (1, 0)
+    assert (house.account(SOUND).dropped["closed"], house.account(SOUND).in_flight) == (1, 0)
 
 
 def test_a_session_may_be_opened_again(build):

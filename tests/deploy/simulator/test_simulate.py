@@ -209,7 +209,7 @@ def test_where_something_went_by_the_wall_clock_that_is_seen(spec: PipelineSpec,
 def test_sessions_that_are_closed_by_force_come_again_under_their_names(spec: PipelineSpec):
     report = run(spec, "comings-and-goings")
     assert report.violations == ()
-    assert report.figures.drops["shed"] > 0
+    assert report.figures.drops["closed"] > 0
     scenario = SCENARIOS["comings-and-goings"]
     assert report.figures.num_windows > NUM_SEEDS * scenario.num_sessions * scenario.num_windows
 
