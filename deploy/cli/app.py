@@ -8,7 +8,6 @@ Rule: nothing heavy is imported at the top; `--help` answers at once.
 from __future__ import annotations
 
 # First: whatever comes next is not taken from the user's folder.
-
 import deploy.process.search_path  # noqa: F401
 
 # isort: split
