@@ -70,6 +70,7 @@ class Lives:
         ladder = Ladder(session.ladder, session.window_ns, level) if has_ladder else None
         session.level.told(0, level)
         faults = Faults(self._replica.name, lambda error, where: self._replica.meter.failed(session, error, where))
+        faults.given_up = plan.given_up
         state = OpenSession(plan, _join_of(plan), lanes, queues, self._replica.clock, ladder, faults)
         if plan.ends_windows:
             state.sink = WindowEnd(self._replica.name, session, ladder, self._replica.meter, state.events)

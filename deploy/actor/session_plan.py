@@ -63,6 +63,7 @@ class SessionPlan:
     removed_views:  that were taken away from it, which nobody behind may have heard of since.
     held:           edges at whose other end it is not open now; nothing is sent there before it is (`reroute`).
     alone_for:      so many of its units go without others, since an actor died of one of several (actor/suspects.py).
+    given_up:       why the stage is not asked any more, from the beginning; "" where it is.
     """
 
     session: Session
@@ -81,6 +82,7 @@ class SessionPlan:
     removed_views: tuple[str, ...] = ()
     held: frozenset[str] = frozenset()
     alone_for: int = 0
+    given_up: str = ""
 
 
 @value

@@ -2,7 +2,8 @@
 
 Rule: who pays. A death costs the sessions that lived there what was under way; nobody else waits. What ends sessions:
 
-- one that was in the work of two deaths of its process in a row (actor/suspects.py), since its data kill, is closed;
+- one that was in the work of two deaths of its process in a row (actor/suspects.py), since its data kill, is closed; or
+  it goes on without the stage, where that is on a side branch;
 - one for which nobody has room any more is closed.
 
 No death ends the run while a session is left. Between two tries to bring an actor up there is an ever longer pause, a
@@ -34,6 +35,7 @@ from deploy.control.calls import (
 from deploy.control.fleet import Cluster, Fleet, Living
 from deploy.control.placement import Process, group_of
 from deploy.control.recovery import Resumption, announce, redirect, reopen, tell
+from deploy.control.routing import is_aside
 from deploy.control.sessions import Placement, SessionTable
 from deploy.control.wiring import Wiring
 from graph.chunk import NS_PER_S, Scalar, SessionId
@@ -127,12 +129,21 @@ class Restarts:
         for placement in tools.table.at(process):
             placement.absent |= process.stages.keys() & placement.replicas.keys()
         guilty = self._suspects.died(process.group, work.sessions)
-        for session in guilty:
-            self._end(session, f"{process.group} died twice in a row while it worked on its data")
-        if guilty and not tools.table.placements.keys() - set(guilty):
+        ended = [session for session in guilty if not self._goes_on_without(session, work.stage)]
+        for session in ended:
+            self._end(session, _killed_by_data(process.group))
+        if ended and not tools.table.placements.keys() - set(ended):
             raise NoSessionLeft(f"{error}; no session is left")
         self._try_again(process)
         tools.procedures.begin(self._resume(process))
+
+    def _goes_on_without(self, session: SessionId, stage: str) -> bool:
+        """Give a session up at the stage that its data kill, where no window of it ends there or behind it."""
+        tools, placement = self._tools, self._tools.table.placements.get(session)
+        if placement is None or not is_aside(tools.spec, stage, placement.session):
+            return False
+        placement.given_up[stage] = _killed_by_data(group_of(stage, tools.spec.stages[stage]))
+        return True
 
     def look(self) -> None:
         """Begin to bring up whose pause is over."""
@@ -302,7 +313,10 @@ class Remote:
         nowhere = (placement.absent | placement.in_hand) - plans.keys()
         held = frozenset(edge.id for edge in spec.edges if edge.source.stage in plans and edge.target.stage in nowhere)
         alone_for = NUM_ALONE if self._suspects.is_suspect(group_of(stage, spec.stages[stage]), session) else 0
-        plans = {name: replace(plan, held=held, alone_for=alone_for) for name, plan in plans.items()}
+        plans = {
+            name: replace(plan, held=held, alone_for=alone_for, given_up=placement.given_up.get(name, ""))
+            for name, plan in plans.items()
+        }
         return living.line.post("resume_session", plans, self._tools.fleet.origin_ns(living, placement.origin_ns))
 
     def listener(self, stage: str, resumed: Resumption) -> Reply[Listener | None]:
@@ -327,6 +341,10 @@ class Remote:
         """None where it is over; another session may have its name by now."""
         placement = self._tools.table.placements.get(resumed.session.id)
         return placement if placement is not None and placement.incarnation == resumed.incarnation else None
+
+
+def _killed_by_data(group: str) -> str:
+    return f"{group} died twice in a row while it worked on its data"
 
 
 def _gone(stage: str, resumed: Resumption) -> Reply[Any]:

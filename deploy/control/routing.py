@@ -32,7 +32,7 @@ def session_plan(
     incoming = [edge for edge in edges if edge.target.stage == stage and not edge.kind.is_control]
     windowed = [edge for edge in incoming if edge.kind.is_windowed]
     prefixes = _prefixes(windowed, session)
-    ends = spec.wiring.ends(spec.ends_windows & passed)
+    ends = _ends(spec, session)
     return SessionPlan(
         session=session,
         inputs={
@@ -49,8 +49,18 @@ def session_plan(
         incarnation=incarnation,
         ends_windows=stage in ends,
         upstream=_upstream(spec, edges, session) if stage in ends else (),
-        is_aside=not ends & {stage, *spec.wiring.behind(stage)},
+        is_aside=is_aside(spec, stage, session),
     )
+
+
+def is_aside(spec: PipelineSpec, stage: str, session: Session) -> bool:
+    """Does no window of the session end at the stage or behind it, as on a side branch?"""
+    return not _ends(spec, session) & {stage, *spec.wiring.behind(stage)}
+
+
+def _ends(spec: PipelineSpec, session: Session) -> set[str]:
+    """Where the session's windows end."""
+    return spec.wiring.ends(spec.ends_windows & stages_of(session, spec))
 
 
 def stream_of(edge: EdgeSpec, session: Session) -> str:

@@ -36,7 +36,8 @@ class Placement:
     for another one.
     num_windows: that have come to their end, as was reported last. removed_views: their names.
     since: only reports that were asked for later know all of it. is_ending: its sources were asked to stop.
-    is_given_up: a stage has failed at it too often.
+    is_given_up: a stage has failed at it too often. given_up: by stage on a side branch that its data kill, the reason:
+    the session goes on without it.
     """
 
     session: Session
@@ -53,6 +54,7 @@ class Placement:
     since: int = 0
     is_ending: bool = False
     is_given_up: bool = False
+    given_up: dict[str, str] = field(default_factory=dict)
 
 
 class SessionTable:

@@ -263,6 +263,52 @@ def test_whatever_a_side_branch_does_to_its_process_the_way_goes_on(deadly: Dead
         assert all(row["failed"] == [] for row in rows)
 
 
+KILLER = """
+import os
+from stages.api import EVENTS, FRAMES, In, Out, Stage
+class Killer(Stage):
+    frames, notes = In(FRAMES, side=True), Out(EVENTS)
+    def process(self, units):
+        if any(unit.session == "hall" and unit.index >= 2 for unit in units):
+            os._exit(1)
+        return [self.notes.event(unit.session, unit.start_ns, "killer", window=unit.index) for unit in units]
+"""
+
+
+def test_a_camera_whose_data_kill_a_side_branch_twice_goes_on_without_it(place: Place) -> None:
+    write(
+        place,
+        "killer",
+        KILLER,
+        '  killer: {use: "killer:Killer", inputs: {frames: camera.frames}, batch: 1}\n'
+        "  vision_encoder: {inputs: {frames: camera.frames}}",
+        "hall",
+        "yard",
+    )
+
+    def has_gone_on() -> bool:
+        rows = [json.loads(line) for line in (place.folder / "run/events.jsonl").read_text().splitlines()]
+        times_s = [row["time_s"] for row in rows if row["type"] == "recovered" and row["session"] == "yard"]
+        noted_s = [row["time_s"] for row in rows if row["type"] == "killer" and row["session"] == "yard"]
+        return len(times_s) == 2 and noted_s[-1] > times_s[-1] + 2
+
+    def until_it_has_gone_on() -> None:
+        place.wait_for_window(2)
+        wait_for(has_gone_on)
+
+    run = interrupted(place, until_it_has_gone_on)
+    assert run.returncode == 130 and is_exact(run), run.stderr
+    lines = run.stderr.splitlines()
+    reason = "killer died twice in a row while it worked on its data"
+    assert lines.count(f"camera hall: {reason}; the camera goes on without killer") == 1
+    for session in ("hall", "yard"):
+        rows = run.windows(session)
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+        assert all(row["failed"] == [] for row in rows)
+    assert run.events("hall", "unit_failed")[-1]["reason"].endswith(reason)
+    assert place.leftovers() == []
+
+
 CLOSED = """
 from stages.api import EVENTS, FRAMES, In, Out, Stage
 class Keyless(Stage):

@@ -287,11 +287,11 @@ def test_a_stage_that_can_not_be_brought_up_is_tried_again_after_ever_longer_pau
 # ---- data that kill --------------------------------------------------------------------------------------------------
 
 
-def works_on(cluster: FakeCluster, folder: Path, name: str, *sessions: str) -> None:
-    """It is at window 2 of each."""
+def works_on(cluster: FakeCluster, folder: Path, name: str, *sessions: str, stage: str = "") -> None:
+    """It is at window 2 of each. stage: of an actor that has several."""
     peer = next((peer for peer in reversed(cluster.peers) if peer.startswith(name)), name)
     units = [Unit(SessionId(session), 2, 2 * NS_PER_S, 3 * NS_PER_S) for session in sessions]
-    cluster.actors[name].works = WorkNote(note_path(folder / "bus", peer)).of(name.partition(".")[0], units)
+    cluster.actors[name].works = WorkNote(note_path(folder / "bus", peer)).of(stage or name.partition(".")[0], units)
     cluster.actors[name].works.__enter__()
 
 
@@ -321,9 +321,9 @@ def test_one_that_is_slow_on_another_machine_is_named(coordinator: Coordinator, 
     assert told[-1] == "tts.0 has not answered for 5 s"
 
 
-def dies_of(cluster: FakeCluster, folder: Path, name: str, *working_on: str) -> None:
+def dies_of(cluster: FakeCluster, folder: Path, name: str, *working_on: str, stage: str = "") -> None:
     """As a process does whose memory is gone, in the middle of a batch."""
-    works_on(cluster, folder, name, *working_on)
+    works_on(cluster, folder, name, *working_on, stage=stage)
     cluster.actors[name].is_dead = True
 
 
@@ -344,6 +344,22 @@ def test_a_camera_whose_data_kill_a_stage_twice_in_a_row_is_closed_and_the_other
     dies_of(cluster, tmp_path, "tts.0", "good")
     settle(coordinator, cluster)
     assert coordinator.sessions == ["good"], "three deaths, of which none is the stage's own, end nothing"
+
+
+def test_a_camera_whose_data_kill_a_stage_behind_which_no_window_ends_goes_on_without_it(
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, told: list[str]
+):
+    coordinator.open_sessions(sessions("good", "bad"))
+    for _ in range(2):
+        dies_of(cluster, tmp_path, "io.0", "bad", stage="events")
+        settle(coordinator, cluster)
+    assert coordinator.sessions == ["good", "bad"]
+    assert not any("its session is over" in line for line in told)
+    given_up = {(s, plan.session.id): plan.given_up for _, s, (plan, _) in of(cluster.calls, "resume_session")}
+    assert {place: reason for place, reason in given_up.items() if reason} == {
+        ("events", "bad"): "io died twice in a row while it worked on its data"
+    }
+    assert {("events", "good"), ("speaker", "bad"), ("speaker", "good")} <= given_up.keys()
 
 
 def test_those_that_were_in_a_batch_that_died_go_alone_so_that_the_next_death_has_one_name(
