@@ -93,8 +93,8 @@ class VirtualLlm(Costly):
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         made = super().process(units)
-        if num_pictures := sum(len(unit.of(Llm.image)) for unit in units):
-            self._device.work(num_pictures * self._picture_ns)
+        if nums := [len(pictures) for unit in units if (pictures := unit.of(Llm.image))]:
+            self._device.work(sum(nums) * self._picture_ns + (sum(nums) - len(nums)) * self._cost.picture_ns)
         self._device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
         return made
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from typer.testing import CliRunner
@@ -21,7 +22,9 @@ from deploy.simulator.report import Report, parse_seeds
 from deploy.simulator.scenarios import SCENARIOS, Scenario, SimulateError, find_scenario
 from deploy.simulator.shrink import faults_of, shrink
 from deploy.simulator.simulate import DAY_NS, Simulation, run_scenario
-from deploy.simulator.world import Network
+from deploy.simulator.speech import VirtualLlm
+from deploy.simulator.stages import PICTURE_EMBEDS
+from deploy.simulator.world import Device, Network, World
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, ProfileError, StageCost
 from graph.credit import ReceiveCredit, SendCredit
@@ -33,6 +36,7 @@ from graph.spec import load_spec as read_spec
 from graph.tail import SpeechCredit
 from graph.window import WindowJoin
 from stages.catalog import StageCatalog
+from tests.support import units
 from tests.support.specs import load_spec, model_stages
 
 NUM_SEEDS = 6
@@ -91,6 +95,18 @@ def test_a_profile_says_what_stages_cost(spec: PipelineSpec):
     assert figures["latency_p50_s"] > 3 * usual["latency_p50_s"]
     with pytest.raises(ProfileError, match="the profile says nothing of vocoder"):
         SCENARIOS["steady"].priced(replace(profile, stages={n: c for n, c in slow.items() if n != "vocoder"}), spec)
+
+
+def test_each_further_picture_of_a_window_costs_the_llm_what_its_profile_says():
+    costs_ns = []
+    for num_pictures in (1, 3):
+        device = Device(World(), 1)
+        llm = VirtualLlm(StageCost(5 * NS_PER_MS, NS_PER_MS, picture_ns=300 * NS_PER_MS), 0, 0, device, Random(0))
+        llm.open_session(units.session())
+        pictures = [units.image("door", at_ns, PICTURE_EMBEDS["embeds"]) for at_ns in range(num_pictures)]
+        llm.process([units.unit("door", 0, *pictures)])
+        costs_ns.append(device.busy_ns)
+    assert costs_ns == [6 * NS_PER_MS, 606 * NS_PER_MS]
 
 
 def test_a_seed_happens_the_same_each_time(spec: PipelineSpec):
