@@ -30,6 +30,8 @@ class Camera(FeedStage[_Open]):
     """Source of pictures: their attribute `age_s` is how long each was on the screen when it was sampled.
 
     Each view of a session has a feed of its own and a stream of its own: what is lost of one costs the others nothing.
+    All streams leave on one lane and share its credit. So in virtual time, where no clock holds a view back, none hands
+    out pictures of a later window than the slowest one is in.
     The watermark runs ahead of the clock: after a picture it stands where the next one may begin, so that a window does
     not wait for its end when its picture has come. Without pictures it follows the clock, `lateness`
     behind.
@@ -90,13 +92,19 @@ class Camera(FeedStage[_Open]):
         chunks = [self._event(state, notice) for notice in state.feed.take_notices()]
         if state.view.from_ns and not state.watermark_ns:
             chunks.append(self._event(state, Notice("view_added", state.view.from_ns)))
-        reached_ns = now_ns if session.paced else FOREVER_NS
+        reached_ns = now_ns if session.paced else self._slowest_ns(state)
         for frame in state.feed.take_frames(reached_ns):
             chunks += self._move_on(state, frame.start_ns)  # first, so that no window waits for more than its own
             attrs = attrs_of(Picture(age_s=frame.age_ns / NS_PER_S))
             image = {"image": frame.image}
             chunks.append(self.frames.chunk(session.id, frame.start_ns, arrays=image, attrs=attrs, view=view))
         return chunks + self._settle(state, now_ns)
+
+    def _slowest_ns(self, state: _Open) -> int:
+        """Up to where a view's pictures may leave in virtual time: through the window that the slowest other is in."""
+        window_ns = state.session.window_ns
+        others = (each for each in self._open[state.session.id].values() if each is not state and not each.ended)
+        return min(((other.watermark_ns // window_ns + 1) * window_ns - 1 for other in others), default=FOREVER_NS)
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         """The next picture's time has come, or that of a window that is given up."""

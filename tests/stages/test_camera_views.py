@@ -136,6 +136,23 @@ def test_a_view_that_has_ended_by_itself_may_be_taken_away():
     assert [removed for _, removed in ends(porch.until(2.2), "back")] == [True]
 
 
+def test_in_virtual_time_no_view_is_further_than_the_window_that_the_slowest_one_is_in():
+    back = FakeReader()
+    porch = Porch({"rtsp://front": [source(9)], "rtsp://back": [back]}, heard="front", paced=False)
+    assert (shown(porch.until(2), "front"), shown(porch.until(4), "back")) == ([0], [])
+    back.give(*seconds(0, 3, sounds=False))
+    said = porch.until(6)
+    assert (shown(said, "front"), shown(said, "back")) == ([1, 2, 3], [0, 1, 2])
+    times = [(chunk.start_ns // NS_PER_S, chunk.view) for chunk in data(said, "frames")]
+    assert times == sorted(times, key=lambda each: each[0]), "so they leave window by window, whoever reads faster"
+
+
+def test_in_virtual_time_a_view_that_has_ended_holds_up_no_other():
+    porch = Porch({"rtsp://front": [source(9)], "rtsp://back": [source(2, sounds=False)]}, heard="front", paced=False)
+    assert shown(porch.until(4), "front") == list(range(9))
+    assert porch.camera.finished(PORCH)
+
+
 def test_two_films_are_two_views(tmp_path):
     views = []
     for name in ("front", "back"):
