@@ -8,7 +8,7 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,9 +53,10 @@ class EdgeSpec:
 class Edges:
     """The edges of a description, `found`; `findings`: what is wrong with them."""
 
-    def __init__(self, file: FileSpec, types: Mapping[str, StageType]) -> None:
-        """types: of all stages, by name."""
+    def __init__(self, file: FileSpec, types: Mapping[str, StageType], lost: Collection[str] = ()) -> None:
+        """types: of all stages, by name. lost: names of others, of which nobody knows what they take and make."""
         self._file = file
+        self.lost = lost
         self._types = types
         self._written = file.stages.by_name()
         self._outputs = {
@@ -69,7 +70,8 @@ class Edges:
         self.found = tuple(self._edge(*ends, policies.get(_id(*ends[:2]))) for ends in self._ends())
         self._check_policies(policies)
         self._check_circles()
-        self._check_fed()
+        if not lost:
+            self._check_fed()
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
@@ -103,10 +105,16 @@ class Edges:
                 self._note(path, f"takes {port.kind}, but {source} carries {_other(source.kind, port.kind)}", name=True)
             elif source.stage == stage:
                 self._note(path, f"comes from {source}, of the same stage", name=True)
+            elif self._is_off(source.stage) and not (port.optional or port.many or self._is_off(stage)):
+                remedy = f"name another source, or switch {stage} off, too"
+                self._note(path, f"comes from {source}, which is off (replicas: 0); {remedy}", name=True)
         if len(sources) > 1 and not port.many:
             self._note(path, f"takes one source, not {listed(map(str, sources))}", name=True)
             return sources[:1]
         return [source for source in sources if source.kind == port.kind and source.stage != stage]
+
+    def _is_off(self, stage: str) -> bool:
+        return not self._written[stage].replicas
 
     def _fitting(self, target: InPort, port: In, sources: list[OutPort] | None) -> list[OutPort]:
         """Where an input comes from: as written, or the one that fits."""
@@ -117,24 +125,27 @@ class Edges:
         fitting = [o for o in self._outputs.values() if o.kind == port.kind and o.stage != target.stage]
         if port.many:
             return fitting
-        running = [output for output in fitting if self._written[output.stage].replicas]
+        running = [output for output in fitting if not self._is_off(output.stage)]
         candidates = running if len(fitting) > 1 else fitting
-        is_off = not self._written[target.stage].replicas
+        is_off = self._is_off(target.stage)
         if len(candidates) > 1:
             if is_off:
                 return []
             either = " or ".join(sorted(map(str, candidates)))
             self._note((target.stage,), f"input {target.name} may come from {either}; write which: {_how(target)}")
             return []
-        if not candidates and not port.optional and not is_off:
+        if not candidates and not port.optional and not is_off and not self.lost:
             message = f"input {target.name} has no source: no other stage makes {port.kind}"
             self._note((target.stage,), message)
         return candidates
 
     def _output(self, written: str, path: KeyPath) -> OutPort | None:
-        if written not in self._outputs:
+        if written not in self._outputs and not self._is_lost(written):
             self._note(path, self._unknown(written, "output"), name=True)
         return self._outputs.get(written)
+
+    def _is_lost(self, written: str) -> bool:
+        return written.partition(".")[0] in self.lost
 
     def _unknown(self, written: str, what: str) -> str:
         """What is wrong with `stage.port`."""
@@ -172,9 +183,9 @@ class Edges:
         seen: set[str] = set()
         for index, edge in enumerate(self._file.edges):
             path, id_ = ("edges", index), f"{edge.source}->{edge.target}"
-            if edge.source not in self._outputs:
+            if edge.source not in self._outputs and not self._is_lost(edge.source):
                 self.findings.append(Finding((*path, "from"), self._unknown_end(index, "from", edge.source, "output")))
-            if edge.target not in inputs:
+            if edge.target not in inputs and not self._is_lost(edge.target):
                 self.findings.append(Finding((*path, "to"), self._unknown_end(index, "to", edge.target, "input")))
             if id_ in seen:
                 self.findings.append(Finding(path, f"edge {id_} is written twice"))

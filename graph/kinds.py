@@ -17,6 +17,11 @@ WhenFull: TypeAlias = Literal["wait", "drop_oldest"]
 Late: TypeAlias = Literal["drop", "carry"]
 A = TypeVar("A")
 
+WINDOW_EVENT: Final = "window"
+"""The type of the event that a window's end is: a row of windows.jsonl, written where windows end and nowhere else."""
+EVENT_FIELDS: Final = frozenset({"type", "session", "time_s"})
+"""What each event has."""
+
 
 class KindError(GraphError):
     """A chunk is not what its kind says; names the array or the attribute, and what it must be."""

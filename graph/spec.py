@@ -186,7 +186,7 @@ def load_spec(path: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> Pi
 def load_types(path: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> Mapping[str, StageType]:
     """What each stage of a pipeline.yaml is, also of those that are off. Raises SpecError where one can't be found."""
     document = _document(_text_of(path), str(path), overrides, os.environ)
-    types = stages_of(document, catalog)
+    types, _ = stages_of(document, catalog)
     if document.problems:
         raise SpecError(in_file_order(document.problems))
     return types
@@ -223,8 +223,8 @@ def _parsed(
     text: str, name: str, catalog: Catalog, overrides: Sequence[str], environment: Mapping[str, str]
 ) -> PipelineSpec:
     document = _document(text, name, overrides, environment)
-    types = stages_of(document, catalog)
-    file, edges = _check(document, types)
+    types, lost = stages_of(document, catalog)
+    file, edges = _check(document, types, lost)
     if document.problems:
         raise SpecError(in_file_order(document.problems))
     return dataclasses.replace(_build(file, types, edges), modules=catalog.modules)
@@ -245,11 +245,13 @@ _EMPTY: Final = "the file is empty; the least is `version: 1` and one camera"
 _NOT_A_MAPPING: Final = "must be a mapping: version: 1, cameras: …"
 
 
-def _check(document: Document, types: Mapping[str, StageType]) -> tuple[FileSpec, tuple[EdgeSpec, ...]]:
-    """The file's values and edges, with every problem noted in the document."""
+def _check(
+    document: Document, types: Mapping[str, StageType], lost: Collection[str]
+) -> tuple[FileSpec, tuple[EdgeSpec, ...]]:
+    """The file's values and edges, with every problem noted in the document. lost: stages that were taken out of it."""
     section = file_section(tuple((name, each.options) for name, each in types.items()))
     file, wrong = check_document(document, section)
-    edges = Edges(file, types)
+    edges = Edges(file, types, lost)
     for finding in findings(file, types, edges, wrong):
         document.problems.append((document.place(finding.path), mask_urls(finding.message)))
     return file, edges.found

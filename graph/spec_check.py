@@ -51,7 +51,8 @@ def _all_findings(file: FileSpec, types: Mapping[str, StageType], edges: Edges) 
     for name, stage in stages.items():
         yield from _stage_findings(name, stage, types)
     yield from edges.findings
-    yield from _together_findings(stages, types, edges)
+    if not edges.lost:  # else it may only follow from that
+        yield from _together_findings(stages, types, edges)
 
 
 def _camera_findings(name: str, camera: CameraSpec) -> Iterator[Finding]:

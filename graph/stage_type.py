@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, Scalar, SessionId, end_of_stream, watermark
 from graph.costs import StageCost
 from graph.errors import GraphError
-from graph.kinds import Kind, Late
+from graph.kinds import EVENT_FIELDS, WINDOW_EVENT, Kind, Late
 from graph.sections import StageOptions
 from graph.units import format_duration
 from graph.window import Unit
@@ -132,8 +132,13 @@ class Out:
         """Something worth telling.
 
         at_ns: event time, such as that of the chunk which it is about. kind: its type, as the other events of its kind
-        are called. attrs: its fields, by any names but `type`.
+        are called; any but "window", which are the rows of windows.jsonl. attrs: its fields, by any names but `type`,
+        `session` and `time_s`, which each event has. Raises ValueError for those.
         """
+        if kind == WINDOW_EVENT:
+            raise ValueError(f"an event of type {kind!r} is a row of windows.jsonl: give yours another type")
+        if taken := attrs.keys() & EVENT_FIELDS:
+            raise ValueError(f"event {kind!r}: each event has {listed(taken)} already; give your field another name")
         return Chunk(session, self.name, at_ns, attrs={"type": kind, **attrs})
 
     def watermark(self, session: SessionId, at_ns: int, *, view: str = "") -> Chunk:

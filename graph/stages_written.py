@@ -11,15 +11,17 @@ from graph.wording import listed, suggest
 from graph.yaml_file import Document, KeyPath
 
 
-def stages_of(document: Document, catalog: Catalog) -> dict[str, StageType]:
+def stages_of(document: Document, catalog: Catalog) -> tuple[dict[str, StageType], set[str]]:
     """What each stage is, by its name: those that every pipeline has, and those that the document adds.
 
-    What can't be found is noted as a problem of the document, and taken out of it.
+    What can't be found is noted as a problem of the document, and taken out of it. returns: the stages, and the names
+    of those that were taken out.
     """
     types = dict(catalog.built_in)
     written = document.tree.get("stages") if isinstance(document.tree, dict) else None
     if not isinstance(written, dict):
-        return types
+        return types, set()
+    names = set(written)
     for name in list(written):
         section = written[name]
         use = section.get("use") if isinstance(section, dict) else None
@@ -35,7 +37,7 @@ def stages_of(document: Document, catalog: Catalog) -> dict[str, StageType]:
             del written[name]
             types.pop(name, None) if name not in catalog.built_in else None
     _check_replaced(document, written, types, catalog)
-    return types
+    return types, names - set(written)
 
 
 def _check_replaced(document: Document, written: dict[str, Any], types: dict[str, StageType], catalog: Catalog) -> None:

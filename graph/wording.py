@@ -8,8 +8,14 @@ from collections.abc import Collection, Iterable
 from graph.secret import mask_urls
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())
+
+
 def clipped(text: str, length: int = 400) -> str:
-    """The text, of a readable length."""
+    """The text on one line, of a readable length."""
+    text = one_line(text)
     return text if len(text) <= length else text[:length] + "…"
 
 

@@ -120,7 +120,9 @@ def _module(name: str, path: str) -> object:
             where = "install it, or put it beside the pipeline.yaml"
             raise StageTypeError(f"there is no module {error.name!r} (of {path}); {where}") from None
         raise StageTypeError(f"{path} can't be imported: it needs {error.name!r}, which is not installed") from error
-    except Exception as error:  # whatever a module of the user's raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a module of the user's raises
         raise StageTypeError(f"{path} can't be imported: {type(error).__name__}: {clipped(str(error))}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
+from graph.kinds import WINDOW_EVENT
 from graph.stage_type import In
 from graph.window import Unit
 from stages.disk import Disk, is_removed
@@ -19,7 +21,6 @@ from stages.light import LightOptions
 from stages.session import Session
 from stages.stage import Stage, StageError
 
-WINDOW_EVENT = "window"
 SAID_EVENT = "said"  # by the model, at its window's end
 HEARD_EVENT = "heard"  # by the listener, when it began to sound
 
@@ -185,4 +186,6 @@ def _spoken_line(chunk: Chunk) -> str:
 
 
 def _json_line(session: SessionId, row: Mapping[str, object]) -> str:
-    return json.dumps({"session": session, **row}, ensure_ascii=False) + "\n"
+    """JSON has no NaN and no infinity: they are null."""
+    told = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps({"session": session, **told}, ensure_ascii=False, allow_nan=False) + "\n"

@@ -46,7 +46,7 @@ def moving(start_anew: Callable[[], None]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         start_anew()
         raise BatchLost(str(error)) from error
 

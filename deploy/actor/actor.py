@@ -94,7 +94,7 @@ class Actor:
         def run() -> None:
             try:
                 future.set_result(work())
-            except Exception as error:
+            except BaseException as error:
                 future.set_exception(error)
 
         if self._failure is not None:
@@ -125,7 +125,7 @@ class Actor:
             while not self._stopping.is_set():
                 self._turn()
             self._failure = f"{self._plan.name} has stopped"
-        except Exception as error:
+        except BaseException as error:  # a thread that ends of one says nothing
             lift_memory_limit()
             logging.exception("%s: the loop has failed", self._plan.name)
             self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"

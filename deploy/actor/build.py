@@ -9,6 +9,7 @@ from pathlib import Path
 from deploy.actor.plan import StagePlan
 from graph.sections import StageOptions
 from graph.stage_type import StageTypeError
+from graph.wording import one_line
 from stages.catalog import stage_class
 from stages.stage import Site, Stage, StageError
 
@@ -33,7 +34,12 @@ def build_stage(name: str, plan: StagePlan, checkpoint: Path, shared: dict[type,
 
         torch.set_num_threads(options.threads)
         torch.manual_seed(0)
-    return cls.load(options, Site(name, checkpoint, device_of(options), shared))
+    try:
+        return cls.load(options, Site(name, checkpoint, device_of(options), shared))
+    except StageError as error:
+        if type(error) is not StageError or str(error).startswith(f"{name}: "):
+            raise
+        raise StageError(f"{name}: {one_line(str(error))}") from error
 
 
 def options_of(cls: type[Stage], plan: StagePlan) -> StageOptions:

@@ -25,7 +25,7 @@ class Changes:
         state.session = before.with_view(view)
         try:
             self._replica.stage.add_view(state.session, view, state.now_ns())
-        except Exception:
+        except BaseException:
             state.session = before
             raise
         self._replica.schedule.touch(session)

@@ -5,6 +5,7 @@ How its ends reach others is the bus's (`EdgeBus`): sockets in an actor's proces
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +137,7 @@ class Commands:
     def _answer(self, call: Call) -> Answer:
         try:
             return Answer(self._by_name[call.method](*call.arguments))
-        except Exception as error:
+        except BaseException as error:  # whatever a stage's load() or another hook raises
             if not isinstance(error, REFUSALS):
                 logging.exception("%s has failed", call.method)
             return Answer(error=_portable(error))
@@ -167,7 +168,7 @@ class Commands:
             for stage, plan in plans.items():
                 self.runners[stage].open_session(_own(plan))
                 opened.append(self.runners[stage])
-        except Exception:
+        except BaseException:
             for runner, plan in zip(opened, plans.values(), strict=False):
                 runner.close_session(plan.session.id)
             raise
@@ -184,10 +185,10 @@ def _own(plan: SessionPlan) -> SessionPlan:
     return replace(plan, session=replace(plan.session, mailbox=Mailbox()))
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as another process can take it: what can't be sent is told by its text."""
-    try:
-        pickle.loads(pickle.dumps(error))  # some can be written and not read
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+def _portable(error: BaseException) -> Exception:
+    """The error as another process can take it: what can't be sent, or would end who takes it, is told by its text."""
+    if isinstance(error, Exception):
+        with contextlib.suppress(Exception):
+            pickle.loads(pickle.dumps(error))  # some can be written and not read
+            return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

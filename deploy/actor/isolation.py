@@ -2,8 +2,9 @@
 
 Rule: a batch that raises is tried again one unit at a time; the session whose unit raises has a failed window. So has
 one at which any other of a stage's hooks raises. Who fails three times in a row at the same hook is given up: its stage
-is not asked any more, its windows go on as failed ones, and its sources are to end (control/coordinator.py). Only what
-breaks the process, out of memory or a lost device, ends the actor.
+is not asked any more, its windows go on as failed ones, and its sources are to end (control/coordinator.py). What a
+stage raises may be any BaseException: SystemExit of a library is no reason to end here, either. Only what breaks the
+process, out of memory or a lost device, ends the actor.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _BREAKING_WORDS: Final = (
     "can't allocate memory",
 )
 
-Report = Callable[[Exception, str], None]
+Report = Callable[[BaseException, str], None]
 
 
 def breaks_process(error: BaseException | None) -> bool:
-    """Can the process not go on after this? True for what ends it on purpose, too."""
+    """Can the process not go on after this?"""
     while error is not None:
-        if isinstance(error, MemoryError) or not isinstance(error, Exception):
+        if isinstance(error, MemoryError):
             return True
         if type(error).__name__ in _BREAKING_TYPES or any(words in str(error) for words in _BREAKING_WORDS):
             return True
@@ -42,7 +43,7 @@ def breaks_process(error: BaseException | None) -> bool:
     return False
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """One line: what was raised, and its first words."""
     cause = error.__cause__ if isinstance(error, BatchLost) and error.__cause__ is not None else error
     told = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
@@ -57,7 +58,7 @@ class Outcome:
     """What came of a batch: what its units made, and why those failed that did."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    failed: dict[SessionId, Exception] = field(default_factory=dict)
+    failed: dict[SessionId, BaseException] = field(default_factory=dict)
 
     def send(self, send: Callable[[Chunk], None]) -> None:
         """Send what was made; a session of which a chunk can't be sent has failed as well."""
@@ -65,7 +66,7 @@ class Outcome:
             if chunk.session not in self.failed:
                 try:
                     send(chunk)
-                except Exception as error:
+                except BaseException as error:
                     if breaks_process(error):
                         raise
                     self.failed[chunk.session] = error
@@ -82,7 +83,7 @@ def process(stage: Stage, units: list[Unit], sessions: Collection[SessionId] = (
         return Outcome()
     try:
         return Outcome(_made(stage, units, sessions))
-    except Exception as error:
+    except BaseException as error:
         if breaks_process(error):
             raise
         if isinstance(error, BatchLost) or len(units) == 1:
@@ -108,8 +109,15 @@ def _made(stage: Stage, units: Iterable[Unit], sessions: Collection[SessionId]) 
             told = f"a chunk whose session is a {type(chunk.session).__name__}; give its id, such as unit.session"
             raise BatchLost("a chunk of no session") from TypeError(told)
         if chunk.session not in answered and chunk.session not in sessions:
-            raise BatchLost("a chunk of no session of the batch") from ValueError(f"a chunk of {chunk.session!r}")
+            told = f"a chunk of session {chunk.session!r}, which {_not_there(answered, sessions)}"
+            raise BatchLost("a chunk of no session of the batch") from ValueError(told)
     return chunks
+
+
+def _not_there(answered: Collection[SessionId], sessions: Collection[SessionId]) -> str:
+    if sessions:
+        return f"is not open; there are: {', '.join(sorted(sessions))}"
+    return f"is none of its units'; they are of: {', '.join(sorted(answered))}"
 
 
 # ---- a session -------------------------------------------------------------------------------------------------------
@@ -150,7 +158,7 @@ class Faults:
     def succeeded(self, hook: str) -> None:
         self._in_a_row.pop(hook, None)
 
-    def failed(self, hook: str, error: Exception, window: int | None = None) -> None:
+    def failed(self, hook: str, error: BaseException, window: int | None = None) -> None:
         """One more; the third in a row gives the session up. window: of the unit at which it was raised."""
         self._report(error, hook if window is None else f"window {window}")
         reason = reason_of(error)
@@ -177,7 +185,7 @@ class _Guard:
             if self._in_a_row:
                 self._faults.succeeded(self._hook)
             return False
-        if not isinstance(error, Exception) or breaks_process(error):
+        if breaks_process(error):
             return False
         self._faults.failed(self._hook, error)
         return True

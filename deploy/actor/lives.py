@@ -20,6 +20,7 @@ from deploy.actor.sink import WindowEnd, usual_level
 from graph.chunk import SessionId
 from graph.ladder import Ladder
 from graph.window import WindowJoin
+from graph.wording import one_line
 from stages.session import Session
 from stages.stage import StageError
 
@@ -165,13 +166,14 @@ class Lives:
     def _open_at_stage(self, session: Session) -> None:
         try:
             self._replica.stage.open_session(session)
-        except StageError:
-            raise
-        except Exception as error:
+        except BaseException as error:
             if breaks_process(error):
                 raise
-            name = self._replica.name
-            raise StageError(f"{name}: session {session.id!r} can't be opened: {reason_of(error)}") from error
+            name, is_told = self._replica.name, isinstance(error, StageError)
+            if is_told and str(error).startswith(f"{name}: "):
+                raise
+            reason = one_line(str(error)) if is_told else reason_of(error)
+            raise StageError(f"{name}: session {session.id!r} can't be opened: {reason}") from error
 
     def _resume(self, state: OpenSession, listener: Listener) -> None:
         """Numbers of chunks leave room for those of the replica that has died."""

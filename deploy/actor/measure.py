@@ -120,7 +120,7 @@ class StageMeter:
         """Units went through for which there was nothing to compute."""
         self._stage.passed(num_units)
 
-    def failed(self, session: Session, error: Exception, where: str) -> None:
+    def failed(self, session: Session, error: BaseException, where: str) -> None:
         """The stage has raised at a session's unit ("window 3"), or at another of its hooks ("open_session")."""
         logging.error("%s: session %s, %s: failed", self._name, session.id, where, exc_info=error)
         self._stage.failed()

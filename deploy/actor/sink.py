@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from graph.chunk import AFTERWORD, NS_PER_S, Chunk, Scalar, Span, Trace
+from graph.kinds import WINDOW_EVENT
 from graph.ladder import Ladder
 from graph.tail import ack_chunk
 from graph.trace import slowest_stage, stage_seconds, waterfall
 from graph.window import Unit
-from stages.events import WINDOW_EVENT
 from stages.session import Session
 
 

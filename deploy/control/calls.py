@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from deploy.actor.plan import REFUSALS, Answer, Call
 from graph.errors import GraphError
+from graph.wording import one_line
 
 T = TypeVar("T")
 NowS = Callable[[], float]
@@ -147,7 +148,7 @@ class Line:
             elif isinstance(answer.error, REFUSALS):
                 posted.reply.fail(answer.error)
             else:  # a fault of ours; its log has the traceback
-                posted.reply.fail(CallError(f"{self.name}: {answer.error}; see {self._log}"))
+                posted.reply.fail(CallError(f"{self.name}: {one_line(str(answer.error))}; see {self._log}"))
 
     @property
     def silent_s(self) -> float:

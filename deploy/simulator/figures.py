@@ -84,7 +84,7 @@ class VirtualMeter:
     def unsaid(self, session: Session) -> None:
         self._figures.unsaid.add(session.id)
 
-    def failed(self, session: Session, error: Exception, where: str) -> None:
+    def failed(self, session: Session, error: BaseException, where: str) -> None:
         """Nothing of ours may raise, but for what a scenario spoils."""
         if not isinstance(error, Spoilt):
             raise error

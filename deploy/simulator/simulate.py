@@ -40,12 +40,13 @@ from deploy.simulator.stages import FREE, TWINS, StandIn, VirtualEvents
 from deploy.simulator.world import Device, HostClock, Network, World, WorldOver
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, Scalar, SessionId
 from graph.gather import Gathering
+from graph.kinds import WINDOW_EVENT
 from graph.ledger import REASONS, Account
 from graph.sections import ReplicasSpec
 from graph.spec import PipelineSpec
 from stages.camera import Camera
 from stages.catalog import stage_class
-from stages.events import WINDOW_EVENT, Events
+from stages.events import Events
 from stages.llm import Llm
 from stages.microphone import Microphone
 from stages.session import View

@@ -1,6 +1,7 @@
 """stages/events.py: what is worth telling, in files that can be read while they grow."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from stages.events import Events, clock, window_row
-from tests.support.units import session, unit
+from stages.llm import Llm
+from tests.support.units import DOOR, session, unit
 
 PATIENCE_S = 60.0
 
@@ -43,6 +45,32 @@ def test_an_event_is_a_line_with_its_session_time_and_fields(stage: Events, tmp_
     record(stage, event(1.5, "barge_in", seconds=0.25, epoch=1))
     expected = {"session": "door", "time_s": 1.5, "type": "barge_in", "seconds": 0.25, "epoch": 1}
     assert rows(tmp_path / "run" / "events.jsonl") == [expected]
+
+
+def test_a_number_that_json_does_not_have_is_null(stage: Events, tmp_path: Path):
+    record(stage, event(1.5, "loud", mean=math.nan, peak=math.inf, low=-0.5))
+    text = (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "session": "door",
+        "time_s": 1.5,
+        "type": "loud",
+        "mean": None,
+        "peak": None,
+        "low": -0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "attrs", "told"),
+    [
+        ("window", {}, "an event of type 'window' is a row of windows.jsonl"),
+        ("mine", {"time_s": 1.0}, "event 'mine': each event has time_s already; give your field another name"),
+        ("mine", {"session": "x", "type": "y"}, "event 'mine': each event has session, type already"),
+    ],
+)
+def test_an_event_takes_the_place_of_no_row_and_no_field(kind: str, attrs: dict[str, Any], told: str):
+    with pytest.raises(ValueError, match=told):
+        Llm.events.event(DOOR, 0, kind, **attrs)
 
 
 def test_a_window_is_a_line_of_its_own_file(stage: Events, tmp_path: Path):

@@ -111,8 +111,7 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-        (KeyboardInterrupt(), True),
-        (SystemExit(), True),
+        (SystemExit(4), False),
         (ValueError("bad picture"), False),
         (AssertionError(), False),
         (OSError(28, "No space left on device"), False),
@@ -260,6 +259,43 @@ def test_a_call_that_raises_inside_the_stage_costs_its_session(build, clock: Man
     assert house.registry.get_sample_value("omni_stage_failures_total", {"stage": "llm"}) == 1
 
 
+def test_what_a_stage_refuses_itself_is_told_with_its_name_and_the_session(build, clock: ManualClock):
+    class Full(Echo):
+        def open_session(self, session: Session) -> None:
+            raise StageError(self.said)
+
+    house = build({"llm": (full := Full())}, (SOUND,))
+    for said, told in (
+        ("no room\nfor it", "llm: session 'door' can't be opened: no room for it"),
+        ("llm: no room for session 'door'", "llm: no room for session 'door'"),
+    ):
+        full.said = said
+        with pytest.raises(StageError) as caught:
+            house.open("door")
+        assert str(caught.value) == told
+
+
+class Panic(BaseException):
+    """As extensions raise that are written in Rust."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(4), Panic("index out of bounds"), GeneratorExit()])
+def test_whatever_a_stage_raises_costs_the_window_of_its_camera_and_no_actor(build, error: BaseException):
+    class Exits(Echo):
+        def process(self, units: list[Unit]) -> list[Chunk]:
+            if any((unit.session, unit.index) == ("door", 2) for unit in units):
+                raise error
+            return super().process(units)
+
+    house = chain(build, Exits())
+    house.open("door"), house.open("yard")
+    house.run()
+    assert [row["index"] for row in rows(house, "window") if row["failed"]] == [2]
+    assert not any(row["failed"] for row in rows(house, "window", "yard"))
+    (failed,) = rows(house, "unit_failed")
+    assert failed["reason"] == reason_of(error)
+
+
 def test_a_session_that_can_not_be_opened_is_refused_and_leaves_nothing(build, clock: ManualClock):
     house = build({"llm": Hooked("open_session")}, (SOUND,))
     with pytest.raises(StageError, match="llm: session 'door' can't be opened: KeyError: 'door'"):
@@ -370,7 +406,10 @@ def told_of(session: object) -> Chunk:
     ("make", "reason"),
     [
         (lambda unit: told_of(DOOR), "TypeError: process() returned a Chunk; return a list of chunks"),
-        (lambda unit: [told_of(YARD)], "ValueError: a chunk of 'yard'"),
+        (
+            lambda unit: [told_of(YARD)],
+            "ValueError: a chunk of session 'yard', which is none of its units'; they are of: door",
+        ),
         (
             lambda unit: [told_of(unit)],
             "TypeError: a chunk whose session is a Unit; give its id, such as unit.session",
