@@ -64,7 +64,8 @@ def _duration(at_least: str, at_most: str) -> BeforeValidator:
 def _camera_source(value: object) -> Secret:
     secret = Secret(value) if isinstance(value, str) else value
     if not isinstance(secret, Secret) or not secret.reveal().strip():
-        raise ValueError("must be a URL like rtsp://10.0.0.7/live or test://pattern")
+        given = "empty" if isinstance(secret, Secret) else shown(value)
+        raise ValueError(f"must be a URL like rtsp://10.0.0.7/live or test://pattern, a file or a folder, not {given}")
     return secret
 
 

@@ -39,7 +39,7 @@ from graph.sections import (
     WindowSpec,
     file_section,
 )
-from graph.spec_check import findings
+from graph.spec_check import findings, source_findings
 from graph.stage_type import Catalog, StageType, can_be_off, needed_among
 from graph.stages_written import stages_of
 from graph.units import format_duration
@@ -224,7 +224,7 @@ def _parsed(
 ) -> PipelineSpec:
     document = _document(text, name, overrides, environment)
     types, lost = stages_of(document, catalog)
-    file, edges = _check(document, types, lost)
+    file, edges = _check(document, types, lost, catalog)
     if document.problems:
         raise SpecError(in_file_order(document.problems))
     return dataclasses.replace(_build(file, types, edges), modules=catalog.modules)
@@ -246,7 +246,7 @@ _NOT_A_MAPPING: Final = "must be a mapping: version: 1, cameras: …"
 
 
 def _check(
-    document: Document, types: Mapping[str, StageType], lost: Collection[str]
+    document: Document, types: Mapping[str, StageType], lost: Collection[str], catalog: Catalog
 ) -> tuple[FileSpec, tuple[EdgeSpec, ...]]:
     """The file's values and edges, with every problem noted in the document. lost: stages that were taken out of it."""
     section = file_section(tuple((name, each.options) for name, each in types.items()))
@@ -254,6 +254,8 @@ def _check(
     edges = Edges(file, types, lost)
     for finding in findings(file, types, edges, wrong):
         document.problems.append((document.place(finding.path), mask_urls(finding.message)))
+    for finding in source_findings(file, catalog.source_problem):
+        document.problems.append((document.place(finding.path), finding.message))  # masked; it may speak of '@'
     return file, edges.found
 
 

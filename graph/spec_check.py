@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +11,7 @@ from graph.sections import BUILT_IN, EMBEDDED, HUB_ID, NO_SOUND, VERSION, Camera
 from graph.stage_type import StageType, can_be_off, needed_among
 from graph.units import format_duration
 from graph.wording import listed, shown, suggest
-from graph.yaml_file import Finding, KeyPath
+from graph.yaml_file import Finding, KeyPath, dotted
 
 MAX_CAMERAS: Final = 256
 """Sources, of all cameras together."""
@@ -56,25 +56,34 @@ def _all_findings(file: FileSpec, types: Mapping[str, StageType], edges: Edges) 
 
 
 def _camera_findings(name: str, camera: CameraSpec) -> Iterator[Finding]:
-    path, dotted = ("cameras", name), f"cameras.{name}"
+    path, where = ("cameras", name), f"cameras.{name}"
     num_views = len(camera.views)
     if "views" in camera.model_fields_set:
         if camera.source is not None:
             message = f"camera {name} has a source, too; write it as one of the views, or leave the views out"
-            yield Finding((*path, "views"), f"{dotted}.views: {message}")
+            yield Finding((*path, "views"), f"{where}.views: {message}")
         elif not num_views:
-            yield Finding((*path, "views"), f'{dotted}.views: not one view; write `views: {{front: "rtsp://…"}}`')
+            yield Finding((*path, "views"), f'{where}.views: not one view; write `views: {{front: "rtsp://…"}}`')
     elif camera.source is None:
-        yield Finding((*path, "source"), f"{dotted}.source: is missing")
+        yield Finding((*path, "source"), f"{where}.source: is missing")
     if num_views > MAX_VIEWS:
-        yield Finding((*path, "views"), f"{dotted}.views: {num_views} views; a camera has {MAX_VIEWS} at most")
+        yield Finding((*path, "views"), f"{where}.views: {num_views} views; a camera has {MAX_VIEWS} at most")
     if camera.microphone not in (EMBEDDED, NO_SOUND, *camera.views):
         if num_views:
             has = f"it has: {', '.join(camera.views)}{suggest(camera.microphone, camera.views, alone=False)}"
             message = f"camera {name} has no view {shown(camera.microphone)}; {has}"
         else:
             message = f"must be '{EMBEDDED}' or '{NO_SOUND}', not {shown(camera.microphone)}"
-        yield Finding((*path, "microphone"), f"{dotted}.microphone: {message}")
+        yield Finding((*path, "microphone"), f"{where}.microphone: {message}")
+
+
+def source_findings(file: FileSpec, source_problem: Callable[[str], str]) -> Iterator[Finding]:
+    """Cameras whose source can be read nowhere. source_problem: why it can't, its secrets masked, or ""."""
+    for name, camera in file.cameras.items():
+        for view, source in camera.sources.items():
+            if problem := source_problem(source.reveal()):
+                path = ("cameras", name, *(("views", view) if view else ("source",)))
+                yield Finding(path, f"{dotted(path)}: {problem}")
 
 
 def _version_findings(file: FileSpec) -> Iterator[Finding]:

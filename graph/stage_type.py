@@ -219,6 +219,9 @@ class Catalog(Protocol):
     def find(self, use: str) -> StageType:
         """The stage of a class ("module:Class") or of a name. Raises StageTypeError: what is wrong with it."""
 
+    def source_problem(self, source: str) -> str:
+        """Why a camera's source can be read nowhere, secrets masked; "" where it depends on the machine, or can."""
+
 
 def outputs_of(cls: type[Any]) -> list[Out]:
     """The outputs that a stage's class declares, in their order."""

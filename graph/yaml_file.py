@@ -114,7 +114,7 @@ class Finding(NamedTuple):
 
 def dotted(path: KeyPath) -> str:
     """The path as people say it: stages.llm.gpus, edges[3].to."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part or repr(part)}" for part in path)
     return text.removeprefix(".")
 
 

@@ -67,6 +67,12 @@ class StageCatalog:
             raise StageTypeError(f"{path} has no process(){suggest('process', written, alone=False)}")
         return found
 
+    def source_problem(self, source: str) -> str:
+        """Why a camera's source can be read nowhere, secrets masked; "" where it depends on the machine, or can."""
+        from stages.media.reader import url_problem
+
+        return url_problem(source)
+
 
 CATALOG: Final = StageCatalog()
 

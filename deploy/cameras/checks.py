@@ -80,7 +80,7 @@ class Checks:
             cameras = parse_spec(text, "camera", CATALOG, environment={}).cameras
             check_sources(replace(self.spec, cameras=cameras), paced=self.paced)
         except SpecError as error:
-            problems = [f"camera {mask_urls(name)}: {mask_urls(problem.message)}" for problem in error.problems]
+            problems = [f"camera {mask_urls(name)}: {problem.message}" for problem in error.problems]
             raise Refused(422, "\n".join(problems)) from None
         except SourceError as error:
             raise Refused(422, str(error)) from None

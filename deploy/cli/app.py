@@ -144,7 +144,10 @@ for command in (down, ps, logs, stages, graph):
 
 @app.command()
 def validate(file: File = None, overrides: Set = None) -> None:
-    """Check the description and print it as it was understood, secrets masked."""
+    """Check the description and print it as it was understood, secrets masked.
+
+    Not looked at: whether files of cameras are there, cameras answer, and the machine has what stages ask for; up does.
+    """
     from graph.spec import render
 
     with clear_errors(), usage():

@@ -67,6 +67,7 @@ __all__ = [
     "Warned",
     "check_source",
     "mask_source",
+    "url_problem",
 ]
 
 # The decoder gives up by itself after the time-outs it is told; so much later it is taken to hang.
@@ -127,6 +128,18 @@ def check_source(source: str, allow: Collection[str] = ()) -> SourceKind:
     else:
         _check_url(source)
     return kind
+
+
+def url_problem(source: str) -> str:
+    """Why this is read nowhere: a scheme that nothing reads, a URL that is none. "" where the machine decides."""
+    is_text = bool(source) and not any(map(is_control, source))
+    if is_text and _SCHEME.match(source) is None:
+        return ""  # a path
+    try:
+        check_source(source)
+    except MediaError as error:
+        return str(error)
+    return ""
 
 
 def _check_url(source: str) -> None:

@@ -290,7 +290,7 @@ def test_a_secret_shows_itself_in_no_print(tmp_path: Path) -> None:
     (tmp_path / "login").write_text(f"admin:{PASSWORD}\n")
     spec = parse(
         f'version: 1\ncameras: {{a: {{source: "rtsp://${{env:LOGIN}}@h/x"}}, b: {{source: "rtsp://admin:{PASSWORD}@h"}},'
-        f' c: {{source: "rtsp://${{file:{tmp_path}/login}}@h"}}, d: {{source: "http://h/?password={PASSWORD}"}}}}\n'
+        f' c: {{source: "rtsp://${{file:{tmp_path}/login}}@h"}}, d: {{source: "rtsp://h/?password={PASSWORD}"}}}}\n'
     )
     prints = [repr(spec), str(spec), render(spec)]
     for camera in spec.cameras.values():
@@ -308,7 +308,7 @@ def test_a_secret_shows_itself_in_no_print(tmp_path: Path) -> None:
         f"rtsp://admin:{PASSWORD}@h/x",
         f"rtsp://admin:{PASSWORD}@h",
         f"rtsp://admin:{PASSWORD}@h",
-        f"http://h/?password={PASSWORD}",
+        f"rtsp://h/?password={PASSWORD}",
     ]
 
 
