@@ -76,13 +76,13 @@ def print_report(report: Report, shortest: Shortest | None, as_json: bool) -> No
     if as_json:
         print(json.dumps(told, indent=2))
         return
-    for key, value in report.as_dict().items():
-        if key != "violations":
-            print(f"{key:<28} {value}")
+    for line in report.lines():
+        print(line)
     for violation in report.violations:
         print(f"seed {violation.seed}, {violation.time_s:.3f} s: {violation.rule}: {violation.what}")
     for line in shortest.lines() if shortest else ():
         print(line)
+    print(report.verdict)
 
 
 def faults_of(scenario: Scenario) -> list[str]:

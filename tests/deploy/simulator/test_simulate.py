@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -392,6 +393,20 @@ def test_what_fails_is_told_with_the_simplest_run_in_which_it_does(broken: pytes
     result = CliRunner().invoke(cli.app, ["simulate", "tight", "--seeds", "0:1"])
     assert result.exit_code == EXIT_VIOLATED
     assert "the simplest that fails: 1 session(s)" in result.stdout
+    assert re.fullmatch(r"\d+ violations? \(credit; \d+ windows of 1 seed\)", result.stdout.splitlines()[-1])
+
+
+def test_the_last_line_is_the_verdict_and_no_line_is_python():
+    lines = CliRunner().invoke(cli.app, ["simulate", "steady", "--seeds", "0:2"]).stdout.splitlines()
+    assert lines[-1] == "all that must hold did hold (64 windows of 2 seeds)"
+    shown = dict(line.split(maxsplit=1) for line in lines[:-1])
+    assert (shown["on_time"], shown["levels"], shown["drops"]) == ("100.0 %", "0: 64", "none")
+    assert shown["wasted_tokens_per_barge_in"] == "none"
+
+
+def test_what_each_scenario_is_about_stands_in_one_column():
+    lines = CliRunner().invoke(cli.app, ["simulate"]).stdout.splitlines()
+    assert len({line.index(SCENARIOS[line.split()[0]].about) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("length", ["500ms", "2s"])
