@@ -167,11 +167,14 @@ def _spread(stages: Mapping[str, StageOptions], types: Mapping[str, StageType]) 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
+SPEC_FILE: Final = Path("pipeline.yaml")
+
+
 def default_spec_path() -> Path:
     """./pipeline.yaml where there is one, else the one that is shipped."""
     root = Path(__file__).resolve().parent.parent
     shipped = root / "pipeline.yaml"  # in a checkout; in a wheel it lies in deploy/
-    candidates = (Path("pipeline.yaml"), shipped, root / "deploy" / "default_pipeline.yaml")
+    candidates = (SPEC_FILE, shipped, root / "deploy" / "default_pipeline.yaml")
     return next((path for path in candidates if path.is_file()), shipped)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from deploy.cli.common import EXIT_RUNTIME, clear_errors, fail
+from deploy.cli.common import EXIT_RUNTIME, clear_errors, described_in, fail
 from deploy.process.children import environment_for_children, python
 from deploy.process.interrupts import Interrupted, Interrupts
 from deploy.process.masked_output import mask_stderr
@@ -50,7 +50,9 @@ def run_in_background(arguments: UpArguments) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(ENDED_S)
                 raise
-            if not is_ready:
+            if is_ready:
+                described_in(None if arguments.file is None else Path(arguments.file))  # for what it says
+            else:
                 log.seek(0)
                 sys.stderr.write(log.read().decode(errors="replace"))
                 _exit_as(process)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,17 +21,47 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_RUNTIME, EXIT_USAGE, EXIT_VIOLATED, EXIT_DEPENDENCY, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-File = Annotated[Path | None, typer.Option("-f", "--file", help="The pipeline's description (default: pipeline.yaml).")]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "-f",
+        "--file",
+        help="The pipeline's description (default: pipeline.yaml here, else the shipped one).",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the description.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load(file: Path | None, overrides: list[str]) -> PipelineSpec:
-    from graph.spec import default_spec_path, load_spec
+    from graph.spec import load_spec
     from stages.catalog import StageCatalog
 
+    path = described_in(file)
+    with stdout_to_stderr():
+        return load_spec(path, StageCatalog(path.parent), overrides)
+
+
+def described_in(file: Path | None) -> Path:
+    """The description's file; that there is none in this folder, and the shipped one is used, is said."""
+    from graph.spec import SPEC_FILE, default_spec_path
+
     path = file or default_spec_path()
-    return load_spec(path, StageCatalog(path.parent), overrides)
+    if file is None and path != SPEC_FILE:
+        tell(f"there is no {SPEC_FILE} in this folder: the description that is shipped is used")
+    return path
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What the user's modules print while they are imported goes to stderr: stdout is for data."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "wb") as stdout, redirect_stdout(sys.stderr):
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout.fileno(), 1)
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:

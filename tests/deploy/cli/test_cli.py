@@ -70,6 +70,15 @@ def test_a_mistake_is_told_in_an_encoding_that_lacks_its_letters(project: Path):
     assert (result.returncode, result.stderr.startswith("pipeline: ")) == (2, True)
 
 
+@pytest.mark.parametrize("command", ["validate", "stages", "graph", "simulate steady --seeds 0:1"])
+def test_that_a_folder_has_no_description_and_the_shipped_one_is_used_is_said(here: Path, command: str):
+    said = "there is no pipeline.yaml in this folder: the description that is shipped is used\n"
+    assert said not in invoke(*command.split()).stderr
+    (here / "pipeline.yaml").unlink()
+    result = invoke(*command.split())
+    assert (result.exit_code, result.stderr) == (0, said)
+
+
 NOTHING_RUNS = "pipeline: no pipeline of this folder is running; `pipeline up -d` starts one\n"
 
 
