@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.cli.common import File, Json, Set, clear_errors, load, table, usage
+from deploy.cli.common import File, Json, Set, clear_errors, described_in, load, stdout_to_stderr, table, usage
 from deploy.process.terminal import tell
 from graph.chunk import NS_PER_S
 
@@ -20,26 +20,34 @@ if TYPE_CHECKING:
 
 
 def stages(file: File = None, overrides: Set = None, as_json: Json = False) -> None:
-    """List the stages with their ports and options: the description's, and those that other packages bring.
+    """List the stages, what each is, its ports and options: the description's, and those that other packages bring.
 
-    --json: {stage: {class, about, inputs: {port: {kind, feedback, side, many, optional, window_s}}, outputs:
-    {port: kind}, many (outputs with a stream per view of a camera), options, scope, component, is_local, can_be_off}}.
+    --json: {stage: {class, about, runs (in this pipeline; null where the description has mistakes), inputs: {port:
+    {kind, feedback, side, many, optional, window_s}}, outputs: {port: kind}, many (outputs with a stream per view of a
+    camera), options, scope, component, is_local, can_be_off}}.
     """
     with clear_errors(), usage():
         found = _described(file, overrides or [])
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    rows = [
-        {
-            "stage": name,
-            "inputs": ", ".join(_input(port, each) for port, each in stage["inputs"].items()),
-            "outputs": ", ".join(_output(port, kind, stage["many"]) for port, kind in stage["outputs"].items()),
-            "options": ", ".join(stage["options"]),
-        }
-        for name, stage in found.items()
-    ]
-    table(rows, ("stage", "inputs", "outputs", "options"))
+    for name, stage in found.items():
+        print("\n".join(_block(name, stage)), end="\n\n")
+
+
+def _block(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of a stage; its options with their defaults, as they may be written."""
+    yield f"{name}  {stage['class']}{'  (does not run here)' if stage['runs'] is False else ''}"
+    if stage["about"]:
+        yield f"    {stage['about']}"
+    told = {
+        "inputs": ", ".join(_input(port, each) for port, each in stage["inputs"].items()),
+        "outputs": ", ".join(_output(port, kind, stage["many"]) for port, kind in stage["outputs"].items()),
+        "options": ", ".join(
+            f"{option}: {json.dumps(value, ensure_ascii=False)}" for option, value in stage["options"].items()
+        ),
+    }
+    yield from (f"    {f'{key}:':<9}{text}" for key, text in told.items() if text)
 
 
 def _input(port: str, each: Mapping[str, Any]) -> str:
@@ -124,28 +132,36 @@ def _told(credit: dict[str, Any]) -> str:
 
 def _described(file: Path | None, overrides: list[str]) -> dict[str, dict[str, Any]]:
     """The description's stages, then those installed that it does not name; a broken one of these is reported."""
+    from graph.errors import SpecError
     from graph.sections import StageOptions
-    from graph.spec import default_spec_path, load_types
+    from graph.spec import load_spec, load_types
     from graph.stage_type import StageTypeError
     from stages.catalog import StageCatalog
 
-    path = file or default_spec_path()
+    path = described_in(file)
     catalog = StageCatalog(path.parent)
-    types = dict(load_types(path, catalog, overrides))
-    for name, use in catalog.installed.items():
+    running: Collection[str] | None = None
+    with stdout_to_stderr():
+        types = dict(load_types(path, catalog, overrides))
         try:
-            types.setdefault(name, catalog.find(use))
-        except StageTypeError as error:
-            tell(f"pipeline: stage {name} of an installed package: {error}")
+            running = load_spec(path, catalog, overrides).stages
+        except SpecError as error:
+            tell(f"which of them run can't be said: {error.problems[0]}")
+        for name, use in catalog.installed.items():
+            try:
+                types.setdefault(name, catalog.find(use))
+            except StageTypeError as error:
+                tell(f"pipeline: stage {name} of an installed package: {error}")
     shared = StageOptions().model_dump(by_alias=True)
-    return {name: _type(each, shared) for name, each in types.items()}
+    return {name: _type(each, shared, None if running is None else name in running) for name, each in types.items()}
 
 
-def _type(each: StageType, shared: Collection[str]) -> dict[str, Any]:
+def _type(each: StageType, shared: Collection[str], runs: bool | None) -> dict[str, Any]:
     options = each.options().model_dump(by_alias=True)
     return {
         "class": each.use,
         "about": each.about,
+        "runs": runs,
         "inputs": {
             name: {
                 "kind": str(port.kind),

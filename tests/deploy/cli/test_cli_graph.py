@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 from click.testing import Result
@@ -14,16 +15,27 @@ from graph.spec import default_spec_path
 from stages.catalog import CATALOG
 from tests.support.specs import load_spec
 
+MINIMAL = "version: 1\ncameras: {a: {source: 'test://pattern'}}\n"
+
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
-def test_every_stage_is_listed_with_its_ports_and_its_own_options() -> None:
-    lines = invoke("stages").stdout.splitlines()
-    (llm,) = [line for line in lines if line.startswith("llm ")]
-    assert "image (optional), audio (optional), playback (feedback)" in llm and "text, events" in llm
-    assert "kv_memory" in llm and "gpus" not in llm, "what all stages have is none of its own"
+def blocks(*arguments: str) -> dict[str, list[str]]:
+    """Of `pipeline stages`, by stage, its lines."""
+    parts = invoke("stages", *arguments).stdout.strip().split("\n\n")
+    return {part.split()[0]: part.splitlines() for part in parts}
+
+
+def test_every_stage_is_listed_with_what_it_is_its_ports_and_its_own_options() -> None:
+    head, about, inputs, outputs, options = blocks()["llm"]
+    assert head == "llm  stages.llm:Llm"
+    assert about.strip() == CATALOG.built_in["llm"].about
+    assert inputs.split(maxsplit=1) == ["inputs:", "image (optional), audio (optional), playback (feedback)"]
+    assert outputs.split(maxsplit=1) == ["outputs:", "text, events"]
+    assert 'kv_memory: "512MiB"' in options and "decoding: null" in options
+    assert "gpus" not in options, "what all stages have is none of its own"
     described = json.loads(invoke("stages", "--json").stdout)
     assert described.keys() == CATALOG.built_in.keys() | CATALOG.installed.keys()
     assert described["vocoder"]["options"] == {"steps": 5, "seed": 0}
@@ -48,10 +60,44 @@ def test_stages_of_a_description_are_listed_with_the_kinds_of_their_ports(tmp_pa
         "        return []\n"
     )
     file = tmp_path / "pipeline.yaml"
-    file.write_text('version: 1\nstages: {gate: {use: "gate:Gate", replicas: 0}, vision_encoder: {replicas: 0}}\n')
-    lines = invoke("stages", "-f", str(file)).stdout.splitlines()
-    (gate,) = [line for line in lines if line.startswith("gate ")]
-    assert re.split(" {2,}", gate) == ["gate", "frames, noise (sound, side, 2 s)", "moving (frames)", "threshold"]
+    file.write_text(MINIMAL + 'stages: {gate: {use: "gate:Gate", replicas: 0}, vision_encoder: {replicas: 0}}\n')
+    assert blocks("-f", str(file))["gate"] == [
+        "gate  gate:Gate  (does not run here)",
+        "    inputs:  frames, noise (sound, side, 2 s)",
+        "    outputs: moving (frames)",
+        "    options: threshold: 0.5",
+    ]
+
+
+def test_which_stages_run_here_is_said() -> None:
+    described = json.loads(invoke("stages", "--set", "stages.tts.replicas=0", "--json").stdout)
+    off = {name for name, stage in described.items() if not stage["runs"]}
+    assert off == {"tts", "vocoder", "speaker"} | CATALOG.installed.keys()
+
+
+def test_where_the_description_has_a_mistake_the_stages_are_listed_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text("version: 1\ncameras: {}\n")
+    result = invoke("stages", "--json", "-f", str(tmp_path / "pipeline.yaml"))
+    assert json.loads(result.stdout)["llm"]["runs"] is None
+    assert "which of them run can't be said: " in result.stderr and "not one camera" in result.stderr
+
+
+def test_what_a_module_prints_while_it_is_imported_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import os\n"
+        "from stages.api import FRAMES, In, Stage\n"
+        "print('hello from import')\n"
+        "os.system('echo hello from a child')\n"
+        "class Loud(Stage):\n"
+        "    frames = In(FRAMES)\n"
+        "    def process(self, units):\n"
+        "        return []\n"
+    )
+    (tmp_path / "pipeline.yaml").write_text(MINIMAL + 'stages: {loud: {use: "loud:Loud"}}\n')
+    pipeline = [Path(sys.executable).parent / "pipeline", "stages", "--json"]
+    result = subprocess.run(pipeline, cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(result.stdout)["loud"]["class"] == "loud:Loud"
+    assert sorted(result.stderr.splitlines()) == ["hello from a child", "hello from import"]
 
 
 def test_a_stage_that_cannot_be_found_is_reported_with_its_place(tmp_path: Path) -> None:
