@@ -139,7 +139,7 @@ class Line:
         try:
             answers = self._transport.answers(self.name, reference)
         except CoordinatorError as error:
-            self.fail(type(error)(f"{error}; see {self._log}"))
+            self.fail(type(error)(self._with_log(str(error))))
             return
         batch, self._under_way = self._under_way, []
         for posted, answer in zip(batch, answers, strict=True):
@@ -149,6 +149,14 @@ class Line:
                 posted.reply.fail(answer.error)
             else:  # a fault of ours; its log has the traceback
                 posted.reply.fail(CallError(f"{self.name}: {one_line(str(answer.error))}; see {self._log}"))
+
+    def _with_log(self, why: str) -> str:
+        """With where to read more, but where its process has left no word there."""
+        try:
+            is_silent = self._log.stat().st_size == 0
+        except OSError:  # it may be on another machine
+            is_silent = False
+        return f"{why}; its log is empty" if is_silent else f"{why}; see {self._log}"
 
     @property
     def silent_s(self) -> float:

@@ -32,6 +32,7 @@ MAX_REASON: Final = 300
 _USED: Final = re.compile(r"was ([0-9.]+) ?GB(?: used)? / ([0-9.]+) ?GB")
 _THRESHOLD: Final = re.compile(r"threshold of (?:\S+ \()?([0-9]*\.?[0-9]+)(%?)")
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
+_EXIT_CODE: Final = re.compile(r"exits with an exit code (-?\d+)")
 _EXIT_DETAIL: Final = re.compile(r"Worker exit detail: (.*?)(?: Some common causes|$)")
 
 _BY_KIND: Final[tuple[tuple[type[Exception], str], ...]] = (
@@ -89,7 +90,14 @@ def _timed_out_at_start(text: str) -> str:
 
 def _worker_exit(text: str) -> str:
     match = _EXIT_DETAIL.search(text)
-    return _one_line(match[1]) if match else ""
+    if match is None:
+        return ""
+    detail = match[1]
+    if "connection error code" in detail or "by a signal" in detail:  # its socket has closed, and that is all there is
+        return "its process has ended without a word: killed from outside, out of memory, or crashed"
+    if code := _EXIT_CODE.search(detail):
+        return f"its process has ended itself, with exit code {code[1]}"
+    return _one_line(detail)
 
 
 def _cause_of(error: BaseException, text: str) -> str:

@@ -84,6 +84,20 @@ def test_with_an_actor_everything_that_waits_for_it_has_failed(lines: Lines, act
     assert line.reference is None, "nothing is sent there any more"
 
 
+@pytest.mark.parametrize(("left", "read"), [("", "its log is empty"), ("a line\n", "see {log}"), (None, "see {log}")])
+def test_one_is_sent_to_the_log_of_the_dead_only_where_it_says_something(
+    tmp_path: Path, actor: FakeActor, cluster: FakeCluster, left: str | None, read: str
+) -> None:
+    log = tmp_path / "llm.0.log"
+    if left is not None:  # else it is on another machine
+        log.write_text(left)
+    lines = Lines(cluster, tmp_path, cluster.clock)
+    reply = lines.open("llm.0", actor, 30.0).post("report")
+    actor.is_dead = True
+    lines.look(0.0)
+    assert str(reply.error).endswith(f"; {read.format(log=log)}")
+
+
 def test_who_hangs_delays_no_other_line(lines: Lines, actor: FakeActor, cluster: FakeCluster) -> None:
     other = lines.open("tts.0", FakeActor("here", cluster.calls, ["tts"], cluster.clock), 30.0)
     actor.is_stopped = True

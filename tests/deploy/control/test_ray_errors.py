@@ -40,13 +40,14 @@ Refer to the documentation on how to address the out of memory issue: https://do
 LOW_MEMORY_BEFORE = """Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.5, ID: ab) where the task (actor ID: cd, name=Actor.__init__, pid=1, memory used=0.4GB) \
 was running was 22.1GB / 23.54GB (0.95), which exceeds the memory usage threshold of 0.95. Ray killed this worker"""
-DIED = """The actor died unexpectedly before finishing this task.
+DEAD = """The actor died unexpectedly before finishing this task.
 \tclass_name: Actor
 \tactor_id: 00ff
 \tpid: 4711
 \tnamespace: 1234
 \tip: 127.0.0.1
-The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail:"""
+DIED = f"""{DEAD} Worker \
 unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) it was killed"""
 CREATION = """The actor died because of an error raised in its creation task, \x1b[36mray::Actor.__init__()\x1b[39m \
 (pid=4711, ip=127.0.0.1)
@@ -61,7 +62,9 @@ deploy.process.packages.PackageCollision: two packages called 'graph'"""
         (OutOfMemoryError(LOW_MEMORY), "low on memory: 2.92 of 23.5 GB were taken, and Ray's limit is 5%"),
         (OutOfMemoryError(LOW_MEMORY_BEFORE), "low on memory: 22.1 of 23.5 GB were taken, and Ray's limit is 95%"),
         (RayActorError("ab", LOW_MEMORY), "low on memory"),
-        (RayActorError("ab", DIED), "Worker unexpectedly exits with a connection error code 2. End of file"),
+        (RayActorError("ab", DIED), "its process has ended without a word: killed from outside, out of memory, or"),
+        (RayActorError("ab", f"{DEAD} Worker exits with an exit code 3."), "has ended itself, with exit code 3"),
+        (RayActorError("ab", f"{DEAD} Worker exits unexpectedly by a signal. It was"), "ended without a word"),
         (RayActorError("ab", CREATION), "deploy.process.packages.PackageCollision: two packages called 'graph'"),
         (ActorDiedError(), "The actor died unexpectedly before finishing this task"),
         (ActorUnavailableError("unavailable\nthe actor is temporarily unavailable", b"0" * 16), "can't be reached"),
