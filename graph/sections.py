@@ -303,7 +303,7 @@ class StageOptions(Section):
         default=ReplicasSpec(), alias="replicas"
     )
     gpus: Annotated[float, AfterValidator(_whole_above_one)] = Field(default=0.0, ge=0, le=64)  # per replica
-    cpus: float = Field(default=0.25, ge=0, le=1024)  # per replica
+    cpus: float = Field(default=0.25, ge=0, le=1024)  # per replica; places it on a cluster, and bounds nothing
     resources: Mapping[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # Ray's, per replica
     memory: Bytes | None = None  # more than its process has when it starts; stages of one process add up
     process: Name | None = None  # light stages with the same name share one process

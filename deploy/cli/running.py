@@ -45,7 +45,11 @@ def down(timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for
 
 @clear_errors()
 def ps(as_json: Json = False) -> None:
-    """Show stages and sessions of the running pipeline. --json: {model, ready, uptime_s, stages, sessions, edges}."""
+    """Show stages, sessions and edges of the running pipeline. Control chunks are not counted: an edge of playback
+    stands at 0 though its acks flow.
+
+    --json: {model, ready, uptime_s, stages, sessions, edges}.
+    """
     import json
     from http.client import HTTPException
 

@@ -1,11 +1,13 @@
 """README and the folders' READMEs: short for a newcomer, and true."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import stages.events
 from deploy.cli.app import app
 from graph.kinds import Kind
 from stages import kinds
@@ -92,6 +94,38 @@ def test_the_table_of_kinds_is_what_the_kinds_are():
     for name, kind in built_in.items():
         for array, shape in (kind.arrays or {}).items():
             assert f"`{array}` {shape}" in rows[name]
+
+
+# Of what makes an event, the place of its type among the arguments.
+TYPE_AT = {"event": 2, "_event": 2, "Notice": 0, "OutputEvent": 0, "_interrupt": 2, "announce": 1, "tell": 3}
+
+
+def types_made(path: Path) -> set[str]:
+    """The types of the events that this file's code makes, where they are written out."""
+    made: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        written: list[ast.expr | None] = []
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            written = [*node.args[TYPE_AT[name] : TYPE_AT[name] + 1]] if name in TYPE_AT else []
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            written = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == "type"]
+        for expression in written:
+            made |= {getattr(stages.events, each.id, "") for each in ast.walk(expression) if isinstance(each, ast.Name)}
+            made |= {each.value for each in ast.walk(expression) if isinstance(each, ast.Constant)}
+    return {name for name in made if isinstance(name, str) and name}
+
+
+def test_every_type_of_event_is_in_the_table_of_events():
+    table = text_of("deploy/README.md").partition("### Events\n")[2].partition("\n### ")[0]
+    told = set(re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)))) - {"type"}
+    files = [*(ROOT / "stages").rglob("*.py"), *(ROOT / "deploy" / "actor").rglob("*.py")]
+    files += (ROOT / "deploy" / "control").rglob("*.py")
+    assert told - {"listener_pause", "listener_resume"} == set().union(*map(types_made, files)) - {
+        "window",
+        "listener_",
+    }
 
 
 def listed_commands() -> list[tuple[list[str], list[str]]]:
