@@ -79,6 +79,10 @@ class Camera(FeedStage[_Open]):
         self._forget_removed(session)
         return [chunk for state in self._open[session].values() for chunk in self._advance(state, now_ns)]
 
+    def finished(self, session: SessionId) -> bool:
+        """Its streams have ended, and what there was to notice of their ends has left, too."""
+        return super().finished(session) and all(state.feed.is_done for state in self._open[session].values())
+
     def _forget_removed(self, session: SessionId) -> None:
         views = self._open[session]
         for name in [name for name, state in views.items() if state.removed and state.ended]:
@@ -89,7 +93,8 @@ class Camera(FeedStage[_Open]):
     def _advance(self, state: _Open, now_ns: int) -> list[Chunk]:
         session, view = state.session, state.view.name
         state.feed.pump(now_ns)
-        chunks = [self._event(state, notice) for notice in state.feed.take_notices()]
+        notices = state.feed.take_notices(now_ns if session.paced else FOREVER_NS)
+        chunks = [self._event(state, notice) for notice in notices]
         if state.view.from_ns and not state.watermark_ns:
             chunks.append(self._event(state, Notice("view_added", state.view.from_ns)))
         reached_ns = now_ns if session.paced else self._slowest_ns(state)

@@ -202,7 +202,7 @@ def _count_state(camera: CameraMetrics, event: Chunk) -> None:
     kind = event.attrs.get("type")
     if kind == "camera_up":
         camera.up(True)
-    elif kind in ("camera_lost", "camera_ended"):
+    elif kind in ("camera_lost", "camera_ended", "view_removed"):
         camera.up(False)
         if kind == "camera_lost":
             camera.reconnected(str(event.attrs.get("reason", "")))

@@ -37,6 +37,7 @@ from stages.media.types import foreign_type, is_jpeg_film, read_head, unreadable
 from stages.media.view import MAX_PICTURE_PIXELS, check_size
 from stages.media.why import explaining
 from stages.media.wire import (
+    DURATION_OVER,
     FOREVER_NS,
     LIVE_KINDS,
     Ended,
@@ -312,7 +313,7 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
         teller.tell()
         warn_of_unknown(order, containers, feeds, warner)
         if all(track.done for track in tracks):  # a camera that was found again when its time is over
-            return Ended("the duration asked for is over")
+            return Ended(DURATION_OVER)
         finished = play(order, feeds, outlet.put, teller)
     reasons = [decoding.given_up for decoding in decodings if decoding.given_up is not None]
     if len(reasons) == len(decodings):
@@ -324,7 +325,7 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
     ):  # an end like this would not be heard of
         raise MediaError("unreadable", "is at its end before there was a picture to take, or any sound")
     if finished:
-        return Ended("the duration asked for is over")
+        return Ended(DURATION_OVER)
     if order.kind in LIVE_KINDS:
         return Failed("closed", f"{order.request.masked} closed the connection; it may be opened again")
     return Ended("the source is at its end")
@@ -368,7 +369,7 @@ def run_room(order: Order, outlet: Outlet) -> MediaItem:
             num_sent = num_samples
         video_ns = max(start_ns, grid.instant_ns(num_pictures)) if request.want_video else FOREVER_NS
         outlet.put(Progress(video_ns, sample_ns(num_sent) if request.want_audio else FOREVER_NS))
-    return Ended("the duration asked for is over")
+    return Ended(DURATION_OVER)
 
 
 def open_room(request: MediaRequest) -> SyntheticRoom:

@@ -39,12 +39,13 @@ from stages.media.reader import (
     Warned,
     mask_source,
 )
-from stages.media.wire import TrackName
+from stages.media.wire import DURATION_OVER, TrackName
 from stages.rates import SOUND_RATE_HZ
 from stages.session import Session
 from stages.stage import SourceReport
 
 PIECE_NS = 50 * NS_PER_MS  # of a live source's sound, which may be late for its window, no more is late than must be
+STOPPED = "it was stopped"
 STOPPED_NS = 3 * NS_PER_S  # or two windows: who was not called for longer was stopped, and the world went on
 
 Open = Callable[[MediaRequest], MediaReader]
@@ -70,6 +71,7 @@ class Feed:
         self._frozen: set[TrackName] = set()  # told, and nothing has come since
         self._report = SourceReport()
         self._pumped_ns: int | None = None
+        self._stop_reason = ""
         self.times = FeedTimes.of(session, from_ns)
 
     @property
@@ -95,11 +97,17 @@ class Feed:
             self._reader = None
         self._delivers.clear()
 
-    def stop(self, now_ns: int) -> None:
+    @property
+    def is_done(self) -> bool:
+        """Nothing more will come, and all that there was to notice of it was taken."""
+        return self.times.are_over and not self._sides.has_notices
+
+    def stop(self, now_ns: int, reason: str = "") -> None:
         """End the source with the window that `now_ns` lies in; what comes after it is forgotten.
 
-        Of a live camera's last window, what is under way is still waited for, as of any window. In virtual time, where
-        the clock says nothing, the last whole window that was read is the last.
+        Of the last window, what is under way is still waited for, as of any window. In virtual time, where the clock
+        says nothing, the last whole window that was read is the last. reason: of the notice `camera_ended`; "": there
+        is none.
         """
         window_ns = self._session.window_ns
         if self._session.paced:
@@ -107,13 +115,14 @@ class Feed:
         else:
             end_ns = self.times.seen_ns // window_ns * window_ns
             self.close()
-        if self.times.limit_ns <= end_ns and self.times.are_over:
+        if self.times.limit_ns <= end_ns and (self.times.are_over or self.times.stop_ns is not None):
             return
         self._sides.cut(end_ns)
-        if self._live and self._session.paced:
-            self.times.stop_ns = end_ns
-        else:
+        self._stop_reason, self.times.stop_ns = reason, end_ns
+        if self.times.are_over and self._sides.ending is None:  # it was lost for good, or its end is known already
             self.times.end_ns = end_ns
+        elif self.times.are_over or not self._session.paced or self._is_to_end(now_ns):
+            self._end_at_limit()
 
     def wakes(self) -> list[int]:
         """The descriptor to wait on while there is room to read ahead."""
@@ -125,18 +134,18 @@ class Feed:
         Raises nothing: a source that can't be opened is a lost camera.
         """
         self._catch_up(now_ns)
-        if self._live and self._session.paced and now_ns >= self.times.limit_ns + self._session.lateness_ns:
-            self.times.end_ns = self.times.limit_ns
-        if self._reader is None and not self.times.are_over:
+        if self._reader is None and not self.times.are_over and not self._is_to_end(now_ns):
             self._connect(now_ns)
         if self._live:
             self._sides.make_room()
-        while self._reader is not None and self._sides.has_room:
+        while self._reader is not None and self._sides.has_room and not self.times.have_reached_stop:
             item = self._reader.read(0)
             if item is None:
                 break
             self._take(item, now_ns)
         self._pass_absent(now_ns)
+        if not self.times.are_over and self._is_to_end(now_ns):
+            self._end_at_limit()
 
     def take_frames(self, until_ns: int) -> list[Frame]:
         """The pictures whose time has come."""
@@ -146,10 +155,9 @@ class Feed:
         """The sound up to `end_ns`: (number of its first sample, samples float32 [n]); n = 0 when there is none."""
         return self._sides.sound.take(end_ns * SOUND_RATE_HZ // NS_PER_S)
 
-    def take_notices(self) -> list[Notice]:
-        notices = list(self._sides.notices)
-        self._sides.notices.clear()
-        return notices
+    def take_notices(self, until_ns: int = FOREVER_NS) -> list[Notice]:
+        """What has happened, and that it has ended, if that was by `until_ns`."""
+        return self._sides.take_notices(until_ns)
 
     @property
     def next_frame_ns(self) -> int | None:
@@ -250,9 +258,7 @@ class Feed:
         elif isinstance(item, Warned):
             self._warn(item, now_ns)
         elif isinstance(item, Ended):
-            if not self._report.has_delivered and self._session.resume_ns is None:
-                self._report = replace(self._report, problem=f"gave neither picture nor sound: {item.reason}")
-            self._finish(Notice("camera_ended", self.times.media_end_ns, reason=item.reason))
+            self._come_to_end(item.reason)
         else:
             self._lose(item, now_ns)
 
@@ -316,15 +322,48 @@ class Feed:
         self._report = replace(self._report, num_lost=self._report.num_lost + 1, problem=failed.message)
         notice = Notice("camera_lost", now_ns, reason=failed.kind, message=failed.message)
         if not self._live:
-            self._finish(notice)
+            self._lose_for_good(notice)
             return
         self._sides.notices.append(notice)
         self._retries.lost(now_ns)
 
-    def _finish(self, notice: Notice) -> None:
-        self.close()
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _lose_for_good(self, notice: Notice) -> None:
+        """A lost file still owes its windows, as missing, until the time that was asked for is over."""
         self._sides.notices.append(notice)
-        # A lost file still owes its windows, as missing, until the time that was asked for is over.
-        lost_ns = self._session.duration_ns if notice.type == "camera_lost" else None
-        end_ns = self.times.media_end_ns if lost_ns is None else lost_ns
+        self._finish(self.times.media_end_ns if self._session.duration_ns is None else self._session.duration_ns)
+
+    def _come_to_end(self, reason: str) -> None:
+        """The source says that it is at its end."""
+        if self.times.stop_ns is not None and self.times.seen_ns >= self.times.stop_ns:
+            self._end_at_limit()
+            return
+        self._miss_all(reason)
+        self._sides.ending = Notice("camera_ended", self.times.media_end_ns, reason)
+        self._finish(self.times.media_end_ns)
+
+    def _is_to_end(self, now_ns: int) -> bool:
+        """All has come up to where it is to stop, or nothing more is waited for."""
+        may_miss = self._session.paced and (self._live or self.times.stop_ns is not None)
+        return self.times.have_reached_stop or (may_miss and now_ns >= self.times.limit_ns + self._session.lateness_ns)
+
+    def _end_at_limit(self) -> None:
+        """End where it was stopped, or the time that was asked for is over."""
+        end_ns = self.times.limit_ns
+        is_stopped = self.times.stop_ns is not None and self.times.stop_ns < (self._session.duration_ns or FOREVER_NS)
+        reason = self._stop_reason if is_stopped else DURATION_OVER
+        if not is_stopped:
+            self._miss_all(reason)
+        self._sides.ending = Notice("camera_ended", end_ns, reason) if reason else None
+        self._finish(end_ns)
+
+    def _miss_all(self, reason: str) -> None:
+        """Report it where a source has never given anything."""
+        report = self._report
+        if not report.has_delivered and not report.problem and self._session.resume_ns is None:
+            self._report = replace(report, problem=f"gave neither picture nor sound: {reason}")
+
+    def _finish(self, end_ns: int) -> None:
+        self.close()
         self.times.end_ns = end_ns if self.times.end_ns is None else min(self.times.end_ns, end_ns)

@@ -87,6 +87,7 @@ class Sides:
     """What the two readers of a feed, and who hears of it, have not taken yet.
 
     window_ns: of the session. max_frames, max_samples: what may wait before nothing more is read.
+    ending: that the source ends, which may have been read ahead of its time.
     """
 
     window_ns: int
@@ -95,6 +96,7 @@ class Sides:
     frames: deque[Frame] = field(default_factory=deque)
     sound: SoundBuffer = field(default_factory=SoundBuffer)
     notices: deque[Notice] = field(default_factory=deque)
+    ending: Notice | None = None
 
     @classmethod
     def of(cls, session: Session) -> Sides:
@@ -133,6 +135,19 @@ class Sides:
         while self.frames and self.frames[0].start_ns <= until_ns:
             taken.append(self.frames.popleft())
         return taken
+
+    @property
+    def has_notices(self) -> bool:
+        return bool(self.notices) or self.ending is not None
+
+    def take_notices(self, until_ns: int) -> list[Notice]:
+        """What has happened; of the end, when its time has come."""
+        notices = list(self.notices)
+        self.notices.clear()
+        if self.ending is not None and self.ending.at_ns <= until_ns:
+            notices.append(self.ending)
+            self.ending = None
+        return notices
 
     def cut(self, end_ns: int) -> None:
         """Forget what comes at `end_ns` or later."""

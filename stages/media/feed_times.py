@@ -17,7 +17,7 @@ class FeedTimes:
     shown_ns, heard_ns: the ends of what was really seen, and heard.
     pause_ns:           a file's media are so much later than it says.
     duration_ns:        of the session.
-    stop_ns:            a live source is to end there; what it still gives of the time before is waited for.
+    stop_ns:            it is to end there; what still comes of the time before is waited for.
     end_ns:             set when the source has ended for good.
     """
 
@@ -41,6 +41,11 @@ class FeedTimes:
     @property
     def are_over(self) -> bool:
         return self.end_ns is not None
+
+    @property
+    def have_reached_stop(self) -> bool:
+        """All has come up to where it is to stop, and more would follow."""
+        return self.stop_ns is not None and self.stop_ns <= min(self.video_ns, self.audio_ns) < FOREVER_NS
 
     @property
     def limit_ns(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from graph.chunk import NS_PER_MS, SessionId
-from stages.media.feed import Feed, Open
+from stages.media.feed import STOPPED, Feed, Open
 from stages.media.feed_opening import Opener, at_once, in_thread
 from stages.media.reader import MediaReader
 from stages.session import Session, View
@@ -129,7 +129,7 @@ class FeedStage(Stage, Generic[R]):
 
     def end(self, session: SessionId, now_ns: int) -> None:
         for reading in self._open[session].values():
-            reading.feed.stop(now_ns)
+            reading.feed.stop(now_ns, STOPPED)
 
     def finished(self, session: SessionId) -> bool:
         return all(reading.ended for reading in self._open[session].values())

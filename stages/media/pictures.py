@@ -25,7 +25,17 @@ from stages.media.screen import FrameGrid, Screen
 from stages.media.still import BadPicture, PictureReader, moves
 from stages.media.tracks import Put
 from stages.media.types import PICTURE_SUFFIXES, foreign_name, picture_type, read_head
-from stages.media.wire import FOREVER_NS, Ended, Frame, MediaError, MediaItem, MediaRequest, Order, Progress
+from stages.media.wire import (
+    DURATION_OVER,
+    FOREVER_NS,
+    Ended,
+    Frame,
+    MediaError,
+    MediaItem,
+    MediaRequest,
+    Order,
+    Progress,
+)
 
 MAX_PICTURES: Final = 100_000
 MAX_NAMED: Final = 20  # bad pictures which are named; the others are counted
@@ -158,7 +168,7 @@ class Slides:
         for index, path in enumerate(names):
             start_ns = self._grid.instant_ns(index)
             if start_ns >= until_ns:
-                return Ended("the duration asked for is over")
+                return Ended(DURATION_OVER)
             with ticking(self._live):
                 rgb = self._read(path)
             if rgb is not None:
@@ -258,7 +268,7 @@ class Moving:
                     self._bad.update(dict.fromkeys(range(number, num_pictures or number), ""))
                     break
                 if self._time_ns >= self._until_ns:
-                    return Ended("the duration asked for is over")
+                    return Ended(DURATION_OVER)
             if not self._has_spoken:
                 raise BadPicture(next(iter(self._bad.values()), "holds no picture"))
             self._put(Progress(self._screen.position_ns, FOREVER_NS, 0, len(self._bad)))

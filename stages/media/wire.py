@@ -25,6 +25,7 @@ from graph.secret import KNOWN, mask_source
 from stages.rates import SOUND_RATE_HZ
 
 FOREVER_NS: Final = (1 << 63) - 1  # a stream which does not exist, or has ended, holds nobody up
+DURATION_OVER: Final = "the duration asked for is over"
 
 FPS_RANGE: Final = (0.01, 60.0)
 PIXELS_RANGE: Final = (64, 1 << 24)  # 48 MiB of RGB: the largest message

@@ -173,6 +173,73 @@ def test_a_stopped_live_camera_that_gives_nothing_more_ends_when_its_last_window
     assert stopped_live_camera(late_s=2.2) == [(0, []), (1, [CAMERA, "sound"])]
 
 
+def end_notices(chunks) -> list[tuple[float, str]]:
+    """When it is said that the camera has ended, and why."""
+    of_end = [chunk for chunk in chunks if chunk.attrs.get("type") == "camera_ended"]
+    return [(chunk.start_ns / NS_PER_S, str(chunk.attrs["reason"])) for chunk in of_end]
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_a_session_does_not_end_before_it_is_said_that_its_camera_has(paced: bool):
+    reader = FakeReader(*seconds(0, 2), progress(None, None))
+    door = Door(FakeMedia(reader), paced=paced)
+    said = door.until(2.5)
+    assert sorted(ends(said)) == [CAMERA, "sound"]
+    assert (end_notices(said), door.finished[0]) == ([], False), "its decoder has not yet said why"
+    reader.give(Ended("it is at its end"))
+    assert end_notices(door.until(2.7, start_s=2.6)) == [(2, "it is at its end")]
+    assert door.finished == (True, True)
+
+
+def stopped(reader: FakeReader, at_s: float, until_s: float, **session: object) -> list[tuple[float, str]]:
+    """What is said of the end of a camera that is stopped."""
+    door = Door(FakeMedia(reader), **session)
+    said = door.until(at_s)
+    for stage in (door.camera, door.microphone):
+        stage.end(DOOR, round(at_s * NS_PER_S))
+    said += door.until(until_s, start_s=at_s + 0.1)
+    assert (door.finished, reader.closed) == ((True, True), True)
+    return end_notices(said)
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_a_film_that_is_stopped_has_been_stopped_and_its_rest_is_not_read(paced: bool):
+    reader = FakeReader(*seconds(0, 200), Ended("it is at its end"))
+    (notice,) = stopped(reader, 5.5, 7, paced=paced)
+    assert notice[1] == "it was stopped"
+    assert len(reader.items) > 100
+
+
+def test_a_live_camera_that_is_stopped_has_been_stopped():
+    assert stopped(FakeReader(*seconds(0, 2), live=True), 1.4, 3) == [(2, "it was stopped")]
+
+
+def test_a_film_that_is_stopped_short_of_its_end_has_been_stopped_though_that_was_read_ahead():
+    assert stopped(source(4), 2.5, 4) == [(3, "it was stopped")]
+
+
+def test_a_film_that_is_stopped_behind_its_end_was_at_its_end():
+    assert stopped(source(4), 5.5, 7) == [(4, "it is at its end")]
+
+
+def test_a_film_that_is_stopped_in_its_last_window_was_at_its_end():
+    assert stopped(FakeReader(*source(4).items), 3.5, 5) == [(4, "it is at its end")]
+
+
+def test_a_live_camera_whose_time_is_over_says_so_once():
+    reader = FakeReader(*seconds(0, 2), live=True)
+    door = Door(FakeMedia(reader), duration_ns=3 * NS_PER_S)
+    said = door.until(2)
+    said += door.until(5, start_s=2.1)
+    assert end_notices(said) == [(3, "the duration asked for is over")]
+
+
+def test_that_a_film_has_ended_is_said_when_its_time_has_come_and_not_when_it_is_read():
+    door = Door(FakeMedia(source(2)))
+    assert end_notices(door.until(1.9)) == []
+    assert end_notices(door.until(2.0, start_s=2.0)) == [(2, "it is at its end")]
+
+
 def test_a_closed_session_leaves_no_reader_behind():
     reader = FakeReader(*seconds(0, 1))
     door = Door(FakeMedia(reader))

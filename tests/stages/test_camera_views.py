@@ -124,6 +124,7 @@ def test_a_view_that_is_taken_away_ends_with_its_window_and_may_come_again():
         porch.camera.add_view(porch.session, BACK, NS_PER_S // 2)
     said = porch.until(1.5)
     assert ends(said, "back") == [(NS_PER_S, True)]
+    assert [event for event in events(said) if event != "camera_up"] == ["view_removed"], "no camera has ended"
     assert back[0].closed
     porch.camera.add_view(porch.session, BACK, 2 * NS_PER_S)
     assert shown(porch.until(3.5), "back") == [3]

@@ -107,10 +107,10 @@ def test_a_session_that_ends_with_something_left_to_say_is_counted():
 def test_a_camera_is_up_while_it_delivers():
     meter = Meter("camera")
     states = [meter.of_door("omni_camera_up")]
-    for kind in ("camera_up", "camera_lost", "camera_up", "camera_ended"):
+    for kind in ("camera_up", "camera_lost", "camera_up", "camera_ended", "camera_up", "view_removed"):
         meter.told(kind, reason="closed")
         states.append(meter.of_door("omni_camera_up"))
-    assert states == [0.0, 1.0, 0.0, 1.0, 0.0]
+    assert states == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("reason", "counted"), [("closed", "closed"), ("timeout", "timeout"), ("odd", "other")])
