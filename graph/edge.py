@@ -32,6 +32,8 @@ from graph.ledger import Account, Ledger, Reason
 from graph.value import value
 
 MAX_SESSIONS = 256  # sizes the sockets' high-water marks, together with the edge's limit
+ALL = Grant(1 << 48, 1 << 48)  # there is nothing left of a session that is closed
+MAX_LEFT = 256  # closed sessions of which the other end has something; of others it counts as delivered
 CONTROL_PER_CHUNK = 2  # watermarks that may stand beside a data chunk
 
 NowNs = Callable[[], int]
@@ -135,6 +137,7 @@ class Sender:
         self._now_ns = now_ns
         self._ledger = Ledger()
         self._lanes: dict[SessionId, Lane] = {}
+        self._left: dict[tuple[SessionId, int], SendCredit] = {}  # of closed sessions, what the other end still has
         self.is_blocked = False  # the link was full; nobody tells when it no longer is
         self._is_down = False  # there is nobody at the other end
         self._has_eased = False
@@ -151,20 +154,27 @@ class Sender:
     def close_session(self, session: SessionId) -> None:
         """Forget a session. What still waits is dropped as `closed`."""
         lane = self._lanes.pop(session, None)
-        for chunk, _ in lane.waiting if lane else ():
+        if lane is None:
+            return
+        for chunk, _ in lane.waiting:
             if not chunk.is_control:
                 self._drop("closed")
+        if lane.credit.in_flight and not self._is_down:
+            self._left[session, lane.incarnation] = lane.credit
+            for oldest in list(self._left)[:-MAX_LEFT]:
+                del self._left[oldest]
 
     def bury(self) -> None:
         """The replica at the other end has died.
 
-        What it had told that it was done with counts as delivered, and what it held of sessions that are closed here.
+        What it had told that it was done with counts as delivered; what it held, of closed sessions too, is lost.
         """
         if self._is_down:
             return
         self._take_grants()
         self._is_down = True
-        self._drop("crash", self.num_in_flight)
+        self._drop("crash", self.num_in_flight + sum(credit.in_flight for credit in self._left.values()))
+        self._left.clear()
         account = self._ledger.account()
         self._ledger.deliver(account.in_flight - self.num_waiting)
         for lane in self._lanes.values():
@@ -269,8 +279,13 @@ class Sender:
         for session, incarnation, grant in () if self._is_down else self._link.grants():
             lane = self._lanes.get(session)
             if lane is not None and lane.incarnation == incarnation:
-                lane.credit.grant(grant)
-                granted.append(lane)
+                if grant != ALL:  # its end has come there and is to come here
+                    lane.credit.grant(grant)
+                    granted.append(lane)
+            elif (left := self._left.get((session, incarnation))) is not None:
+                left.grant(grant)
+                if left.in_flight <= 0:
+                    del self._left[session, incarnation]
         return granted
 
     def _overtake(self, lane: Lane, chunk: Chunk) -> None:
@@ -357,10 +372,12 @@ class Receiver:
 
     def close_session(self, session: SessionId) -> None:
         """Forget a session. What of it is not settled is to be dropped before; what comes yet, `receive` drops."""
-        self._incarnations.pop(session, None)
         for key in [key for key in self._credits if key[1] == session]:
+            if key in self._unsent:
+                self._send_grant(key)
+                self._unsent.pop(key, None)
             del self._credits[key]
-            self._unsent.pop(key, None)
+        self._incarnations.pop(session, None)
 
     def receive(self) -> list[Arrival]:
         """What has come in, a bounded number; what is of no session that is open here is dropped as `closed`."""
@@ -374,6 +391,7 @@ class Receiver:
                 self._arrived[peer] += 1
                 if not is_open:
                     self.drop(arrival, "closed")
+                    self._link.grant(peer, chunk.session, chunk.incarnation, ALL)
         for peer, chunk in self._link.refused():
             self._arrived[peer] += 1
             self.drop(Arrival(chunk, edge, peer), "invalid")

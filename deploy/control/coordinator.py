@@ -24,6 +24,7 @@ from deploy.control.given_up import GivenUp
 from deploy.control.opening import SILENT_S, Openings
 from deploy.control.placement import Process, processes_of
 from deploy.control.restarts import STALL_S, START_TIMEOUT_S, Restarts, Tools
+from deploy.control.routing import ends_of, is_aside
 from deploy.control.sessions import SessionTable
 from deploy.control.start import LOOK_S, start_actors
 from deploy.control.watch import Slow, Waiting
@@ -97,6 +98,19 @@ class Coordinator:
         """Who is missing; "" when all actors run."""
         coming = self._restarts.coming
         return f"{', '.join(coming)} started again after it has died" if coming else ""
+
+    @property
+    def behind(self) -> set[str]:
+        """The stages at which sessions still are although all their windows have come to their end, but for those that
+        wait for these. None as long as a session has windows to come."""
+        spec, fleet, behind = self._spec, self._tools.fleet, set[str]()
+        for placement in self._table.placements.values():
+            if not all(fleet.has_left(placement, stage) for stage in ends_of(placement.session, spec)):
+                return set()
+            behind |= {s for s in placement.replicas if is_aside(spec, s, placement.session)}
+            behind -= {s for s in placement.replicas if fleet.has_left(placement, s)}
+        waiting = {edge.target.stage for edge in spec.edges if edge.source.stage in behind}
+        return (behind - waiting) or behind
 
     @property
     def slow(self) -> Mapping[str, tuple[str, str]]:

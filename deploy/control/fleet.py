@@ -151,7 +151,13 @@ class Fleet:
         have_left = (self._has_left(placement, living) for living in replicas if living is not None)
         return next(have_left, False) and all(have_left)
 
-    def _has_left(self, placement: Placement, living: Living) -> bool:
+    def has_left(self, placement: Placement, stage: str) -> bool:
+        """Is it known to be at a stage no more?"""
+        living = self.replica(stage, placement.replicas[stage])
+        return placement.is_open and living is not None and self._has_left(placement, living, stage)
+
+    def _has_left(self, placement: Placement, living: Living, at: str | None = None) -> bool:
+        """at: one of the process's stages; None: all of them."""
         stages = self.snapshots.get(living.process.name, {})
-        is_there = any(placement.session.id in stage.sessions for stage in stages.values())
+        is_there = any(placement.session.id in stages[name].sessions for name in stages if at in (None, name))
         return living.reported_at > placement.since and not is_there

@@ -32,7 +32,7 @@ def session_plan(
     incoming = [edge for edge in edges if edge.target.stage == stage and not edge.kind.is_control]
     windowed = [edge for edge in incoming if edge.kind.is_windowed]
     prefixes = _prefixes(windowed, session)
-    ends = _ends(spec, session)
+    ends = ends_of(session, spec)
     return SessionPlan(
         session=session,
         inputs={
@@ -55,11 +55,11 @@ def session_plan(
 
 def is_aside(spec: PipelineSpec, stage: str, session: Session) -> bool:
     """Does no window of the session end at the stage or behind it, as on a side branch?"""
-    return not _ends(spec, session) & {stage, *spec.wiring.behind(stage)}
+    return not ends_of(session, spec) & {stage, *spec.wiring.behind(stage)}
 
 
-def _ends(spec: PipelineSpec, session: Session) -> set[str]:
-    """Where the session's windows end."""
+def ends_of(session: Session, spec: PipelineSpec) -> set[str]:
+    """The stages where its windows end."""
     return spec.wiring.ends(spec.ends_windows & stages_of(session, spec))
 
 

@@ -187,6 +187,7 @@ class _Run:
         The second signal raises.
         """
         drain: Deadline | None = None
+        behind: Deadline | None = None  # what is on side branches only
         self._interrupts.graceful = True
         self._live.begin(self._watched.until_s)
         while coordinator.sessions:
@@ -198,6 +199,12 @@ class _Run:
                 for session in coordinator.sessions:
                     coordinator.end_session(session)
             if drain is not None and drain.is_over:
+                break
+            left = coordinator.behind
+            behind = (behind or Deadline(drain_s(self._spec))) if left else None
+            if behind is not None and behind.is_over and drain is None:
+                late = ", ".join(sorted(left))
+                self._tell(f"all windows have come to their end; what {late} is still at is dropped")
                 break
             if self._waits_in_vain(coordinator):
                 self._problem = coordinator.problem

@@ -309,6 +309,37 @@ def test_a_camera_whose_data_kill_a_side_branch_twice_goes_on_without_it(place: 
     assert place.leftovers() == []
 
 
+SLEEPER = """
+import time
+from stages.api import EVENTS, FRAMES, In, Out, Stage
+class Sleeper(Stage):
+    frames, notes = In(FRAMES, side=True), Out(EVENTS)
+    def process(self, units):
+        if any(unit.index == 4 for unit in units):
+            time.sleep(600)
+        return []
+"""
+
+
+def test_a_run_whose_time_is_over_waits_seconds_for_a_side_branch_and_counts_what_it_held(place: Place) -> None:
+    write(
+        place,
+        "sleeper",
+        SLEEPER,
+        '  sleeper: {use: "sleeper:Sleeper", inputs: {frames: camera.frames}}\n'
+        "  vision_encoder: {inputs: {frames: camera.frames}}",
+        "hall",
+    )
+    run = place.up("--for", "7s", "--out", "run")
+    assert run.returncode == 0 and is_exact(run), run.stderr
+    assert "all windows have come to their end; what sleeper is still at is dropped" in run.stderr.splitlines()
+    assert "has died" not in run.stderr, "it is not waited for until it is taken for dead"
+    assert [row["index"] for row in run.windows("hall")] == list(range(7))
+    account = run.ledger()["camera.frames->sleeper.frames"]
+    assert (account["accepted"], account["delivered"], account["dropped"]["crash"]) == (7, 4, 3)
+    assert place.leftovers() == []
+
+
 CLOSED = """
 from stages.api import EVENTS, FRAMES, In, Out, Stage
 class Keyless(Stage):

@@ -104,6 +104,33 @@ def test_a_grant_for_a_closed_session_that_a_busy_sender_takes_later_is_none_for
     assert (len(edge.wire.chunks), edge.sender.num_in_flight) == (4, 4)
 
 
+def test_what_a_replica_holds_of_a_session_that_was_closed_is_lost_when_it_dies() -> None:
+    edge = Edge()
+    edge.open(1)
+    for seq in range(4):
+        edge.sender.send(piece(seq))
+    edge.receiver.deliver(edge.take()[0], 0.0)
+    edge.receiver.flush()
+    edge.sender.close_session(DOOR)
+    edge.sender.bury()
+    account = edge.sender.account()
+    assert (account.delivered, account.dropped["crash"], account.in_flight) == (1, 3, 0)
+
+
+def test_what_comes_when_the_session_is_closed_there_is_done_with_and_not_lost_later() -> None:
+    edge = Edge()
+    edge.open(1)
+    for seq in range(4):
+        edge.sender.send(piece(seq))
+    edge.receiver.deliver(edge.take()[0], 0.0)
+    edge.sender.send(piece(4))
+    edge.sender.close_session(DOOR), edge.receiver.close_session(DOOR)
+    assert edge.take() == []
+    edge.sender.bury()
+    assert edge.account.dropped["closed"] == 1
+    assert edge.sender.account().dropped["crash"] == 3, "these it had taken, and not settled"
+
+
 def test_a_replica_that_dies_after_a_name_came_again_loses_what_it_held_and_never_less_than_nothing() -> None:
     edge = Edge()
     edge.open(1)
