@@ -146,7 +146,8 @@ class Batch:
         span = Span(self._replica.name, received_ns, state.session_ns(started_ns), state.now_ns())
         failures = (*state.faults.take(), *self._afterword.unsaid(state, unit))
         if state.plan.is_aside:
-            self._replica.out.tell_failures(state, failures, window=unit.index)
+            news = [failure for failure in failures if state.faults.is_news(failure)]
+            self._replica.out.tell_failures(state, news, window=unit.index)
         trace = leave_stage(unit, span, *self._awaited(state, unit, received_ns), failures=failures)
         if state.sink is not None:
             events = state.sink.done(unit, received_ns, trace, state.now_ns(), len(self._replica.open))

@@ -136,6 +136,7 @@ class Faults:
         self._in_a_row: dict[str, int] = {}
         self._untold: dict[str, Failure] = {}  # by reason, in order: a thousand of one kind are told as one
         self._guards: dict[str, _Guard] = {}  # by hook
+        self._end_is_told = False
         self.given_up = ""
 
     @property
@@ -171,6 +172,13 @@ class Faults:
         """What was not told yet; of a session that was given up, that it was."""
         untold, self._untold = tuple(self._untold.values()), {}
         return untold or ((Failure(self._stage, self.given_up),) if self.given_up else ())
+
+    def is_news(self, failure: Failure) -> bool:
+        """Not told in an event before? That the stage is not asked any more is told once, and not for each window."""
+        if failure.reason != self.given_up:
+            return True
+        was_told, self._end_is_told = self._end_is_told, True
+        return not was_told
 
 
 class _Guard:

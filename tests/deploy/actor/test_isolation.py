@@ -375,6 +375,20 @@ def test_a_stage_on_a_side_branch_reports_itself_what_fails_there(build, clock: 
     assert rows(house, "unit_failed") == [told]
 
 
+def test_that_a_side_branch_goes_on_without_a_camera_is_told_once(build, clock: ManualClock):
+    house = build({"counter": Picky("door"), "events": Notes()}, (COUNTED, ASIDE))
+    for name, fields in (("counter", {"is_aside": True}), ("events", {})):
+        house.runners[name].open_session(house.plan(name, session_of("door", paced=True), ends_windows=False, **fields))
+        house.runners[name].begin_session(DOOR, 0)
+    for index in range(8):
+        house.take(heard(DOOR, index), COUNTED)
+        house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
+    house.settle()
+    raised = [(index, f"ValueError: no such picture: {index}") for index in range(3)]
+    given_up = (3, "stage counter failed three times in a row: ValueError: no such picture: 2")
+    assert [(row["window"], row["reason"]) for row in rows(house, "unit_failed")] == [*raised, given_up]
+
+
 def test_a_side_branch_that_always_fails_is_not_among_what_ends_a_session(build, clock: ManualClock):
     house = build({"counter": Picky("door"), "events": Notes()}, (COUNTED, ASIDE))
     runner = house.runners["counter"]

@@ -129,7 +129,9 @@ def test_a_window_with_more_pictures_costs_the_llm_more_where_that_was_measured(
 
 
 def test_the_rate_of_pictures_counts_as_views_do():
-    views = spec("cameras={a: {views: {x: 'test://pattern', y: 'test://pattern'}, fps: 1.5}, b: {source: 'test://pattern?seed=1'}}")
+    views = spec(
+        "cameras={a: {views: {x: 'test://pattern', y: 'test://pattern'}, fps: 1.5}, b: {source: 'test://pattern?seed=1'}}"
+    )
     assert Demand.described(views) == Demand(((4, 1), (1, 1)))
     assert Demand.described(spec("cameras={a: {source: 'test://pattern', fps: 0.1}}")) == Demand(((1, 1),))
 
@@ -141,7 +143,9 @@ def test_the_cameras_with_most_pictures_may_share_a_replica():
 
 
 def test_a_plan_is_for_cameras_like_those_described():
-    described = spec("cameras={a: {views: {x: 'test://pattern?seed=1', y: 'test://pattern?seed=2', z: 'test://pattern?seed=3'}}, b: {source: 'test://pattern?seed=4'}}")
+    described = spec(
+        "cameras={a: {views: {x: 'test://pattern?seed=1', y: 'test://pattern?seed=2', z: 'test://pattern?seed=3'}}, b: {source: 'test://pattern?seed=4'}}"
+    )
     assert [str(Demand.like(described, count)) for count in (1, 2, 3, 5)] == [
         "1 camera with 3 pictures in a window",
         "2 cameras with 4 pictures in a window",
