@@ -17,7 +17,8 @@ from tests.support.specs import load_spec
 
 COST = StageCost(10 * NS_PER_MS, 4 * NS_PER_MS)
 ON_GPU = [f"stages.{stage}.gpus=0.2" for stage in ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")]
-FOUR_VIEWS = "cameras={a: {views: {w: 'test://pattern?seed=1', x: 'test://pattern?seed=2', y: 'test://pattern?seed=3', z: 'test://pattern?seed=4'}}}"
+VIEWS = ", ".join(f"{name}: 'test://pattern'" for name in "wxyz")
+FOUR_VIEWS = f"cameras={{a: {{views: {{{VIEWS}}}}}}}"
 
 
 def spec(*overrides: str) -> PipelineSpec:
@@ -130,7 +131,7 @@ def test_a_window_with_more_pictures_costs_the_llm_more_where_that_was_measured(
 
 def test_the_rate_of_pictures_counts_as_views_do():
     views = spec(
-        "cameras={a: {views: {x: 'test://pattern', y: 'test://pattern'}, fps: 1.5}, b: {source: 'test://pattern?seed=1'}}"
+        "cameras={a: {views: {x: 'test://pattern', y: 'test://pattern'}, fps: 1.5}, b: {source: 'test://pattern'}}"
     )
     assert Demand.described(views) == Demand(((4, 1), (1, 1)))
     assert Demand.described(spec("cameras={a: {source: 'test://pattern', fps: 0.1}}")) == Demand(((1, 1),))
@@ -143,9 +144,8 @@ def test_the_cameras_with_most_pictures_may_share_a_replica():
 
 
 def test_a_plan_is_for_cameras_like_those_described():
-    described = spec(
-        "cameras={a: {views: {x: 'test://pattern?seed=1', y: 'test://pattern?seed=2', z: 'test://pattern?seed=3'}}, b: {source: 'test://pattern?seed=4'}}"
-    )
+    three = ", ".join(f"{name}: 'test://pattern'" for name in "xyz")
+    described = spec(f"cameras={{a: {{views: {{{three}}}}}, b: {{source: 'test://pattern'}}}}")
     assert [str(Demand.like(described, count)) for count in (1, 2, 3, 5)] == [
         "1 camera with 3 pictures in a window",
         "2 cameras with 4 pictures in a window",
