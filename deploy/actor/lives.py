@@ -178,8 +178,11 @@ class Lives:
     def _resume(self, state: OpenSession, listener: Listener) -> None:
         """Numbers of chunks leave room for those of the replica that has died."""
         index = state.session.begin_index
-        if state.sink is not None and state.control:  # those since then come to their end here
-            index = state.sink.num_windows = min(listener.ack.num_windows, index)
+        if state.sink is not None:
+            state.sink.num_windows = min(listener.ack.num_windows, index)
+            state.sink.num_late = state.plan.num_late
+            if state.control:  # those since then come to their end here
+                index = state.sink.num_windows
         if state.join is not None:
             state.join.begin_at(index, state.now_ns())
         state.num_units = index

@@ -60,6 +60,7 @@ class SessionPlan:
     ends_windows:   its windows end here. upstream: the streams that windows have passed before, other than sources'.
     is_aside:       no window ends behind it, as on a side branch: it reports itself what fails here.
     resume_from:    where it takes the place of a replica that has died: what is known of the listener.
+    num_late:       of the windows that had come to their end there, as far as was reported.
     removed_views:  that were taken away from it, which nobody behind may have heard of since.
     held:           edges at whose other end it is not open now; nothing is sent there before it is (`reroute`).
     alone_for:      so many of its units go without others, since an actor died of one of several (actor/suspects.py).
@@ -79,6 +80,7 @@ class SessionPlan:
     upstream: tuple[str, ...] = ()
     is_aside: bool = False
     resume_from: Listener | None = None
+    num_late: int = 0
     removed_views: tuple[str, ...] = ()
     held: frozenset[str] = frozenset()
     alone_for: int = 0

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from deploy.actor.accounts import EdgeEnds
 from deploy.actor.clock import NodeClocks
 from deploy.actor.plan import ActorPlan, Address, Report
-from deploy.actor.session_plan import StageSnapshot
+from deploy.actor.session_plan import SessionSnapshot, StageSnapshot
 from deploy.actor.suspects import Work
 from deploy.control.calls import CoordinatorError, Line, Reply, Transport
 from deploy.control.placement import Process
@@ -134,13 +134,13 @@ class Fleet:
                 living.asked = None
         return ends
 
-    def num_windows(self, living: Living, placement: Placement) -> int:
-        """How many windows of a session have come to their end there, as was reported last."""
+    def at_end(self, living: Living, placement: Placement) -> SessionSnapshot:
+        """How many windows of a session have come to their end there, and how many late, as was reported last."""
         stages = self.snapshots.get(living.process.name, {}) if living.reported_at > placement.since else {}
         seen = [
             stage.sessions[placement.session.id] for stage in stages.values() if placement.session.id in stage.sessions
         ]
-        return max((each.num_windows for each in seen), default=0)
+        return max(seen, key=lambda each: each.num_windows, default=SessionSnapshot(0, 0))
 
     def has_ended(self, placement: Placement) -> bool:
         """Has everybody reported, of a time when the session was open, that it is not any more? What is down and comes

@@ -31,7 +31,7 @@ from stages.session import Session
 class Resumption:
     """A session that is resumed, as the same incarnation, and per stage the replica where it is from now on.
 
-    num_windows: that have come to their end, as was last reported; since then it may be more.
+    num_windows, num_late: that have come to their end, and late, as was last reported; since then it may be more.
     removed_views: of which those behind a source may not have heard.
     """
 
@@ -40,6 +40,7 @@ class Resumption:
     incarnation: int
     num_windows: int = 0
     removed_views: tuple[str, ...] = ()
+    num_late: int = 0
 
 
 class Replicas(Protocol):
@@ -69,7 +70,8 @@ def reopen(
         here = (stage for stage in stages if stage in passed)
         plans = {name: session_plan(spec, name, each.session, each.replicas, each.incarnation) for name in here}
         plans = {
-            name: replace(plan, resume_from=listener, removed_views=each.removed_views) for name, plan in plans.items()
+            name: replace(plan, resume_from=listener, removed_views=each.removed_views, num_late=each.num_late)
+            for name, plan in plans.items()
         }
         opened.append(replicas.resume(each, plans))
     yield opened

@@ -121,7 +121,9 @@ class Restarts:
         if not all(placement.session.paced for placement in tools.table.placements.values()):
             raise error
         for placement in tools.table.at(process):
-            placement.num_windows = max(placement.num_windows, tools.fleet.num_windows(living, placement))
+            seen = tools.fleet.at_end(living, placement)
+            placement.num_windows = max(placement.num_windows, seen.num_windows)
+            placement.num_late = max(placement.num_late, seen.num_late)
         tools.fleet.remove(living)  # it is as good as dead, and what it noted outlives it
         work = tools.fleet.work_of(living, tools.plan(process).directory)
         self._bury(living)
@@ -275,7 +277,8 @@ class Restarts:
         resume_ns = round(self._tools.now_s() * NS_PER_S) - placement.origin_ns
         session = replace(placement.session, resume_ns=resume_ns)
         removed = tuple(sorted(placement.removed_views))
-        return Resumption(session, placement.replicas, placement.incarnation, placement.num_windows, removed)
+        windows, late = placement.num_windows, placement.num_late
+        return Resumption(session, placement.replicas, placement.incarnation, windows, removed, late)
 
     def announce(self, placement: Placement, kind: str, attrs: dict[str, Scalar]) -> None:
         """Let an event of a session be written."""

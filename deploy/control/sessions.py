@@ -34,7 +34,7 @@ class Placement:
     opened: stages that were asked to open it. is_open: all have.
     absent: stages at which it is open nowhere, since its replica has died. in_hand: those for which somebody is looking
     for another one.
-    num_windows: that have come to their end, as was reported last. removed_views: their names.
+    num_windows, num_late: that have come to their end, and late, as was reported last. removed_views: their names.
     since: only reports that were asked for later know all of it. is_ending: its sources were asked to stop.
     is_given_up: a stage has failed at it too often. given_up: by stage on a side branch that its data kill, the reason:
     the session goes on without it.
@@ -50,6 +50,7 @@ class Placement:
     absent: set[str] = field(default_factory=set)
     in_hand: set[str] = field(default_factory=set)
     num_windows: int = 0
+    num_late: int = 0
     removed_views: set[str] = field(default_factory=set)
     since: int = 0
     is_ending: bool = False

@@ -51,6 +51,7 @@ class FakeActor:
         self.node, self.calls, self.stages, self.clock = node, calls, stages, clock
         self.sessions: set[SessionId] = set()
         self.ends: dict[str, EdgeEnds] = {}
+        self.at_end = SessionSnapshot(0, 0)  # of each of its sessions
         self.is_dead = self.is_stopped = False
         self.is_up = True
         self.full_at = self.faulty_at = ""
@@ -74,7 +75,7 @@ class FakeActor:
             case "report" if self.faulty_at == "report":
                 return Answer(error=KeyError("a fault"))
             case "report":
-                seen = dict.fromkeys(self.sessions, SessionSnapshot(0, 0))
+                seen = dict.fromkeys(self.sessions, self.at_end)
                 return Answer(Report(dict.fromkeys(self.stages, self._snapshot(seen)), self.ends))
             case "listener":
                 return Answer(HEARD)

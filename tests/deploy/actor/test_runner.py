@@ -7,7 +7,7 @@ import pytest
 
 from deploy.actor.afterword import UNSAID
 from deploy.actor.runner import StageRunner
-from deploy.actor.session_plan import Listener
+from deploy.actor.session_plan import Listener, SessionSnapshot
 from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival, Sender, SilentObserver
@@ -280,6 +280,20 @@ def test_a_session_goes_on_with_the_window_that_it_is_in(build, clock: ManualClo
     assert house.account(SOUND).dropped["late"] == 1
     (chunk, *_) = house.arrivals(2)
     assert chunk.epoch == 2, "what was said before the last barge-in stays stale"
+
+
+@pytest.mark.parametrize("edges", [(SPOKEN, NOTED), (SPOKEN, NOTED, PLAYED)])
+def test_where_windows_end_those_before_are_counted_with_those_that_were_late(
+    build, clock: ManualClock, edges: tuple[str, ...]
+):
+    house = build({"speaker": Ear(), "events": Notes()}, edges)
+    clock.advance(9.4)
+    ended = Listener(Ack(0, num_windows=7), 0)
+    session = session_of("door", paced=True, resume_ns=clock.monotonic_ns())
+    runner = house.runners["speaker"]
+    runner.open_session(house.plan("speaker", session, resume_from=ended, num_late=3))
+    runner.begin_session(DOOR, 0)
+    assert runner.snapshot().sessions[DOOR] == SessionSnapshot(num_windows=7, num_late=3)
 
 
 def test_it_knows_the_listener_as_the_others_do(build, clock: ManualClock):

@@ -7,7 +7,7 @@ import pytest
 
 from deploy.actor.accounts import EdgeEnds
 from deploy.actor.clock import clock_ahead_ns
-from deploy.actor.session_plan import SessionPlan
+from deploy.actor.session_plan import SessionPlan, SessionSnapshot
 from deploy.control.coordinator import Coordinator, CoordinatorError
 from deploy.control.sessions import DECODER_START_NS, FIRST_WINDOW_NS, HEAD_START_NS
 from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
@@ -217,6 +217,22 @@ def test_sessions_of_a_dead_replica_go_on_at_another_one(coordinator: Coordinato
     assert buried["vision_encoder"] == [("vision_encoder.image->llm.image", 0)]
     assert (cluster.peers, coordinator.problem) == (["llm.0-1"], "llm.0 started again after it has died")
     assert not of(cluster.calls, "reconnect"), "nobody sends there until it is up"
+
+
+def test_what_has_come_late_where_windows_end_is_known_however_often_that_dies(
+    coordinator: Coordinator, cluster: FakeCluster
+):
+    coordinator.open_sessions(sessions("a"))
+    look(coordinator)
+    late: list[int] = []
+    for seen in (SessionSnapshot(52, 8), SessionSnapshot(0, 0), SessionSnapshot(70, 11)):
+        cluster.actors["io.0"].at_end = seen
+        look(coordinator)
+        cluster.actors["io.0"].is_dead = True
+        cluster.calls.clear()
+        settle(coordinator, cluster)
+        late += [what[0].num_late for _, stage, what in of(cluster.calls, "resume_session") if stage == "speaker"]
+    assert late == [8, 8, 11]
 
 
 def test_one_that_takes_the_place_of_a_dead_one_is_sent_to_once_its_sessions_are_open(
