@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import Final
 
 from graph.secret import mask_urls
 
@@ -28,6 +29,14 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         return repr(clipped(mask_urls(value), 120))
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_text(value: str) -> bool:
+    """False for half of a character, which UTF-8 can't hold: Python's way to keep a byte that is no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+NOT_UTF_8: Final = "it holds a byte that is no UTF-8 (shown as \\udc…)"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ from ruamel.yaml.reader import ReaderError
 from graph.errors import Problem, SpecError
 from graph.reference import resolve
 from graph.secret import mask_urls
-from graph.wording import clipped
+from graph.wording import NOT_UTF_8, clipped, is_text
 
 MAX_BYTES: Final = 1 << 20
 MAX_VALUES: Final = 10_000
@@ -149,6 +149,9 @@ def apply_override(document: Document, assignment: str, environment: Mapping[str
     path = dotted_path.strip().split(".")
     if not equals or "" in path:
         document.problems.append((place, "must be section.name=value, like stages.llm.gpus=1"))
+        return
+    if not is_text(assignment):
+        document.problems.append((place, NOT_UTF_8))
         return
     try:
         value = read_yaml(text, place.label, environment)
@@ -268,7 +271,7 @@ class _Reader:
         self._document.problems.append((place, message))
 
     def _key(self, event: Any, path: KeyPath) -> str:
-        if not isinstance(event, ScalarEvent) or not _is_text(event.value):
+        if not isinstance(event, ScalarEvent) or not is_text(event.value):
             self.give_up(event.start_mark, "a key must be text")
         if event.value == "<<":
             self.give_up(event.start_mark, "merge keys ('<<') are not read; write the keys out")
@@ -283,7 +286,7 @@ class _Reader:
         return _CONSTANTS[event.value]
 
     def _text(self, event: Any) -> object:
-        if not _is_text(str(event.value)):
+        if not is_text(str(event.value)):
             self.note(event.start_mark, "half of a character (a surrogate, \\ud800 to \\udfff) is no text")
             return Unreadable()
         try:
@@ -301,11 +304,6 @@ def _own_errors(events: Iterator[Event]) -> Iterator[Event]:
         raise
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, AttributeError) as error:
         raise YAMLError(f"the parser can't read it ({type(error).__name__})") from error
-
-
-def _is_text(value: str) -> bool:
-    """False for half of a character, which UTF-8 can't hold and no message could show."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _number(text: str) -> int | float | None:

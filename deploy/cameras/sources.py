@@ -15,6 +15,7 @@ from graph.errors import GraphError
 from graph.secret import Secret, mask_urls
 from graph.sections import CameraSpec
 from graph.spec import PipelineSpec
+from graph.wording import NOT_UTF_8, is_text
 from stages.media.reader import (
     Ended,
     Failed,
@@ -239,6 +240,9 @@ def parse_cameras(texts: Sequence[str], option: str = "--camera ") -> dict[str, 
         if not equals or not name or not source:
             told = f"{option}{mask_urls(text)}: expected name=source"
             raise SourceError(f"{told}, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
+        if not is_text(text):
+            what = f"{NOT_UTF_8}: rename the file, or make a link to it with another name (ln -s)"
+            raise SourceError(f"{option}{mask_urls(text)}: {what}")
         if name in cameras:
             raise SourceError(f"{option}{mask_urls(name)}: given twice")
         cameras[name] = source

@@ -27,7 +27,7 @@ PART_CHARS: Final = 1000  # in UTF-8 no more than a pipe takes that has room, PI
 
 def prepare_standard_files() -> None:
     """Call first of all. A standard file that is closed becomes /dev/null, so that no socket takes its number; what an
-    encoding lacks is written as `?`."""
+    encoding lacks is written as `?` on stdout, and as `\\u95e8` in what is told."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -36,9 +36,9 @@ def prepare_standard_files() -> None:
     sys.stdin = sys.stdin or _opened(0)
     sys.stdout = sys.stdout or _opened(1)
     sys.stderr = sys.stderr or _opened(2)
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
 
 
 def flush_standard_output() -> None:
@@ -128,7 +128,7 @@ class Teller:
             if dropped := self._num_dropped:
                 self._num_dropped -= dropped
                 line = f"({dropped} lines were dropped here: nobody took them)\n{line}"
-            self._write(line.encode(self._encoding, "replace") + b"\n")
+            self._write(line.encode(self._encoding, "backslashreplace") + b"\n")
 
     def _write(self, text: bytes) -> None:
         """The rest of a line that can't be written is lost; the next one is tried again."""

@@ -160,6 +160,25 @@ def test_a_name_that_the_locale_can_not_write_is_told_with_what_can(project: Pat
     assert "LC_ALL=C.UTF-8" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "beginning", "instead"),
+    [
+        (["up", "--camera", "a=test://pattern", "--camera", "b=caf\udce9.mp4"], "--camera b=caf\\udce9.mp4: ", "ln -s"),
+        (["camera", "add", "b=caf\udce9.mp4"], "b=caf\\udce9.mp4: ", "ln -s"),
+        (["validate", "--set", "cameras.yard.source=caf\udce9.mp4"], "--set cameras.yard.source=caf\\udce9.mp4: ", ""),
+        (["validate", "--set", "caf\udce9=3"], "--set caf\\udce9=3: ", ""),
+    ],
+)
+def test_a_name_that_is_no_utf_8_is_told_with_where_it_stands(
+    project: Path, arguments: list[str], beginning: str, instead: str
+):
+    result = pipeline(project, *arguments)
+    assert result.returncode == 2
+    assert (
+        result.stderr.startswith(f"pipeline: {beginning}it holds a byte that is no UTF-8") and instead in result.stderr
+    )
+
+
 def test_a_reader_that_has_read_enough_is_no_news(project: Path):
     script = f'"{PIPELINE}" validate | head -1'
     result = subprocess.run(["sh", "-c", script], cwd=project, capture_output=True, text=True)

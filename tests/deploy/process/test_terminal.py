@@ -79,12 +79,12 @@ def test_a_pipe_that_does_not_wait_gets_every_line():
     assert [line.rstrip("x") for line in got.decode().splitlines()] == [str(number) for number in range(20)]
 
 
-def test_what_an_encoding_lacks_is_a_question_mark():
+def test_what_an_encoding_lacks_is_told_by_its_number():
     reading, writing = os.pipe()
     with Teller(writing, "ascii") as teller:
         teller.tell("门 \udcff")
     os.close(writing)
-    assert read_all(reading) == "? ?\n"
+    assert read_all(reading) == "\\u95e8 \\udcff\n"
 
 
 CLOSED = """
