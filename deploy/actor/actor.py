@@ -59,7 +59,7 @@ class Actor:
         self._address = Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung when there is some
-        self._failure: str | None = None
+        self._failure: str | None = None  # without the name, which the caller adds
         self._edges: dict[str, EdgeMetrics] = {}
         self._gauges_at = 0.0
         self._stopping = threading.Event()
@@ -119,16 +119,16 @@ class Actor:
             self._ends = Ends(self._plan, self._bus, _node_ip(), self._observe)
             self._commands = Commands(self._address, self._ends, self._build)
         except OSError as error:
-            self._failure = f"{self._plan.name}: {error}"
+            self._failure = str(error)
             return
         try:
             while not self._stopping.is_set():
                 self._turn()
-            self._failure = f"{self._plan.name} has stopped"
+            self._failure = "it has stopped"
         except BaseException as error:  # a thread that ends of one says nothing
             lift_memory_limit()
             logging.exception("%s: the loop has failed", self._plan.name)
-            self._failure = f"{self._plan.name}: {type(error).__name__}: {error}"
+            self._failure = f"{type(error).__name__}: {error}"
             self._commands.close_stages()
         self._bus.close()
 

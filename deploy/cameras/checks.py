@@ -112,7 +112,9 @@ def check_only_source(whole: str, described: Mapping[str, object]) -> None:
 def camera_of(cameras: Mapping[str, CameraSpec], name: str, whole: str = "") -> CameraSpec:
     """The open camera of this name. whole: the view that is asked for, with the camera's name. Raises Refused."""
     if name not in cameras:
-        missing = f"{whole}: there is no camera {name}" if whole else f"{name}: there is none of this name"
+        missing = (
+            f"{whole}: there is no camera {name or repr(name)}" if whole else f"{name}: there is none of this name"
+        )
         raise Refused(404, f"camera {missing}; there are: {', '.join(sorted(cameras)) or 'none'}")
     return cameras[name]
 
@@ -121,7 +123,8 @@ def check_spare(whole: str, view: str, camera: CameraSpec) -> None:
     """Raises Refused for a view that is not there, or that the camera can't be without."""
     if not view or view not in camera.sources:
         has = ", ".join(camera.views) or "one source only"
-        raise Refused(404, f"camera {whole}: there is no such view; the camera has: {has}")
+        name = whole.partition("/")[0]
+        raise Refused(404, f"camera {whole}: camera {name} has no view {view or repr(view)}; it has: {has}")
     if len(camera.sources) == 1:
         raise Refused(409, f"camera {whole}: it is the last view; remove the whole camera")
     if camera.has_sound and view == camera.heard:

@@ -195,7 +195,8 @@ class _Run:
                 drain = Deadline(drain_s(self._spec))
                 self._ending = Deadline(drain_s(self._spec) + END_S - DRAIN_S)
                 self._live.close()
-                self._tell("ending: the listener hears what was said; Ctrl-C again ends at once")
+                at_once = "; Ctrl-C again ends at once" if self._interrupts.is_ctrl_c else ""
+                self._tell(f"ending: the listener hears what was said{at_once}")
                 for session in coordinator.sessions:
                     coordinator.end_session(session)
             if drain is not None and drain.is_over:

@@ -240,6 +240,8 @@ def test_down_lets_it_come_to_its_end_and_leaves_nothing(place: Place, url: str)
     assert all(a["accepted"] == a["delivered"] > 0 for edge, a in run.ledger().items() if "->events" in edge)
     assert all(account["in_flight"] == 0 for account in run.ledger().values())
     assert {row["session"] for row in run.rows("windows.jsonl")} >= {"door", "yard", "hall", "attic"}
-    assert "ending: the listener hears what was said" in place.run("logs", "up").stdout
+    said = place.run("logs", "up").stdout
+    assert "ending: the listener hears what was said" in said
+    assert "Ctrl-C" not in said
     assert place.leftovers() == []
     assert place.run("ps").returncode == 1

@@ -396,6 +396,20 @@ def test_a_wrong_view_is_refused(start, name: str, wanted: dict[str, object], st
     assert pipeline.views == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/x", "camera /x: there is no camera ''; there are: door"),
+        ("door/", "camera door/: camera door has no view ''; it has: one source only"),
+        ("porch/x", "camera porch/x: there is no camera porch; there are: door"),
+        ("porch", "camera porch: there is none of this name; there are: door"),
+    ],
+)
+def test_what_is_not_there_is_not_removed_and_told_by_its_name(start, name: str, told: str):
+    error = refusal(lambda: start().live.remove(name))
+    assert (error.status, str(error)) == (404, told)
+
+
 def test_a_view_without_which_the_camera_is_nothing_stays(start):
     pipeline = start()
     pipeline.live.add("porch", {"views": {"front": "test://pattern", "back": "test://pattern?seed=2"}})
@@ -405,7 +419,7 @@ def test_a_view_without_which_the_camera_is_nothing_stays(start):
     error = refusal(lambda: pipeline.live.remove("porch/front"))
     assert error.status == 409 and "it is the last view" in str(error)
     error = refusal(lambda: pipeline.live.remove("porch/back"))
-    assert (error.status, str(error)) == (404, "camera porch/back: there is no such view; the camera has: front")
+    assert (error.status, str(error)) == (404, "camera porch/back: camera porch has no view back; it has: front")
 
 
 def test_more_views_than_an_edge_has_credit_for_are_refused(start):
