@@ -20,16 +20,21 @@ camera = typer.Typer(no_args_is_help=True, help="Add cameras to the running pipe
 
 @clear_errors()
 def down(timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end.")] = 20.0) -> None:
-    """Stop the pipeline of this folder, running or starting, and wait until everything of it is gone."""
+    """Stop the pipeline of this folder, running or starting, and wait until everything of it is gone; of one that was
+    killed, end what it has left."""
     import contextlib
     import os
     import signal
     import time
 
+    from deploy.run.leftovers import end_left
     from deploy.run.state import StateFolder
 
     state = StateFolder(Path.cwd())
     if (pid := state.holder()) is None:
+        if num_left := end_left(state):
+            tell(f"ended what a killed pipeline of this folder had left (processes of Ray: {num_left})")
+            return
         fail(NOTHING_RUNS, EXIT_RUNTIME)
     if pid == 0:
         fail("the pipeline of this folder runs in another container; stop it there", EXIT_RUNTIME)
@@ -207,9 +212,12 @@ def is_ready(url: str) -> bool:
 
 def _running() -> Running:
     """What runs in this folder, or the end."""
+    from deploy.run.leftovers import left_running
     from deploy.run.state import StateFolder
 
-    running = StateFolder(Path.cwd()).read()
+    state = StateFolder(Path.cwd())
+    running = state.read()
     if running is None:
-        fail(NOTHING_RUNS, EXIT_RUNTIME)
+        left = "; a killed one has left processes of Ray, which `pipeline down` ends" if left_running(state) else ""
+        fail(NOTHING_RUNS + left, EXIT_RUNTIME)
     return running

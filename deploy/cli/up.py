@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from deploy.cli.common import EXIT_INTERRUPTED, EXIT_RUNTIME, clear_errors, load, usage
-from deploy.process.terminal import Teller
+from deploy.process.terminal import Teller, tell
 from graph.chunk import NS_PER_S
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class UpArguments:
 def run_in_foreground(arguments: UpArguments) -> None:
     """Check, run, and say how it ended. Raises typer.Exit."""
     from deploy.cameras.sources import check_sources, parse_cameras
+    from deploy.run.leftovers import end_left
+    from deploy.run.state import StateFolder
     from deploy.run.up import UpError, UpOptions, run_up
 
     with clear_errors():
@@ -60,6 +62,8 @@ def run_in_foreground(arguments: UpArguments) -> None:
             check_sources(spec, paced=speed == "real")
         out = None if arguments.out is None else Path(arguments.out)
         options = UpOptions(duration_ns, out, speed == "real", actions, arguments.address, wait_for_cameras_s=wait_s)
+        if num_left := end_left(StateFolder(Path.cwd())):
+            tell(f"ended what a killed pipeline of this folder had left (processes of Ray: {num_left})")
         with Teller() as teller:
             outcome = run_up(spec, options, teller.tell)
             for line in _summary(outcome, every_edge=arguments.ledger):
