@@ -346,7 +346,8 @@ class Feed:
     def _is_to_end(self, now_ns: int) -> bool:
         """All has come up to where it is to stop, or nothing more is waited for."""
         may_miss = self._session.paced and (self._live or self.times.stop_ns is not None)
-        return self.times.have_reached_stop or (may_miss and now_ns >= self.times.limit_ns + self._session.lateness_ns)
+        under_way_ns = self._session.lateness_ns if self._reader is not None else 0  # of a lost camera nothing is
+        return self.times.have_reached_stop or (may_miss and now_ns >= self.times.limit_ns + under_way_ns)
 
     def _end_at_limit(self) -> None:
         """End where it was stopped, or the time that was asked for is over."""

@@ -240,6 +240,16 @@ def test_that_a_film_has_ended_is_said_when_its_time_has_come_and_not_when_it_is
     assert end_notices(door.until(2.0, start_s=2.0)) == [(2, "it is at its end")]
 
 
+def test_a_stopped_live_camera_that_is_lost_is_not_waited_for():
+    door = Door(FakeMedia(*(FakeReader(GONE, live=True) for _ in range(9))), lateness_ns=20 * NS_PER_S)
+    door.until(1.4)
+    for stage in (door.camera, door.microphone):
+        stage.end(DOOR, round(1.4 * NS_PER_S))
+    said = door.until(2.2, start_s=1.5)
+    assert ends(said) == {CAMERA: [2 * NS_PER_S], "sound": [2 * NS_PER_S]}
+    assert door.finished == (True, True)
+
+
 def test_a_closed_session_leaves_no_reader_behind():
     reader = FakeReader(*seconds(0, 1))
     door = Door(FakeMedia(reader))
