@@ -201,7 +201,7 @@ class _Run:
                     coordinator.end_session(session)
             if drain is not None and drain.is_over:
                 break
-            left = coordinator.behind
+            left = coordinator.behind if self._options.paced else ()  # in virtual time nothing is too late
             behind = (behind or Deadline(drain_s(self._spec))) if left else None
             if behind is not None and behind.is_over and drain is None:
                 late = ", ".join(sorted(left))
