@@ -15,7 +15,7 @@ def test_the_package_has_what_reading_a_source_takes(name: str) -> None:
 
 
 def test_a_name_that_is_not_there_is_an_error_as_in_any_module() -> None:
-    with pytest.raises(AttributeError, match="module 'stages.media' has no attribute 'Nope'"):
+    with pytest.raises(AttributeError, match=r"module 'stages\.media' has no attribute 'Nope'"):
         stages.media.Nope  # noqa: B018
 
 
