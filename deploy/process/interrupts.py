@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -58,6 +59,8 @@ class Interrupts:
         if self._before[signal.SIGHUP] is signal.SIG_IGN:  # under nohup: the terminal may go
             del self._before[signal.SIGHUP]
         self.listen()
+        self._hook_before = sys.unraisablehook
+        sys.unraisablehook = self._on_swallowed
         return self
 
     def listen(self) -> None:
@@ -70,6 +73,7 @@ class Interrupts:
 
         A process that was asked to end is about to: another signal does nothing any more.
         """
+        sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             signal.signal(number, _do_nothing if self.count else handler)
         if error is not None and not isinstance(error, Interrupted):
@@ -92,14 +96,27 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-            # Its callbacks swallow what is raised in them: once more, a moment later.
-            threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+            _send_again(number)  # its callbacks swallow what is raised in them
             return
         self._first = self._first or number
         self.count += 1  # no Event: its lock may be held by the thread which the signal interrupts
         if self.count > 1 or not self.graceful:
             self.ignore()
             raise Interrupted(self._first)
+
+    def _on_swallowed(self, told: sys.UnraisableHookArgs) -> None:
+        """What was raised where nothing may be, such as in the callback of a weak reference, comes once more."""
+        if not isinstance(told.exc_value, Interrupted):
+            self._hook_before(told)
+            return
+        self.count -= 1
+        self.listen()
+        _send_again(told.exc_value.number)
+
+
+def _send_again(number: int) -> None:
+    """A moment later."""
+    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:

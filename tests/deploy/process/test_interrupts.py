@@ -2,8 +2,10 @@
 
 import ctypes
 import signal
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -41,6 +43,35 @@ def test_where_it_would_be_swallowed_it_is_raised_a_moment_later():
         with pytest.raises(KeyboardInterrupt):
             time.sleep(60)
     assert interrupts.count == 1
+
+
+def test_what_the_callback_of_a_weak_reference_swallows_is_raised_a_moment_later_without_a_word(
+    capfd: pytest.CaptureFixture[str],
+):
+    class Handler:
+        pass
+
+    with Interrupts() as interrupts:
+        handler = Handler()
+        reference = weakref.ref(handler, lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            del handler
+            time.sleep(60)
+    assert (interrupts.count, reference()) == (1, None)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_could_not_raise_is_told_as_before(monkeypatch: pytest.MonkeyPatch):
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("gone")
+
+    with Interrupts():
+        del (broken := [Broken()])[0]
+    assert [str(error) for error in told] == ["gone"] and broken == []
 
 
 def test_while_sessions_run_the_first_is_counted_and_the_second_raised():
