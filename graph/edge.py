@@ -106,6 +106,7 @@ class Lane:
     waits: bool
     incarnation: int
     is_held: bool = False  # at the other end the session is not open
+    is_over: bool = False  # … any more: what has come there since was dropped
     waiting: deque[tuple[Chunk, int]] = field(default_factory=deque)  # (chunk, queued at, monotonic ns)
     num_data: int = 0
 
@@ -159,7 +160,7 @@ class Sender:
         for chunk, _ in lane.waiting:
             if not chunk.is_control:
                 self._drop("closed")
-        if lane.credit.in_flight and not self._is_down:
+        if lane.credit.in_flight and not (lane.is_over or self._is_down):
             self._left[session, lane.incarnation] = lane.credit
             for oldest in list(self._left)[:-MAX_LEFT]:
                 del self._left[oldest]
@@ -279,9 +280,11 @@ class Sender:
         for session, incarnation, grant in () if self._is_down else self._link.grants():
             lane = self._lanes.get(session)
             if lane is not None and lane.incarnation == incarnation:
-                if grant != ALL:  # its end has come there and is to come here
-                    lane.credit.grant(grant)
-                    granted.append(lane)
+                if grant == ALL:
+                    lane.is_over = True
+                    continue
+                lane.credit.grant(grant)
+                granted.append(lane)
             elif (left := self._left.get((session, incarnation))) is not None:
                 left.grant(grant)
                 if left.in_flight <= 0:

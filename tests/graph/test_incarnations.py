@@ -131,6 +131,19 @@ def test_what_comes_when_the_session_is_closed_there_is_done_with_and_not_lost_l
     assert edge.sender.account().dropped["crash"] == 3, "these it had taken, and not settled"
 
 
+def test_what_comes_after_the_end_there_is_done_with_though_the_end_here_comes_later() -> None:
+    edge = Edge()
+    edge.open(1)
+    edge.receiver.close_session(DOOR)
+    edge.sender.send(piece(0))
+    assert edge.take() == []
+    edge.sender.flush()
+    edge.sender.close_session(DOOR)
+    edge.sender.bury()
+    assert dict(edge.sender.account().dropped)["crash"] == 0
+    assert edge.account.dropped["closed"] == 1
+
+
 def test_a_replica_that_dies_after_a_name_came_again_loses_what_it_held_and_never_less_than_nothing() -> None:
     edge = Edge()
     edge.open(1)
