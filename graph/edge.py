@@ -32,8 +32,8 @@ from graph.ledger import Account, Ledger, Reason
 from graph.value import value
 
 MAX_SESSIONS = 256  # sizes the sockets' high-water marks, together with the edge's limit
-ALL = Grant(1 << 48, 1 << 48)  # there is nothing left of a session that is closed
-MAX_LEFT = 256  # closed sessions of which the other end has something; of others it counts as delivered
+ALL = Grant(1 << 48, 1 << 48)  # for all that was ever sent: the session is closed at the receiver, which keeps nothing
+MAX_LEFT = 256  # closed sessions whose chunks in flight a sender remembers; those of older ones count as delivered
 CONTROL_PER_CHUNK = 2  # watermarks that may stand beside a data chunk
 
 NowNs = Callable[[], int]
@@ -105,8 +105,8 @@ class Lane:
     credit: SendCredit
     waits: bool
     incarnation: int
-    is_held: bool = False  # at the other end the session is not open
-    is_over: bool = False  # … any more: what has come there since was dropped
+    is_held: bool = False  # at the other end the session is not open yet: nothing is sent
+    is_over: bool = False  # at the other end the session is closed already: what comes there is dropped, and done with
     waiting: deque[tuple[Chunk, int]] = field(default_factory=deque)  # (chunk, queued at, monotonic ns)
     num_data: int = 0
 

@@ -362,28 +362,27 @@ def test_a_stage_beside_the_way_ends_no_window(build):
     assert [row["index"] for row in rows(house, "window")] == [0, 1, 2]
 
 
-def test_a_stage_on_a_side_branch_reports_itself_what_fails_there(build, clock: ManualClock):
-    house = build({"counter": Picky("door", at=1, until=2), "events": Notes()}, (COUNTED, ASIDE))
+def aside(build, counter: Stage, num_windows: int) -> House:
+    """A stage on a side branch that has come through its windows, and the events behind it."""
+    house = build({"counter": counter, "events": Notes()}, (COUNTED, ASIDE))
     for name, fields in (("counter", {"is_aside": True}), ("events", {})):
         house.runners[name].open_session(house.plan(name, session_of("door", paced=True), ends_windows=False, **fields))
         house.runners[name].begin_session(DOOR, 0)
-    for index in range(3):
+    for index in range(num_windows):
         house.take(heard(DOOR, index), COUNTED)
         house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
     house.settle()
+    return house
+
+
+def test_a_stage_on_a_side_branch_reports_itself_what_fails_there(build, clock: ManualClock):
+    house = aside(build, Picky("door", at=1, until=2), num_windows=3)
     told = {"type": "unit_failed", "window": 1, "stage": "counter", "reason": "ValueError: no such picture: 1"}
     assert rows(house, "unit_failed") == [told]
 
 
 def test_that_a_side_branch_goes_on_without_a_camera_is_told_once(build, clock: ManualClock):
-    house = build({"counter": Picky("door"), "events": Notes()}, (COUNTED, ASIDE))
-    for name, fields in (("counter", {"is_aside": True}), ("events", {})):
-        house.runners[name].open_session(house.plan(name, session_of("door", paced=True), ends_windows=False, **fields))
-        house.runners[name].begin_session(DOOR, 0)
-    for index in range(8):
-        house.take(heard(DOOR, index), COUNTED)
-        house.take(watermark(DOOR, MIC, (index + 1) * NS_PER_S), COUNTED)
-    house.settle()
+    house = aside(build, Picky("door"), num_windows=8)
     raised = [(index, f"ValueError: no such picture: {index}") for index in range(3)]
     given_up = (3, "stage counter failed three times in a row: ValueError: no such picture: 2")
     assert [(row["window"], row["reason"]) for row in rows(house, "unit_failed")] == [*raised, given_up]
