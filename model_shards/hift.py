@@ -121,12 +121,18 @@ class Source(nn.Module):
         self.config = config
         self.l_linear = nn.Linear(config.nb_harmonics + 1, 1)
 
+    def weigh(self, harmonics: Tensor) -> Tensor:
+        """(…, harmonics), each by its weight: (…)."""
+        return harmonics @ self.l_linear.weight[0]
+
     def mix(self, f0: Tensor, sines: Tensor, noise: Tensor) -> Tensor:
-        """f0 (batch, samples), sines and noise (batch, samples, harmonics): (batch, samples), in (-1, 1)."""
+        """f0 (batch, frames), sines and noise (batch, samples) of which all harmonics are weighed: (batch, samples) in
+        (-1, 1)."""
         c = self.config
         voiced = (f0 > c.nsf_voiced_threshold).to(f0.dtype)[..., None]
         level = voiced * c.nsf_sigma + (1 - voiced) * c.nsf_alpha / 3
-        return torch.tanh(self.l_linear(sines * c.nsf_alpha * voiced + level * noise)).squeeze(-1)
+        sines, noise = (x.unflatten(1, (f0.shape[1], -1)) for x in (sines, noise))
+        return torch.tanh(sines * (c.nsf_alpha * voiced) + level * noise + self.l_linear.bias).flatten(1)
 
 
 class HiftDecoder(nn.Module):
@@ -204,7 +210,7 @@ class HiftGenerator(HiftDecoder):
         """Synthesise a batch.
 
         mel:          (batch, mels, frames).
-        noise:        (batch, samples, harmonics), see `draw_noise`; samples = frames * hop.
+        noise:        (batch, samples), see `draw_noise`; samples = frames * hop.
         known_source: (batch, n): takes the place of the first n samples of the source.
         returns:      wave (batch, samples) in [-audio_limit, audio_limit], and its source (batch, samples).
         """
@@ -219,25 +225,36 @@ class HiftGenerator(HiftDecoder):
 
     def source(self, f0: Tensor, noise: Tensor) -> Tensor:
         """Excitation (batch, samples) for F0 (batch, frames) in Hz. The phase starts at zero."""
-        harmonics = torch.arange(1, self.config.nb_harmonics + 2, device=f0.device, dtype=f0.dtype)
-        turns = (f0[..., None] * harmonics / self.config.sampling_rate_hz).remainder(1)
-        phase = turns.cumsum(dim=1) * 2 * math.pi * self.hop  # at the middle of each frame
-        phase = F.interpolate(phase.transpose(1, 2), scale_factor=self.hop, mode="linear").transpose(1, 2)
-        return self.m_source.mix(f0.repeat_interleave(self.hop, dim=1), phase.sin(), noise)
+        return self.m_source.mix(f0, self._sines(f0), noise)
+
+    def _sines(self, f0: Tensor) -> Tensor:
+        """The weighed sum of all harmonics: (batch, samples).
+
+        The phase is that of the fundamental at the middle of each frame, in between on a straight line. The sum takes
+        one sine and one cosine per sample (Clenshaw's recurrence). Harmonics above the sampling rate are not folded as
+        the official ones: no voice has any.
+        """
+        per_frame = f0.double() * (self.hop / self.config.sampling_rate_hz)  # turns
+        middle = F.pad(per_frame.cumsum(dim=1).remainder(1), (1, 0))
+        middle[:, 0] = middle[:, 1]
+        step = F.pad(per_frame[:, 1:], (1, 1))  # none before the first middle, nor behind the last one
+        ramp = torch.arange(self.hop, device=f0.device, dtype=f0.dtype) + (0.5 if self.hop % 2 == 0 else 0.0)
+        turns = middle.to(f0.dtype)[..., None] + step.to(f0.dtype)[..., None] * (ramp / self.hop)
+        start = self.hop - self.hop // 2
+        phase = turns.flatten(1)[:, start : start + f0.shape[1] * self.hop] * (2 * math.pi)
+        twice_cos, later, sum_ = 2 * phase.cos(), torch.zeros_like(phase), torch.zeros_like(phase)
+        for weight in reversed(self.m_source.l_linear.weight[0].unbind()):
+            later, sum_ = sum_, torch.addcmul(weight - later, twice_cos, sum_)
+        return sum_ * phase.sin()
 
     def draw_noise(self, generator: torch.Generator, num_frames: int) -> Tensor:
-        """Noise of one session, (samples, harmonics).
+        """Noise of one session, (samples,).
 
-        The official code draws two more things, which never reach the wave: initial phases, as the phase is read in
-        the middle of a frame, and a noise branch. They are drawn too, so that a seed gives the official speech.
+        The official code draws one normal per harmonic and weighs them. A weighed sum of normals is one normal, as
+        large as the weights are together: here only that one is drawn.
         """
-        num_harmonics, num_samples = self.config.nb_harmonics + 1, num_frames * self.hop
-        device = generator.device
-        torch.rand(1, num_harmonics, generator=generator, device=device)
-        # Transposed, as the official tensor is: torch fills such memory by another sequence of draws.
-        noise = torch.empty(num_harmonics, num_samples, device=device).T.normal_(generator=generator)
-        torch.randn(num_samples, generator=generator, device=device)
-        return noise
+        size = torch.linalg.vector_norm(self.m_source.l_linear.weight)
+        return torch.randn(num_frames * self.hop, generator=generator, device=generator.device) * size
 
     def empty_cache(self) -> HiftCache:
         weight = self.conv_post.bias

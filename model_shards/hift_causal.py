@@ -159,8 +159,8 @@ class CausalHiftGenerator(HiftDecoder):
         harmonics = torch.arange(1, self.config.nb_harmonics + 2, device=f0.device, dtype=f0.dtype)
         increments = (f0[..., None] * harmonics / self.config.sampling_rate_hz).remainder(1)
         turns = (increments.double().cumsum(dim=1) * self.hop + phase[:, None]).remainder(1)
-        sines = (turns * (2 * math.pi)).sin().to(f0.dtype).repeat_interleave(self.hop, dim=1)
-        return self.m_source.mix(f0.repeat_interleave(self.hop, dim=1), sines, noise), turns[:, -1]
+        sines = self.m_source.weigh((turns * (2 * math.pi)).sin().to(f0.dtype)).repeat_interleave(self.hop, dim=1)
+        return self.m_source.mix(f0, sines, self.m_source.weigh(noise)), turns[:, -1]
 
     def draw_noise(self, generator: torch.Generator, num_frames: int) -> Tensor:
         """Noise of one session, (samples, harmonics), uniform in [0, 1) as the official table."""

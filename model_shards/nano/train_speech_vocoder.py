@@ -65,7 +65,7 @@ def vocoder_loss(hift: HiftGenerator, mel: Tensor, f0: Tensor, wave: Tensor) -> 
     """The wave is made with the true pitch; the predictor learns it beside. L1 of the pitch in 100 Hz has its least
     where a frame without voice is given exactly none."""
     noise = torch.randn(*wave.shape, hift.config.nb_harmonics + 1)
-    made = hift.decode(mel, hift.source(f0, noise))
+    made = hift.decode(mel, hift.source(f0, hift.m_source.weigh(noise)))
     spectral = sum((spectral_loss(made, wave, *size) for size in RESOLUTIONS), torch.zeros(())) / len(RESOLUTIONS)
     mel_l1 = F.l1_loss(nano_mel(made.flatten()), nano_mel(wave.flatten()))
     pitch = F.l1_loss(hift.f0_predictor(mel) / 100, f0 / 100)

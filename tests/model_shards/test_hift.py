@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from model_shards.config import HiftConfig
 from model_shards.hift import STANDARD, HiftGenerator, ResBlock, Snake, Source
 from model_shards.hift_causal import CausalHiftGenerator
+from tests.support.vocoder import official_draws
 
 TINY = HiftConfig(base_channels=32, f0_cond_channels=16)
 TINY_CAUSAL = HiftConfig(base_channels=32, f0_cond_channels=16, causal=True)
@@ -99,7 +100,7 @@ def test_the_source_is_harmonics_where_there_is_a_voice_and_noise_elsewhere() ->
     torch.manual_seed(0)
     source = Source(TINY)
     sines, noise = torch.rand(1, 2, 9), torch.randn(1, 2, 9)
-    mixed = source.mix(torch.tensor([[120.0, 5.0]]), sines, noise)
+    mixed = source.mix(torch.tensor([[120.0, 5.0]]), source.weigh(sines), source.weigh(noise))
     voiced = 0.1 * sines[0, 0] + 0.003 * noise[0, 0]
     silent = 0.1 / 3 * noise[0, 1]
     weight, bias = source.l_linear.weight[0], source.l_linear.bias[0]
@@ -116,10 +117,44 @@ def only_first_harmonic(hift: Any) -> Any:
 def test_a_steady_voice_has_its_frequency() -> None:
     """A frame's phase is reached in its middle; beyond the first and the last middle it stands still."""
     hift = only_first_harmonic(small(HiftGenerator, TINY))
-    (wave,) = hift.source(torch.full((1, 25), 100.0), torch.zeros(1, 25 * HOP, 9))
+    (wave,) = hift.source(torch.full((1, 25), 100.0), torch.zeros(1, 25 * HOP))
     angle = 2 * math.pi * 100 * (torch.arange(25 * HOP) + 0.5 + HOP / 2) / 24000
     inner = slice(HOP // 2, -HOP // 2)
     torch.testing.assert_close(wave[inner], torch.tanh(0.1 * torch.sin(angle))[inner], rtol=0, atol=1e-4)
+
+
+def test_the_harmonics_are_those_of_the_official_loop() -> None:
+    """Each harmonic with a phase of its own, as the official code has it, in double."""
+    hift = small(HiftGenerator, TINY)
+    f0 = 80 + 300 * torch.rand(2, 25, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(2, 25 * HOP, dtype=torch.float64)
+    for index, weight in enumerate(hift.m_source.l_linear.weight[0]):
+        phase = (f0.double() * (index + 1) / 24000).cumsum(dim=1) * 2 * math.pi * HOP
+        phase = F.interpolate(phase[:, None], scale_factor=HOP, mode="linear")[:, 0]
+        expected += weight.double() * phase.sin()
+    torch.testing.assert_close(hift._sines(f0).double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("hop", [HOP, 15])
+def test_the_phase_of_a_sample_is_between_those_of_the_middles_of_frames(hop: int) -> None:
+    hift = only_first_harmonic(small(HiftGenerator, TINY))
+    hift.hop = hop
+    f0 = torch.tensor([[100.0, 200.0, 50.0]])
+    middles = (f0 / 24000 * hop).cumsum(dim=1) * 2 * math.pi
+    expected = F.interpolate(middles[None], scale_factor=hop, mode="linear")[0].sin()
+    torch.testing.assert_close(hift._sines(f0), expected, rtol=0, atol=1e-5)
+
+
+def test_one_normal_per_sample_is_as_the_official_normal_per_harmonic() -> None:
+    hift = small(HiftGenerator, TINY)
+    num_samples = 200 * HOP
+    ours = hift.draw_noise(torch.Generator().manual_seed(0), 200)
+    official = hift.m_source.weigh(official_draws(torch.Generator().manual_seed(0), num_samples, 9))
+    assert ours.shape == official.shape == (num_samples,)
+    near = 4 * official.std() / num_samples**0.5  # four standard errors
+    assert abs(ours.mean()) < near and abs(ours.std() - official.std()) < near
+    quantiles = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+    torch.testing.assert_close(ours.quantile(quantiles), official.quantile(quantiles), rtol=0, atol=6 * float(near))
 
 
 def test_a_causal_voice_holds_its_phase_for_a_frame_and_hands_it_on() -> None:

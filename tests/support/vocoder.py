@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from model_shards.config import FlowConfig, HiftConfig, VocoderConfig
+from model_shards.hift import HiftGenerator
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -92,3 +94,27 @@ def with_weights(kind: Callable[[Any], Module], config: Any, weights: Mapping[st
 def below(prefix: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+
+
+def official_draws(generator: torch.Generator, num_samples: int, num_harmonics: int) -> Tensor:
+    """The noise (samples, harmonics) that the official code draws where ours draws the sum of it.
+
+    It draws two more things, which never reach the wave: initial phases, as the phase is read in the middle of a frame,
+    and a noise branch.
+    """
+    torch.rand(1, num_harmonics, generator=generator)
+    # Transposed, as the official tensor is: torch fills such memory by another sequence of draws.
+    noise = torch.empty(num_harmonics, num_samples).T.normal_(generator=generator)
+    torch.randn(num_samples, generator=generator)
+    return noise
+
+
+def with_official_draws(hift: HiftGenerator) -> HiftGenerator:
+    """The generator, whose seeds give the official noise from now on."""
+
+    def draw_noise(generator: torch.Generator, num_frames: int) -> Tensor:
+        num_harmonics = hift.config.nb_harmonics + 1
+        return hift.m_source.weigh(official_draws(generator, num_frames * hift.hop, num_harmonics))
+
+    hift.draw_noise = draw_noise  # type: ignore[method-assign]
+    return hift
