@@ -176,7 +176,7 @@ class HiftConfig:
 
 @dataclass(frozen=True, slots=True)
 class VocoderConfig:
-    """Flow and HiFT; `num_steps` are the Euler steps (10: official package default, 5: official demo).
+    """Flow and HiFT; `num_steps` are the Euler steps (5: the released service; its library takes 10).
 
     silence_code: what a turn begins with. release: the minicpmo-utils whose streaming the flow was trained for; None:
     the one which released the checkpoint's HiFT.
@@ -184,7 +184,7 @@ class VocoderConfig:
 
     flow: FlowConfig = field(default_factory=FlowConfig)
     hift: HiftConfig = field(default_factory=HiftConfig)
-    num_steps: int = 10
+    num_steps: int = 5
     silence_code: int = SILENCE_CODE
     release: str | None = None
 
@@ -382,7 +382,7 @@ def _parse_vocoder(raw: Mapping[str, Any]) -> VocoderConfig:
     return VocoderConfig(
         flow=_pick(FlowConfig, raw.get("flow", {})),
         hift=_pick(HiftConfig, {key: _frozen(value) for key, value in raw.get("hift", {}).items()}),
-        num_steps=int(raw.get("num_steps", 10)),
+        num_steps=int(raw.get("num_steps", 5)),
         silence_code=int(raw.get("silence_code", SILENCE_CODE)),
         release=raw.get("release"),
     )

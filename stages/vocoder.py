@@ -40,9 +40,9 @@ class _Open:
 
 
 class VocoderOptions(StageOptions):
-    """steps: Euler steps of the flow; the released service runs 5, its library 10, its buffers hold 16."""
+    """steps: Euler steps of the flow, at most the 16 that the official buffers hold; None: as the checkpoint says."""
 
-    steps: int = Field(default=5, ge=1, le=16)
+    steps: int | None = Field(default=None, ge=1, le=16)
     seed: Seed = 0
 
 
@@ -70,7 +70,8 @@ class Vocoder(Stage):
             remedy = f"give it one: pipeline shards voice {site.checkpoint} --from speech.wav"
             lacks = f"{site.checkpoint} holds no voice (assets/token2wav/prompt.safetensors)"
             raise StageError(f"{site.name}: {lacks}; {remedy}")
-        model.config = dataclasses.replace(model.config, num_steps=options.steps)
+        if options.steps is not None:
+            model.config = dataclasses.replace(model.config, num_steps=options.steps)
         return cls(model, _prepared(model, voice), options.seed)
 
     def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:

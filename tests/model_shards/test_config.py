@@ -84,7 +84,7 @@ def test_every_difference_is_named_with_both_values():
 
 
 def test_both_released_vocoders_are_as_released():
-    causal = dataclasses.replace(RELEASED, vocoder=VocoderConfig(hift=HiftConfig(causal=True), num_steps=5))
+    causal = dataclasses.replace(RELEASED, vocoder=VocoderConfig(hift=HiftConfig(causal=True), num_steps=10))
     assert differences(causal) == []
 
 
