@@ -377,27 +377,42 @@ class DitAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class FrameConv(nn.Conv1d):
+    """A causal convolution over frames whose channels come last, as one matrix product of three frames each."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, CONV_HISTORY + 1)
+        self._matrix: Tensor | None = None
+
+    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(batch, t, channels), history (batch, channels, 2): (batch, t, channels), next history."""
+        seen = torch.cat((history.transpose(1, 2), x), dim=1)
+        frames = torch.cat([seen[:, at : at + x.shape[1]] for at in range(CONV_HISTORY + 1)], dim=2)
+        matrix = self._as_matrix() if self._matrix is None else self._matrix
+        return F.linear(frames, matrix, self.bias), seen[:, -CONV_HISTORY:].transpose(1, 2)
+
+    def fold(self) -> None:
+        self._matrix = self._as_matrix()
+
+    def _as_matrix(self) -> Tensor:
+        """[channels, 3 * channels]: what the weight says of the oldest frame comes first."""
+        return self.weight.transpose(1, 2).flatten(1)
+
+
 class DitConv(nn.Module):
     """Two causal convolutions. The keys are the official positions in a Sequential: conv, norm, conv."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.block = nn.ModuleDict(
-            {
-                "1": nn.Conv1d(hidden_size, hidden_size, CONV_HISTORY + 1),
-                "3": nn.LayerNorm(hidden_size),
-                "6": nn.Conv1d(hidden_size, hidden_size, CONV_HISTORY + 1),
-            }
-        )
+        parts = {"1": FrameConv(hidden_size), "3": nn.LayerNorm(hidden_size), "6": FrameConv(hidden_size)}
+        self.block = nn.ModuleDict(parts)
 
     def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, t, hidden), history (batch, 2 * hidden, 2): the same of this chunk."""
         history1, history2 = history.chunk(2, dim=1)
-        seen1 = torch.cat((history1, x.transpose(1, 2)), dim=2)
-        x = F.mish(self.block["3"](self.block["1"](seen1).transpose(1, 2)))
-        seen2 = torch.cat((history2, x.transpose(1, 2)), dim=2)
-        x = self.block["6"](seen2).transpose(1, 2)
-        return x, torch.cat((seen1[..., -CONV_HISTORY:], seen2[..., -CONV_HISTORY:]), dim=1)
+        x, next1 = self.block["1"](x, history1)
+        x, next2 = self.block["6"](F.mish(self.block["3"](x)), history2)
+        return x, torch.cat((next1, next2), dim=1)
 
 
 class DitMlp(nn.Module):

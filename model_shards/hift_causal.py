@@ -106,21 +106,29 @@ class CausalF0Predictor(nn.Module):
             layers += [weight_norm(nn.Conv1d(channels_in, channels_out, kernel)), nn.ELU()]
         self.condnet = nn.Sequential(*layers)
         self.classifier = nn.Linear(config.f0_cond_channels, 1)
+        self._folded: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, mel: Tensor, last: bool) -> Tensor:
         """(batch, mels, frames) as (batch, frames − F0_LOOKAHEAD), or all frames if `last`; same dtype as mel."""
         x = F.pad(mel.double(), (0, F0_LOOKAHEAD if last else 0))
-        for index in range(0, len(self.condnet), 2):
-            x = F.elu(_double_conv(F.pad(x, (2 if index else 0, 0)), self.condnet[index]))
-        weight, bias = self.classifier.weight.double(), self.classifier.bias.double()
+        *convs, (weight, bias) = self._folded or self._in_double()
+        for index, conv in enumerate(convs):
+            x = F.elu(F.conv1d(F.pad(x, (2 if index else 0, 0)), *conv))
         return F.linear(x.transpose(1, 2), weight, bias).squeeze(-1).abs().to(mel.dtype)
 
+    def fold(self) -> None:
+        self._folded = self._in_double()
 
-def _double_conv(x: Tensor, conv: nn.Module) -> Tensor:
-    """Apply a weight-normed convolution in double; its weights stay as they are."""
+    def _in_double(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each convolution, and of the classifier. The weight norm, too, is taken in double."""
+        convs = [_doubled(self.condnet[index]) for index in range(0, len(self.condnet), 2)]
+        return [*convs, (self.classifier.weight.double(), self.classifier.bias.double())]
+
+
+def _doubled(conv: nn.Module) -> tuple[Tensor, Tensor]:
     names = ("parametrizations.weight.original0", "parametrizations.weight.original1", "bias")
     scale, direction, bias = (conv.get_parameter(name).double() for name in names)
-    return F.conv1d(x, direction * (scale / direction.norm(dim=(1, 2), keepdim=True)), bias)
+    return direction * (scale / direction.norm(dim=(1, 2), keepdim=True)), bias
 
 
 class CausalHiftGenerator(HiftDecoder):

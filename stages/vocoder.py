@@ -61,6 +61,7 @@ class Vocoder(Stage):
     def load(cls, options: VocoderOptions, site: Site) -> Vocoder:
         """Raises StageError where the checkpoint holds no voice."""
         from model_shards.checkpoint import load_shard, load_voice
+        from model_shards.fold import fold
         from stages.tensors import runtime
 
         where = runtime(site.device, "float32")  # the official vocoder computes in float32
@@ -72,6 +73,7 @@ class Vocoder(Stage):
             raise StageError(f"{site.name}: {lacks}; {remedy}")
         if options.steps is not None:
             model.config = dataclasses.replace(model.config, num_steps=options.steps)
+        fold(model)
         return cls(model, _prepared(model, voice), options.seed)
 
     def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model_shards.config import SILENCE_CODE, VocoderConfig
 from model_shards.flow import Flow, FlowCache, FlowHistory, Past, extend, gather
+from model_shards.fold import fold
 from model_shards.hift import F0Predictor, HiftCache, HiftGenerator
 from model_shards.vocoder import (
     LOOKAHEAD_CODES,
@@ -175,13 +176,18 @@ def pitch() -> F0Predictor:
 
 @functools.cache
 def vocoder(num_steps: int | None = None) -> Listening:
-    """The official weights and the official noise."""
-    module = with_weights(Listening, config(num_steps), below("", read_tensors(WEIGHTS)))
+    """The official weights, folded as the product has them, and the official noise."""
+    module = unfolded(num_steps)
     head = read_tensors(TENSORS)["cfm.rand_noise_head"]
     module.flow.decoder.rand_noise[..., : head.shape[2]] = head
     assert isinstance(module.hift, HiftGenerator)
     with_official_draws(module.hift)
+    fold(module)
     return module
+
+
+def unfolded(num_steps: int | None = None) -> Listening:
+    return with_weights(Listening, config(num_steps), below("", read_tensors(WEIGHTS)))
 
 
 def flow() -> Flow:
@@ -257,7 +263,7 @@ def test_the_modules_are_built_for_this_vocoder(case: str) -> None:
 @cases(WEIGHTS, parts())
 def test_the_weights_are_the_official_ones(case: str) -> None:
     official = below(f"{case}.", read_tensors(WEIGHTS))
-    state = (pitch() if case == PITCH else vocoder().get_submodule(case)).state_dict()
+    state = (pitch() if case == PITCH else unfolded().get_submodule(case)).state_dict()
     assert state.keys() == official.keys()
     assert all(torch.equal(state[name], official[name]) for name in official)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from model_shards.config import SILENCE_CODE, FlowConfig, HiftConfig, VocoderConfig
 from model_shards.errors import ModelError
 from model_shards.flow import Release
+from model_shards.fold import fold
 from model_shards.vocoder import (
     Vocoder,
     VocoderInput,
@@ -91,6 +92,20 @@ def mel_filters() -> np.ndarray:
     bins = np.arange(961) * 12.5
     rows = [np.interp(bins, edges[i : i + 3], (0.0, 1.0, 0.0)) * 2 / (edges[i + 2] - edges[i]) for i in range(80)]
     return np.stack(rows)
+
+
+@pytest.mark.parametrize("config", [FAST, FAST_CAUSAL])
+def test_a_folded_vocoder_says_the_same(config: VocoderConfig) -> None:
+    plain, folded = small(config), small(config)
+    fold(folded)
+    assert not any("parametrizations" in name for name in folded.hift.ups.state_dict())
+    for codes, end in ((range(25), False), (range(100, 125), False), (range(9), True)):
+        waves = []
+        for vocoder in (plain, folded):
+            state = vocoder.open(small_voice(), noise_seed=1)
+            waves.append([say(vocoder, state, list(codes), end), say(vocoder, state, [5] * 25, end)])
+        torch.testing.assert_close(waves[1], waves[0], rtol=0, atol=1e-4)
+        assert waves[0][0].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("config", [FAST, FAST_CAUSAL])
