@@ -131,7 +131,7 @@ class Source(nn.Module):
         c = self.config
         voiced = (f0 > c.nsf_voiced_threshold).to(f0.dtype)[..., None]
         level = voiced * c.nsf_sigma + (1 - voiced) * c.nsf_alpha / 3
-        sines, noise = (x.unflatten(1, (f0.shape[1], -1)) for x in (sines, noise))
+        sines, noise = (x.view(*f0.shape, -1) for x in (sines, noise))  # the samples of each frame
         return torch.tanh(sines * (c.nsf_alpha * voiced) + level * noise + self.l_linear.bias).flatten(1)
 
 
@@ -242,10 +242,11 @@ class HiftGenerator(HiftDecoder):
         turns = middle.to(f0.dtype)[..., None] + step.to(f0.dtype)[..., None] * (ramp / self.hop)
         start = self.hop - self.hop // 2
         phase = turns.flatten(1)[:, start : start + f0.shape[1] * self.hop] * (2 * math.pi)
-        twice_cos, later, sum_ = 2 * phase.cos(), torch.zeros_like(phase), torch.zeros_like(phase)
+        twice_cos = 2 * phase.cos()
+        later = total = torch.zeros_like(phase)
         for weight in reversed(self.m_source.l_linear.weight[0].unbind()):
-            later, sum_ = sum_, torch.addcmul(weight - later, twice_cos, sum_)
-        return sum_ * phase.sin()
+            later, total = total, torch.addcmul(weight - later, twice_cos, total)
+        return total * phase.sin()
 
     def draw_noise(self, generator: torch.Generator, num_frames: int) -> Tensor:
         """Noise of one session, (samples,).
@@ -253,7 +254,7 @@ class HiftGenerator(HiftDecoder):
         The official code draws one normal per harmonic and weighs them. A weighed sum of normals is one normal, as
         large as the weights are together: here only that one is drawn.
         """
-        size = torch.linalg.vector_norm(self.m_source.l_linear.weight)
+        size: Tensor = torch.linalg.vector_norm(self.m_source.l_linear.weight)
         return torch.randn(num_frames * self.hop, generator=generator, device=generator.device) * size
 
     def empty_cache(self) -> HiftCache:
