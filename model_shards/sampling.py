@@ -8,11 +8,14 @@ top-k rules are those of transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from model_shards.errors import ModelError
 
 REPETITION_WINDOW = 16
 NO_CODE = -1
@@ -65,7 +68,9 @@ def shape_logits(logits: Tensor, history: Tensor, sampling: Sampling) -> Tensor:
     plain = logits.float() / sampling.temperature
     if history.shape[1] == 0:
         return plain
-    shaped = penalise_repetition(plain, history, sampling.repetition_penalty)
+    shaped = plain
+    if sampling.repetition_penalty != 1.0:
+        shaped = penalise_repetition(plain, history, sampling.repetition_penalty)
     if sampling.top_p < 1.0:
         shaped = keep_top_p(shaped, sampling.top_p)
     if sampling.top_k > 0:
@@ -77,10 +82,18 @@ def draw(probs: Tensor, generators: Sequence[torch.Generator | None]) -> list[in
     """One index per row of [batch, choices]: the likeliest where the generator is None, else drawn with it.
 
     A row is drawn on its generator's device and alone, so that its choices depend neither on the batch nor, with a CPU
-    generator, on where the model runs.
+    generator, on where the model runs. Raises ModelError for NaN.
     """
-    codes = probs.argmax(dim=-1).tolist()
+    probs = probs.clone()
     for row, generator in enumerate(generators):
-        if generator is not None:
-            codes[row] = int(torch.multinomial(probs[row].to(generator.device), 1, generator=generator))
-    return [int(code) for code in codes]
+        if generator is None:
+            continue
+        # What torch.multinomial does for one draw, without its checks and a call per row: the likeliest of the
+        # probabilities, each over an exponential number of its own.
+        waits = torch.empty(probs.shape[1:], dtype=probs.dtype, device=generator.device)
+        probs[row] /= waits.exponential_(generator=generator).to(probs.device)
+    best, choices = probs.max(dim=-1)
+    if any(math.isnan(value) for value in best.tolist()):
+        raise ModelError("sampling: the probabilities are no numbers: the weights or what was fed hold NaN or infinity")
+    chosen: list[int] = choices.tolist()
+    return chosen

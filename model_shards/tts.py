@@ -12,7 +12,7 @@ Source: MiniCPM-o 4.5 `modeling_minicpmo.py` (MiniCPMTTS.generate_chunk) and `Du
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from model_shards.audio import Projector
 from model_shards.config import TtsConfig
 from model_shards.errors import ModelError
+from model_shards.fold import fold
+from model_shards.programs import frozen
 from model_shards.sampling import NO_CODE, REPETITION_WINDOW, Sampling, draw, shape_logits
 
 MAX_STEPS = 26  # 25 codes are one second, and one is dropped
@@ -97,23 +99,34 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         kv_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self._fused: Tensor | None = None
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], kv: Tensor, column: int, mask: Tensor | None) -> Tensor:
-        """x: [batch, n, width]; kv: [2, batch, kv_heads, columns, head_dim], columns `column` … + n are written."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        end = column + x.shape[1]
-        kv[0, :, :, column:end] = rotate(k, *turn)
-        kv[1, :, :, column:end] = v
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, *turn), kv[0, :, :, :end], kv[1, :, :, :end], attn_mask=mask, enable_gqa=self.grouped
-        )
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], kv: Tensor, columns: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """x: [batch, n, width]; kv: [2, batch, kv_heads, past + n, head_dim], of which `columns` [n] are written."""
+        heads = self._project(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split(self.heads, dim=1)  # type: ignore[no-untyped-call]
+        kv[0].index_copy_(2, columns, rotate(k, *turn))
+        kv[1].index_copy_(2, columns, v)
+        mixed = F.scaled_dot_product_attention(rotate(q, *turn), kv[0], kv[1], mask, enable_gqa=self.grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values beside each other: [batch, n, all their heads * head_dim]."""
+        if self._fused is not None:
+            return F.linear(x, self._fused)
+        return torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+
+    def fold(self) -> None:
+        self._fused = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).detach()
+        del self.q_proj, self.k_proj, self.v_proj
 
 
 class _Mlp(nn.Module):
@@ -122,9 +135,18 @@ class _Mlp(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self._fused: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        if self._fused is not None:
+            gate, up = F.linear(x, self._fused).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+    def fold(self) -> None:
+        self._fused = torch.cat([self.gate_proj.weight, self.up_proj.weight]).detach()
+        del self.gate_proj, self.up_proj
 
 
 class Layer(nn.Module):
@@ -135,8 +157,10 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], kv: Tensor, column: int, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, kv, column, mask)
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], kv: Tensor, columns: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, kv, columns, mask)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -167,13 +191,19 @@ class Backbone(nn.Module):
         x:         [batch, n, hidden_size].
         positions: [batch, n] int64.
         kv:        [layers, 2, batch, kv_heads, columns, head_dim]; the new rows go to columns `column` … `column` + n.
-        mask:      bool, true where a row may look, broadcast to [batch, heads, n, column + n]; None: everywhere.
+        mask:      bool, true where a row may look, or in x's dtype 0 there and -inf elsewhere, broadcast to [batch,
+                   heads, n, column + n]; None: everywhere.
         returns:   [batch, n, hidden_size], after the last norm.
         """
+        end = column + x.shape[1]
+        return self.run(x, positions, kv[..., :end, :], torch.arange(column, end, device=x.device), mask)
+
+    def run(self, x: Tensor, positions: Tensor, kv: Tensor, columns: Tensor, mask: Tensor | None) -> Tensor:
+        """`forward` for a cache whose columns are all looked at, but for the mask: the new rows go to `columns` [n]."""
         cos, sin = rope(positions, self.head_dim, self.config.rope_theta)
         turn = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
         for index, layer in enumerate(self.layers):
-            x = layer(x, turn, kv[index], column, mask)
+            x = layer(x, turn, kv[index], columns, mask)
         return self.norm(x)  # type: ignore[no-any-return]
 
 
@@ -197,10 +227,15 @@ class CodeHead(nn.Module):
     def __init__(self, width: int, num_codes: int) -> None:
         super().__init__()
         self.parametrizations = nn.ModuleDict({"weight": _WeightNorm(num_codes, width)})
+        self._folded: Tensor | None = None
 
     def weight(self) -> Tensor:
         """[codes, width]."""
-        return self.parametrizations["weight"]()  # type: ignore[no-any-return]
+        return self.parametrizations["weight"]() if self._folded is None else self._folded
+
+    def fold(self) -> None:
+        self._folded = self.weight().detach()
+        self.parametrizations.clear()
 
 
 class TalkerTower(nn.Module):
@@ -214,6 +249,19 @@ class TalkerTower(nn.Module):
         self.projector_spk = Projector(config.llm_dim, config.hidden_size)
         self.projector_semantic = Projector(config.llm_dim, config.hidden_size)
         self.model = Backbone(config)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] as logits over the codes [..., codes]."""
+        return F.linear(hidden, cast(CodeHead, self.head_code[0]).weight())
+
+    def step(self, codes: Tensor, positions: Tensor, kv: Tensor, column: Tensor, mask: Tensor) -> Tensor:
+        """Feed one code of each session; gives the logits of the next ones, [batch, codes].
+
+        codes, positions: [batch] int64. kv: [layers, 2, batch, kv_heads, columns, head_dim], of which `column` [1] is
+        written. mask: [batch, 1, 1, columns], 0 where a code may look, -inf elsewhere.
+        """
+        x = self.model.run(self.emb_code[0](codes)[:, None], positions[:, None], kv, column, mask)
+        return self.logits(x[:, 0])
 
 
 @dataclass(slots=True)
@@ -233,6 +281,10 @@ class _Row:
     def rows(self) -> int:
         return self.request.condition.shape[0]
 
+    @property
+    def may_end(self) -> bool:
+        return len(self.codes) >= self.request.min_steps
+
 
 @dataclass(slots=True)
 class _Run:
@@ -244,7 +296,8 @@ class _Run:
 
     rows: list[_Row]
     kv: Tensor  # [layers, 2, batch, kv_heads, columns, head_dim]
-    visible: Tensor | None  # [batch, columns] bool; None where every session sees every filled column
+    visible: Tensor  # [batch, columns] bool
+    seen: Tensor  # [batch, 1, 1, columns], 0 where visible, -inf elsewhere
     positions: Tensor  # [batch] int64, of the next code
     past: int
     width: int
@@ -265,7 +318,7 @@ class _Run:
             return
         self.rows = [self.rows[index] for index in staying]
         self.kv = self.kv[:, :, staying]
-        self.visible = None if self.visible is None else self.visible[staying]
+        self.visible, self.seen = self.visible[staying], self.seen[staying]
         self.positions = self.positions[staying]
 
     def history(self) -> Tensor:
@@ -275,15 +328,13 @@ class _Run:
         padded = [[NO_CODE] * (longest - len(codes)) + codes for codes in recent]
         return torch.tensor(padded, dtype=torch.int64, device=self.kv.device)
 
-    def mask(self) -> Tensor | None:
-        """What the next code sees: [batch, 1, 1, end + 1] bool, itself included; None: everything."""
-        if self.visible is None:
-            return None
-        seen = self.visible[:, : self.end + 1]
-        if self.window is not None:
-            age = seen.flip(1).cumsum(1).flip(1)  # 1 is the new code itself
-            seen = seen & (age <= self.window + 1)
-        return seen[:, None, None]
+    def mask(self) -> Tensor:
+        """What the next code sees, itself included: [batch, 1, 1, end + 1], 0 there and -inf elsewhere."""
+        if self.window is None:
+            return self.seen[..., : self.end + 1]
+        visible = self.visible[:, : self.end + 1]
+        age = visible.flip(1).cumsum(1).flip(1)  # 1 is the new code itself
+        return additive(visible & (age <= self.window + 1), self.kv.dtype)[:, None, None]
 
 
 class Talker(nn.Module):
@@ -293,6 +344,7 @@ class Talker(nn.Module):
         super().__init__()
         self.config = config
         self.tts = TalkerTower(config)
+        self._step: Callable[..., Tensor] = self.tts.step
 
     @property
     def eos(self) -> int:
@@ -347,18 +399,25 @@ class Talker(nn.Module):
             self._decode(rows, sampling, window)
         return [Spoken(row.codes, row.last_draw) for row in rows]
 
+    def fold(self) -> None:
+        """See `model_shards.fold`. On a CPU, a step becomes one program besides."""
+        fold(self.tts)
+        kv = self.tts.model.new_cache(batch=2, columns=3)
+        if kv.device.type == "cpu":
+            ones, mask = torch.ones(2, dtype=torch.int64), kv.new_zeros(2, 1, 1, 3)
+            self._step = frozen(self.tts.step, (ones, ones, kv, ones[:1], mask))
+
     def _decode(self, rows: list[_Row], sampling: Sampling, window: int | None) -> None:
-        run, hidden = self._prefill(rows, window)
-        weight = cast(CodeHead, self.tts.head_code[0]).weight()
+        run, logits = self._prefill(rows, window)
         while run.rows:
-            history = run.history()
-            logits = shape_logits(F.linear(hidden, weight), history, sampling)
-            forbidden = [len(row.codes) < row.request.min_steps for row in run.rows]
-            logits[forbidden, self.eos] = -torch.inf
+            logits = shape_logits(logits, run.history(), sampling)
+            forbidden = [index for index, row in enumerate(run.rows) if not row.may_end]
+            if forbidden:
+                logits[forbidden, self.eos] = -torch.inf
             codes = draw(logits.softmax(dim=-1), [row.state.generator for row in run.rows])
             run.keep([index for index, code in enumerate(codes) if self._goes_on(run, index, code)])
             if run.rows:
-                hidden = self._step(run)
+                logits = self._next(run)
 
     def _goes_on(self, run: _Run, index: int, code: int) -> bool:
         row = run.rows[index]
@@ -370,7 +429,7 @@ class Talker(nn.Module):
         return True
 
     def _prefill(self, rows: list[_Row], window: int | None) -> tuple[_Run, Tensor]:
-        """Feed the conditions; gives the run and the hidden state behind each condition, [batch, hidden_size]."""
+        """Feed the conditions; gives the run and the logits behind each condition, [batch, codes]."""
         for row in rows:
             if row.state.next_position + row.rows + row.request.max_steps > self.config.max_position_embeddings:
                 row.state.kv, row.state.next_position = None, 0
@@ -384,18 +443,24 @@ class Talker(nn.Module):
                 kv[:, :, index, :, past - row.past : past] = row.state.kv
         visible, mask, positions = _layout(rows, past, width, columns, kv.device)
         hidden = self.tts.model(x, positions, kv, past, mask)[:, -1]
-        partial = window is not None or any(row.past < past or row.rows < width for row in rows)
-        seen = visible if partial else None
-        return _Run(rows, kv, seen, positions[:, -1] + 1, past, width, past + width, window), hidden
+        seen = additive(visible, kv.dtype)[:, None, None]
+        run = _Run(rows, kv, visible, seen, positions[:, -1] + 1, past, width, past + width, window)
+        return run, self.tts.logits(hidden)
 
-    def _step(self, run: _Run) -> Tensor:
-        """Feed the latest codes; gives the hidden states, [batch, hidden_size]."""
-        latest = torch.tensor([[row.codes[-1]] for row in run.rows], device=run.kv.device)
-        x = self.tts.emb_code[0](latest)
-        hidden: Tensor = self.tts.model(x, run.positions[:, None], run.kv, run.end, run.mask())
+    def _next(self, run: _Run) -> Tensor:
+        """Feed the latest codes; gives the logits of the next ones, [batch, codes]."""
+        latest = torch.tensor([row.codes[-1] for row in run.rows], device=run.kv.device)
+        column = torch.tensor([run.end], device=run.kv.device)
+        kv = run.kv[..., : run.end + 1, :]
+        logits = self._step(latest, run.positions, kv, column, run.mask())
         run.end += 1
         run.positions = run.positions + 1
-        return hidden[:, 0]
+        return logits
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as attention adds it: 0 where true, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
 def _layout(

@@ -58,10 +58,12 @@ class Tts(Stage):
     def load(cls, options: TtsOptions, site: Site) -> Tts:
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
+        from model_shards.fold import fold
         from stages.tensors import runtime
 
         where = runtime(site.device, options.dtype)
         model = load_shard(site.checkpoint, "tts", dtype=where.dtype, device=where.device)
+        fold(model)
         decoding = options.decoding or load_config(site.checkpoint).generation.decoding
         return cls(model, where, options.seed if decoding == "sampling" else None)
 

@@ -28,6 +28,7 @@ from model_shards.checkpoint import load_shard
 from model_shards.context import SlidingWindow, WindowConfig
 from model_shards.decoding import Choice, DecisionRule, SamplingConfig
 from model_shards.duplex import DuplexConfig, DuplexEngine, DuplexSession, Prompt, UnitInput, UnitOutput
+from model_shards.fold import fold
 from model_shards.image import slice_image
 from model_shards.kv_cache import KvCache, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
@@ -72,7 +73,10 @@ def llm() -> LanguageModel:
 
 @functools.cache
 def talker() -> Talker:
-    return load_shard(golden.FOLDER, "tts")
+    """Folded, as the product has it."""
+    module = load_shard(golden.FOLDER, "tts")
+    fold(module)
+    return module
 
 
 @functools.cache

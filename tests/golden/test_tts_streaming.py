@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model_shards import tts
 from model_shards.checkpoint import load_shard
+from model_shards.fold import fold
 from model_shards.sampling import Sampling, draw
 from model_shards.tts import Talker, TalkerState
 from model_shards.tts_streaming import Block, SpeechInput, SpeechState, SpeechStream, speak_interleaved
@@ -28,7 +29,10 @@ WHOLE = [name for name, case in CASES.items() if name.startswith("interleaved.")
 
 @functools.cache
 def talker() -> Talker:
-    return load_shard(golden.FOLDER, "tts")
+    """Folded, as the product has it."""
+    module = load_shard(golden.FOLDER, "tts")
+    fold(module)
+    return module
 
 
 def stream_of(name: str) -> SpeechStream:
@@ -111,8 +115,13 @@ def speak_watched(turn: Turn) -> None:
         past = column if mask is None else int(mask.flatten(0, -2)[0].sum()) - 1
         ran.append(Ran(int(positions[0, 0]), x.shape[1], past))
 
-    hook = talker().tts.model.register_forward_pre_hook(watched_run)
+    def watched_step(codes: Tensor, positions: Tensor, kv: Tensor, column: Tensor, mask: Tensor) -> Tensor:
+        ran.append(Ran(int(positions[0]), 1, int((mask[0] == 0).sum()) - 1))
+        return step(codes, positions, kv, column, mask)
+
+    hook, step = talker().tts.model.register_forward_pre_hook(watched_run), talker()._step
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(talker(), "_step", watched_step)
         patch.setattr(tts, "draw", watched_draw)
         (spoke,) = speak([turn])
     hook.remove()

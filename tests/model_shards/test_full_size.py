@@ -179,7 +179,7 @@ def test_the_vocoder_speaks_a_second_at_full_size() -> None:
     assert (wave.shape, wave.dtype) == ((24000,), torch.float32)
     assert wave.isfinite().all()
     assert wave[:3840].eq(0).all() and wave[3840:].ne(0).any()
-    assert state.flow.turn.dit_kv.shape == (10, 16, 2, 2, 8, 50, 64)
+    assert state.flow.turn.dit_kv.shape == (5, 16, 2, 2, 8, 50, 64)
     assert state.flow.turn.code_kv.shape == (6, 2, 8, 25, 64)
     assert state.flow.turn.mel_kv.shape == (4, 2, 8, 50, 64)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from model_shards import tts
 from model_shards.config import RELEASED, TtsConfig
 from model_shards.errors import ModelError
+from model_shards.fold import fold
 from model_shards.sampling import NO_CODE, Sampling, keep_top_k, keep_top_p, penalise_repetition, shape_logits
 from model_shards.tts import ChunkRequest, Talker, TalkerInput, TalkerState
 
@@ -120,6 +121,23 @@ def test_the_backbone_equals_stock_llama(tiny: Talker) -> None:
     first = tiny.tts.model(x[:, :6], torch.arange(6)[None], kv, 0, causal[:6, :6])
     rest = tiny.tts.model(x[:, 6:], torch.arange(6, 9)[None], kv, 6, causal[6:])
     torch.testing.assert_close(torch.cat([first, rest], dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, num_key_value_heads=4)])
+def test_a_folded_talker_says_the_same(config: TtsConfig) -> None:
+    torch.manual_seed(11)
+    plain = Talker(config).requires_grad_(False).eval()
+    folded = Talker(config).requires_grad_(False).eval()
+    folded.load_state_dict(plain.state_dict())
+    fold(folded)
+    assert not hasattr(folded.tts.model.layers[0].self_attn, "k_proj")
+    said = []
+    for talker in (plain, folded):
+        states = [TalkerState(seeded(seed)) for seed in (None, 1, 2)]
+        turns = [talker.generate([(state, unit(3 + index, index)) for state in states[:index]]) for index in (1, 3, 2)]
+        said.append((turns, [state.kv for state in states]))
+    assert said[0][0] == said[1][0]
+    torch.testing.assert_close(said[1][1], said[0][1])
 
 
 @pytest.mark.parametrize("seed", [None, 100])
