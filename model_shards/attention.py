@@ -1,0 +1,314 @@
+"""Attention of many sequences at once, whose keys and values lie in pages of a KvCache: one question, three kernels.
+
+The question: each sequence brings some new tokens, whose keys and values are in its pages already. The last of them
+looks at all tokens up to itself, each one before it at one token less. Where new tokens overwrite earlier ones, the
+tokens behind them are not there for them.
+
+- sdpa: torch's attention, on any device. The pages are copied together, and sequences of similar size share a call.
+- varlen: torch's ragged attention (`torch.nn.attention.varlen`), which reads the pages where they lie.
+- flash: the same of the package flash-attn.
+
+What the last two are handed is held by a plain reference of what their documents say: tests/support/kernels.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_shards.errors import ModelError
+from model_shards.kv_cache import KvCache, KvSequence
+
+AttentionName = Literal["sdpa", "varlen", "flash"]
+PAGE_SIZES: Final[dict[AttentionName, int]] = {"sdpa": 32, "varlen": 256, "flash": 256}
+"""Tokens of a page. 256: the kernels' pages must be a multiple of it."""
+HALF: Final = (torch.bfloat16, torch.float16)  # what the ragged kernels compute in
+
+# Attention of n new tokens over a context of t costs about t * (8 + n) units (the 8: gathering keys and values), a
+# call of its own costs about 4096 units more (measured on a CPU core, head_dim 32: 25 µs against 6 ns per unit).
+GATHER_UNITS: Final = 8
+CALL_UNITS: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The new tokens of one sequence: rows [row, row + num) of the concatenation, positions from `start`."""
+
+    sequence: KvSequence
+    row: int
+    start: int
+    num: int
+
+    @property
+    def context(self) -> int:
+        """Tokens that the last of them looks at, itself included."""
+        return self.start + self.num
+
+
+class Attention(Protocol):
+    """What all layers of one forward ask.
+
+    query: [tokens, heads, head_dim], of all sequences beside each other. keys, values: a layer's pool [pages,
+    page_size, kv_heads, head_dim]. Returns [tokens, heads * head_dim].
+    """
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
+
+
+Prepare = Callable[[KvCache, Sequence[Span], int, torch.dtype], Attention]
+"""From the cache, the spans, the query heads per key head and the queries' dtype."""
+
+
+# ---- torch's attention -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences that share one padded attention call: b sequences, n queries and t keys each."""
+
+    rows: Tensor  # [b * n] tokens of the concatenation; a padded query repeats its sequence's last one
+    pages: Tensor  # [b * t / page_size]
+    mask: Tensor  # [b, 1, queries per kv head * n, t], 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Attention in groups of sequences of similar size, padded inside a group: that costs less than a call for each
+    (8 sessions of 512 tokens that decode, on one CPU core: 0.22 ms against 0.39 ms per layer)."""
+
+    groups: list[_Group]
+    unpad: Tensor  # [tokens] their rows in the concatenated outputs of the groups
+
+    @classmethod
+    def of(cls, cache: KvCache, spans: Sequence[Span], queries_per_kv: int, dtype: torch.dtype) -> Padded:
+        groups, unpad, padded = [], torch.empty(sum(span.num for span in spans), dtype=torch.int64), 0
+        for members in _similar(spans):
+            width = max(span.num for span in members)
+            for index, span in enumerate(members):
+                unpad[span.row : span.row + span.num] = torch.arange(span.num) + (padded + index * width)
+            padded += len(members) * width
+            groups.append(_group(cache, members, width, queries_per_kv, dtype))
+        return cls(groups, unpad.to(cache.device))
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        padded = torch.cat([_attend(query, group, keys, values) for group in self.groups])
+        return padded.index_select(0, self.unpad)
+
+
+def _similar(spans: Sequence[Span]) -> list[list[Span]]:
+    """Put sequences into one call as long as the padding costs less than a call of their own."""
+    groups: list[list[Span]] = []
+    width = context = 0
+    for span in sorted(spans, key=lambda s: (s.num, s.context), reverse=True):
+        if groups:
+            size, longer = len(groups[-1]), max(context, span.context)
+            padding = (
+                (size + 1) * _units(width, longer) - size * _units(width, context) - _units(span.num, span.context)
+            )
+            if padding <= CALL_UNITS:
+                groups[-1].append(span)
+                context = longer
+                continue
+        groups.append([span])
+        width, context = span.num, span.context
+    return groups
+
+
+def _units(num: int, context: int) -> int:
+    return context * (GATHER_UNITS + num)
+
+
+def _group(cache: KvCache, spans: list[Span], width: int, queries_per_kv: int, dtype: torch.dtype) -> _Group:
+    table = cache.block_table([span.sequence for span in spans], max(span.context for span in spans))
+    column = torch.arange(width)
+    offset = torch.minimum(column, torch.tensor([[span.num - 1] for span in spans]))  # [b, width]
+    rows = offset + torch.tensor([[span.row] for span in spans])
+    positions = (offset + torch.tensor([[span.start] for span in spans])).to(cache.device)
+    hidden = torch.arange(table.shape[1] * cache.page_size, device=cache.device) > positions[..., None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=cache.device).masked_fill_(hidden, float("-inf"))
+    return _Group(
+        rows.flatten().to(cache.device), table.flatten().to(cache.device), mask.repeat(1, queries_per_kv, 1)[:, None]
+    )
+
+
+def _attend(query: Tensor, group: _Group, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of a group: query [tokens, heads, head_dim], a layer's pool; returns [b * n, heads * head_dim].
+
+    The query heads that share a key head become more rows of one head, so that nothing is repeated for grouped-query
+    attention and every SDPA kernel will do.
+    """
+    b, _, rows, t = group.mask.shape
+    kv_heads, head_dim = keys.shape[-2:]
+    q = query.index_select(0, group.rows).view(b, -1, kv_heads, query.shape[1] // kv_heads, head_dim)
+    k = keys.index_select(0, group.pages).view(b, t, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, group.pages).view(b, t, kv_heads, head_dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q.permute(0, 2, 3, 1, 4).reshape(b, kv_heads, rows, head_dim), k, v, group.mask
+    )
+    out = out.view(b, kv_heads, -1, q.shape[1], head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(b * q.shape[1], -1)
+
+
+# ---- ragged kernels --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """What a ragged kernel is told of n sequences, all int32 on the pool's device.
+
+    cu_new:  [n + 1], where the new tokens of each begin; the last is the number of all.
+    cu_used: [n + 1], the same of the tokens that they look at.
+    used:    [n], tokens of each that are there for its last new one.
+    pages:   [n, most pages]; what lies behind a sequence's last page is not looked at.
+    """
+
+    cu_new: Tensor
+    cu_used: Tensor
+    used: Tensor
+    pages: Tensor
+    max_new: int
+    max_used: int
+
+    @classmethod
+    def of(cls, cache: KvCache, spans: Sequence[Span]) -> RaggedBatch:
+        """The spans' rows follow each other without a gap."""
+        new, used = [span.num for span in spans], [span.context for span in spans]
+        pages = cache.block_table([span.sequence for span in spans], max(used))
+
+        def placed(numbers: Sequence[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int32).to(cache.device, non_blocking=True)
+
+        return cls(
+            placed([0, *itertools.accumulate(new)]),
+            placed([0, *itertools.accumulate(used)]),
+            placed(used),
+            pages.to(torch.int32).to(cache.device, non_blocking=True),
+            max(new),
+            max(used),
+        )
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, RaggedBatch], Tensor]
+"""From query, keys and values as in `Attention`, and the batch: [tokens, heads, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Attention by one call for all sequences, which reads the pages where they lie."""
+
+    batch: RaggedBatch
+    kernel: Kernel
+
+    @classmethod
+    def by(cls, kernel: Kernel) -> Prepare:
+        def prepare(cache: KvCache, spans: Sequence[Span], queries_per_kv: int, dtype: torch.dtype) -> Attention:
+            return cls(RaggedBatch.of(cache, spans), kernel)
+
+        return prepare
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.kernel(query, keys, values, self.batch).flatten(1)
+
+
+def torch_varlen(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch) -> Tensor:
+    """num_splits 1: what a sequence gets does not depend on who else is in the batch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        keys,
+        values,
+        batch.cu_new,
+        batch.cu_used,
+        batch.max_new,
+        batch.max_used,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != keys.shape[2],
+        seqused_k=batch.used,
+        block_table=batch.pages,
+        num_splits=1,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def flash_varlen(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    out: Tensor = flash_attn_varlen_func(
+        query,
+        keys,
+        values,
+        cu_seqlens_q=batch.cu_new,
+        cu_seqlens_k=batch.cu_used,
+        max_seqlen_q=batch.max_new,
+        max_seqlen_k=batch.max_used,
+        causal=True,
+        block_table=batch.pages,
+    )
+    return out
+
+
+# ---- which one -------------------------------------------------------------------------------------------------------
+
+PREPARE: Final[dict[AttentionName, Prepare]] = {
+    "sdpa": Padded.of,
+    "varlen": Ragged.by(torch_varlen),
+    "flash": Ragged.by(flash_varlen),
+}
+
+
+def choose_attention(device: str, dtype: torch.dtype, wanted: str | None = None) -> AttentionName:
+    """`wanted`, or else the fastest that runs there: flash, varlen, sdpa in this order.
+
+    Raises ModelError where the one that is wanted can't run there, saying why.
+    """
+    names: tuple[AttentionName, ...] = get_args(AttentionName)
+    if wanted is not None and wanted not in names:
+        raise ModelError(f"attention: {wanted!r} is none of {', '.join(names)}")
+    lacks = {name: _lack(name, torch.device(device), dtype) for name in names}
+    for name in names if wanted else ("flash", "varlen", "sdpa"):
+        if name == wanted and lacks[name]:
+            others = ", ".join(other for other in names if not lacks[other])
+            raise ModelError(f"attention: {name} {lacks[name]}; here there is {others}")
+        if (wanted is None or name == wanted) and not lacks[name]:
+            return name
+    raise AssertionError("sdpa runs everywhere")
+
+
+def _lack(name: AttentionName, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel can't run there; "" where it can."""
+    if name == "sdpa":
+        return ""
+    if device.type != "cuda":
+        return f"runs on a GPU, not on {device.type}"
+    if dtype not in HALF:
+        return f"computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs a GPU of compute capability 8.0, this one has {torch.cuda.get_device_capability(device)}"
+    return _lacks_flash() if name == "flash" else _lacks_varlen()
+
+
+def _lacks_flash() -> str:
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        return f"needs the package flash-attn ({error})"
+    return ""
+
+
+def _lacks_varlen() -> str:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"needs a newer torch than {torch.__version__}"
+    takes = inspect.signature(varlen_attn).parameters
+    missing = [name for name in ("seqused_k", "block_table", "num_splits", "enable_gqa") if name not in takes]
+    return f"needs a newer torch than {torch.__version__}: its varlen_attn takes no {missing[0]}" if missing else ""
