@@ -1,4 +1,4 @@
-"""All kernels answer one question: what the ragged ones are handed gives, by their documents, what torch's SDPA gives."""
+"""All kernels answer one question: what the ragged ones are handed gives, by their documents, what SDPA gives."""
 
 from typing import Any
 
