@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # three runs share the cores: two threads each wait for one another
@@ -21,3 +22,8 @@ settings.load_profile("unhurried")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """An untrained checkpoint of the smallest size, in a folder of its own."""
     return Tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

@@ -18,7 +18,6 @@ from tests.support.kernels import reference_kernel
 
 SHAPE = KvShape(num_layers=1, num_kv_heads=2, head_dim=8, rope_theta=1e4)
 NUM_HEADS = 6
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def filled(cache: KvCache, lengths: list[int]) -> list[KvSequence]:
@@ -126,7 +125,6 @@ def test_on_a_gpu_the_fastest_that_runs_there_is_taken(monkeypatch: pytest.Monke
         choose_attention("cuda", torch.bfloat16, "varlen")
 
 
-@NEEDS_GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["varlen", "flash"])
 @pytest.mark.parametrize("news", [[(0, 300), (700, 1), (5, 9)], [(299, 1), (700, 1), (13, 1)]])
