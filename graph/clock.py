@@ -11,10 +11,12 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """In ns. monotonic_ns never goes back; wall_ns, since 1970, may be set at any moment."""
+    """In ns. monotonic_ns never goes back; wall_ns, since 1970, may be set at any moment. cpu_ns: what this thread has
+    used of its processor."""
 
     def monotonic_ns(self) -> int: ...
     def wall_ns(self) -> int: ...
+    def cpu_ns(self) -> int: ...
 
 
 class SystemClock:
@@ -25,3 +27,6 @@ class SystemClock:
 
     def wall_ns(self) -> int:
         return time.time_ns()
+
+    def cpu_ns(self) -> int:
+        return time.thread_time_ns()

@@ -60,6 +60,7 @@ def _histogram(buckets: tuple[float, ...], name: str, help: str, *labels: str) -
 TABLE: Final[tuple[Declaration, ...]] = (
     _histogram(STAGE_BUCKETS_S, "omni_stage_seconds", "Time of a batch, queued and computed.", "stage", "phase"),
     _histogram(COUNT_BUCKETS, "omni_stage_batch_units", "Units in a batch.", "stage"),
+    _counter("omni_stage_cpu_seconds_total", "Processor time that a stage's own work took of its loop.", "stage"),
     _counter("omni_units_total", "Units a stage has processed.", "stage"),
     _counter("omni_stage_failures_total", "Units and hooks of sessions at which the stage has raised.", "stage"),
     _counter("omni_stage_unsaid_total", "Sessions that ended with something left to say, unheard.", "stage"),
@@ -129,16 +130,19 @@ class StageMetrics:
         self._queue = metrics.histogram("omni_stage_seconds", stage, "queue")
         self._compute = metrics.histogram("omni_stage_seconds", stage, "compute")
         self._batch_units = metrics.histogram("omni_stage_batch_units", stage)
+        self._cpu = metrics.counter("omni_stage_cpu_seconds_total", stage)
         self._units = metrics.counter("omni_units_total", stage)
         self._carried = metrics.counter("omni_stage_carried_total", stage)
         self._failures = metrics.counter("omni_stage_failures_total", stage)
         self._unsaid = metrics.counter("omni_stage_unsaid_total", stage)
 
-    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
-        """A batch left the stage. queue_s: from the arrival of its oldest unit to the start of compute_s."""
+    def processed(self, num_units: int, queue_s: float, compute_s: float, cpu_s: float) -> None:
+        """A batch left the stage. queue_s: from the arrival of its oldest unit to the start of compute_s, of which the
+        loop's thread has computed for cpu_s itself."""
         self._queue.observe(queue_s)
         self._compute.observe(compute_s)
         self._batch_units.observe(num_units)
+        self._cpu.inc(cpu_s)
         self._units.inc(num_units)
 
     def passed(self, num_units: int) -> None:

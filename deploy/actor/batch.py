@@ -73,16 +73,17 @@ class Batch:
                 del replica.ready[state.session.id]
             self._ticker.advance(state)
             ready.unit = self._without_stale(state, self._marked(state, ready.unit))
-        started_ns = replica.clock.monotonic_ns()
+        started_ns, cpu_ns = replica.clock.monotonic_ns(), replica.clock.cpu_ns()
         units = [ready.unit for state, ready in batch if not state.faults.given_up]
         with replica.working_on(replica.name, units):
             outcome = process(replica.stage, units, replica.open if replica.stage.scope == "pipeline" else ())
         compute_s = (replica.clock.monotonic_ns() - started_ns) / NS_PER_S
+        cpu_s = (replica.clock.cpu_ns() - cpu_ns) / NS_PER_S
         queue_ns = max(started_ns - ready.waiting.since_ns for _, ready in batch)
         if idle:
             replica.meter.passed(len(batch))
         else:
-            replica.meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s)
+            replica.meter.processed(len(batch), queue_s=queue_ns / NS_PER_S, compute_s=compute_s, cpu_s=cpu_s)
         outcome.send(lambda chunk: replica.out.send(replica.open[chunk.session], chunk))
         saying = {chunk.session for chunk in outcome.chunks if not chunk.is_control}
         for state, ready in batch:

@@ -107,9 +107,9 @@ class StageMeter:
             views[name] = _View(label, self._metrics.camera(label, RECONNECT_REASONS))
         return views[name]
 
-    def processed(self, num_units: int, queue_s: float, compute_s: float) -> None:
+    def processed(self, num_units: int, queue_s: float, compute_s: float, cpu_s: float) -> None:
         """A batch left the stage."""
-        self._stage.processed(num_units, queue_s, compute_s)
+        self._stage.processed(num_units, queue_s, compute_s, cpu_s)
         self._read_llm()
 
     def _read_llm(self) -> None:

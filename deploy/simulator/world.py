@@ -90,6 +90,9 @@ class HostClock:
     def wall_ns(self) -> int:
         return self.monotonic_ns() - self._begun_ns + self._day_ns
 
+    def cpu_ns(self) -> int:
+        return 0  # nothing computes in virtual time
+
     def step(self, by_ns: int) -> None:
         """Somebody sets the time of day."""
         self._day_ns += by_ns

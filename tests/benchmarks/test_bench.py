@@ -14,6 +14,7 @@ from deploy.evaluate.bench import FOLDER, BenchError, find_benchmarks, less_is_b
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"OMNI_BENCH_REPETITIONS": "4", "OMNI_BENCH_SESSIONS": "1", "OMNI_BENCH_SECONDS": "1"}
 QUICK |= {
+    "OMNI_BENCH_WARM_UP": "2",
     "OMNI_BENCH_SIZES": "1,2",
     "OMNI_BENCH_WINDOWS": "14",
     "OMNI_BENCH_SEEDS": "1",
@@ -54,7 +55,7 @@ def run_quickly(name: str) -> dict[str, object]:
         ("engine", 8),
         ("overload", 6),
         ("quantized", 10),
-        ("sessions", 6),
+        ("sessions", 9),
         ("simulate", 4),
         ("stages", 5),
     ],

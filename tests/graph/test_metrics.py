@@ -91,6 +91,7 @@ def test_a_process_exports_nothing_that_it_has_not_bound(registry: CollectorRegi
         "omni_stage_seconds",
         "omni_stage_batch_units",
         "omni_stage_carried",
+        "omni_stage_cpu_seconds",
         "omni_stage_failures",
         "omni_stage_unsaid",
         "omni_units",

@@ -68,6 +68,9 @@ class ManualClock:
     def wall_ns(self) -> int:
         raise AssertionError("nothing is decided by the time of day")
 
+    def cpu_ns(self) -> int:
+        return 0
+
 
 class Ticker(Stage):
     """A source: one window of sound per call, and then its end."""

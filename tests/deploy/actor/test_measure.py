@@ -81,13 +81,14 @@ class Meter:
         self.meter.made(self.session, Chunk(DOOR, EVENTS, 0, attrs={"type": kind, **attrs}), kinds.EVENTS)
 
 
-def test_a_batch_counts_its_units_and_both_its_times():
+def test_a_batch_counts_its_units_and_its_times():
     meter = Meter("vision_encoder")
-    meter.meter.processed(3, queue_s=0.5, compute_s=0.25)
-    meter.meter.processed(1, queue_s=0.5, compute_s=0.25)
+    meter.meter.processed(3, queue_s=0.5, compute_s=0.25, cpu_s=0.125)
+    meter.meter.processed(1, queue_s=0.5, compute_s=0.25, cpu_s=0.125)
     assert meter.value("omni_units_total", stage="vision_encoder") == 4
     assert meter.value("omni_stage_seconds_sum", stage="vision_encoder", phase="queue") == 1.0
     assert meter.value("omni_stage_seconds_sum", stage="vision_encoder", phase="compute") == 0.5
+    assert meter.value("omni_stage_cpu_seconds_total", stage="vision_encoder") == 0.25
     assert meter.value("omni_stage_batch_units_count", stage="vision_encoder") == 2
 
 
@@ -191,7 +192,7 @@ def test_a_closed_session_gives_its_share_of_the_cache_back():
             return self.usage
 
     meter = Meter("llm", Emptying())
-    meter.meter.processed(1, 0.0, 0.0)
+    meter.meter.processed(1, 0.0, 0.0, 0.0)
     Emptying.usage = 0.0
     meter.meter.closed(meter.session)
     assert meter.value("omni_kv_cache_usage_ratio") == 0.0
@@ -216,7 +217,7 @@ def test_a_window_in_which_something_is_said_is_counted_as_speaking():
 
 def test_what_the_llm_can_be_read_off_is_exported():
     meter = Meter("llm", FakeLlm())
-    meter.meter.processed(1, 0.0, 0.0)
+    meter.meter.processed(1, 0.0, 0.0, 0.0)
     meter.meter.unit_done(meter.session, NS_PER_S)
     assert meter.value("omni_kv_cache_usage_ratio") == 0.25
     assert meter.of_door("omni_text_budget_tokens") == 7

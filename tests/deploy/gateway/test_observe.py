@@ -63,7 +63,7 @@ def stack() -> Iterator[ExitStack]:
 def llm_replica(stack: ExitStack, replica: int, num_units: int) -> Target:
     """A served registry of an LLM replica which has processed that many units."""
     registry = CollectorRegistry()
-    Metrics(registry).stage("llm").processed(num_units, queue_s=0.01, compute_s=0.2)
+    Metrics(registry).stage("llm").processed(num_units, queue_s=0.01, compute_s=0.2, cpu_s=0.2)
     server = serve_metrics(registry)
     stack.callback(server.stop)
     return Target("127.0.0.1", server.port, stage="llm", replica=replica, process="llm")
