@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from model_shards.config import HiftConfig
+from model_shards.programs import frozen
 
 OVERLAP_FRAMES = 8  # 160 ms, the official hold-back
 MAX_MAGNITUDE = 1e2
@@ -52,7 +53,7 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha = self.alpha[:, None]
+        alpha = self.alpha.view(-1, *[1] * (x.dim() - 2))
         return x + (x * alpha).sin().square() / (alpha + 1e-9)
 
 
@@ -162,6 +163,7 @@ class HiftDecoder(nn.Module):
         # On the CPU even where the weights are built on `meta`, as no checkpoint fills it.
         window = torch.hann_window(config.istft_n_fft, dtype=torch.float64, device="cpu").float()
         self.register_buffer("window", window, persistent=False)
+        self._net: Callable[[Tensor, Tensor], Tensor] = self.bands
 
     def spectrum(self, source: Tensor) -> Tensor:
         """(batch, samples) as (batch, n_fft + 2, samples / hop_len + 1): real parts, then imaginary parts."""
@@ -171,17 +173,30 @@ class HiftDecoder(nn.Module):
 
     def synthesise(self, hidden: Tensor, spectrum: Tensor) -> Tensor:
         """hidden (batch, base_channels, frames), spectrum of the source: (batch, samples), not yet limited."""
+        return self._inverse(self._net(hidden, spectrum))
+
+    def bands(self, hidden: Tensor, spectrum: Tensor) -> Tensor:
+        """What `synthesise` takes, as logarithms of magnitudes and phases, (batch, n_fft + 2, time)."""
         num_kernels = len(self.config.resblock_kernel_sizes)
         for index, (up, down, source_block) in enumerate(
             zip(self.ups, self.source_downs, self.source_resblocks, strict=True)
         ):
             hidden = up(F.leaky_relu(hidden, self.config.lrelu_slope))
             if index == len(self.ups) - 1:
-                hidden = F.pad(hidden, (1, 0), mode="reflect")  # the STFT has one frame more
+                hidden = torch.cat((hidden[..., 1:2], hidden), dim=-1)  # reflected: the STFT has one frame more
             hidden = hidden + source_block(down(spectrum))
             blocks = self.resblocks[index * num_kernels : (index + 1) * num_kernels]
-            hidden = torch.stack([block(hidden) for block in blocks]).sum(dim=0) / num_kernels
-        return self._inverse(self.conv_post(F.leaky_relu(hidden, POST_SLOPE)))
+            hidden = sum(block(hidden) for block in blocks) / num_kernels
+        bands: Tensor = self.conv_post(F.leaky_relu(hidden, POST_SLOPE))
+        return bands
+
+    def freeze_net(self, net: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        """Compute `bands` as one program from now on. net: what computes it, `bands` itself or its equal."""
+        self.requires_grad_(False)
+        c, weight = self.config, self.m_source.l_linear.weight
+        hidden = weight.new_zeros(2, c.base_channels, 2)
+        spectrum = weight.new_zeros(2, c.istft_n_fft + 2, 2 * math.prod(c.upsample_rates) + 1)
+        self._net = frozen(net or self.bands, (hidden, spectrum))
 
     def limit(self, wave: Tensor) -> Tensor:
         return wave.clamp(-self.config.audio_limit, self.config.audio_limit)

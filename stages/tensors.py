@@ -28,6 +28,14 @@ def runtime(device: str, dtype: str) -> Runtime:
     return Runtime(device, torch.bfloat16 if dtype == BFLOAT16 else torch.float32)
 
 
+def cpu_dtype(dtype: str) -> torch.dtype:
+    """What a CPU computes in where either will do. dtype "auto": bfloat16 where it has instructions for it."""
+    if dtype == "auto":
+        has = torch.cpu.get_capabilities()
+        dtype = BFLOAT16 if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+    return torch.bfloat16 if dtype == BFLOAT16 else torch.float32
+
+
 def to_arrays(name: str, tensor: Tensor) -> tuple[dict[str, np.ndarray], dict[str, Scalar]]:
     """(arrays, attrs) for a chunk; the tensor's memory is copied to the host."""
     tensor = tensor.detach().contiguous()

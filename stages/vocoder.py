@@ -40,7 +40,10 @@ class _Open:
 
 
 class VocoderOptions(StageOptions):
-    """steps: Euler steps of the flow, at most the 16 that the official buffers hold; None: as the checkpoint says."""
+    """steps: Euler steps of the flow, at most the 16 that the official buffers hold; None: as the checkpoint says.
+
+    dtype: of the net that makes sound of the mel, on a CPU; "auto": bfloat16 where the processor computes with it.
+    """
 
     steps: int | None = Field(default=None, ge=1, le=16)
     seed: Seed = 0
@@ -62,9 +65,10 @@ class Vocoder(Stage):
         """Raises StageError where the checkpoint holds no voice."""
         from model_shards.checkpoint import load_shard, load_voice
         from model_shards.fold import fold
-        from stages.tensors import runtime
+        from model_shards.hift_net import freeze_net
+        from stages.tensors import cpu_dtype, runtime
 
-        where = runtime(site.device, "float32")  # the official vocoder computes in float32
+        where = runtime(site.device, "float32")  # as the official vocoder does
         model = load_shard(site.checkpoint, "vocoder", dtype=where.dtype, device=where.device)
         voice = load_voice(site.checkpoint)
         if voice is None:
@@ -74,6 +78,8 @@ class Vocoder(Stage):
         if options.steps is not None:
             model.config = dataclasses.replace(model.config, num_steps=options.steps)
         fold(model)
+        if where.device == "cpu":
+            freeze_net(model.hift, cpu_dtype(options.dtype))
         return cls(model, _prepared(model, voice), options.seed)
 
     def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_shards.config import HiftConfig
+from model_shards.fold import fold
 from model_shards.hift import STANDARD, HiftGenerator, ResBlock, Snake, Source
 from model_shards.hift_causal import CausalHiftGenerator
+from model_shards.hift_net import freeze_net
 from tests.support.vocoder import official_draws
 
 TINY = HiftConfig(base_channels=32, f0_cond_channels=16)
@@ -275,3 +277,23 @@ def test_released_sizes() -> None:
     assert (standard.hop, standard.overlap) == (480, 3840)
     assert (causal.num_history, causal.delay_frames) == (31, 8)
     assert 20e6 < sum(parameter.numel() for parameter in standard.parameters()) < 21e6
+
+
+@pytest.mark.parametrize(("kind", "config"), [(HiftGenerator, TINY), (CausalHiftGenerator, TINY_CAUSAL)])
+def test_a_frozen_net_gives_the_same_bands_for_any_sizes(kind: Any, config: HiftConfig) -> None:
+    stock, ours = small(kind, config), small(kind, config)
+    fold(ours)
+    freeze_net(ours, torch.float32)
+    for num_sessions, num_frames in ((1, 3), (2, 20), (5, 58)):
+        hidden = torch.randn(num_sessions, 32, num_frames)
+        spectrum = torch.randn(num_sessions, config.istft_n_fft + 2, num_frames * HOP // config.istft_hop_len + 1)
+        torch.testing.assert_close(ours._net(hidden, spectrum), stock.bands(hidden, spectrum), rtol=1e-4, atol=1e-5)
+
+
+def test_a_net_in_bfloat16_stays_forty_decibels_from_the_exact_one() -> None:
+    exact, ours = small(HiftGenerator, TINY), small(HiftGenerator, TINY)
+    fold(ours)
+    freeze_net(ours, torch.bfloat16)
+    mel, noise = torch.randn(2, 80, 58) - 3, torch.randn(2, 58 * HOP) * 0.1
+    (wanted, _), (wave, _) = exact(mel, noise), ours(mel, noise)
+    assert 10 * torch.log10(wanted.square().mean() / (wave - wanted).square().mean()) > 38
