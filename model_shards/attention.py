@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_shards.errors import ModelError
-from model_shards.kv_cache import KvCache, KvSequence
+from model_shards.kv_cache import KvCache, KvSequence, taken, write
 
 AttentionName = Literal["sdpa", "varlen", "flash"]
 PAGE_SIZES: Final[dict[AttentionName, int]] = {"sdpa": 32, "varlen": 256, "flash": 256}
@@ -147,8 +147,8 @@ def _attend(query: Tensor, group: _Group, keys: Tensor, values: Tensor) -> Tenso
     b, _, rows, t = group.mask.shape
     kv_heads, head_dim = keys.shape[-2:]
     q = query.index_select(0, group.rows).view(b, -1, kv_heads, query.shape[1] // kv_heads, head_dim)
-    k = keys.index_select(0, group.pages).view(b, t, kv_heads, head_dim).transpose(1, 2)
-    v = values.index_select(0, group.pages).view(b, t, kv_heads, head_dim).transpose(1, 2)
+    k = taken(keys, group.pages, query.dtype).view(b, t, kv_heads, head_dim).transpose(1, 2)
+    v = taken(values, group.pages, query.dtype).view(b, t, kv_heads, head_dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q.permute(0, 2, 3, 1, 4).reshape(b, kv_heads, rows, head_dim), k, v, group.mask
     )
@@ -174,7 +174,7 @@ class RaggedBatch:
     used: Tensor
     pages: Tensor
     max_new: int
-    max_used: int
+    max_used: int  # at least the most of `used`
 
     @classmethod
     def of(cls, cache: KvCache, spans: Sequence[Span]) -> RaggedBatch:
@@ -193,6 +193,13 @@ class RaggedBatch:
             max(new),
             max(used),
         )
+
+    @classmethod
+    def of_steps(cls, used: Tensor, pages: Tensor, page_size: int) -> RaggedBatch:
+        """One new token each, computed where `used` and `pages` lie, and of the same shape whatever they hold."""
+        cu_used = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
+        cu_new = torch.arange(len(used) + 1, dtype=torch.int32, device=used.device)
+        return cls(cu_new, cu_used, used, pages, max_new=1, max_used=pages.shape[1] * page_size)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, RaggedBatch], Tensor]
@@ -258,22 +265,65 @@ def flash_varlen(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch
 
 # ---- which one -------------------------------------------------------------------------------------------------------
 
+KERNELS: Final[dict[AttentionName, Kernel]] = {"varlen": torch_varlen, "flash": flash_varlen}
+"""The ragged ones. What they are handed has the same shape at each decode step, so that steps can be captured."""
 PREPARE: Final[dict[AttentionName, Prepare]] = {
     "sdpa": Padded.of,
-    "varlen": Ragged.by(torch_varlen),
-    "flash": Ragged.by(flash_varlen),
+    **{name: Ragged.by(kernel) for name, kernel in KERNELS.items()},
 }
 
 
-def choose_attention(device: str, dtype: torch.dtype, wanted: str | None = None) -> AttentionName:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all layers of one forward share."""
+
+    rotation: tuple[Tensor, Tensor]  # of each token's position
+    slots: Tensor  # [tokens] where their keys and values go in a layer's pool
+    attend: Attention
+
+    @classmethod
+    def of(
+        cls, cache: KvCache, spans: Sequence[Span], prepare: Prepare, queries_per_kv: int, dtype: torch.dtype
+    ) -> Plan:
+        """Any number of new tokens of each sequence; the cache has room for them."""
+        positions = torch.cat([torch.arange(span.start, span.context) for span in spans])
+        owner = torch.repeat_interleave(torch.tensor([span.num for span in spans]))
+        table = cache.block_table([span.sequence for span in spans], max(span.context for span in spans))
+        slots = table[owner, positions // cache.page_size] * cache.page_size + positions % cache.page_size
+        rotation = cache.rotation(positions.to(cache.device), dtype)
+        return cls(rotation, slots.to(cache.device), prepare(cache, spans, queries_per_kv, dtype))
+
+    @classmethod
+    def of_steps(cls, cache: KvCache, used: Tensor, pages: Tensor, kernel: Kernel, dtype: torch.dtype) -> Plan:
+        """One new token of each sequence, computed on the device alone.
+
+        used: [n] int32, tokens of each with the new one. pages: [n, most pages] int32.
+        """
+        positions = (used - 1).to(torch.int64)
+        page = pages.gather(1, (positions // cache.page_size)[:, None])[:, 0].to(torch.int64)
+        slots = page * cache.page_size + positions % cache.page_size
+        batch = RaggedBatch.of_steps(used, pages, cache.page_size)
+        return cls(cache.rotation(positions, dtype), slots, Ragged(batch, kernel))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, pool: tuple[Tensor, Tensor]) -> Tensor:
+        """Write keys and values [tokens, kv_heads, head_dim] to a layer's pool, and attend: [tokens, all heads]."""
+        write(pool[0], self.slots, key)
+        write(pool[1], self.slots, value)
+        return self.attend(query, *pool)
+
+
+def choose_attention(
+    device: str, dtype: torch.dtype, wanted: str | None = None, kv_dtype: torch.dtype | None = None
+) -> AttentionName:
     """`wanted`, or else the fastest that runs there: flash, varlen, sdpa in this order.
 
+    dtype: of the queries. kv_dtype: of keys and values; None: the same.
     Raises ModelError where the one that is wanted can't run there, saying why.
     """
     names: tuple[AttentionName, ...] = get_args(AttentionName)
     if wanted is not None and wanted not in names:
         raise ModelError(f"attention: {wanted!r} is none of {', '.join(names)}")
-    lacks = {name: _lack(name, torch.device(device), dtype) for name in names}
+    lacks = {name: _lack(name, torch.device(device), dtype, kv_dtype or dtype) for name in names}
     for name in names if wanted else ("flash", "varlen", "sdpa"):
         if name == wanted and lacks[name]:
             others = ", ".join(other for other in names if not lacks[other])
@@ -283,10 +333,12 @@ def choose_attention(device: str, dtype: torch.dtype, wanted: str | None = None)
     raise AssertionError("sdpa runs everywhere")
 
 
-def _lack(name: AttentionName, device: torch.device, dtype: torch.dtype) -> str:
+def _lack(name: AttentionName, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> str:
     """Why a kernel can't run there; "" where it can."""
     if name == "sdpa":
         return ""
+    if kv_dtype != dtype:  # torch 2.13: only without a block table; flash-attn 2: not at all
+        return f"reads keys and values of its queries' type alone, not {str(kv_dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         return f"runs on a GPU, not on {device.type}"
     if dtype not in HALF:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model_shards.attention import AttentionName
 from model_shards.context import Context, SlidingWindow, UnitSpan, WindowConfig, is_due
 from model_shards.decoding import Choice, DecisionRule, SamplingConfig
 from model_shards.errors import ModelError
@@ -173,6 +174,10 @@ class DuplexEngine:
         self._rule = DecisionRule(config.sampling, tokenizer.special, tokenizer.bad_token_ids, cache.device)
         marker_ids = tokenizer.encode(config.window.previous_marker)
         self._window = SlidingWindow(config.window, model, cache, marker_ids, tokenizer.special_ids)
+
+    @property
+    def attention(self) -> AttentionName:
+        return self._model.attention
 
     def new_session(self, seed: int) -> DuplexSession:
         """An empty session; the same seed and inputs give the same outputs."""

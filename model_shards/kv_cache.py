@@ -14,6 +14,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from model_shards.config import LlmConfig
 from model_shards.errors import ModelError
+
+FP8: Final = torch.float8_e4m3fn
+FP8_MAX: Final = 448.0
 
 
 class KvCacheFull(ModelError):
@@ -77,6 +81,7 @@ class KvCache:
         self.shape = shape
         self.page_size = page_size
         self.num_pages = num_pages
+        self.dtype = dtype
         self.device = torch.device(device)
         size = (shape.num_layers, num_pages, page_size, shape.num_kv_heads, shape.head_dim)
         self._keys = _zeros(size, dtype, self.device)
@@ -156,7 +161,7 @@ class KvCache:
         Forward, this opens a gap [start, new_start), whose keys and values are undefined until written. Backward, the
         tokens [new_start, start) are forgotten. Raises KvCacheFull (only forward).
 
-        A key is turned by the difference of its positions, in float32; in a bfloat16 pool every move rounds once.
+        A key is turned by the difference of its positions, in float32; in a pool of fewer bits every move rounds once.
         """
         assert 0 <= start <= sequence.length and new_start >= 0
         shift = new_start - start
@@ -165,10 +170,9 @@ class KvCache:
         old = self._slots(sequence, start, sequence.length)
         new = self._slots(sequence, new_start, sequence.length + shift)
         cos, sin = self.rotation(torch.tensor([shift], device=self.device), torch.float32)
-        for keys, values in zip(self._keys.flatten(1, 2), self._values.flatten(1, 2), strict=True):
-            turned = rotate(keys.index_select(0, old).float(), cos, sin)
-            keys.index_copy_(0, new, turned.to(keys.dtype))
-            values.index_copy_(0, new, values.index_select(0, old))
+        for keys, values in zip(self._keys, self._values, strict=True):
+            write(keys, new, rotate(taken(keys.flatten(0, 1), old, torch.float32), cos, sin))
+            write(values, new, taken(values.flatten(0, 1), old, torch.float32))
         if shift > 0:
             sequence.length += shift
         else:
@@ -181,8 +185,8 @@ class KvCache:
     def read(self, sequence: KvSequence, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys (rotated) and values of a sequence, each [length, num_kv_heads, head_dim]."""
         slots = self._slots(sequence, 0, sequence.length)
-        keys, values = self.layer(layer)
-        return keys.flatten(0, 1).index_select(0, slots), values.flatten(0, 1).index_select(0, slots)
+        keys, values = (taken(pool.flatten(0, 1), slots, pool.dtype) for pool in self.layer(layer))
+        return keys, values
 
     def block_table(self, sequences: Sequence[KvSequence], num_tokens: int) -> Tensor:
         """The pages of the first `num_tokens` tokens of each sequence: [num_sequences, pages], int64, on the CPU.
@@ -207,6 +211,21 @@ class KvCache:
         table = self.block_table([sequence], stop)[0]
         slots = table[positions // self.page_size] * self.page_size + positions % self.page_size
         return slots.to(self.device)
+
+
+def write(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Rows [n, kv_heads, head_dim] to their places in a layer's pool, as its type has them."""
+    if pool.dtype == FP8:  # beyond its range it knows no number; and torch copies bytes everywhere
+        rows = rows.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+        pool = pool.view(torch.uint8)
+    pool.flatten(0, 1).index_copy_(0, slots, rows.to(pool.dtype))
+
+
+def taken(pool: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copies of the rows or pages at `indices` of a pool [rows or pages, …]."""
+    if pool.dtype == FP8:
+        return pool.view(torch.uint8).index_select(0, indices).view(FP8).to(dtype)
+    return pool.index_select(0, indices).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

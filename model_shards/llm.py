@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_shards.attention import PREPARE, Attention, AttentionName, Prepare, Span
+from model_shards.attention import PREPARE, AttentionName, Plan, Span
 from model_shards.config import LlmConfig, Quantization
 from model_shards.kv_cache import KvCache, KvSequence, rotate
 from model_shards.quantized import QuantizedLinear
@@ -66,7 +66,7 @@ class LanguageModel(nn.Module):
             return []
         hidden = torch.cat([item.embeds for item in batch])
         queries_per_kv = self.config.num_attention_heads // self.config.num_key_value_heads
-        plan = _plan(cache, _place(cache, batch), PREPARE[self.attention], queries_per_kv, hidden.dtype)
+        plan = Plan.of(cache, _place(cache, batch), PREPARE[self.attention], queries_per_kv, hidden.dtype)
         for index, layer in enumerate(self.llm.model.layers):
             hidden = layer(hidden, plan, cache.layer(index))
         return list(torch.split(self.llm.model.norm(hidden), [len(item.embeds) for item in batch]))
@@ -102,7 +102,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, plan: _Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, plan: Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), plan, pool)
         out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return out
@@ -132,35 +132,14 @@ class DecoderAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, plan: _Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, plan: Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
         """x: [tokens, hidden_size] of all sequences; their keys and values are written to the pool first."""
         heads = (len(x), -1, self.head_dim)
         cos, sin = plan.rotation
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)
-        keys, values = pool
-        keys.flatten(0, 1).index_copy_(0, plan.slots, key)
-        values.flatten(0, 1).index_copy_(0, plan.slots, self.v_proj(x).view(heads))
-        out: Tensor = self.o_proj(plan.attend(query, keys, values))
+        out: Tensor = self.o_proj(plan.mix(query, key, self.v_proj(x).view(heads), pool))
         return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What all layers of one forward share."""
-
-    rotation: tuple[Tensor, Tensor]  # of each token's position
-    slots: Tensor  # [tokens] where their keys and values go in a layer's pool
-    attend: Attention
-
-
-def _plan(cache: KvCache, spans: Sequence[Span], prepare: Prepare, queries_per_kv: int, dtype: torch.dtype) -> _Plan:
-    positions = torch.cat([torch.arange(span.start, span.context) for span in spans])
-    owner = torch.repeat_interleave(torch.tensor([span.num for span in spans]))
-    table = cache.block_table([span.sequence for span in spans], max(span.context for span in spans))
-    slots = table[owner, positions // cache.page_size] * cache.page_size + positions % cache.page_size
-    rotation = cache.rotation(positions.to(cache.device), dtype)
-    return _Plan(rotation, slots.to(cache.device), prepare(cache, spans, queries_per_kv, dtype))
 
 
 def _place(cache: KvCache, batch: Sequence[SequenceInput]) -> list[Span]:

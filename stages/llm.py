@@ -57,12 +57,17 @@ class ContextOptions(Section):
 
 
 class LlmOptions(StageOptions):
-    """decoding None: as the checkpoint says. force_listen: the session listens for this many windows at first."""
+    """decoding None: as the checkpoint says. force_listen: the session listens for this many windows at first.
+
+    attention None: the fastest that runs there, see model_shards/attention.py. kv_dtype auto: as the model computes.
+    """
 
     decoding: Literal["greedy", "sampling"] | None = None
     seed: Seed = 0
     system_prompt: str = Field(default="Streaming Omni Conversation.", max_length=20_000)
     kv_memory_bytes: Bytes = Field(default=512 << 20, alias="kv_memory")
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    attention: Literal["sdpa", "varlen", "flash"] | None = None
     context: Annotated[ContextOptions, or_empty] = ContextOptions()
     force_listen: int = Field(default=3, ge=0, le=3600)
 
@@ -113,20 +118,24 @@ class Llm(Stage):
 
     @classmethod
     def load(cls, options: LlmOptions, site: Site) -> Llm:
+        from model_shards.attention import PAGE_SIZES
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
         from model_shards.duplex import DuplexEngine
-        from model_shards.kv_cache import KvCache, KvShape
+        from model_shards.kv_cache import FP8, KvCache, KvShape
         from model_shards.tokenizer import Tokenizer
-        from stages.tensors import runtime
+        from stages.tensors import attention_for, runtime
 
         config = load_config(site.checkpoint)
         has_codes = options.dtype == "auto" and config.llm.quantization is not None  # their kernels are for bfloat16
         where = runtime(site.device, "bfloat16" if has_codes else options.dtype)
+        kv_dtype = FP8 if options.kv_dtype == "fp8" else where.dtype
+        attention = attention_for(site, where, options.attention, kv_dtype)  # before weights are read
         model = load_shard(site.checkpoint, "llm", dtype=where.dtype, device=where.device)
+        model.attention = attention
         tokenizer = Tokenizer.load(site.checkpoint)
-        shape = KvShape.of(model.config)
-        cache = KvCache.of_bytes(shape, options.kv_memory_bytes, dtype=where.dtype, device=where.device)
+        shape, page_size = KvShape.of(model.config), PAGE_SIZES[attention]
+        cache = KvCache.of_bytes(shape, options.kv_memory_bytes, page_size, kv_dtype, where.device)
         return cls(
             DuplexEngine(model, cache, tokenizer, duplex_config(options, config.generation)),
             cache,
@@ -157,6 +166,11 @@ class Llm(Stage):
         self._seed = seed
         self._session_pages = cache.pages_for(self._max_session_tokens())
         self._open: dict[SessionId, _Open] = {}
+
+    @property
+    def runs_with(self) -> str:
+        kv_dtype = "" if self._cache.dtype == self._where.dtype else ", keys and values in fp8"
+        return f"{self._where}, {self._engine.attention} attention{kv_dtype}"
 
     def open_session(self, session: Session) -> None:
         if (len(self._open) + 1) * self._session_pages > self._cache.num_pages:

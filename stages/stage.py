@@ -132,6 +132,11 @@ class Stage:
         stage.options = options
         return stage
 
+    @property
+    def runs_with(self) -> str:
+        """What it computes with here, as "cuda bfloat16, flash attention", for the user; "" where there is no choice."""
+        return ""
+
     def open_session(self, session: Session) -> None:
         """Make room for a session. Raises StageError when there is none; nothing is kept then."""
 

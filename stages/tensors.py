@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from graph.chunk import Chunk, Scalar
+from model_shards.attention import AttentionName, choose_attention
+from model_shards.errors import ModelError
+from stages.stage import Site, StageError
 
 BFLOAT16 = "bfloat16"
 
@@ -19,6 +22,9 @@ class Runtime:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.device} {str(self.dtype).removeprefix('torch.')}"
 
 
 def runtime(device: str, dtype: str) -> Runtime:
@@ -34,6 +40,14 @@ def cpu_dtype(dtype: str) -> torch.dtype:
         has = torch.cpu.get_capabilities()
         dtype = BFLOAT16 if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
     return torch.bfloat16 if dtype == BFLOAT16 else torch.float32
+
+
+def attention_for(site: Site, where: Runtime, wanted: str | None, kv_dtype: torch.dtype) -> AttentionName:
+    """Which attention a stage's model has. Raises StageError where the one that is wanted can't run there."""
+    try:
+        return choose_attention(where.device, where.dtype, wanted, kv_dtype)
+    except ModelError as error:
+        raise StageError(f"{site.name}: stages.{site.name}.{error}") from error
 
 
 def to_arrays(name: str, tensor: Tensor) -> tuple[dict[str, np.ndarray], dict[str, Scalar]]:

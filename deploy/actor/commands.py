@@ -142,10 +142,12 @@ class Commands:
                 logging.exception("%s has failed", call.method)
             return Answer(error=_portable(error))
 
-    def _load(self) -> None:
+    def _load(self) -> str:
+        """Returns what its stages compute with, for the user."""
         runners = self._build()
         self.loop = ActorLoop(runners)
         self.runners = {runner.name: runner for runner in runners}
+        return "; ".join(runner.stage.runs_with for runner in runners if runner.stage.runs_with)
 
     def _report(self) -> Report:
         return Report({name: runner.snapshot() for name, runner in self.runners.items()}, self._ends.accounts())

@@ -160,7 +160,14 @@ class Lives:
         given_up, before = _of_way(failing, is_aside=False), _of_way(self._given_up_before, is_aside=False)
         aside = _of_way(self._given_up_before | failing, is_aside=True)
         return StageSnapshot(
-            replica.num_units, replica.num_ready, seen, replica.stage.sources(), given_up, aside, before
+            replica.num_units,
+            replica.num_ready,
+            seen,
+            replica.stage.sources(),
+            given_up,
+            aside,
+            before,
+            replica.stage.runs_with,
         )
 
     def _open_at_stage(self, session: Session) -> None:

@@ -101,6 +101,7 @@ class StageSnapshot:
 
     given_up: the sessions that fail here, and why. given_up_aside: those that go on all the same, since no window ends
     behind this stage. given_up_before: those that have ended here since. Sessions on a side branch stay when they end.
+    runs_with: what it computes with, for the user.
     """
 
     num_units: int
@@ -110,3 +111,4 @@ class StageSnapshot:
     given_up: Mapping[SessionId, str] = field(default_factory=dict)
     given_up_aside: Mapping[SessionId, str] = field(default_factory=dict)
     given_up_before: Mapping[SessionId, str] = field(default_factory=dict)
+    runs_with: str = ""

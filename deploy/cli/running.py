@@ -69,7 +69,10 @@ def ps(as_json: Json = False) -> None:
         return
     trained = "" if status["trained"] else "  (UNTRAINED)"
     print(f"model {status['model']}{trained}  up {status['uptime_s']:.0f} s  {status['problem'] or 'ready'}")
-    table(status["stages"], ("stage", "replica", "state", "process", "pid", "node", "sessions", "units", "waiting"))
+    table(
+        status["stages"],
+        ("stage", "replica", "state", "process", "pid", "node", "sessions", "units", "waiting", "runs_with"),
+    )
     for busy in dict.fromkeys(row["busy"] for row in status["stages"] if row["busy"]):
         print(busy)
     table(status["sessions"], ("session", "state", "windows", "late", "source"))

@@ -34,13 +34,20 @@ def start_actors(tools: Tools, processes: Sequence[Process]) -> None:
     for process in processes:
         tools.wiring.is_bound(process, bound[process.name])
     post("connect", lambda process: [tools.wiring.outgoing(process)])
-    _wait_for(tools, "load", post("load", lambda process: []), lambda name: tools.tell(f"  {name} ready"))
+
+    def is_ready(name: str, runs_with: str | None) -> None:
+        tools.tell(f"  {name} ready ({runs_with})" if runs_with else f"  {name} ready")
+
+    _wait_for(tools, "load", post("load", lambda process: []), is_ready)
 
 
 def _wait_for(
-    tools: Tools, what: str, replies: Mapping[str, Reply[Any]], is_there: Callable[[str], None] = lambda name: None
+    tools: Tools,
+    what: str,
+    replies: Mapping[str, Reply[Any]],
+    is_there: Callable[[str, Any], None] = lambda name, answer: None,
 ) -> dict[str, Any]:
-    """All answers, by actor. what: they are to do. is_there: called as each comes."""
+    """All answers, by actor. what: they are to do. is_there: called with each as it comes."""
     answers: dict[str, Any] = {}
     waiting = Waiting(what, tools.tell, tools.now_s)
     while len(answers) < len(replies):
@@ -48,6 +55,6 @@ def _wait_for(
         for name, reply in replies.items():
             if reply.is_done and name not in answers:
                 answers[name] = reply.result()
-                is_there(name)
+                is_there(name, answers[name])
         waiting.look(name for name in replies if name not in answers)
     return answers

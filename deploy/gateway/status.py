@@ -93,6 +93,7 @@ class Status:
             "sessions": len(snapshot.sessions) if snapshot else 0,
             "units": snapshot.num_units if snapshot else 0,
             "waiting": snapshot.num_ready if snapshot else 0,
+            "runs_with": snapshot.runs_with if snapshot else "",
             "busy": slow,
         }
 

@@ -12,7 +12,7 @@ from model_shards import attention
 from model_shards.attention import PAGE_SIZES, PREPARE, Ragged, Span, choose_attention
 from model_shards.config import LlmConfig
 from model_shards.errors import ModelError
-from model_shards.kv_cache import KvCache, KvSequence, KvShape
+from model_shards.kv_cache import FP8, KvCache, KvSequence, KvShape, taken, write
 from model_shards.llm import LanguageModel, SequenceInput
 from tests.support.kernels import reference_kernel
 
@@ -71,9 +71,8 @@ def test_what_a_ragged_kernel_is_handed_gives_what_sdpa_gives(
     torch.testing.assert_close(ragged, sdpa, rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_gives_the_same_by_a_ragged_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill, decode steps, and a session that writes over what it had; in one batch."""
-    monkeypatch.setitem(PREPARE, "varlen", Ragged.by(reference_kernel))
+@pytest.fixture
+def model() -> LanguageModel:
     config = LlmConfig(
         vocab_size=11,
         hidden_size=24,
@@ -84,18 +83,55 @@ def test_the_model_gives_the_same_by_a_ragged_kernel(monkeypatch: pytest.MonkeyP
         head_dim=SHAPE.head_dim,
     )
     torch.manual_seed(0)
-    model = LanguageModel(config).requires_grad_(False).eval()
-    said = {}
-    for name in ("sdpa", "varlen"):
-        model.attention = name  # type: ignore[assignment]
-        cache, first, second = KvCache(KvShape.of(config), 40, 4), KvSequence(), KvSequence()
-        rows = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
-        said[name] = [
-            *model(cache, [SequenceInput(first, rows[:9]), SequenceInput(second, rows[9:11])]),
-            *model(cache, [SequenceInput(first, rows[11:12]), SequenceInput(second, rows[12:17])]),
-            *model(cache, [SequenceInput(first, rows[17:20], start=4), SequenceInput(second, rows[20:21])]),
-        ]
-    torch.testing.assert_close(said["varlen"], said["sdpa"])
+    return LanguageModel(config).requires_grad_(False).eval()
+
+
+def hidden_of(model: LanguageModel, cache: KvCache) -> list[Tensor]:
+    """Prefill, decode steps, and a session that writes over what it had; in one batch."""
+    first, second = KvSequence(), KvSequence()
+    rows = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    return [
+        *model(cache, [SequenceInput(first, rows[:9]), SequenceInput(second, rows[9:11])]),
+        *model(cache, [SequenceInput(first, rows[11:12]), SequenceInput(second, rows[12:17])]),
+        *model(cache, [SequenceInput(first, rows[17:20], start=4), SequenceInput(second, rows[20:21])]),
+    ]
+
+
+def test_the_model_gives_the_same_by_a_ragged_kernel(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PREPARE, "varlen", Ragged.by(reference_kernel))
+    by_sdpa = hidden_of(model, KvCache(KvShape.of(model.config), 40, 4))
+    model.attention = "varlen"
+    torch.testing.assert_close(hidden_of(model, KvCache(KvShape.of(model.config), 40, 4)), by_sdpa)
+
+
+def test_keys_and_values_in_fp8_are_off_by_what_three_bits_round(model: LanguageModel) -> None:
+    exact, rounded = (
+        hidden_of(model, KvCache(KvShape.of(model.config), 40, 4, dtype)) for dtype in (torch.float32, FP8)
+    )
+    off = torch.cat(rounded) - torch.cat(exact)
+    assert 0 < off.norm() / torch.cat(exact).norm() < 2**-4  # a number is off by 2^-4 of itself at most
+
+
+def test_what_fp8_can_t_hold_is_as_near_as_it_can_be() -> None:
+    cache = KvCache(SHAPE, 2, 4, FP8)
+    rows = torch.tensor([-1e4, -448.0, 0.0, 1e-3, 1.0, 300.0, 460.0, 3e38]).expand(1, 2, 8)
+    write(cache.layer(0)[0], torch.tensor([3]), rows)
+    kept = taken(cache.layer(0)[0].flatten(0, 1), torch.tensor([3]), torch.float32)
+    assert kept[0, 0].tolist() == [-448.0, -448.0, 0.0, 2**-9 * round(1e-3 * 2**9), 1.0, 288.0, 448.0, 448.0]
+
+
+def test_tokens_in_fp8_move_like_all_others() -> None:
+    plain, small = (KvCache(SHAPE, 8, 4, dtype) for dtype in (torch.float32, FP8))
+    for cache in (plain, small):
+        sequence = KvSequence()
+        cache.extend([(sequence, 9)])
+        generator = torch.Generator().manual_seed(3)
+        for pool in cache.layer(0):
+            write(pool, torch.arange(32), torch.randn(32, 2, 8, generator=generator))
+        cache.drop(sequence, 2, 5)
+        assert sequence.length == 6
+    for exact, rounded in zip(plain.read(sequence, 0), small.read(sequence, 0), strict=True):
+        torch.testing.assert_close(rounded.float(), exact, rtol=2**-3, atol=2**-3)
 
 
 def test_pages_are_as_the_kernels_want_them() -> None:

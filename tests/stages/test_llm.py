@@ -14,9 +14,9 @@ from graph.ladder import STEPS, holds_window
 from graph.window import Unit, WindowJoin
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
-from stages.llm import Llm
+from stages.llm import Llm, LlmOptions
 from stages.session import Session
-from stages.stage import StageError
+from stages.stage import Site, StageError
 from tests.support.batching import assert_batches, open_all
 from tests.support.streams import EVENTS, IMAGE, TEXT, inputs
 from tests.support.tiny import MAX_UNIT, Tiny, session_tokens
@@ -367,3 +367,33 @@ def test_pictures_for_which_a_unit_has_no_room_are_skipped_and_told(tiny: Tiny):
 def test_a_system_prompt_that_leaves_no_room_is_refused_before_any_session_opens(tiny: Tiny):
     with pytest.raises(StageError, match=r"leaves no room for windows below stages\.llm\.context\.low \(400\)"):
         tiny.llm(system_prompt="See. " * 100)
+
+
+def test_it_says_what_it_computes_with(tiny: Tiny):
+    site = Site("llm", tiny.path)
+    assert Llm.load(LlmOptions(), site).runs_with == "cpu float32, sdpa attention"
+    small = Llm.load(LlmOptions(kv_dtype="fp8", dtype="bfloat16"), site)
+    assert small.runs_with == "cpu bfloat16, sdpa attention, keys and values in fp8"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"attention": "varlen"}, "varlen runs on a GPU, not on cpu; here there is sdpa"),
+        (
+            {"attention": "flash", "kv_dtype": "fp8"},
+            "flash reads keys and values of its queries' type alone, not float8",
+        ),
+    ],
+)
+def test_an_attention_that_can_t_run_here_is_refused_with_the_reason(options: dict[str, Any], why: str, tiny: Tiny):
+    with pytest.raises(StageError, match=f"llm: stages.llm.attention: {why}"):
+        Llm.load(LlmOptions(**options), Site("llm", tiny.path))
+
+
+def test_a_session_takes_half_the_memory_in_fp8(tiny: Tiny):
+    site, pages = Site("llm", tiny.path), []
+    for kv_dtype in ("auto", "fp8"):
+        options = LlmOptions.model_validate({"kv_dtype": kv_dtype, "dtype": "bfloat16", "kv_memory": "64MiB"})
+        pages.append(Llm.load(options, site)._cache.num_pages)
+    assert pages[1] == 2 * pages[0]

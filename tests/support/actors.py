@@ -58,6 +58,7 @@ class FakeActor:
         self.given_up: dict[SessionId, str] = {}
         self.given_up_aside: dict[SessionId, str] = {}
         self.given_up_before: dict[SessionId, str] = {}
+        self.runs_with = "cpu" if "llm" in stages else ""
         self.ahead_ns = AHEAD_NS if node != "here" else 0
         self.num_batches = 0
         self.works: Any = None  # what it works on when it dies
@@ -70,6 +71,8 @@ class FakeActor:
         match method:
             case "address":
                 return Answer(Address(self.node, "127.0.0.1", 1, 9))
+            case "load":
+                return Answer(self.runs_with)
             case "bind":
                 return Answer(dict.fromkeys(arguments[0], "ipc://edge"))
             case "report" if self.faulty_at == "report":

@@ -68,6 +68,12 @@ def test_sessions_open_together_stage_by_stage_and_begin_when_all_are_open(
     assert begun[len(takers) :] == sources, "one after the other, since each starts a decoder"
 
 
+def test_that_a_stage_is_ready_is_told_with_what_it_computes_with(cluster: FakeCluster, tmp_path: Path):
+    told: list[str] = []
+    started(cluster, tmp_path, told=told)
+    assert {"  llm.0 ready (cpu)", "  tts.0 ready"} <= set(told)
+
+
 def test_replicas_share_the_sessions(coordinator: Coordinator, cluster: FakeCluster):
     coordinator.open_sessions(sessions("a", "b", "c"))
     plans: list[list[SessionPlan]] = [call[2][0] for call in of(cluster.calls, "open_sessions") if call[1] == "llm"]
