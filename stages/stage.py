@@ -134,7 +134,7 @@ class Stage:
 
     @property
     def runs_with(self) -> str:
-        """What it computes with here, as "cuda bfloat16, flash attention", for the user; "" where there is no choice."""
+        """For the user: what it computes with here, as "cuda bfloat16, flash attention"; "" where nothing is chosen."""
         return ""
 
     def open_session(self, session: Session) -> None:
