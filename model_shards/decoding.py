@@ -2,7 +2,7 @@
 
 The rule asks twice. First the raw logits say whether the model ends its chunk here; its own probability of ending is
 thus kept. Only if it goes on, the logits are shaped (forbidden tokens, penalties, temperature, top-k, top-p) and asked
-for a token.
+for a token. `choose` asks the host in between; `decide` is the same on a device, where the host waits once for all.
 
 Source: MiniCPM-o 4.5 `utils.py` (StreamDecoder.decode), reference/minicpmo-4.5.md §4.4.
 """
@@ -11,14 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model_shards.errors import ModelError
-from model_shards.sampling import draw
+from model_shards.noise import uniform, waits
+from model_shards.sampling import draw, numbers_only
 from model_shards.tokenizer import SpecialTokens
+
+TIES: Final = 64
+"""Tokens that `decide` looks at beyond the `top_k` likeliest, for those equal to the last of them: in bfloat16, whose
+steps are coarse, some are. More are left out there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,14 @@ class Choice(NamedTuple):
 
     token: int
     counts: bool
+
+
+_NO_TOKEN: Final = torch.iinfo(torch.int64).min  # the probabilities were no numbers
+
+
+def _uncounted(token: int) -> int:
+    """A token that does not count as sampled, among those that do; and back."""
+    return -1 - token
 
 
 class DecisionRule:
@@ -101,14 +115,64 @@ class DecisionRule:
             choices[going[index]] = Choice(token, counts=True)
         return choices
 
+    def decide(self, logits: Tensor, seeds: Tensor, draws: Tensor, recent: Tensor) -> Tensor:
+        """As `choose`, without a look at a value: [sessions] int64, which `choices` reads.
+
+        seeds, draws: [sessions], see model_shards/noise.py; a decision is one draw. recent: [sessions, any], see
+        `recent_row`. The first question takes a number for the end's own probability, the second one for each token
+        that is left; so the chances are those of `choose`.
+        """
+        logits = logits.float()
+        shaped = self._shape(logits, recent)
+        chosen = self._likeliest(shaped, seeds, draws)
+        if self.config.listen_top_k is not None:
+            rank = (shaped > shaped[:, self._listen, None]).sum(-1)
+            chosen = chosen.masked_fill(rank < self.config.listen_top_k, _uncounted(self._listen))
+        return chosen.masked_fill(self._ends(logits, seeds, draws), _uncounted(self._chunk_eos))
+
+    def choices(self, decided: Tensor) -> list[Choice]:
+        """What `decide` gave, on the host. Raises ModelError for NaN."""
+        values = numbers_only(decided.tolist(), _NO_TOKEN)
+        return [Choice(value, True) if value >= 0 else Choice(_uncounted(value), False) for value in values]
+
+    def recent_row(self, recent: Sequence[int], row: np.ndarray) -> None:
+        """What was sampled, as `decide` takes it: the end of it, and then what can't be chosen anyway. row: [any]."""
+        kept = recent[-min(len(row), self.config.repetition_window) :]
+        row[: len(kept)] = kept
+        row[len(kept) :] = self._chunk_eos
+
+    def _ends(self, logits: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
+        if self.config.mode == "greedy":
+            return logits.argmax(-1) == self._chunk_eos
+        place = torch.full((1,), logits.shape[1], device=logits.device)  # behind all tokens
+        return uniform(seeds, draws, place)[:, 0] < logits.softmax(-1)[:, self._chunk_eos]
+
+    def _likeliest(self, shaped: Tensor, seeds: Tensor, draws: Tensor) -> Tensor:
+        config = self.config
+        if config.mode == "greedy":
+            return shaped.argmax(-1)
+        kept = min(config.top_k + TIES, shaped.shape[1]) if config.top_k > 0 else shaped.shape[1]
+        values, tokens = shaped.topk(kept)
+        values = values / config.temperature
+        if config.top_k > 0:
+            values = values.masked_fill(values < values[:, min(config.top_k, kept) - 1, None], -torch.inf)
+        if config.top_p > 0.0:
+            values = values.masked_fill(_beyond(values, config.top_p), -torch.inf)
+        best, place = (values.softmax(-1) / waits(seeds, draws, tokens)).max(-1)
+        return tokens.gather(1, place[:, None])[:, 0].masked_fill(best.isnan(), _NO_TOKEN)
+
     def shape(self, logits: Tensor, recent: Sequence[Sequence[int]]) -> Tensor:
         """A copy of the logits [sessions, vocab] with what is forbidden at -inf and all penalties applied."""
+        rows = np.empty((len(recent), max(map(len, recent), default=0)), dtype=np.int64)
+        for tokens, row in zip(recent, rows, strict=True):
+            self.recent_row(tokens, row)
+        return self._shape(logits, torch.from_numpy(rows).to(logits.device))
+
+    def _shape(self, logits: Tensor, recent: Tensor) -> Tensor:
         config = self.config
         logits = logits.index_fill(1, self._forbidden, -torch.inf)
-        if config.repetition_penalty != 1.0:
-            distinct = enumerate(set(tokens[-config.repetition_window :]) for tokens in recent)
-            places = [row * logits.shape[1] + token for row, tokens in distinct for token in tokens]
-            logits.view(-1)[torch.tensor(places, dtype=torch.int64, device=logits.device)] /= config.repetition_penalty
+        if config.repetition_penalty != 1.0:  # a token that came twice is written twice, with one value
+            logits.scatter_(1, recent, logits.gather(1, recent) / config.repetition_penalty)
         turn_eos = logits[:, self._turn_eos]
         longer, shorter = turn_eos / config.length_penalty, turn_eos * config.length_penalty
         logits[:, self._turn_eos] = torch.where(turn_eos > 0, longer, shorter)
@@ -145,8 +209,13 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         kept = int((logits >= last).sum(-1).max())  # saves sorting the whole vocabulary
     if top_p > 0.0:
         values, order = logits.topk(kept)
-        before = values.softmax(-1).cumsum(-1).roll(1, -1)
-        before[:, 0] = 0.0
-        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before > top_p)
+        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, _beyond(values, top_p))
         logits = logits.masked_fill(cut, -torch.inf)
     return logits
+
+
+def _beyond(values: Tensor, top_p: float) -> Tensor:
+    """Which of the logits [sessions, any], the likeliest first, come after those that together pass `top_p`."""
+    before = values.softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0.0
+    return before > top_p

@@ -17,18 +17,21 @@ Source: MiniCPM-o 4.5 demo (DuplexCapability), reference/minicpmo-4.5.md §0 (de
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from model_shards.attention import AttentionName
+from model_shards.attention import AttentionName, Kernel
 from model_shards.context import Context, SlidingWindow, UnitSpan, WindowConfig, is_due
+from model_shards.decode_steps import Decider, DecodeSteps, Fed, Question
 from model_shards.decoding import Choice, DecisionRule, SamplingConfig
 from model_shards.errors import ModelError
 from model_shards.kv_cache import KvCache, KvSequence
 from model_shards.llm import LanguageModel, SequenceInput
+from model_shards.programs import ladder_for
 from model_shards.tokenizer import Tokenizer
 
 MAX_TEXT_TOKENS = 18  # the official loop takes 20 steps: one for <|speak|>, one for <|chunk_eos|>
@@ -118,10 +121,12 @@ class DuplexSession:
     start and not yet its end. The two differ when a token after <|turn_eos|> was sampled but not fed.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, seed: int) -> None:
         self.generator = generator
+        self.seed = seed  # of what is decided on a device; num_draws: how often that was
+        self.num_draws = 0
         self.context = Context()
-        self.recent: list[int] = []  # sampled tokens, for the repetition penalty
+        self.recent: array[int] = array("q")  # sampled tokens, for the repetition penalty
         self.ending: list[int] = []  # last tokens of the last unit, not yet fed
         self.spoken_ids: tuple[int, ...] = ()  # of the last unit
         self.unit_start = 0  # where the last unit begins in the cache
@@ -142,6 +147,7 @@ class OpenUnit:
     session: DuplexSession
     last_hidden: Tensor  # [1, hidden_size]
     max_text_tokens: int
+    next_choice: Choice | None = None  # decided already, with the last token's step
     ending: list[int] | None = None
     is_listen: bool = False
     end_of_turn: bool = False
@@ -164,7 +170,16 @@ class DuplexEngine:
     because, besides, each session draws from its own generator.
     """
 
-    def __init__(self, model: LanguageModel, cache: KvCache, tokenizer: Tokenizer, config: DuplexConfig) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KvCache,
+        tokenizer: Tokenizer,
+        config: DuplexConfig,
+        on_device: bool | None = None,
+    ) -> None:
+        """on_device: the next tokens are decided there, and fetched once per step; None: where that is a GPU. Sampled
+        ones are drawn from other numbers then (model_shards/noise.py)."""
         self.config = config
         self._model = model
         self._cache = cache
@@ -174,14 +189,31 @@ class DuplexEngine:
         self._rule = DecisionRule(config.sampling, tokenizer.special, tokenizer.bad_token_ids, cache.device)
         marker_ids = tokenizer.encode(config.window.previous_marker)
         self._window = SlidingWindow(config.window, model, cache, marker_ids, tokenizer.special_ids)
+        decides = cache.device.type == "cuda" if on_device is None else on_device
+        self._decider = Decider(model, self._rule, cache.device) if decides else None
+        self._steps: DecodeSteps | None = None
 
     @property
     def attention(self) -> AttentionName:
         return self._model.attention
 
+    @property
+    def is_captured(self) -> bool:
+        return self._steps is not None
+
     def new_session(self, seed: int) -> DuplexSession:
         """An empty session; the same seed and inputs give the same outputs."""
-        return DuplexSession(torch.Generator(self._cache.device).manual_seed(seed))
+        return DuplexSession(torch.Generator(self._cache.device).manual_seed(seed), seed)
+
+    @torch.no_grad()
+    def capture(self, max_tokens: int, max_sessions: int, kernel: Kernel | None = None) -> None:
+        """Make decode steps one program each, for sessions of at most so many tokens and batches of so many sessions.
+
+        From then on what comes next is decided on the device. kernel: a ragged one, where it is not the model's.
+        """
+        self._decider = self._decider or Decider(self._model, self._rule, self._cache.device)
+        num_pages, ladder = self._cache.pages_for(max_tokens), ladder_for(max_sessions)
+        self._steps = DecodeSteps(self._model, self._cache, self._decider, num_pages, ladder, kernel)
 
     def max_session_tokens(self, prompt_length: int) -> int | None:
         """What a session with such a prompt takes of the cache at most, however long it lives; None: no bound."""
@@ -251,13 +283,33 @@ class DuplexEngine:
 
     def decode_step(self, units: Sequence[OpenUnit]) -> None:
         """One token for every one of these units: choose it, and feed it unless it ends the unit."""
-        logits = self._model.logits(torch.cat([unit.last_hidden for unit in units]))
-        sessions = [unit.session for unit in units]
-        choices = self._rule.choose(logits, [s.recent for s in sessions], [s.generator for s in sessions])
+        choices = self._choose(units)
         fed = [unit for unit, choice in zip(units, choices, strict=True) if self._take(unit, choice)]
-        hidden = self._feed([(unit.session, [[unit.last_token]]) for unit in fed])
-        for unit, rows in zip(fed, hidden, strict=True):
-            self._advance(unit, rows)
+        for unit, row in zip(fed, self._feed_chosen(fed), strict=True):
+            self._advance(unit, row)
+
+    def _choose(self, units: Sequence[OpenUnit]) -> list[Choice]:
+        """The next token of each; on a device it may have been decided with the last one's step."""
+        if self._decider is None:
+            logits = self._model.logits(torch.cat([unit.last_hidden for unit in units]))
+            sessions = [unit.session for unit in units]
+            return self._rule.choose(logits, [s.recent for s in sessions], [s.generator for s in sessions])
+        if open_ones := [unit for unit in units if unit.next_choice is None]:
+            hidden = torch.cat([unit.last_hidden for unit in open_ones])
+            decided = self._decider(hidden, [_question(unit.session) for unit in open_ones])
+            for unit, choice in zip(open_ones, decided, strict=True):
+                unit.next_choice = choice
+        return [_taken(unit) for unit in units]
+
+    def _feed_chosen(self, units: Sequence[OpenUnit]) -> Sequence[Tensor]:
+        """The hidden states [1, hidden_size] at the last token of each."""
+        if self._steps is None or not units:
+            return self._feed([(unit.session, [[unit.last_token]]) for unit in units])
+        batch = [Fed(unit.session.sequence, unit.last_token, _question(unit.session)) for unit in units]
+        hidden, choices = self._steps(batch)
+        for unit, choice in zip(units, choices, strict=True):
+            unit.next_choice = choice
+        return torch.split(hidden, 1)
 
     def close(self, unit: OpenUnit) -> UnitOutput:
         """Last part of a step: what the unit says, now that it has ended."""
@@ -392,6 +444,18 @@ class DuplexEngine:
             inputs.append(SequenceInput(session.sequence, rows[0] if len(rows) == 1 else torch.cat(rows)))
         hidden: list[Tensor] = self._model(self._cache, inputs)
         return hidden
+
+
+def _question(session: DuplexSession) -> Question:
+    return Question(session.seed, session.num_draws, session.recent)
+
+
+def _taken(unit: OpenUnit) -> Choice:
+    """A decision counts once it is taken: what is left over at a unit's end was never made."""
+    assert unit.next_choice is not None
+    choice, unit.next_choice = unit.next_choice, None
+    unit.session.num_draws += 1
+    return choice
 
 
 def _length(parts: Parts) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_shards.attention import PREPARE, AttentionName, Plan, Span
+from model_shards.attention import PREPARE, AttentionName, Kernel, Plan, Span
 from model_shards.config import LlmConfig, Quantization
 from model_shards.kv_cache import KvCache, KvSequence, rotate
 from model_shards.quantized import QuantizedLinear
@@ -67,9 +67,22 @@ class LanguageModel(nn.Module):
         hidden = torch.cat([item.embeds for item in batch])
         queries_per_kv = self.config.num_attention_heads // self.config.num_key_value_heads
         plan = Plan.of(cache, _place(cache, batch), PREPARE[self.attention], queries_per_kv, hidden.dtype)
+        return list(torch.split(self._run(hidden, plan, cache), [len(item.embeds) for item in batch]))
+
+    def step(self, cache: KvCache, tokens: Tensor, used: Tensor, pages: Tensor, kernel: Kernel) -> Tensor:
+        """Feed one token of each sequence, without a look at a value: [n, hidden_size], after the last norm.
+
+        tokens: [n] int64. used: [n] int32, what each sequence holds with it; the cache has that room. pages: [n, any]
+        int32, the pages of each.
+        """
+        hidden = self.embed(tokens)
+        return self._run(hidden, Plan.of_steps(cache, used, pages, kernel, hidden.dtype), cache)
+
+    def _run(self, hidden: Tensor, plan: Plan, cache: KvCache) -> Tensor:
         for index, layer in enumerate(self.llm.model.layers):
             hidden = layer(hidden, plan, cache.layer(index))
-        return list(torch.split(self.llm.model.norm(hidden), [len(item.embeds) for item in batch]))
+        normed: Tensor = self.llm.model.norm(hidden)
+        return normed
 
 
 def _linear(in_features: int, out_features: int, quantization: Quantization | None) -> nn.Module:

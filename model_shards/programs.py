@@ -42,6 +42,11 @@ def frozen(function: Callable[..., Tensor], examples: Sequence[Tensor]) -> Calla
     return program
 
 
+def ladder_for(num_rows: int) -> tuple[int, ...]:
+    """The sizes of LADDER, on and on, up to the first that takes so many rows."""
+    return tuple(1 << power for power in range((num_rows - 1).bit_length() + 1))
+
+
 class Captured:
     """A function, captured once per batch size of a ladder; a smaller batch is filled up with blank rows.
 

@@ -8,7 +8,6 @@ top-k rules are those of transformers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from model_shards.errors import ModelError
 
 REPETITION_WINDOW = 16
 NO_CODE = -1
+_NO_CHOICE = -2
 MIN_KEPT = 3  # codes which top-p and top-k always leave
 
 
@@ -38,7 +38,7 @@ def penalise_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tens
     logits: [batch, codes] float32. history: [batch, steps] int64, oldest first; NO_CODE fills shorter rows anywhere.
     """
     recent = history[:, -REPETITION_WINDOW:]
-    recent = torch.where(recent == NO_CODE, logits.shape[1], recent)
+    recent = recent.masked_fill(recent == NO_CODE, logits.shape[1])
     counts = logits.new_zeros(logits.shape[0], logits.shape[1] + 1)
     counts = counts.scatter_add_(1, recent, torch.ones_like(recent, dtype=logits.dtype))[:, :-1]
     alpha = penalty**counts
@@ -93,7 +93,11 @@ def draw(probs: Tensor, generators: Sequence[torch.Generator | None]) -> list[in
         waits = torch.empty(probs.shape[1:], dtype=probs.dtype, device=generator.device)
         probs[row] /= waits.exponential_(generator=generator).to(probs.device)
     best, choices = probs.max(dim=-1)
-    if any(math.isnan(value) for value in best.tolist()):
+    return numbers_only(choices.masked_fill(best.isnan(), _NO_CHOICE).tolist(), _NO_CHOICE)
+
+
+def numbers_only(chosen: list[int], no_choice: int) -> list[int]:
+    """What was chosen. Raises ModelError where one is `no_choice`, which stands for NaN."""
+    if no_choice in chosen:
         raise ModelError("sampling: the probabilities are no numbers: the weights or what was fed hold NaN or infinity")
-    chosen: list[int] = choices.tolist()
     return chosen

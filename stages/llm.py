@@ -118,7 +118,7 @@ class Llm(Stage):
 
     @classmethod
     def load(cls, options: LlmOptions, site: Site) -> Llm:
-        from model_shards.attention import PAGE_SIZES
+        from model_shards.attention import KERNELS, PAGE_SIZES
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
         from model_shards.duplex import DuplexEngine
@@ -144,6 +144,7 @@ class Llm(Stage):
             system_prompt=options.system_prompt,
             seed=options.seed,
             needs_pictures=config.generation.needs_pictures,
+            captured=options.batch if attention in KERNELS else 0,
         )
 
     def __init__(
@@ -156,7 +157,9 @@ class Llm(Stage):
         system_prompt: str,
         seed: int,
         needs_pictures: bool = False,
+        captured: int = 0,
     ) -> None:
+        """captured: decode steps are graphs for so many sessions; 0: they are not."""
         self._needs_pictures = needs_pictures
         self._engine = engine
         self._cache = cache
@@ -164,19 +167,24 @@ class Llm(Stage):
         self._where = where
         self._system_prompt = system_prompt
         self._seed = seed
-        self._session_pages = cache.pages_for(self._max_session_tokens())
+        max_tokens = self._max_session_tokens()
+        if captured:
+            engine.capture(max_tokens, captured)
+        self._session_pages = cache.pages_for(max_tokens)
+        self._num_pages = cache.num_free_pages
         self._open: dict[SessionId, _Open] = {}
 
     @property
     def runs_with(self) -> str:
         kv_dtype = "" if self._cache.dtype == self._where.dtype else ", keys and values in fp8"
-        return f"{self._where}, {self._engine.attention} attention{kv_dtype}"
+        graphs = ", decode steps as graphs" if self._engine.is_captured else ""
+        return f"{self._where}, {self._engine.attention} attention{kv_dtype}{graphs}"
 
     def open_session(self, session: Session) -> None:
-        if (len(self._open) + 1) * self._session_pages > self._cache.num_pages:
+        if (len(self._open) + 1) * self._session_pages > self._num_pages:
             raise StageError(
                 f"llm: no room for session {session.id!r}: a session may take {self._session_pages} pages of the KV "
-                f"cache, {len(self._open)} sessions are open, and it has {self._cache.num_pages}; "
+                f"cache, {len(self._open)} sessions are open, and it has {self._num_pages}; "
                 "raise stages.llm.kv_memory or lower stages.llm.context.high"
             )
         budget = TextBudget(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)

@@ -18,6 +18,7 @@ from model_shards.errors import ModelError
 from model_shards.kv_cache import KvCache, KvCacheFull, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.tokenizer import ADDED_TOKENS, Tokenizer, build_backend
+from tests.support.kernels import reference_kernel
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENIZER = Tokenizer(
@@ -76,12 +77,15 @@ def weights() -> dict[str, Tensor]:
 class Desk:
     """An engine over a small model; by default greedy, and nothing forced."""
 
-    def __init__(self, weights: dict[str, Tensor], num_pages: int = 400, **config: Any) -> None:
+    def __init__(self, weights: dict[str, Tensor], num_pages: int = 400, captured: bool = False, **config: Any) -> None:
+        """captured: its decode steps are programs of fixed shapes, with a ragged kernel."""
         self.model = Recorder().requires_grad_(False)
         self.model.load_state_dict(weights)
         self.cache = KvCache(KvShape.of(LLM), num_pages, page_size=8)
         settings_ = {"force_listen_count": 0, "sampling": SamplingConfig(mode="greedy")} | config
         self.engine = DuplexEngine(self.model, self.cache, TOKENIZER, DuplexConfig(**settings_))
+        if captured:
+            self.engine.capture(max_tokens=400, max_sessions=4, kernel=reference_kernel)
 
     def session(self, seed: int = 0) -> DuplexSession:
         session = self.engine.new_session(seed)
@@ -172,7 +176,7 @@ def test_what_is_sampled_counts_as_sampled_even_where_another_token_is_fed(weigh
     desk = Desk(weights)
     session = desk.session()
     desk.step(session, [S.speak, S.listen, S.chunk_eos])
-    assert session.recent == [S.speak, S.listen]
+    assert list(session.recent) == [S.speak, S.listen]
 
 
 def test_the_budget_bounds_the_text(weights: dict[str, Tensor]):
@@ -343,14 +347,17 @@ def random_unit(seed: int, session: int, unit: int) -> UnitInput:
     return UnitInput(picture, torch.randn(10, HIDDEN, generator=draw), number, force_listen=number == 7)
 
 
-@settings(max_examples=10, deadline=None)
+SLIDING = WindowConfig("basic", high_tokens=230, low_tokens=120)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000), mode=st.sampled_from(["greedy", "sampling"]), data=st.data())
 def test_a_session_says_the_same_alone_and_in_any_company(
-    weights: dict[str, Tensor], seed: int, mode: str, data: st.DataObject
+    weights: dict[str, Tensor], captured: bool, seed: int, mode: str, data: st.DataObject
 ):
-    window = WindowConfig("basic", high_tokens=230, low_tokens=120)
     sampling = SamplingConfig(mode=cast(Any, mode), temperature=3.0, top_k=0, top_p=0.0)
-    desk = Desk(weights, sampling=sampling, window=window)
+    desk = Desk(weights, captured=captured, sampling=sampling, window=SLIDING)
     crowd, single = [desk.session(seed + i) for i in range(4)], [desk.session(seed + i) for i in range(4)]
     heard: list[list[UnitOutput]] = [[] for _ in crowd]
     num_units = 6
@@ -364,6 +371,58 @@ def test_a_session_says_the_same_alone_and_in_any_company(
             alone = desk.engine.step([(session, random_unit(seed, index, unit))])[0]
             assert (alone.token_ids, alone.is_listen, alone.text) == (output.token_ids, output.is_listen, output.text)
             torch.testing.assert_close(alone.hidden, output.hidden, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+def test_a_captured_step_gives_what_the_model_gives(weights: dict[str, Tensor], mode: Any):
+    """Which token comes next and its hidden states, while sessions take turns and windows slide."""
+    sampling = SamplingConfig(mode=mode, temperature=3.0)
+    desks = [Desk(weights, captured=captured, window=SLIDING, sampling=sampling) for captured in (True, False)]
+    desks[1].engine = DuplexEngine(desks[1].model, desks[1].cache, TOKENIZER, desks[1].engine.config, on_device=True)
+    sessions = [[desk.session(seed) for seed in range(3)] for desk in desks]
+    num_words = 0
+    for unit in range(8):
+        going = range(unit % 3, 3)
+        ours, theirs = (
+            desk.engine.step([(own[k], random_unit(5, k, unit)) for k in going])
+            for desk, own in zip(desks, sessions, strict=True)
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.token_ids, one.is_listen, one.text) == (other.token_ids, other.is_listen, other.text)
+            torch.testing.assert_close(one.hidden, other.hidden, atol=1e-4, rtol=1e-3)
+            num_words += len(one.token_ids)
+    assert num_words > 20
+    assert [s.num_draws for s in sessions[0]] == [s.num_draws for s in sessions[1]]
+
+
+def test_a_decision_that_a_unit_s_end_leaves_over_was_never_made(weights: dict[str, Tensor]):
+    desk = Desk(weights, captured=True, sampling=SamplingConfig(temperature=3.0))
+    session = desk.session()
+    outputs = [desk.engine.step([(session, random_unit(3, 0, unit))])[0] for unit in range(8)]
+    assert session.num_draws == sum(output.num_sampled for output in outputs) > 8
+
+
+def test_a_captured_step_touches_no_page_of_others(weights: dict[str, Tensor]):
+    desk = Desk(weights, captured=True)
+    session, bystander = desk.session(1), desk.session(2)
+    before = desk.cache.read(bystander.sequence, 0)
+    for unit in range(4):
+        desk.engine.step([(session, random_unit(4, 0, unit))])
+    for kept, now in zip(before, desk.cache.read(bystander.sequence, 0), strict=True):
+        assert torch.equal(kept, now)
+    desk.engine.end(session)
+    desk.engine.end(bystander)
+    assert desk.cache.num_used_pages == 1, "of the blank rows"
+
+
+def test_a_captured_step_refuses_what_it_was_not_made_for(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    desk.engine.capture(max_tokens=64, max_sessions=2, kernel=reference_kernel)
+    crowd = [desk.session(seed) for seed in range(3)]
+    with pytest.raises(ModelError, match="3 rows; programs were made for at most 2"):
+        desk.engine.step([(session, random_unit(6, 1, 3)) for session in crowd])
+    with pytest.raises(ModelError, match=r"a sequence of \d+ pages; decode steps were made for at most 8"):
+        desk.step(crowd[0], said("hello, how are you"), images=[[sound(num=64)]])
 
 
 @pytest.mark.parametrize("mode", ["basic", "context"])

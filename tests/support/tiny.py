@@ -61,12 +61,14 @@ class Tiny:
         seed: int = 0,
         system_prompt: str = "See.",
         needs_pictures: bool = False,
+        captured: int = 0,
     ) -> Llm:
         model = model or self.model("llm")
         window = WindowConfig(high_tokens=HIGH, low_tokens=LOW)
         config = DuplexConfig(SamplingConfig(mode=mode), window, force_listen_count=0, max_unit_tokens=max_unit)
         tokens = session_tokens(max_unit)
-        kv_cache = KvCache(KvShape.of(self.model("llm").config), num_sessions * -(-tokens // 32))
+        num_pages = num_sessions * -(-tokens // 32) + bool(captured)
+        kv_cache = KvCache(KvShape.of(self.model("llm").config), num_pages)
         engine = DuplexEngine(model, kv_cache, self.tokenizer, config)
         return Llm(
             engine,
@@ -76,6 +78,7 @@ class Tiny:
             system_prompt=system_prompt,
             seed=seed,
             needs_pictures=needs_pictures,
+            captured=captured,
         )
 
     def tts(self, seed: int | None = None) -> Tts:
