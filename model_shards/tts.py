@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Final, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_shards import kv_cache
+from model_shards.attention import Kernel, Plan
 from model_shards.audio import Projector
 from model_shards.config import TtsConfig
 from model_shards.errors import ModelError
 from model_shards.fold import fold
+from model_shards.kv_cache import KvCache
 from model_shards.programs import frozen
 from model_shards.sampling import NO_CODE, REPETITION_WINDOW, Sampling, draw, shape_logits
 
@@ -46,6 +49,9 @@ class TalkerState:
     def end_turn(self) -> None:
         """Forget the turn: the next unit opens a new one. For the end of a turn and for barge-in."""
         self.kv, self.next_position, self.turn_start = None, 0, True
+
+
+S = TypeVar("S", bound=TalkerState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +124,14 @@ class _Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(rotate(q, *turn), kv[0], kv[1], mask, enable_gqa=self.grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    def paged(self, x: Tensor, plan: Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
+        """x: [tokens, width] of all sequences; pool: a layer's pages, of which the plan says which are whose."""
+        q, k, v = self._project(x).view(len(x), -1, self.head_dim).split(self.heads, dim=1)  # type: ignore[no-untyped-call]
+        mixed = plan.mix(kv_cache.rotate(q, *plan.rotation), kv_cache.rotate(k, *plan.rotation), v, pool)
+        return self.o_proj(mixed)  # type: ignore[no-any-return]
+
     def _project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values beside each other: [batch, n, all their heads * head_dim]."""
+        """Queries, keys and values beside each other: [..., all their heads * head_dim]."""
         if self._fused is not None:
             return F.linear(x, self._fused)
         return torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
@@ -163,6 +175,10 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), turn, kv, columns, mask)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
+    def paged(self, x: Tensor, plan: Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn.paged(self.input_layernorm(x), plan, pool)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
 
 class Backbone(nn.Module):
     """A Llama decoder over embeddings (`tts.model.`).
@@ -204,6 +220,12 @@ class Backbone(nn.Module):
         turn = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
         for index, layer in enumerate(self.layers):
             x = layer(x, turn, kv[index], columns, mask)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def paged(self, x: Tensor, plan: Plan, cache: KvCache) -> Tensor:
+        """New rows [tokens, hidden_size] of many sequences, with keys and values in pages; gives the same shape."""
+        for index, layer in enumerate(self.layers):
+            x = cast(Layer, layer).paged(x, plan, cache.layer(index))
         return self.norm(x)  # type: ignore[no-any-return]
 
 
@@ -262,6 +284,13 @@ class TalkerTower(nn.Module):
         """
         x = self.model.run(self.emb_code[0](codes)[:, None], positions[:, None], kv, column, mask)
         return self.logits(x[:, 0])
+
+    def paged_step(self, codes: Tensor, used: Tensor, pages: Tensor, cache: KvCache, kernel: Kernel) -> Tensor:
+        """As `step`, with keys and values in pages. used: [batch] int32, rows of each with this one. pages: [batch,
+        any] int32.
+        """
+        x: Tensor = self.emb_code[0](codes)
+        return self.logits(self.model.paged(x, Plan.of_steps(cache, used, pages, kernel, x.dtype), cache))
 
 
 @dataclass(slots=True)
@@ -340,6 +369,9 @@ class _Run:
 class Talker(nn.Module):
     """`tts.`: speech codes for many sessions at once, each the same as alone."""
 
+    max_sessions: Final[int | None] = None  # their caches come and go
+    num_steps: Final = 1  # codes between two looks of the host
+
     def __init__(self, config: TtsConfig) -> None:
         super().__init__()
         self.config = config
@@ -350,6 +382,12 @@ class Talker(nn.Module):
     def eos(self) -> int:
         """The code that ends an utterance; it is never given out."""
         return self.config.num_audio_tokens - 1
+
+    def new_state(self, seed: int | None) -> TalkerState:
+        """Of a session; None takes the likeliest code each time."""
+        if seed is None:
+            return TalkerState()
+        return TalkerState(torch.Generator(self.tts.emb_text.weight.device).manual_seed(seed))
 
     def condition(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
         """What is said, and how: [n] int64 and [n, llm_dim] -> [n, hidden_size]."""
@@ -364,23 +402,23 @@ class Talker(nn.Module):
 
     def generate(self, batch: Sequence[tuple[TalkerState, TalkerInput]]) -> list[list[int]]:
         """Speak one unit of each session: 25 codes, or 0 to 25 where a turn opens or closes. Moves the states on."""
+        spoken = self.generate_chunks(self.requests(batch), duplex_sampling(self.config))
+        end_units(batch)
+        return [chunk.codes for chunk in spoken]
+
+    def requests(self, batch: Sequence[tuple[S, TalkerInput]]) -> list[tuple[S, ChunkRequest]]:
+        """What the decoder is asked for one unit of each session."""
         if not batch:
             return []
         units = [unit for _, unit in batch]
         said = self.condition(torch.cat([unit.token_ids for unit in units]), torch.cat([unit.hidden for unit in units]))
         begin = self.text_row(self.config.audio_bos_token_id)
-        requests: list[tuple[TalkerState, ChunkRequest]] = []
+        requests: list[tuple[S, ChunkRequest]] = []
         per_unit = torch.split(said, [len(unit.token_ids) for unit in units])
         for (state, unit), rows in zip(batch, per_unit, strict=True):
             min_steps = 0 if state.turn_start or unit.end_of_turn else MAX_STEPS
             requests.append((state, ChunkRequest(torch.cat([rows, begin]), min_steps, MAX_STEPS)))
-        sampling = Sampling(self.config.temperature, self.config.repetition_penalty)
-        spoken = self.generate_chunks(requests, sampling)
-        for state, unit in batch:
-            state.turn_start = False
-            if unit.end_of_turn:
-                state.end_turn()
-        return [chunk.codes for chunk in spoken]
+        return requests
 
     def generate_chunks(
         self, batch: Sequence[tuple[TalkerState, ChunkRequest]], sampling: Sampling, window: int | None = None
@@ -392,8 +430,7 @@ class Talker(nn.Module):
         A session whose turn would pass `max_position_embeddings` (90 s of speech) goes on with an empty cache; the
         official code has no limit here, and leaves the range which the talker was trained on.
         """
-        if len({id(state) for state, _ in batch}) < len(batch):
-            raise ModelError("talker: a session's units must be spoken one after the other, not in one batch")
+        refuse_twice(batch)
         rows = [_Row(state, request) for state, request in batch]
         if rows:
             self._decode(rows, sampling, window)
@@ -456,6 +493,24 @@ class Talker(nn.Module):
         run.end += 1
         run.positions = run.positions + 1
         return logits
+
+
+def duplex_sampling(config: TtsConfig) -> Sampling:
+    """How codes are drawn in a duplex session."""
+    return Sampling(config.temperature, config.repetition_penalty)
+
+
+def end_units(batch: Sequence[tuple[TalkerState, TalkerInput]]) -> None:
+    """These units have been spoken."""
+    for state, unit in batch:
+        state.turn_start = False
+        if unit.end_of_turn:
+            state.end_turn()
+
+
+def refuse_twice(batch: Sequence[tuple[TalkerState, ChunkRequest]]) -> None:
+    if len({id(state) for state, _ in batch}) < len(batch):
+        raise ModelError("talker: a session's units must be spoken one after the other, not in one batch")
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

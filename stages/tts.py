@@ -6,29 +6,37 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
 from graph.chunk import NS_PER_MS, Chunk, SessionId
 from graph.costs import StageCost
 from graph.kinds import attrs_of
-from graph.sections import Seed, StageOptions
+from graph.sections import Bytes, Seed, StageOptions
 from graph.stage_type import Feedback, In, Out
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from stages.inference import inference
 from stages.kinds import CODES, PLAYBACK, TEXT, Said
 from stages.session import Session
-from stages.stage import Site, Stage, moving, session_seed
+from stages.stage import Site, Stage, StageError, moving, session_seed
 
 if TYPE_CHECKING:
+    from model_shards.attention import AttentionName
     from model_shards.tts import Talker, TalkerInput, TalkerState
+    from model_shards.tts_paged import PagedTalker
     from stages.tensors import Runtime
 
 
 class TtsOptions(StageOptions):
-    """decoding None: as the checkpoint says."""
+    """decoding None: as the checkpoint says. attention None: the fastest that runs there.
+
+    kv_memory: for the keys and values of all sessions of a replica, where attention is flash or varlen.
+    """
 
     decoding: Literal["greedy", "sampling"] | None = None
     seed: Seed = 0
+    attention: Literal["sdpa", "varlen", "flash"] | None = None
+    kv_memory_bytes: Bytes = Field(default=4 << 30, alias="kv_memory")
 
 
 @dataclass(slots=True)
@@ -56,36 +64,49 @@ class Tts(Stage):
 
     @classmethod
     def load(cls, options: TtsOptions, site: Site) -> Tts:
+        from model_shards.attention import KERNELS
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
         from model_shards.fold import fold
-        from stages.tensors import runtime
+        from stages.tensors import attention_for, runtime
 
         where = runtime(site.device, options.dtype)
+        attention = attention_for(site, where, options.attention, where.dtype)
         model = load_shard(site.checkpoint, "tts", dtype=where.dtype, device=where.device)
         fold(model)
         decoding = options.decoding or load_config(site.checkpoint).generation.decoding
-        return cls(model, where, options.seed if decoding == "sampling" else None)
+        speaker = _paged(model, where, attention, options) if attention in KERNELS else model
+        return cls(speaker, where, options.seed if decoding == "sampling" else None, attention)
 
-    def __init__(self, model: Talker, where: Runtime, seed: int | None) -> None:
+    def __init__(
+        self, model: Talker | PagedTalker, where: Runtime, seed: int | None, attention: AttentionName = "sdpa"
+    ) -> None:
         self._model = model
         self._where = where
         self._seed = seed
+        self._attention = attention
         self._open: dict[SessionId, _Open] = {}
 
+    @property
+    def runs_with(self) -> str:
+        steps = f", {self._model.num_steps} codes per graph" if self._model.num_steps > 1 else ""
+        return f"{self._where}, {self._attention} attention{steps}"
+
     def open_session(self, session: Session) -> None:
-        import torch
-
-        from model_shards.tts import TalkerState
-
-        generator = None
-        if self._seed is not None:
-            generator = torch.Generator(self._where.device).manual_seed(session_seed(self._seed, session.id))
+        most = self._model.max_sessions
+        if most is not None and len(self._open) >= most:
+            raise StageError(
+                f"tts: no room for session {session.id!r}: {len(self._open)} sessions are open, and the KV cache holds "
+                f"the longest turns of {most}; raise stages.tts.kv_memory"
+            )
+        seed = None if self._seed is None else session_seed(self._seed, session.id)
         queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
-        self._open[session.id] = _Open(queue, TalkerState(generator=generator), session.window_ns)
+        self._open[session.id] = _Open(queue, self._model.new_state(seed), session.window_ns)
 
     def close_session(self, session: SessionId) -> None:
-        self._open.pop(session, None)
+        state = self._open.pop(session, None)
+        if state is not None:
+            state.talker.end_turn()
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         state = self._open[session]
@@ -138,3 +159,14 @@ class Tts(Stage):
         said = TEXT.read(text)
         attrs = attrs_of(Said(said.text, said.turn_start, said.end_of_turn))
         return self.codes.over(unit, arrays={"codes": np.array(codes, dtype=np.int64)}, attrs=attrs)
+
+
+def _paged(model: Talker, where: Runtime, attention: AttentionName, options: TtsOptions) -> PagedTalker:
+    from model_shards.attention import PAGE_SIZES
+    from model_shards.kv_cache import KvCache
+    from model_shards.programs import ladder_for
+    from model_shards.tts_paged import PagedTalker, shape_of
+
+    shape, page_size = shape_of(model.config), PAGE_SIZES[attention]
+    cache = KvCache.of_bytes(shape, options.kv_memory_bytes, page_size, where.dtype, where.device)
+    return PagedTalker(model, cache, attention, ladder_for(options.batch))

@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_shards import tts
+from model_shards import tts, tts_paged
 from model_shards.checkpoint import load_shard
 from model_shards.errors import ModelError
 from model_shards.fold import fold
+from model_shards.kv_cache import KvCache
 from model_shards.sampling import Sampling, draw, keep_top_k, keep_top_p, penalise_repetition
 from model_shards.tts import ChunkRequest, Talker, TalkerState
+from model_shards.tts_paged import PagedTalker, shape_of
 from model_shards.tts_streaming import SpeechStream, speak_interleaved
 from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
+from tests.support.kernels import reference_kernel
 
 FILE = "tts.safetensors"
 CASES: dict[str, Any] = read_json("tts.json")
 KEYS = list(read_tensors(FILE))
 TURNS = {name: case for name, case in CASES.items() if isinstance(case, dict) and "kw" in case}
 CALLS = {f"{name}.{index}": (name, index) for name, case in TURNS.items() for index in range(len(case["rows"]))}
+LIKELIEST = [name for name, turn in TURNS.items() if all(row["torch_manual_seed"] is None for row in turn["rows"])]
 FAILURES = [name for name, case in CASES.items() if isinstance(case, dict) and "error" in case]
 SIZES = [name for name, value in CASES.items() if isinstance(value, int | float)]
 WARPED = [key for key in KEYS if key.startswith("rep.out_")]
@@ -222,6 +226,22 @@ def test_a_turn_in_company_gives_the_official_codes(case: str, backwards: bool):
         for called, row in zip(turn.calls, TURNS[case]["rows"], strict=True):
             check_call(called, row)
         check_final_k(turn)
+
+
+@cases("tts.json", LIKELIEST)
+def test_in_pages_a_turn_gives_the_official_codes_and_cache(case: str, monkeypatch: pytest.MonkeyPatch):
+    """Five codes per launch, with the plain reference of a GPU's kernel; in company."""
+    monkeypatch.setattr(tts_paged, "duplex_sampling", lambda config: sampling_of(case))
+    cache = KvCache(shape_of(talker().config), 300, page_size=16)
+    pages = PagedTalker(talker(), cache, "sdpa", (1, 2), reference_kernel)
+    state, stranger = pages.new_state(None), pages.new_state(1)
+    for index, row in enumerate(TURNS[case]["rows"]):
+        start = state.next_position
+        other = ChunkRequest(torch.randn(3 + index, talker().config.hidden_size), 0, 11 + index)
+        *_, spoken = pages.generate_chunks([(stranger, other), (state, request_of(case, index))])
+        after = state.sequence.length, state.next_position
+        check_call(Called(start, spoken.codes, [*spoken.codes, spoken.last_draw], *after), row)
+    close(cache.read(state.sequence, 0)[0].transpose(0, 1), recorded(f"{case}.final_k0")[0])
 
 
 @pytest.mark.parametrize("company", [0, 3], ids=["alone", "in company"])

@@ -1,14 +1,19 @@
 """stages/tts.py: what is said becomes codes, as far as the listener is."""
 
 import numpy as np
+import pytest
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.window import Unit
+from model_shards.kv_cache import KvCache
+from model_shards.tts_paged import NUM_STEPS, PagedTalker, shape_of
 from stages.session import Session
-from stages.tts import Tts
+from stages.stage import Site, StageError
+from stages.tts import Tts, TtsOptions
 from tests.support.batching import assert_batches, open_all
+from tests.support.kernels import reference_kernel
 from tests.support.listeners import HearsAtOnce
-from tests.support.tiny import Tiny
+from tests.support.tiny import CPU, Tiny
 from tests.support.units import DOOR, ack, session, text, unit
 
 DIM = 128
@@ -170,6 +175,70 @@ def test_after_a_barge_in_the_talker_begins_anew(tiny: Tiny):
     interrupted.interrupt(DOOR, ack(1.0))
     expected, actual = (stage.process([say("door", 1, start=True)])[0] for stage in (fresh, interrupted))
     assert actual.arrays["codes"].tolist() == expected.arrays["codes"].tolist()
+
+
+def paged(tiny: Tiny, num_sessions: int = 3) -> PagedTalker:
+    """As on a GPU, with the plain reference of its kernels."""
+    model = tiny.model("tts")
+    num_pages = num_sessions * -(-(model.config.max_position_embeddings + NUM_STEPS) // 32) + 1
+    return PagedTalker(model, KvCache(shape_of(model.config), num_pages), "sdpa", (1, 2, 4), reference_kernel)
+
+
+def test_in_pages_sessions_say_the_same_alone_and_in_any_batch_and_leave_none(tiny: Tiny):
+    speaker = paged(tiny)
+    cache = speaker.new_state(None).cache
+    work = {name: turns(name, 4) for name in ("a", "b", "c")}
+    stages: list[Tts] = []
+
+    def make() -> Tts:
+        stages.append(Free(speaker, CPU, 5))
+        return stages[-1]
+
+    said = assert_batches(make, work)
+    assert [len(said[name]) for name in work] == [3, 3, 3]
+    for stage in stages:
+        for name in work:
+            stage.close_session(SessionId(name))
+    assert cache.num_used_pages == 1, "that of the blank rows"
+
+
+def test_in_pages_what_is_likeliest_is_said_as_elsewhere(tiny: Tiny):
+    work = [say("door", 0, start=True), say("door", 1), say("door", 2, end=True)]
+    codes = []
+    for stage in (Free(paged(tiny), CPU, None), Free(tiny.model("tts"), CPU, None)):
+        opened(stage)
+        codes.append([chunk.arrays["codes"].tolist() for one in work for chunk in stage.process([one])])
+    assert codes[0] == codes[1]
+
+
+def test_a_barge_in_and_a_close_in_the_middle_of_a_turn_give_pages_back(tiny: Tiny):
+    speaker = paged(tiny)
+    stage, cache = Tts(speaker, CPU, 1), speaker.new_state(None).cache
+    opened(stage)
+    stage.process([say("door", 0, start=True)])
+    stage.process([say("door", 1)])
+    assert cache.num_used_pages > 1
+    stage.interrupt(DOOR, ack(2.0))
+    assert cache.num_used_pages == 1
+    stage.process([say("door", 2, start=True)])
+    stage.close_session(DOOR)
+    assert cache.num_used_pages == 1
+
+
+def test_a_session_for_which_the_pages_do_not_last_is_refused(tiny: Tiny):
+    stage = Tts(paged(tiny, num_sessions=2), CPU, 1)
+    open_all(stage, ["a", "b"])
+    with pytest.raises(StageError, match=r"no room for session 'c'.*2 sessions are open.*raise stages.tts.kv_memory"):
+        open_all(stage, ["c"])
+    stage.close_session(SessionId("a"))
+    open_all(stage, ["c"])
+
+
+def test_it_says_what_it_computes_with(tiny: Tiny):
+    assert Tts.load(TtsOptions(), Site("tts", tiny.path)).runs_with == "cpu float32, sdpa attention"
+    assert Tts(paged(tiny), CPU, 1, "varlen").runs_with == "cpu float32, varlen attention, 5 codes per graph"
+    with pytest.raises(StageError, match=r"tts: stages.tts.attention: flash runs on a GPU, not on cpu"):
+        Tts.load(TtsOptions(attention="flash"), Site("tts", tiny.path))
 
 
 def test_closing_twice_does_nothing(tiny: Tiny):
