@@ -97,6 +97,18 @@ class Padded:
             groups.append(_group(cache, members, width, queries_per_kv, dtype))
         return cls(groups, unpad.to(cache.device))
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it is, for `of_tensors`, where all sequences share one call; else nothing."""
+        if len(self.groups) > 1:
+            return ()
+        (group,) = self.groups
+        return group.rows, group.pages, group.mask, self.unpad
+
+    @classmethod
+    def of_tensors(cls, rows: Tensor, pages: Tensor, mask: Tensor, unpad: Tensor) -> Padded:
+        return cls([_Group(rows, pages, mask)], unpad)
+
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         padded = torch.cat([_attend(query, group, keys, values) for group in self.groups])
         return padded.index_select(0, self.unpad)

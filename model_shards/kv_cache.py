@@ -178,6 +178,11 @@ class KvCache:
         else:
             self.truncate(sequence, sequence.length + shift)
 
+    @property
+    def pools(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all layers, each [layers, num_pages, page_size, num_kv_heads, head_dim]."""
+        return self._keys, self._values
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each [num_pages, page_size, num_kv_heads, head_dim]: the pool itself."""
         return self._keys[index], self._values[index]

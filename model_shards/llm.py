@@ -7,16 +7,17 @@ for another). Linear layers run on all tokens at once; model_shards/attention.py
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_shards.attention import PREPARE, AttentionName, Kernel, Plan, Span
+from model_shards.attention import PREPARE, AttentionName, Kernel, Padded, Plan, Span
 from model_shards.config import LlmConfig, Quantization
-from model_shards.kv_cache import KvCache, KvSequence, rotate
+from model_shards.kv_cache import KvCache, KvSequence, KvShape, rotate
+from model_shards.programs import frozen
 from model_shards.quantized import QuantizedLinear
 
 
@@ -45,6 +46,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.attention: AttentionName = "sdpa"
         self.llm = _CausalLm(config)
+        self._program: Callable[..., Tensor] | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [n] to embeddings [n, hidden_size]."""
@@ -65,8 +67,7 @@ class LanguageModel(nn.Module):
         if not batch:
             return []
         hidden = torch.cat([item.embeds for item in batch])
-        queries_per_kv = self.config.num_attention_heads // self.config.num_key_value_heads
-        plan = Plan.of(cache, _place(cache, batch), PREPARE[self.attention], queries_per_kv, hidden.dtype)
+        plan = self._plan(cache, _place(cache, batch), hidden.dtype)
         return list(torch.split(self._run(hidden, plan, cache), [len(item.embeds) for item in batch]))
 
     def step(self, cache: KvCache, tokens: Tensor, used: Tensor, pages: Tensor, kernel: Kernel) -> Tensor:
@@ -78,9 +79,38 @@ class LanguageModel(nn.Module):
         hidden = self.embed(tokens)
         return self._run(hidden, Plan.of_steps(cache, used, pages, kernel, hidden.dtype), cache)
 
+    def fold(self) -> None:
+        """See `model_shards.fold`. On a CPU, a forward whose sequences share their attention becomes one program, as
+        decode steps do, which are many small operations; that of a quantised model can't.
+        """
+        weight = self.llm.model.norm.weight
+        if self.config.quantization is not None or weight.device.type != "cpu":
+            return
+        cache, sequences = KvCache(KvShape.of(self.config), 4, 2, weight.dtype), (KvSequence(), KvSequence())
+        cache.extend([(sequence, 3) for sequence in sequences])
+        plan = self._plan(cache, [Span(s, 2 * index, 1, 2) for index, s in enumerate(sequences)], weight.dtype)
+        assert isinstance(plan.attend, Padded)
+        hidden = weight.new_zeros(4, self.config.hidden_size)
+        self._program = frozen(self._together, (hidden, *plan.rotation, plan.slots, *cache.pools, *plan.attend.tensors))
+
+    def _plan(self, cache: KvCache, spans: Sequence[Span], dtype: torch.dtype) -> Plan:
+        queries_per_kv = self.config.num_attention_heads // self.config.num_key_value_heads
+        return Plan.of(cache, spans, PREPARE[self.attention], queries_per_kv, dtype)
+
     def _run(self, hidden: Tensor, plan: Plan, cache: KvCache) -> Tensor:
+        together = plan.attend.tensors if isinstance(plan.attend, Padded) else ()
+        if self._program is not None and together:
+            return self._program(hidden, *plan.rotation, plan.slots, *cache.pools, *together)
+        return self._layers(hidden, plan, *cache.pools)
+
+    def _together(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor, *together: Tensor
+    ) -> Tensor:
+        return self._layers(hidden, Plan((cos, sin), slots, Padded.of_tensors(*together)), keys, values)
+
+    def _layers(self, hidden: Tensor, plan: Plan, keys: Tensor, values: Tensor) -> Tensor:
         for index, layer in enumerate(self.llm.model.layers):
-            hidden = layer(hidden, plan, cache.layer(index))
+            hidden = layer(hidden, plan, (keys[index], values[index]))
         normed: Tensor = self.llm.model.norm(hidden)
         return normed
 
@@ -147,7 +177,7 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan, pool: tuple[Tensor, Tensor]) -> Tensor:
         """x: [tokens, hidden_size] of all sequences; their keys and values are written to the pool first."""
-        heads = (len(x), -1, self.head_dim)
+        heads = (x.shape[0], -1, self.head_dim)
         cos, sin = plan.rotation
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)

@@ -122,6 +122,7 @@ class Llm(Stage):
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
         from model_shards.duplex import DuplexEngine
+        from model_shards.fold import fold
         from model_shards.kv_cache import FP8, KvCache, KvShape
         from model_shards.tokenizer import Tokenizer
         from stages.tensors import attention_for, runtime
@@ -133,6 +134,7 @@ class Llm(Stage):
         attention = attention_for(site, where, options.attention, kv_dtype)  # before weights are read
         model = load_shard(site.checkpoint, "llm", dtype=where.dtype, device=where.device)
         model.attention = attention
+        fold(model)
         tokenizer = Tokenizer.load(site.checkpoint)
         shape, page_size = KvShape.of(model.config), PAGE_SIZES[attention]
         cache = KvCache.of_bytes(shape, options.kv_memory_bytes, page_size, kv_dtype, where.device)

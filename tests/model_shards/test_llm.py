@@ -148,3 +148,34 @@ def test_bfloat16_stays_close_to_float32(model: LanguageModel):
     got = feed(half, cache, KvSequence(), embeds(12).bfloat16())
     want = feed(model, new_cache(), KvSequence(), embeds(12))
     assert torch.nn.functional.cosine_similarity(got.float(), want, dim=-1).min() > 0.99
+
+
+def folded(model: LanguageModel) -> LanguageModel:
+    twin = LanguageModel(CONFIG).requires_grad_(False).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.fold()
+    return twin
+
+
+@torch.inference_mode()
+def test_a_folded_model_gives_the_same_for_any_sizes(model: LanguageModel):
+    """Prefill and decode steps of sessions that share their attention, and of some that are too unlike for it."""
+    sizes = [[5], [1], [1, 1], [3, 1, 8], [1, 1, 1, 1], [1, 1], [2, 900], [1, 1, 1, 1, 1]]
+    said = []
+    for each in (model, folded(model)):
+        cache, sequences = new_cache(400), [KvSequence() for _ in range(5)]
+        batches = [
+            [SequenceInput(s, embeds(num, num)) for s, num in zip(sequences, nums, strict=False)] for nums in sizes
+        ]
+        said.append([*(each(cache, batch) for batch in batches), [*cache.read(sequences[0], 2)]])
+    torch.testing.assert_close(*said)
+
+
+@torch.inference_mode()
+def test_a_folded_model_takes_each_cache_that_it_is_given(model: LanguageModel):
+    program = folded(model)
+    for page_size in (1, 4, 32):
+        ours, theirs = (new_cache(page_size=page_size) for _ in range(2))
+        one, other = KvSequence(), KvSequence()
+        for num in (7, 1, 1):
+            torch.testing.assert_close(feed(program, ours, one, embeds(num)), feed(model, theirs, other, embeds(num)))
