@@ -417,7 +417,9 @@ class DuplexEngine:
 
     def _is_too_long(self, ids: list[int]) -> bool:
         limit = self.config.max_text_chars
-        return limit is not None and len(self._tokenizer.decode(ids, skip_special=True)) >= limit
+        if limit is None or sum(map(self._tokenizer.most_chars, ids)) < limit:
+            return False
+        return len(self._tokenizer.decode(ids, skip_special=True)) >= limit
 
     def _text(self, session: DuplexSession, ids: list[int]) -> str:
         """Decode what was said; inside a turn, half a character at the end waits for its other half."""

@@ -105,6 +105,7 @@ class Tokenizer:
         """Raises ModelError naming every token of `SpecialTokens` which the backend doesn't know."""
         self._backend = backend
         self.bad_token_ids = tuple(bad_token_ids)
+        self._most_chars: dict[int, int] = {}
         self.special = _find_special_tokens(backend)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
@@ -134,6 +135,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """Bytes which are no UTF-8 (a character cut in two) become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def most_chars(self, token: int) -> int:
+        """Characters that a token brings to a text at most: as many as it has bytes; none where there is no such token.
+        Far quicker than `decode`."""
+        chars = self._most_chars.get(token)
+        if chars is None:
+            chars = self._most_chars[token] = len(self._backend.id_to_token(token) or "")
+        return chars
 
     def id_of(self, token: str) -> int:
         """Raises ModelError when the tokenizer has no such token."""

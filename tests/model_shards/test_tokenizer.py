@@ -47,6 +47,18 @@ def test_half_a_character_is_a_replacement(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids[:1], skip_special=False) == "\N{REPLACEMENT CHARACTER}"
 
 
+@given(ids=st.lists(st.integers(0, 10_000), max_size=20), skip_special=st.booleans())
+def test_a_text_has_no_more_characters_than_its_tokens_may_bring(
+    tokenizer: Tokenizer, ids: list[int], skip_special: bool
+) -> None:
+    text = tokenizer.decode(ids, skip_special=skip_special)
+    assert len(text) <= sum(map(tokenizer.most_chars, ids))
+
+
+def test_a_plain_word_has_as_many_characters_as_its_tokens_may_bring(tokenizer: Tokenizer) -> None:
+    assert sum(map(tokenizer.most_chars, tokenizer.encode("someone walks in"))) == len("someone walks in")
+
+
 def test_the_untrained_model_may_not_say_brackets_or_newlines(tokenizer: Tokenizer) -> None:
     assert set(tokenizer.encode("()[]\n")) <= set(tokenizer.bad_token_ids)
     assert not set(tokenizer.encode("abc XYZ.,")) & set(tokenizer.bad_token_ids)
