@@ -15,7 +15,7 @@ from model_shards.errors import ModelError
 from model_shards.kv_cache import KvCache, KvCacheFull, KvSequence, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.tokenizer import SpecialTokens
-from tests.support.kernels import reference_kernel
+from tests.support.kernels import reference_kernel, shapes_only
 
 CONFIG = LlmConfig(
     vocab_size=40,
@@ -105,6 +105,16 @@ def test_longer_sequences_and_larger_batches_than_it_was_made_for_are_refused() 
         steps([Fed(desk.sequences[1], 1, Question(0, 0, []))])
     with pytest.raises(ModelError, match="5 rows; programs were made for at most 4"):
         steps([Fed(KvSequence(), 1, Question(0, 0, [])) for _ in range(5)])
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+@torch.inference_mode()
+def test_a_program_looks_at_no_value_and_brings_none_from_the_host(mode: Any) -> None:
+    """As what a GPU captures must not; made where tensors have a shape and a place, and nothing else."""
+    model, device = model_of(torch.bfloat16, "meta"), torch.device("meta")
+    cache = KvCache(KvShape.of(CONFIG), 30, PAGE_SIZES["varlen"], torch.bfloat16, device)
+    rule = DecisionRule(SamplingConfig(mode, listen_top_k=2), SPECIAL, [15], device)
+    DecodeSteps(model, cache, Decider(model, rule, device), 4, (1, 2, 4), shapes_only)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from model_shards.programs import ladder_for
 from model_shards.tts import ChunkRequest, Talker, TalkerState, duplex_sampling
 from model_shards.tts_paged import NUM_STEPS, PagedState, PagedTalker, shape_of
 from tests.model_shards.test_tts import TINY, unit
-from tests.support.kernels import reference_kernel
+from tests.support.kernels import reference_kernel, shapes_only
 
 PAGE_SIZE = 16
 
@@ -183,6 +183,13 @@ def test_what_is_no_number_is_refused() -> None:
     pages = paged(talker_of())
     with pytest.raises(ModelError, match="no numbers"):
         pages.generate_chunks([(pages.new_state(1), ChunkRequest(torch.full((3, 32), torch.nan), 0, 26))])
+
+
+def test_a_program_looks_at_no_value_and_brings_none_from_the_host() -> None:
+    """As what a GPU captures must not; made where tensors have a shape and a place, and nothing else."""
+    talker = talker_of().bfloat16().to("meta")
+    cache = KvCache(shape_of(TINY), 40, PAGE_SIZES["varlen"], torch.bfloat16, "meta")
+    PagedTalker(talker, cache, "varlen", ladder_for(4), shapes_only)
 
 
 def test_it_runs_in_half_precision() -> None:

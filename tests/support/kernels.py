@@ -45,3 +45,14 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch) -> N
     assert 0 <= int(batch.pages.min()) <= int(batch.pages.max()) < len(keys)
     assert keys.shape == values.shape and query.shape[1] % keys.shape[2] == 0
     assert keys.stride(-1) == values.stride(-1) == query.stride(-1) == 1
+
+
+def shapes_only(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch) -> Tensor:
+    """In the place of a kernel on the device `meta`, where tensors have no values.
+
+    A program that looks at one, or brings one from the host, fails there.
+    """
+    for tensor in (batch.cu_new, batch.cu_used, batch.used, batch.pages):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous() and tensor.device == query.device == keys.device
+    assert batch.pages.shape[1] * keys.shape[1] == batch.max_used and batch.max_new == 1
+    return torch.empty_like(query)
