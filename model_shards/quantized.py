@@ -5,7 +5,8 @@
 
 Rule: files hold plain codes, the same for every machine; what a machine's kernels want is made of them when they are
 loaded (`settle`). On a CPU, bfloat16 has kernels of torch's that read the codes; for other types the weights are
-written out once. On a GPU they are written out for each forward, which saves memory and no time.
+written out once. On a GPU there is one for 4 bits in bfloat16, made for few rows, as decode steps have; its time grows
+with the rows. Otherwise the weights are written out there for each forward, which saves memory and no time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ GROUPS: Final = (128, 64, 32)
 """Sizes of groups which torch's 4-bit kernel knows, the preferred first."""
 _MIDDLE: Final = 8  # the code of `zero`
 _ROWS_AT_ONCE: Final = 16  # the 4-bit kernel's: a matrix has a multiple of them
+_GPU_ROWS_AT_ONCE: Final = 8  # the same of the GPU's 4-bit kernel
+_GPU_TILE: Final = 16  # columns
 _ALIGNMENT: Final = 16  # bytes which the 8-bit kernel reads at once; elsewhere it dies
 _DTYPES: Final = MappingProxyType({8: torch.int8, 4: torch.uint8})
 
@@ -110,7 +113,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _product(codes: Codes) -> Product:
     num_rows, dtype = codes.weight.shape[0], codes.scale.dtype
     if codes.weight.device.type != "cpu":
-        return lambda x: F.linear(x, dequantize(codes))
+        tiles = _tiles(codes)
+        return tiled_product(codes, tiles) if tiles else lambda x: F.linear(x, dequantize(codes))
     if dtype != torch.bfloat16 or (codes.zero is not None and num_rows % _ROWS_AT_ONCE):
         plain = dequantize(codes)
         return lambda x: F.linear(x, plain)
@@ -121,3 +125,23 @@ def _product(codes: Codes) -> Product:
     both = torch.stack([codes.scale, codes.zero], dim=2).transpose(0, 1).contiguous()
     group_size = 2 * codes.weight.shape[1] // codes.scale.shape[1]
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group_size, both)
+
+
+def _tiles(codes: Codes) -> int:
+    """How many tiles of columns a GPU's 4-bit kernel takes together; 0 where it can't compute this."""
+    num_rows, num_columns = len(codes.weight), 2 * codes.weight.shape[1]
+    device = codes.weight.device
+    if codes.zero is None or codes.scale.dtype != torch.bfloat16 or num_rows % _GPU_ROWS_AT_ONCE:
+        return 0
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    return next((tiles for tiles in (8, 4, 2) if num_columns % (tiles * _GPU_TILE) == 0), 0)
+
+
+def tiled_product(codes: Codes, tiles: int) -> Product:
+    """On a GPU, whose kernel wants the first of two codes in the upper half of a byte."""
+    assert codes.zero is not None
+    packed = torch._convert_weight_to_int4pack((codes.weight & 15) << 4 | codes.weight >> 4, tiles)
+    both = torch.stack([codes.scale, codes.zero], dim=2).transpose(0, 1).contiguous()
+    group_size = 2 * codes.weight.shape[1] // codes.scale.shape[1]
+    return lambda x: torch._weight_int4pack_mm(x, packed, group_size, both)

@@ -16,10 +16,11 @@ from model_shards.init import init_checkpoint
 from model_shards.kv_cache import KvCache, KvSequence, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.quantize import Bits, compare_speed, quantize_checkpoint
-from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle
+from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle, tiled_product
 from model_shards.split import verify_split
 from stages.llm import Llm, LlmOptions
 from stages.stage import Site
+from tests.support.kernels import int4_packed, int4_product
 from tests.support.units import audio, session, unit
 
 BITS: tuple[Bits, ...] = (8, 4)
@@ -96,6 +97,56 @@ def test_a_layer_computes_with_the_weights_its_codes_stand_for(bits: int, dtype:
     assert (actual.dtype, actual.shape) == (dtype, (3, 7, rows))
     off = 1e-5 if dtype == torch.float32 else 0.02
     assert (actual.float() - expected).abs().max() <= off * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [128, 192, 256])
+@pytest.mark.parametrize("rows", [48, 50], ids=["for the kernel", "none for the kernel"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_layer_on_a_gpu_computes_with_the_weights_its_codes_stand_for(bits: int, rows: int, columns: int):
+    weight = matrix(rows, columns).to(torch.bfloat16)
+    for num in (1, 3, 16, 17, 300):
+        x = torch.randn(num, columns, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        expected = x.float() @ dequantize(quantize(weight, bits, 64)).float().T
+        actual = layer(weight.cuda(), bits)(x.cuda()).cpu().float()
+        assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "group", "takes"),
+    [
+        (48, 128, torch.bfloat16, 64, True),
+        (48, 192, torch.bfloat16, 64, True),
+        (50, 128, torch.bfloat16, 64, False),
+        (48, 128, torch.float32, 64, False),
+        (48, 32, torch.bfloat16, 32, True),
+    ],
+)
+def test_a_gpu_s_kernel_is_asked_for_what_it_takes_and_no_other(
+    rows: int, columns: int, dtype: torch.dtype, group: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """On the device meta, which has shapes and no values."""
+    asked: list[int] = []
+
+    def kernel(x: torch.Tensor, packed: torch.Tensor, size: int, both: torch.Tensor) -> torch.Tensor:
+        assert both.shape == (columns // size, rows, 2) and both.is_contiguous()
+        asked.append(size)
+        return x.new_empty(len(x), 8 * len(packed))
+
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", kernel)
+    made = layer(matrix(rows, columns).to("meta", dtype), 4, group)
+    x = torch.empty(5, columns, dtype=dtype, device="meta")
+    assert (made(x).shape, made(x).dtype, set(asked)) == ((5, rows), dtype, {group} if takes else set())
+
+
+def test_what_a_gpu_s_kernel_is_handed_stands_for_the_weights(monkeypatch: pytest.MonkeyPatch):
+    """By a plain reference of its documents (tests/support/kernels.py)."""
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", int4_packed)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", int4_product)
+    codes = quantize(matrix().to(torch.bfloat16), 4, 32)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    expected = x.float() @ dequantize(codes).float().T
+    torch.testing.assert_close(tiled_product(codes, 8)(x).float(), expected, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("bits", BITS)

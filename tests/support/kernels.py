@@ -1,9 +1,9 @@
-"""What the ragged attention kernels do, as their documents say it, in plain loops and double precision.
+"""What kernels of a GPU do, as their documents say it, in plain loops and double precision.
 
-Sources: the docstring of torch.nn.attention.varlen.varlen_attn (torch 2.13), and of flash_attn_varlen_func (flash-attn
-2.8): query [tokens, heads, head_dim]; with a block table, keys and values are pools [pages, page size, kv heads,
-head_dim]; cumulative lengths and the table are int32; a causal mask is aligned at the end of each sequence; heads of
-the query share those of the keys in groups, in their order.
+Ragged attention: the docstring of torch.nn.attention.varlen.varlen_attn (torch 2.13), and of flash_attn_varlen_func
+(flash-attn 2.8): query [tokens, heads, head_dim]; with a block table, keys and values are pools [pages, page size, kv
+heads, head_dim]; cumulative lengths and the table are int32; a causal mask is aligned at the end of each sequence; heads
+of the query share those of the keys in groups, in their order.
 """
 
 import torch
@@ -56,3 +56,20 @@ def shapes_only(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch)
         assert tensor.dtype == torch.int32 and tensor.is_contiguous() and tensor.device == query.device == keys.device
     assert batch.pages.shape[1] * keys.shape[1] == batch.max_used and batch.max_new == 1
     return torch.empty_like(query)
+
+
+def int4_packed(pairs: Tensor, tiles: int) -> Tensor:
+    """`torch._convert_weight_to_int4pack` on CUDA, whose own order nobody reads: here it stays as it is.
+
+    pairs: [rows, columns / 2] uint8, of two codes the first in the upper half. tiles: 2, 4 or 8, of 16 columns each.
+    Source: torchao, which hands it codes so (quantization/utils.py, groupwise_affine_quantize_tensor_from_qparams).
+    """
+    assert pairs.dtype == torch.uint8 and len(pairs) % 8 == 0 and pairs.shape[1] * 2 % (16 * tiles) == 0
+    return pairs
+
+
+def int4_product(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """`torch._weight_int4pack_mm`: a weight is (code - 8) * scale + zero. scales_and_zeros: [groups, rows, 2]."""
+    codes = torch.stack([packed >> 4, packed & 15], dim=2).flatten(1).double() - 8
+    scale, zero = scales_and_zeros.double().repeat_interleave(group_size, dim=0).unbind(2)
+    return (x.double() @ (codes.T * scale + zero)).to(x.dtype)
