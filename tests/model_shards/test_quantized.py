@@ -16,7 +16,7 @@ from model_shards.init import init_checkpoint
 from model_shards.kv_cache import KvCache, KvSequence, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.quantize import Bits, compare_speed, quantize_checkpoint
-from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle, tiled_product
+from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle, tiled_product, written_out_product
 from model_shards.split import verify_split
 from stages.llm import Llm, LlmOptions
 from stages.stage import Site
@@ -147,6 +147,15 @@ def test_what_a_gpu_s_kernel_is_handed_stands_for_the_weights(monkeypatch: pytes
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     expected = x.float() @ dequantize(codes).float().T
     torch.testing.assert_close(tiled_product(codes, 8)(x).float(), expected, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_that_are_written_out_for_each_forward_are_those_of_the_codes(bits: int, dtype: torch.dtype):
+    codes = quantize(matrix().to(dtype), bits, 32)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.float() @ dequantize(codes).float().T
+    torch.testing.assert_close(written_out_product(codes)(x).float(), expected, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("bits", BITS)

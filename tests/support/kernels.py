@@ -2,8 +2,8 @@
 
 Ragged attention: the docstring of torch.nn.attention.varlen.varlen_attn (torch 2.13), and of flash_attn_varlen_func
 (flash-attn 2.8): query [tokens, heads, head_dim]; with a block table, keys and values are pools [pages, page size, kv
-heads, head_dim]; cumulative lengths and the table are int32; a causal mask is aligned at the end of each sequence; heads
-of the query share those of the keys in groups, in their order.
+heads, head_dim]; cumulative lengths and the table are int32; a causal mask is aligned at the end of each sequence;
+heads of the query share those of the keys in groups, in their order.
 """
 
 import torch
