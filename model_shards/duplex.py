@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model_shards.attention import AttentionName, Kernel
+from model_shards.attention import Kernel
 from model_shards.context import Context, SlidingWindow, UnitSpan, WindowConfig, is_due
 from model_shards.decode_steps import Decider, DecodeSteps, Fed, Question
 from model_shards.decoding import Choice, DecisionRule, SamplingConfig
@@ -194,12 +194,9 @@ class DuplexEngine:
         self._steps: DecodeSteps | None = None
 
     @property
-    def attention(self) -> AttentionName:
-        return self._model.attention
-
-    @property
-    def is_captured(self) -> bool:
-        return self._steps is not None
+    def runs_with(self) -> str:
+        """For the user."""
+        return f"{self._model.attention} attention{', decode steps as graphs' if self._steps is not None else ''}"
 
     def new_session(self, seed: int) -> DuplexSession:
         """An empty session; the same seed and inputs give the same outputs."""

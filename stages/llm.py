@@ -179,8 +179,7 @@ class Llm(Stage):
     @property
     def runs_with(self) -> str:
         kv_dtype = "" if self._cache.dtype == self._where.dtype else ", keys and values in fp8"
-        graphs = ", decode steps as graphs" if self._engine.is_captured else ""
-        return f"{self._where}, {self._engine.attention} attention{kv_dtype}{graphs}"
+        return f"{self._where}, {self._engine.runs_with}{kv_dtype}"
 
     def open_session(self, session: Session) -> None:
         if (len(self._open) + 1) * self._session_pages > self._num_pages:
