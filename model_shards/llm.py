@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
 
     def _run(self, hidden: Tensor, plan: Plan, cache: KvCache) -> Tensor:
         together = plan.attend.tensors if isinstance(plan.attend, Padded) else ()
-        if self._program is not None and together:
+        if self._program is not None and together and cache.dtype == hidden.dtype:  # as it was traced
             return self._program(hidden, *plan.rotation, plan.slots, *cache.pools, *together)
         return self._layers(hidden, plan, *cache.pools)
 

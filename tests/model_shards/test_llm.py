@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_shards.config import RELEASED, LlmConfig
-from model_shards.kv_cache import KvCache, KvCacheFull, KvSequence, KvShape
+from model_shards.kv_cache import FP8, KvCache, KvCacheFull, KvSequence, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
 
 CONFIG = LlmConfig(
@@ -172,10 +172,10 @@ def test_a_folded_model_gives_the_same_for_any_sizes(model: LanguageModel):
 
 
 @torch.inference_mode()
-def test_a_folded_model_takes_each_cache_that_it_is_given(model: LanguageModel):
-    program = folded(model)
-    for page_size in (1, 4, 32):
-        ours, theirs = (new_cache(page_size=page_size) for _ in range(2))
-        one, other = KvSequence(), KvSequence()
-        for num in (7, 1, 1):
-            torch.testing.assert_close(feed(program, ours, one, embeds(num)), feed(model, theirs, other, embeds(num)))
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+@pytest.mark.parametrize("page_size", [1, 4, 32])
+def test_a_folded_model_takes_each_cache_that_it_is_given(model: LanguageModel, page_size: int, dtype: torch.dtype):
+    program, one, other = folded(model), KvSequence(), KvSequence()
+    ours, theirs = (KvCache(KvShape.of(CONFIG), 20, page_size, dtype) for _ in range(2))
+    for num in (7, 1, 1):
+        torch.testing.assert_close(feed(program, ours, one, embeds(num)), feed(model, theirs, other, embeds(num)))

@@ -405,6 +405,13 @@ def test_an_attention_that_can_t_run_here_is_refused_with_the_reason(options: di
         Llm.load(LlmOptions(**options), Site("llm", tiny.path))
 
 
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "fp8"}, {"kv_dtype": "fp8", "dtype": "bfloat16"}])
+def test_as_it_is_loaded_it_says_something(options: dict[str, Any], tiny: Tiny):
+    stage = Llm.load(LlmOptions(decoding="greedy", force_listen=0, **options), Site("llm", tiny.path))
+    stage.open_session(session(speech=False))
+    assert words([chunk for index in range(12) for chunk in stage.process([window("door", index)])])
+
+
 def test_a_session_takes_half_the_memory_in_fp8(tiny: Tiny):
     site, pages = Site("llm", tiny.path), []
     for kv_dtype in ("auto", "fp8"):
