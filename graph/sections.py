@@ -189,16 +189,16 @@ class Section(BaseModel):
 
 class WindowSpec(Section):
     """length: T, the model's beat. lateness: a window is given up this long after its end. phases: groups of sessions
-    whose windows end together, the groups one after the other within T."""
+    whose windows end together, the groups one after the other within T; None: by how many sessions there are."""
 
     length_ns: Annotated[int, _duration("10ms", "60s"), _as_duration] = Field(default=1_000_000_000, alias="length")
     lateness_ns: Annotated[int, _duration("0s", "60s"), _as_duration] = Field(default=150_000_000, alias="lateness")
-    # 8 sessions of tiny on 2 cores: p99 608 ms with 1 phase, 280 with 2, 361 with 4; the work is the same.
-    phases: Annotated[int, Field(ge=1, le=64)] = 2
+    phases: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
 class TailSpec(Section):
-    """lead: how far speech may run ahead of the listener. delay: window k's speech plays from its end + delay on."""
+    """lead: how far speech may run ahead of the listener. delay: window k's speech plays from its end + delay on,
+    a turn later where speech came later lately."""
 
     lead_ns: Annotated[int, _duration("10ms", "60s"), _as_duration] = Field(default=1_000_000_000, alias="lead")
     delay_ns: Annotated[int, _duration("0s", "60s"), _as_duration] = Field(default=300_000_000, alias="delay")
@@ -312,6 +312,7 @@ class StageOptions(Section):
     # with 8 for LLM and TTS and 4 for the vocoder.
     batch: Count = 16
     wait_ns: Annotated[int, _duration("0s", "1s"), _as_duration] = Field(default=5_000_000, alias="wait")
+    hold_ns: Annotated[int, _duration("0s", "1s"), _as_duration] = Field(default=300_000_000, alias="hold")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -19,6 +19,7 @@ from math import ceil
 from pathlib import Path
 from typing import Final
 
+from deploy.control.routing import num_phases
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, StageCost, read_profile
 from graph.errors import GraphError
@@ -159,12 +160,13 @@ def reckon(spec: PipelineSpec, profile: Profile, demand: Demand, replicas: Mappi
     stages: dict[str, StagePlan] = {}
     cores = 0.0
     num_cameras = demand.num_cameras
-    for name, stage in spec.stages.items():
-        if not spec.types[name].has_model:
-            continue
-        count = (replicas or {}).get(name, stage.replicas)
+    counts = {name: (replicas or {}).get(name, stage.replicas) for name, stage in spec.stages.items()}
+    counts = {name: count for name, count in counts.items() if spec.types[name].has_model}
+    most_phases = num_phases(ceil(num_cameras / min(counts.values(), default=1)), spec)
+    for name, count in counts.items():
+        stage = spec.stages[name]
         sessions, cost = ceil(num_cameras / count), _cost(spec, name, profile)
-        phases = min(spec.window.phases, sessions)
+        phases = min(most_phases, sessions)
         at_once = ceil(sessions / phases)
         phase_ns = cost.window_ns(at_once, stage.batch, demand.num_more(at_once))
         first_ns = phases * cost.window_ns(at_once, stage.batch)

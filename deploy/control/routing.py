@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from deploy.actor.session_plan import Output, SessionPlan, view_stream
 from graph.edges import EdgeSpec
-from graph.sections import WindowSpec
 from graph.spec import PipelineSpec
 from graph.window import Input
 from stages.session import Session
+
+# Simulated (`pipeline bench onset`): nano on two cores has most room with 3 phases, and 0.6 of the p99 with 2; of the
+# full model on a H200, where a larger batch costs next to nothing, as few phases do best as don't split a batch.
+CPU_PHASES: Final = 3
+LEAST_PHASES: Final = 2
+QUARTERS: Final = (0, 2, 1, 3)  # of a window: where each phase is, far from those before it
 
 
 def stages_of(session: Session, spec: PipelineSpec) -> set[str]:
@@ -18,9 +24,26 @@ def stages_of(session: Session, spec: PipelineSpec) -> set[str]:
     return spec.stages.keys() - spec.wiring.idle(off, spec.needed)
 
 
-def phase_ns(number: int, window: WindowSpec) -> int:
-    """How long after the first session's windows those of the session end that was opened as the `number`-th."""
-    return number % window.phases * window.length_ns // window.phases
+def num_phases(num_sessions: int, spec: PipelineSpec) -> int:
+    """How many phases that many sessions of one replica have. One more makes the bursts smaller, and costs each stage
+    a batch more per window."""
+    if (even := _even_phases(spec)) is not None:
+        return even
+    size = min(stage.batch for name, stage in spec.stages.items() if spec.types[name].has_model)
+    return min(max(-(-num_sessions // size), LEAST_PHASES), len(QUARTERS))
+
+
+def phase_ns(number: int, spec: PipelineSpec) -> int:
+    """How long after those of the first phase the windows of phase `number` end."""
+    if (even := _even_phases(spec)) is not None:
+        return number * spec.window.length_ns // even
+    return QUARTERS[number] * spec.window.length_ns // len(QUARTERS)
+
+
+def _even_phases(spec: PipelineSpec) -> int | None:
+    """How many there are, however many sessions; None: that goes by their number."""
+    is_on_gpu = any(stage.gpus for name, stage in spec.stages.items() if spec.types[name].has_model)
+    return spec.window.phases or (None if is_on_gpu else CPU_PHASES)
 
 
 def session_plan(

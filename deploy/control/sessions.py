@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy.control.placement import Process
-from deploy.control.routing import phase_ns, stages_of
+from deploy.control.routing import num_phases, phase_ns, stages_of
 from graph.chunk import NS_PER_MS, SessionId
 from graph.spec import PipelineSpec
 from stages.session import Session
@@ -135,12 +135,19 @@ class SessionTable:
     def _next_phase(self, soon_ns: int) -> int:
         """The one with the fewest sessions; of several the one whose window begins first."""
         counts = Counter(placement.phase for placement in self.placements.values())
-        return min(range(self._spec.window.phases), key=lambda phase: (counts[phase], self._origin_ns(phase, soon_ns)))
+        phases = range(num_phases(self._num_at_busiest(), self._spec))
+        return min(phases, key=lambda phase: (counts[phase], self._origin_ns(phase, soon_ns)))
+
+    def _num_at_busiest(self) -> int:
+        """Sessions at the replica with a model that has most."""
+        spec = self._spec
+        replicas = [each.replicas for name, each in spec.stages.items() if spec.types[name].has_model]
+        return -(-len(self.placements) // max(min(replicas, default=1), 1))
 
     def _origin_ns(self, phase: int, soon_ns: int) -> int:
         """The first beginning of a window of a phase from then on."""
         window = self._spec.window
-        return soon_ns + ((self._first_origin_ns or 0) + phase_ns(phase, window) - soon_ns) % window.length_ns
+        return soon_ns + ((self._first_origin_ns or 0) + phase_ns(phase, self._spec) - soon_ns) % window.length_ns
 
     def _next_replica(self, stage: str, living: Collection[int]) -> int:
         if not living:

@@ -63,6 +63,7 @@ class Scenario:
     num_sessions, num_windows: that begin together and end together; or, where there are some, the arrivals.
     devices: what computes, and how many stages at once on it. costs: per stage; else as its class says; each_times: and
     a unit so many times that. token_ns: a decode step of all who speak. picture_ns: what a picture costs the LLM.
+    talks: how likely a silent window begins a turn.
     credit, batch, phases: of every edge, stage and window; None: as described.
     network, acks, grants: how messages travel. calls: how those of the coordinator do, and their answers.
     poll_ns: how often it looks at its actors.
@@ -86,6 +87,7 @@ class Scenario:
     each_times: int = 1
     token_ns: int = 8 * NS_PER_MS
     picture_ns: int = 0
+    talks: float = 0.3
     batch: int | None = None
     devices: Mapping[str, int] = field(default_factory=lambda: {"gpu": 5})
     phases: int | None = None
@@ -306,6 +308,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 each_times=4,
                 picture_ns=8 * NS_PER_MS,
                 batch=64,
+                phases=2,  # as on a GPU with such batches
                 devices={"gpu": 1},
             ),
             Scenario(
@@ -313,6 +316,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = MappingProxyType(
                 "a device and its cameras in a day of 120 s: 20 at night, 100 at noon; 100 seeds are 10 000 cameras",
                 arrivals=DIURNAL,
                 batch=64,
+                phases=2,
                 barges_in=0.1,
                 dies=0.05,
                 drift_ppm=200,

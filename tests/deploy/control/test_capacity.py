@@ -111,7 +111,7 @@ def test_a_plan_keeps_every_promise(num_cameras: int, fixed_ms: int, each_ms: in
 
 
 def test_every_view_costs_the_stage_that_makes_pictures_and_no_other_one():
-    one, four = (reckon(spec(), profile(), cameras(3, views)) for views in (1, 4))
+    one, four = (reckon(spec("window.phases=2"), profile(), cameras(3, views)) for views in (1, 4))
     assert four.stages["vision_encoder"].p99_ns - one.stages["vision_encoder"].p99_ns == 2 * 3 * 4 * NS_PER_MS, (
         "three more pictures of each of the two that a phase has"
     )
@@ -138,7 +138,8 @@ def test_the_rate_of_pictures_counts_as_views_do():
 
 
 def test_the_cameras_with_most_pictures_may_share_a_replica():
-    uneven = reckon(spec("stages.vision_encoder.replicas=2"), profile(), Demand.of([1, 4, 1, 4]))
+    two = spec("stages.vision_encoder.replicas=2", "window.phases=2")
+    uneven = reckon(two, profile(), Demand.of([1, 4, 1, 4]))
     assert uneven.stages["vision_encoder"].load == pytest.approx((2 * 14 + 6 * 4) / 1000)
     assert uneven.cores == pytest.approx(4 * 2 * 0.018 + 2 * 2 * 0.014 + 6 * 0.004)
 

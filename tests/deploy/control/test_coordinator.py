@@ -14,6 +14,7 @@ from graph.chunk import NS_PER_MS, NS_PER_S, SessionId
 from graph.ledger import Account
 from stages.stage import StageError
 from tests.support.actors import AHEAD_NS, HEARD, FakeCluster, of, replicas_at, sessions, started
+from tests.support.specs import model_stages
 
 Poll = Callable[[], object]
 
@@ -179,6 +180,17 @@ def test_phases_are_filled_evenly_whichever_cameras_go(cluster: FakeCluster, tmp
         cluster.clock.advance(0.3)
     now = [placement.phase for placement in coordinator._table.placements.values()]
     assert (now.count(0), now.count(1)) == (4, 4)
+
+
+@pytest.mark.parametrize(("replicas", "counts"), [(1, [7, 6, 7, 0]), (2, [10, 10, 0, 0])])
+def test_on_gpus_the_more_sessions_a_replica_has_the_more_phases_there_are(
+    cluster: FakeCluster, tmp_path: Path, replicas: int, counts: list[int]
+):
+    models = [f"stages.{stage}.{what}" for stage in model_stages() for what in (f"replicas={replicas}", "batch=8")]
+    coordinator = started(cluster, tmp_path, "stages.llm.gpus=1", *models)
+    coordinator.open_sessions(sessions(*(f"camera{number}" for number in range(20))))
+    phases = [placement.phase for placement in coordinator._table.placements.values()]
+    assert [phases.count(phase) for phase in range(4)] == counts
 
 
 def test_in_virtual_time_there_are_no_phases(cluster: FakeCluster, tmp_path: Path):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from deploy.control.routing import session_plan, stages_of
+from deploy.control.routing import num_phases, phase_ns, session_plan, stages_of
+from graph.chunk import NS_PER_MS
 from graph.spec import PipelineSpec, default_spec_path
 from stages.session import View
 from tests.support.specs import load_spec, parse_spec
@@ -84,3 +85,29 @@ def test_two_inputs_that_take_the_same_views_have_streams_of_their_own():
     plan = session_plan(spec, "views", session("hall", views=views), dict.fromkeys(spec.stages, 0), 1)
     expected = {f"{port}/camera/hall/{view.name}" for port in ("frames", "lately") for view in views}
     assert {stream for stream, each in plan.inputs.items() if each.is_many} == expected
+
+
+ON_GPU = ["stages.llm.gpus=1", "stages.tts.batch=64"]
+SIZES = (1, 16, 17, 32, 33, 48, 49, 500)
+
+
+def test_on_cpus_there_are_three_phases_however_many_sessions():
+    assert {num_phases(size, load_spec(default_spec_path())) for size in SIZES} == {3}
+
+
+def test_on_gpus_a_phase_is_what_a_batch_takes_and_there_are_two_to_four():
+    assert [num_phases(size, load_spec(default_spec_path(), ON_GPU)) for size in SIZES] == [2, 2, 2, 2, 3, 3, 4, 4]
+
+
+def test_so_many_phases_as_are_written_there_are():
+    assert num_phases(1, load_spec(default_spec_path(), ["window.phases=7"])) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "at_ms"), [(["window.phases=4"], [0, 250, 500, 750]), (ON_GPU, [0, 500, 250, 750])]
+)
+def test_phases_take_turns_within_a_window_and_where_more_may_come_far_from_each_other(
+    settings: list[str], at_ms: list[int]
+):
+    spec = load_spec(default_spec_path(), settings)
+    assert [phase_ns(phase, spec) // NS_PER_MS for phase in range(4)] == at_ms
