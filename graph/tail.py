@@ -3,7 +3,7 @@
 Rule: everything that decides how far speech may run ahead of the ear is in this file. All of it is pure: it takes
 event times and returns numbers.
 
-    sink   Player        what the listener has heard; speaks Acks
+    sink   Player        what the listener has heard, and when a turn begins; speaks Acks
     LLM    TextBudget    n text tokens for a window:  B = L + T - ((G - P) + E),  n = clamp(B // r, 0, 18)
     TTS, vocoder
            SpeechQueue   a piece of d ns may be made when  G - P + d <= L + T
@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId
 from graph.value import value
 
 Item = TypeVar("Item")
@@ -36,6 +36,8 @@ FIRST_NS_PER_TOKEN = 270_000_000  # 3.7 tokens per second of speech, until a tur
 NS_PER_TOKEN_RANGE = (50_000_000, 2_000_000_000)
 RATE_WEIGHT = 0.25  # of a new turn in the moving average
 ACK_TIMEOUT_NS = 5 * NS_PER_S  # a listener unheard of for so long is taken to be gone: the session parks
+NUM_CAME = 8  # pieces of speech after which the latest of them is expected to come again
+SPARE_NS = 40 * NS_PER_MS  # and a little later
 MAX_ACKS = 64  # while there is speech they come every 100 ms and at each event; a decision looks back one window
 
 
@@ -102,6 +104,17 @@ class Playback:
     def as_of(self, now_ns: int) -> Ack:
         """The newest Ack that was made at or before `now_ns`."""
         return self._read(max(bisect_right(self._at_ns, now_ns) - 1, 0))
+
+    @property
+    def dry_ns(self) -> int | None:
+        """When the listener has heard all that has come to it, as scheduled; None while it hears nothing."""
+        queue = self.latest.queue
+        return sum(queue[-1]) if queue else None
+
+    def arrived_ns(self, through_ns: int) -> int | None:
+        """When all speech up to there had come to the listener, as far as its Acks are kept; None: it has not."""
+        first = bisect_left(range(len(self._acks)), through_ns, key=lambda index: self._read(index).through_ns)
+        return self._at_ns[first] if first < len(self._acks) else None
 
     def _forget(self) -> None:
         del self._at_ns[:-MAX_ACKS], self._acks[:-MAX_ACKS]
@@ -266,13 +279,25 @@ class Player:
     """The listener's end: pieces are heard one after the other, in real time.
 
     Speech of a window is played from `delay` after the window's end on: that much jitter is absorbed, and a run on
-    time sounds the same every time. A piece that arrives later is played at once (an underrun, counted by the caller
-    from `late_ns`).
+    time sounds the same every time. A turn begins as late as one of the last pieces came, where that was later, so
+    that the next one that late does not break it. A piece that arrives after what was before it has been heard is
+    played at once (an underrun, counted by the caller from `late_ns`).
     """
 
-    def __init__(self, *, delay_ns: int, ack: Ack = Ack(0), now_ns: int = 0) -> None:  # noqa: B008 - it is a value
-        """ack: what was last said of a listener whose player has died; what was queued there is lost. now_ns: since."""
+    def __init__(
+        self,
+        *,
+        delay_ns: int,
+        most_delay_ns: int = 0,
+        ack: Ack = Ack(0),  # noqa: B008 - it is a value
+        now_ns: int = 0,
+    ) -> None:
+        """most_delay_ns: a turn on time begins at most so long after its window's end; no less than delay_ns.
+        ack: what was last said of a listener whose player has died; what was queued there is lost. now_ns: since."""
         self._delay_ns = delay_ns
+        self._most_delay_ns = max(most_delay_ns, delay_ns)
+        self._came_after_ns: deque[int] = deque(maxlen=NUM_CAME)  # their windows' ends, the last pieces
+        self._in_turn = False
         self._now_ns = now_ns
         self._pieces: deque[_Piece] = deque()
         self._first = 0  # number of the piece at the head of the queue
@@ -310,7 +335,12 @@ class Player:
 
     def receive(self, duration_ns: int, window_end_ns: int, *, end_of_turn: bool) -> int:
         """Queue a piece that has arrived now. Returns by how much it is late for its playing time (0: on time)."""
-        planned_ns = max(window_end_ns + self._delay_ns, self.last_end_ns if self._pieces else 0)
+        delay_ns, worst_ns = self._delay_ns, max(self._came_after_ns, default=0)
+        if worst_ns > delay_ns and not self._in_turn:
+            delay_ns = min(worst_ns + SPARE_NS, self._most_delay_ns)
+        self._came_after_ns.append(self._now_ns - window_end_ns)
+        self._in_turn = not end_of_turn
+        planned_ns = max(window_end_ns + delay_ns, self.last_end_ns if self._pieces else 0)
         start_ns = max(planned_ns, self._now_ns)
         self._pieces.append(_Piece(start_ns, duration_ns))
         self._received_ns += duration_ns
@@ -363,6 +393,7 @@ class Player:
         unheard_ns = self.unheard_ns
         self._first += len(self._pieces)
         self._pieces.clear()
+        self._in_turn = False
         self._received_ns, self._epoch = self._heard_ns, epoch
         return unheard_ns
 

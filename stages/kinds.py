@@ -17,6 +17,7 @@ Embeddings are float32, or bfloat16 carried as uint16 with the attribute dtype "
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,6 +49,11 @@ class Said:
     turn_start: bool = False
     end_of_turn: bool = False
     dtype: str | None = None
+
+
+def goes_on(all_said: Iterable[Said]) -> bool:
+    """Does none of these begin or end a turn?"""
+    return not any(said.turn_start or said.end_of_turn for said in all_said)
 
 
 _FLOATS: Final = ("float32", "uint16")

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class Speaker(Stage):
     """Speech to the listener, and from him what he has heard.
 
     open_device: makes the second output of a session, for a real sound device; None: the virtual listener only.
+    most_delay: of a window; where speech keeps coming late, turns begin so long after their windows' ends at most.
     """
 
     speech = In(SPEECH)
@@ -76,6 +77,7 @@ class Speaker(Stage):
     is_local = True
     can_be_off = False
     ends_windows = True
+    most_delay: ClassVar[float] = 0.75
 
     @classmethod
     def load(cls, options: SpeakerOptions, site: Site) -> Speaker:
@@ -108,7 +110,8 @@ class Speaker(Stage):
             raise
         actions = deque(sorted(session.listener, key=lambda action: action.at_ns))
         ack = session.playback.latest
-        player = Player(delay_ns=session.delay_ns, ack=ack, now_ns=session.begin_ns)
+        most_ns = min(session.lead_ns, round(self.most_delay * session.window_ns))
+        player = Player(delay_ns=session.delay_ns, most_delay_ns=most_ns, ack=ack, now_ns=session.begin_ns)
         self._open[session.id] = state = _Open(session, player, outputs, actions, ack.epoch)
         state.end_ns = session.begin_index * session.window_ns
         _pass_by(state)

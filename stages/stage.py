@@ -155,6 +155,11 @@ class Stage:
         """Nothing is to be computed for this unit: it waits for no peers, and takes no place in a batch."""
         return False
 
+    def may_hold(self, unit: Unit) -> bool:
+        """May this unit be held for others as long as its listener has something to hear? What it says then neither
+        begins nor ends a turn."""
+        return False
+
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         """For sources and sinks: what is due by event time `now_ns`, control chunks included."""
         return []

@@ -16,7 +16,7 @@ from graph.stage_type import Feedback, In, Out
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from stages.inference import inference
-from stages.kinds import CODES, PLAYBACK, TEXT, Said
+from stages.kinds import CODES, PLAYBACK, TEXT, Said, goes_on
 from stages.session import Session
 from stages.stage import Site, Stage, StageError, moving, session_seed
 
@@ -116,6 +116,9 @@ class Tts(Stage):
 
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(self.text) or self._open[unit.session].queue)
+
+    def may_hold(self, unit: Unit) -> bool:
+        return goes_on(TEXT.read(text) for text in unit.of(self.text))
 
     def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)

@@ -175,7 +175,7 @@ class Actor:
             {e.id: self._ends.receivers[e.id] for e in self._plan.edges if e.target == name},
             {e.id: self._ends.senders[e.id] for e in self._plan.edges if e.source == name},
             StageMeter(self._metrics, name, stage, self._plan.all_stages, clock),
-            Gathering(options.batch, options.wait_ns),
+            Gathering(options.batch, options.wait_ns, options.hold_ns),
             clock,
             note.of,
         )

@@ -11,10 +11,10 @@ from deploy.actor.afterword import Afterword
 from deploy.actor.inbox import Inbox
 from deploy.actor.isolation import process
 from deploy.actor.replica import Replica
-from deploy.actor.session_state import OpenSession, ReadyUnit
+from deploy.actor.session_state import OpenSession, ReadyUnit, Sent
 from deploy.actor.ticker import Ticker
 from graph.chunk import NS_PER_S, Chunk, Span
-from graph.gather import Gathering
+from graph.gather import Gathering, Peer
 from graph.trace import leave_stage
 from graph.window import Unit
 from stages.stage import Stage
@@ -43,12 +43,12 @@ class Batch:
         going = [state.ready[0].waiting for state in self._replica.ready.values() if self.may_go(state)]
         if not going:
             return []
-        next_ends_ns = (
-            state.monotonic_ns(state.join.next_end_ns)
+        peers = (
+            Peer(state.monotonic_ns(state.join.next_end_ns), state.speaks)
             for state in self._replica.open.values()
             if not state.ready and state.join is not None and state.begun and not state.ending
         )
-        sessions = self._gathering.batch(going, next_ends_ns, self._replica.clock.monotonic_ns())
+        sessions = self._gathering.batch(going, peers, self._replica.clock.monotonic_ns())
         batch = [self._replica.open[session] for session in sessions]
         if len(batch) > 1 and any(state.goes_alone for state in batch):
             together = [state for state in batch if not state.goes_alone]
@@ -91,10 +91,25 @@ class Batch:
                 state.faults.failed("process", error, ready.unit.index)
             else:
                 state.faults.succeeded("process")
+            state.speaks = state.session.id in saying
+            if state.speaks and replica.stage.paced_by_listener and state.session.paced:
+                self._sent(state, ready, started_ns)
             is_quiet = ready.unit.is_afterword and state.session.id not in saying
             state.num_quiet = state.num_quiet + 1 if is_quiet else min(state.num_quiet, 0)
             has_failed = error is not None or bool(state.faults.given_up)
             self._leave(state, ready, started_ns, has_failed=has_failed)
+
+    def _sent(self, state: OpenSession, ready: ReadyUnit, started_ns: int) -> None:
+        """A piece of speech leaves; what has become of those before is learnt. started_ns: monotonic."""
+        while state.sent and (arrived_ns := state.session.playback.arrived_ns(state.sent[0].end_ns)) is not None:
+            piece = state.sent.popleft()
+            was_late = None if piece.dry_ns is None else arrived_ns > piece.dry_ns
+            way_ns = arrived_ns - piece.started_ns
+            self._gathering.holding.arrived(way_ns, self._replica.clock.monotonic_ns(), was_late=was_late)
+        waiting = ready.waiting
+        is_held = waiting.dry_ns is not None and self._gathering.is_held(waiting, started_ns)
+        dry_ns = state.session_ns(waiting.dry_ns) if is_held and waiting.dry_ns is not None else None
+        state.sent.append(Sent(ready.unit.end_ns, state.session_ns(started_ns), dry_ns))
 
     def _is_idle(self, state: OpenSession) -> bool:
         if not self._knows_idle:

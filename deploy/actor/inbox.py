@@ -9,7 +9,7 @@ from typing import Any
 
 from deploy.actor.isolation import process
 from deploy.actor.replica import Replica
-from deploy.actor.session_state import OpenSession
+from deploy.actor.session_state import OpenSession, ReadyUnit
 from graph.chunk import NS_PER_S, REMOVED, Chunk, ChunkType, SessionId
 from graph.edge import Arrival
 from graph.kinds import Kind
@@ -77,9 +77,18 @@ class Inbox:
         self._replica.meter.carried(len(given.carried))
         if given.units:
             now_ns = self._replica.clock.monotonic_ns()
-            state.ready.extend([state.ready_unit(unit, now_ns) for unit in given.units])
+            state.ready.extend([self._ready(state, unit, now_ns) for unit in given.units])
             self._replica.ready[state.session.id] = state
             self._replica.schedule.touch(state.session.id)
+
+    def _ready(self, state: OpenSession, unit: Unit, now_ns: int) -> ReadyUnit:
+        stage, session = self._replica.stage, state.session
+        if not (stage.paced_by_listener and session.paced and session.speech):
+            return state.ready_unit(unit, now_ns)
+        dry_ns, may_hold = session.playback.dry_ns, False
+        with state.faults.within("may_hold"):
+            may_hold = dry_ns is not None and stage.may_hold(unit)
+        return state.ready_unit(unit, now_ns, dry_ns, may_hold=may_hold)
 
     def settle(self, state: OpenSession, chunk: Chunk, reason: Reason | None) -> None:
         """Give a chunk's credit back: used, or dropped for a reason. One of a sliding window is in several units."""

@@ -14,8 +14,11 @@ from graph.edge import Arrival, Lane, Sender
 from graph.epoch import EpochFence
 from graph.gather import Waiting
 from graph.ladder import Ladder
+from graph.value import value
 from graph.window import Unit, WindowJoin
 from stages.session import Session
+
+MAX_SENT = 8  # pieces of a session whose arrival is not known; they are only measured
 
 
 @dataclass(slots=True)
@@ -24,6 +27,18 @@ class ReadyUnit:
 
     unit: Unit
     waiting: Waiting
+
+
+@value
+class Sent:
+    """A piece of speech that has left here, and has not come to its listener as far as is known. Session time.
+
+    end_ns: of its window. started_ns: when work on it began. dry_ns: of its listener, where it was held.
+    """
+
+    end_ns: int
+    started_ns: int
+    dry_ns: int | None
 
 
 @dataclass(slots=True)
@@ -54,6 +69,8 @@ class OpenSession:
     # Windows after the inputs' end, in succession, in which nothing could be said; below 0 while there are some that
     # have ended when nobody was there to hear.
     num_quiet: int = 0
+    speaks: bool = False  # its last unit had something to say
+    sent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_SENT))
     session: Session = field(init=False)
     traced: frozenset[str] = field(init=False)  # the streams that bring a trace of each window
     windowed: tuple[tuple[str, Output], ...] = field(init=False)  # what leaves window by window
@@ -98,8 +115,9 @@ class OpenSession:
         self.begun = True
         self.ready = deque(self.ready_unit(each.unit, each.waiting.since_ns) for each in self.ready)
 
-    def ready_unit(self, unit: Unit, since_ns: int) -> ReadyUnit:
-        """since_ns: monotonic."""
+    def ready_unit(self, unit: Unit, since_ns: int, dry_ns: int | None = None, *, may_hold: bool = False) -> ReadyUnit:
+        """since_ns: monotonic. dry_ns: of its listener, on the session's axis."""
         end_ns = unit.end_ns - self.offset_ns
         deadline_ns = end_ns + self.session.window_ns if self.session.paced else None
-        return ReadyUnit(unit, Waiting(self.session.id, since_ns, end_ns, deadline_ns))
+        dry_ns = None if dry_ns is None else dry_ns - self.offset_ns
+        return ReadyUnit(unit, Waiting(self.session.id, since_ns, end_ns, deadline_ns, dry_ns, may_hold))

@@ -16,6 +16,8 @@ from graph.tail import (
     FIRST_NS_PER_TOKEN,
     MAX_ACKS,
     MAX_TEXT_TOKENS,
+    NUM_CAME,
+    SPARE_NS,
     Ack,
     Heard,
     Playback,
@@ -612,6 +614,58 @@ def test_a_piece_that_arrives_after_its_time_is_played_at_once_and_says_how_late
     player.advance(1500)
     assert player.receive(500, 1000, end_of_turn=False) == 300
     assert player.advance(2500) == [Heard(0, 0, 500, 1500)]
+
+
+def test_a_turn_begins_as_late_as_speech_came_lately_so_that_the_next_piece_that_late_breaks_nothing() -> None:
+    player = Player(delay_ns=200, most_delay_ns=10**12)
+    player.advance(1500)
+    assert player.receive(100, 1000, end_of_turn=True) == 300
+    player.advance(10_100)
+    assert player.receive(1000, 10_000, end_of_turn=False) == 0
+    assert player.ack().queue == ((10_500 + SPARE_NS, 1000),)
+    player.advance(11_500)
+    assert player.receive(1000, 11_000, end_of_turn=True) == 0
+
+
+def test_a_turn_on_time_begins_after_the_delay_and_none_later_than_the_most() -> None:
+    player = Player(delay_ns=200, most_delay_ns=300)
+    player.receive(100, 0, end_of_turn=True)
+    player.receive(100, 1000, end_of_turn=True)
+    assert player.ack().queue == ((200, 100), (1200, 100))
+    player.advance(2900)
+    player.receive(100, 2000, end_of_turn=True)  # 700 later than it was to begin
+    player.advance(3000)
+    player.receive(100, 3000, end_of_turn=True)
+    assert player.ack().queue == ((3300, 100),)
+
+
+def test_speech_that_comes_on_time_again_is_no_longer_waited_for() -> None:
+    player = Player(delay_ns=200, most_delay_ns=10**12)
+    player.advance(900)
+    for index in range(NUM_CAME + 1):
+        player.receive(1, 10_000 * index, end_of_turn=True)
+    player.advance(10**9)
+    player.receive(1, 2 * 10**9, end_of_turn=True)
+    assert player.ack().queue == ((2 * 10**9 + 200, 1),)
+
+
+def test_a_listener_runs_dry_when_all_that_has_come_was_heard() -> None:
+    playback = Playback()
+    assert playback.dry_ns is None
+    playback.ack(Ack(10, received_ns=100, queue=((20, 40), (60, 60))))
+    assert playback.dry_ns == 120
+    playback.ack(Ack(130, heard_ns=100, received_ns=100))
+    assert playback.dry_ns is None
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(0, 40))
+def test_speech_had_come_when_the_first_ack_says_so(steps: list[int], through_ns: int) -> None:
+    playback, acks = Playback(), []
+    for at_ns, step in enumerate(steps):
+        acks.append(Ack(10 * at_ns, through_ns=step + (acks[-1].through_ns if acks else 0)))
+        playback.ack(acks[-1])
+    came = [ack.at_ns for ack in acks if ack.through_ns >= through_ns]
+    assert playback.arrived_ns(through_ns) == (0 if through_ns == 0 else min(came, default=None))
 
 
 def test_a_piece_behind_another_begins_where_that_one_ends() -> None:

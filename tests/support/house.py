@@ -146,6 +146,13 @@ class PacedEcho(Echo):
     paced_by_listener = True
 
 
+class HeldEcho(PacedEcho):
+    """All that it says goes on with what was said."""
+
+    def may_hold(self, unit: Unit) -> bool:
+        return True
+
+
 class Ear(Stage):
     """The sink: hears everything, at once."""
 
@@ -197,6 +204,7 @@ class House:
         when_full: str = "wait",
         max_units: int = 8,
         wait_ns: int = 0,
+        hold_ns: int = 0,
         late: Late = "drop",
         ends_windows: str | None = None,
         clock: Clock | None = None,
@@ -216,7 +224,7 @@ class House:
         self.metrics = Metrics(self.registry)
         self.late, self.ends_windows = late, ends_windows
         self.runners = {
-            name: self._runner(name, stage, tuple(stages), Gathering(max_units, wait_ns))
+            name: self._runner(name, stage, tuple(stages), Gathering(max_units, wait_ns, hold_ns))
             for name, stage in stages.items()
         }
         self.loop = ActorLoop(list(self.runners.values()))

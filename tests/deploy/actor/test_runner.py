@@ -8,9 +8,10 @@ import pytest
 from deploy.actor.afterword import UNSAID
 from deploy.actor.runner import StageRunner
 from deploy.actor.session_plan import Listener, SessionSnapshot
-from graph.chunk import NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, ChunkType, SessionId, end_of_stream, watermark
 from graph.credit import Limit
 from graph.edge import Arrival, Sender, SilentObserver
+from graph.gather import MARGIN_NS, NUM_WAYS
 from graph.ladder import STEPS
 from graph.tail import Ack, ack_chunk
 from graph.window import Unit
@@ -25,6 +26,7 @@ from tests.support.house import (
     SPOKEN,
     Ear,
     Echo,
+    HeldEcho,
     House,
     ManualClock,
     Notes,
@@ -129,6 +131,51 @@ def test_a_batch_takes_the_earliest_deadlines(build, clock: ManualClock):
     assert house.runners["llm"].step()
     assert not house.runners["llm"].step()
     assert echo.batches == [[("early", 0), ("middle", 0)], [("late", 0)]]
+
+
+def test_speech_is_held_for_that_of_others_while_its_listener_has_something_to_hear(build, clock: ManualClock):
+    echo = HeldEcho()
+    house = build({"llm": echo}, (SOUND, PLAYED), hold_ns=NS_PER_S)
+    house.open("door", paced=True), house.open("yard", paced=True)
+    for index in range(NUM_WAYS):  # what has come to a listener says how long the way is
+        hear_window(house, clock, index, ["door", "yard"])
+    echo.batches.clear()
+    hear_window(house, clock, NUM_WAYS, ["door"])
+    assert echo.batches == []
+    clock.advance(0.05)
+    house.window("yard", NUM_WAYS)
+    house.runners["llm"].step()
+    assert [sorted(batch) for batch in echo.batches] == [[("door", NUM_WAYS), ("yard", NUM_WAYS)]]
+
+
+def test_held_speech_goes_in_time_when_nobody_comes(build, clock: ManualClock):
+    echo = HeldEcho()
+    house = build({"llm": echo}, (SOUND, PLAYED), hold_ns=NS_PER_S)
+    house.open("door", paced=True), house.open("yard", paced=True)
+    for index in range(NUM_WAYS):
+        hear_window(house, clock, index, ["door", "yard"])
+    echo.batches.clear()
+    hear_window(house, clock, NUM_WAYS, ["door"])
+    due_ns = house.runners["llm"].due_in_ns()
+    assert due_ns == (400 - 100) * NS_PER_MS - MARGIN_NS
+    clock.advance(due_ns / NS_PER_S)
+    house.runners["llm"].step()
+    assert echo.batches == [[("door", NUM_WAYS)]]
+
+
+def hear_window(house: House, clock: ManualClock, index: int, names: list[str]) -> None:
+    """At a window's end its sound comes in, while each listener has 400 ms left to hear; what is said of it comes to
+    its listener 100 ms later."""
+    end_ns = (index + 1) * NS_PER_S
+    clock.advance((end_ns - clock.monotonic_ns()) / NS_PER_S)
+    for name in ("door", "yard"):
+        house.take(ack_chunk(SessionId(name), Ack(end_ns, queue=((end_ns, 400 * NS_PER_MS),))), PLAYED)
+    for name in names:
+        house.window(name, index)
+    house.runners["llm"].step()
+    for name in names:
+        came = Ack(end_ns + 100 * NS_PER_MS, through_ns=end_ns)
+        house.take(ack_chunk(SessionId(name), came), PLAYED)
 
 
 def test_a_session_has_one_unit_in_a_batch(build, clock: ManualClock):
