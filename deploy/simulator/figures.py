@@ -29,6 +29,9 @@ class Figures:
     num_deaths: int = 0  # of actors
     num_underruns: int = 0
     num_pieces: int = 0
+    spoken_s: float = 0.0
+    stalled_s: float = 0.0  # inside turns
+    batches: Counter[tuple[str, int]] = field(default_factory=Counter)  # by stage and size
     unsaid: set[SessionId] = field(default_factory=set)  # sessions that ended with something left to say, unheard
     unheard_max_ns: int = 0
     wasted_tokens: list[float] = field(default_factory=list)
@@ -44,9 +47,17 @@ class Figures:
         self.num_deaths += other.num_deaths
         self.num_underruns += other.num_underruns
         self.num_pieces += other.num_pieces
+        self.spoken_s += other.spoken_s
+        self.stalled_s += other.stalled_s
+        self.batches += other.batches
         self.unsaid |= other.unsaid
         self.unheard_max_ns = max(self.unheard_max_ns, other.unheard_max_ns)
         self.wasted_tokens += other.wasted_tokens
+
+    def mean_batch(self, stage: str) -> float:
+        """Units that a stage took at once, on average; 0 where it took none."""
+        batches = {size: number for (name, size), number in self.batches.items() if name == stage}
+        return sum(size * number for size, number in batches.items()) / max(sum(batches.values()), 1)
 
     def as_dict(self) -> dict[str, object]:
         p50, p99 = np.percentile(self.latencies_s, [50, 99]) if self.latencies_s else (0.0, 0.0)
@@ -69,13 +80,17 @@ class Figures:
 class VirtualMeter:
     """What deploy/actor/measure.py's StageMeter is told, kept for one seed."""
 
-    def __init__(self, figures: Figures, violated: Callable[[str, str], None], ended: Counter[SessionId]) -> None:
+    def __init__(
+        self, stage: str, figures: Figures, violated: Callable[[str, str], None], ended: Counter[SessionId]
+    ) -> None:
         """ended: windows of each session that have come to their end."""
-        self._figures, self._violated, self._ended = figures, violated, ended
+        self._stage, self._figures, self._violated, self._ended = stage, figures, violated, ended
 
     def opened(self, session: Session, ended: Collection[str] | None) -> None: ...
     def closed(self, session: Session) -> None: ...
-    def processed(self, num_units: int, queue_s: float, compute_s: float, cpu_s: float) -> None: ...
+    def processed(self, num_units: int, queue_s: float, compute_s: float, cpu_s: float) -> None:
+        self._figures.batches[self._stage, num_units] += 1
+
     def passed(self, num_units: int) -> None: ...
     def carried(self, num_chunks: int) -> None: ...
     def made(self, session: Session, chunk: Chunk, kind: Kind[Any]) -> None: ...

@@ -139,13 +139,17 @@ class Simulation:
                 self.make_stage(name),
                 {e.id: receivers[e.id] for e in actor.plan.edges if e.target == name},
                 {e.id: senders[e.id] for e in actor.plan.edges if e.source == name},
-                VirtualMeter(self.figures, self._invariants.violated, self._comings.num_ended),
-                Gathering(self.spec.stages[name].batch, self.spec.stages[name].wait_ns),
+                VirtualMeter(name, self.figures, self._invariants.violated, self._comings.num_ended),
+                self._gathering(name),
                 actor.host,
                 actor.note,
             )
             for name in actor.plan.stages
         ]
+
+    def _gathering(self, name: str) -> Gathering:
+        options = self.spec.stages[name]
+        return Gathering(options.batch, options.wait_ns, options.hold_ns)
 
     def make_stage(self, name: str) -> Stage:
         """One replica's. Overridden by who tries real ones (tests/benchmarks/stages.py)."""
@@ -172,7 +176,7 @@ class Simulation:
         cost = scenario.costs.get(name) or cls.cost or FREE
         cost = replace(cost, each_ns=scenario.each_times * cost.each_ns)
         if cls is Llm:
-            self._llms.append(VirtualLlm(cost, scenario.token_ns, scenario.picture_ns, device, rng))
+            self._llms.append(VirtualLlm(cost, scenario.token_ns, scenario.picture_ns, scenario.talks, device, rng))
             return self._llms[-1]
         if cls in TWINS:
             return TWINS[cls](cost, device, rng)
@@ -315,6 +319,8 @@ class Simulation:
             kind = chunk.attrs.get("type")
             self.figures.num_underruns += kind == "underrun"
             self.figures.num_pieces += kind == "heard"
+            self.figures.stalled_s += float(chunk.attrs["seconds"] or 0) if kind == "underrun" else 0.0
+            self.figures.spoken_s += float(chunk.attrs["seconds"] or 0) if kind == "heard" else 0.0
             self.figures.levels.update([int(chunk.attrs["level"] or 0)] if kind == WINDOW_EVENT else [])
 
 

@@ -19,12 +19,12 @@ from graph.kinds import attrs_of
 from graph.ladder import holds_window
 from graph.tail import Ack, SpeechQueue, TextBudget
 from graph.window import Unit
-from stages.kinds import TEXT, Said
+from stages.kinds import CODES, TEXT, Said, goes_on
 from stages.llm import Llm
 from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
 from stages.session import Session
 from stages.tts import Tts
-from stages.vocoder import Vocoder
+from stages.vocoder import HELD_BACK_NS, Vocoder
 
 HIDDEN: Final = np.zeros((64, 1), np.float32)
 SILENCE: Final = np.zeros(2 * SPEECH_RATE_HZ, np.float32)
@@ -62,11 +62,13 @@ class VirtualLlm(Costly):
     paced_by_listener = True
     MOST_TOKENS: Final = 12  # a window
     TURN: Final = (2, 40)  # tokens
-    TALKS: Final = 0.3  # how often a silent window begins a turn
 
-    def __init__(self, cost: StageCost, token_ns: int, picture_ns: int, device: Device, rng: Random) -> None:
+    def __init__(
+        self, cost: StageCost, token_ns: int, picture_ns: int, talks: float, device: Device, rng: Random
+    ) -> None:
+        """talks: how likely a silent window begins a turn."""
         super().__init__(cost, device, rng)
-        self._token_ns, self._picture_ns = token_ns, picture_ns
+        self._token_ns, self._picture_ns, self._talks_often = token_ns, picture_ns, talks
         self._talks: dict[SessionId, Talk] = {}
         self.wasted: list[float] = []  # text tokens of each turn that was interrupted
 
@@ -112,7 +114,7 @@ class VirtualLlm(Costly):
         waits = holds_window(talk.session.taken, unit.session, unit.index, num_held=num_held, overdue=overdue)
         talk.is_held = waits and not talk.left
         is_quiet = talk.is_held or "listen_only" in talk.session.taken
-        begins = talk.left == 0 and talk.rng.random() < self.TALKS and not is_quiet
+        begins = talk.left == 0 and talk.rng.random() < self._talks_often and not is_quiet
         if talk.is_cut or (talk.left == 0 and not begins):
             talk.left, talk.is_cut = 0, False
             return []
@@ -141,7 +143,7 @@ class _Speech:
 
 
 class VirtualTts(Costly):
-    """A window of codes at most."""
+    """As the talker does: inside a turn a whole window of codes, in its first and last window at most so many."""
 
     codes = Tts.codes
     paced_by_listener = True
@@ -163,6 +165,9 @@ class VirtualTts(Costly):
     def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
 
+    def may_hold(self, unit: Unit) -> bool:
+        return goes_on(TEXT.read(text) for text in unit.of(Tts.text))
+
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(Tts.text) or self._open[unit.session].queue)
 
@@ -175,9 +180,12 @@ class VirtualTts(Costly):
         taken = state.queue.take(lambda text: state.window_ns, unit.end_ns)
         if taken is None:
             return []
+        said = TEXT.read(taken)
         state.owed_ns += len(taken.arrays["token_ids"]) * state.ns_per_token
         num_codes = min(state.owed_ns * CODES_PER_S // NS_PER_S, CODES_PER_S)
-        state.owed_ns = 0 if taken.attrs["end_of_turn"] else state.owed_ns - num_codes * NS_PER_S // CODES_PER_S
+        if not (said.turn_start or said.end_of_turn):
+            num_codes = CODES_PER_S  # the official talker may end its speech in no other window
+        state.owed_ns = 0 if said.end_of_turn else max(state.owed_ns - num_codes * NS_PER_S // CODES_PER_S, 0)
         state.queue.made(state.window_ns, unit.end_ns)
         return [self.codes.over(unit, arrays={"codes": np.zeros(num_codes, np.int64)}, attrs=taken.attrs)]
 
@@ -185,44 +193,60 @@ class VirtualTts(Costly):
         return len(made)
 
 
+@dataclass(slots=True)
+class _Sound:
+    queue: SpeechQueue[Chunk]
+    num_held: int = 0  # codes that were too few to sound
+
+
 class VirtualVocoder(Costly):
+    """As the vocoder does: a whole second where the turn goes on, since silence fills it up in front."""
+
     speech = Vocoder.speech
     paced_by_listener = True
+    LEAST_CODES: Final = 5  # that sound, where the turn goes on
 
     def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
         super().__init__(cost, device, rng)
-        self._open: dict[SessionId, SpeechQueue[Chunk]] = {}
+        self._open: dict[SessionId, _Sound] = {}
 
     def open_session(self, session: Session) -> None:
         super().open_session(session)
-        self._open[session.id] = SpeechQueue(session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
+        self._open[session.id] = _Sound(queue)
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
-        self._open[session].interrupted()
+        self._open[session].queue.interrupted()
+        self._open[session].num_held = 0
         return []
 
     def has_more_to_say(self, session: SessionId) -> bool:
-        return bool(self._open[session])
+        return bool(self._open[session].queue)
 
     def is_idle(self, unit: Unit) -> bool:
-        return not (unit.of(Vocoder.codes) or self._open[unit.session])
+        return not (unit.of(Vocoder.codes) or self._open[unit.session].queue)
 
     def make(self, unit: Unit) -> list[Chunk]:
-        queue = self._open[unit.session]
+        state = self._open[unit.session]
         for codes in unit.of(Vocoder.codes):
-            queue.put(codes)
-        taken = queue.take(_duration_ns, unit.end_ns)
-        if taken is None or not len(taken.arrays["codes"]):
+            state.queue.put(codes)
+        taken = state.queue.take(lambda codes: _duration_ns(codes, state.num_held), unit.end_ns)
+        if taken is None:
             return []
-        duration_ns = _duration_ns(taken)
-        queue.made(duration_ns, unit.end_ns)
-        samples = SILENCE[: duration_ns * SPEECH_RATE_HZ // NS_PER_S]
-        arrays = {"samples": samples}
+        num_codes, ends = state.num_held + len(taken.arrays["codes"]), CODES.read(taken).end_of_turn
+        if num_codes < self.LEAST_CODES and not ends:
+            state.num_held = num_codes
+            return []
+        duration_ns, state.num_held = _duration_ns(taken, state.num_held), 0
+        state.queue.made(duration_ns, unit.end_ns)
+        arrays = {"samples": SILENCE[: duration_ns * SPEECH_RATE_HZ // NS_PER_S]}
         return [self.speech.chunk(unit.session, unit.start_ns, duration_ns, arrays=arrays, attrs=taken.attrs)]
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
         return len(made)
 
 
-def _duration_ns(codes: Chunk) -> int:
-    return len(codes.arrays["codes"]) * NS_PER_S // CODES_PER_S
+def _duration_ns(codes: Chunk, num_held: int) -> int:
+    """What these codes sound for, and those that were held before them."""
+    sounds_ns = (num_held + len(codes.arrays["codes"])) * NS_PER_S // CODES_PER_S
+    return sounds_ns + HELD_BACK_NS if CODES.read(codes).end_of_turn else max(sounds_ns, NS_PER_S)

@@ -102,7 +102,7 @@ def test_each_further_picture_of_a_window_costs_the_llm_what_its_profile_says():
     costs_ns = []
     for num_pictures in (1, 3):
         device = Device(World(), 1)
-        llm = VirtualLlm(StageCost(5 * NS_PER_MS, NS_PER_MS, picture_ns=300 * NS_PER_MS), 0, 0, device, Random(0))
+        llm = VirtualLlm(StageCost(5 * NS_PER_MS, NS_PER_MS, picture_ns=300 * NS_PER_MS), 0, 0, 0.3, device, Random(0))
         llm.open_session(units.session())
         pictures = [units.image("door", at_ns, PICTURE_EMBEDS["embeds"]) for at_ns in range(num_pictures)]
         llm.process([units.unit("door", 0, *pictures)])
@@ -310,7 +310,7 @@ def test_where_the_last_ledger_is_taken_while_something_is_in_flight_that_is_see
     spec: PipelineSpec, broken: pytest.MonkeyPatch
 ):
     broken.setattr("deploy.control.ending._is_in_flight", lambda tools: False)
-    assert "ledger" in rules(run_scenario(spec, SCENARIOS["interrupted"], range(71, 72)))
+    assert "ledger" in rules(run_scenario(spec, SCENARIOS["interrupted"], range(23, 24)))
 
 
 def test_where_sessions_of_one_name_are_taken_for_one_another_that_is_seen(
