@@ -172,6 +172,9 @@ class Timed(Stage):
     def is_idle(self, unit: Unit) -> bool:
         return self._stage.is_idle(unit)
 
+    def may_hold(self, unit: Unit) -> bool:
+        return self._stage.may_hold(unit)
+
     def process(self, units: list[Unit]) -> list[Chunk]:
         begin_ns = time.perf_counter_ns()
         made = self._stage.process(units)

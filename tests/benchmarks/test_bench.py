@@ -53,6 +53,7 @@ def run_quickly(name: str) -> dict[str, object]:
         ("cameras", 9),
         ("decoders", 3),
         ("engine", 8),
+        ("onset", 61),
         ("overload", 6),
         ("quantized", 10),
         ("sessions", 9),
