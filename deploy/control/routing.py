@@ -11,8 +11,8 @@ from graph.spec import PipelineSpec
 from graph.window import Input
 from stages.session import Session
 
-# Simulated (`pipeline bench onset`): nano on two cores has most room with 3 phases, and 0.6 to 0.8 of the p99 with 2; of
-# the full model on a H200, where a larger batch costs next to nothing, as few phases do best as don't split a batch.
+# Simulated (`pipeline bench onset`): nano on two cores has most room with 3 phases, and 0.6 to 0.8 of the p99 with 2;
+# of the full model on a H200, where a larger batch costs next to nothing, as few do best as don't split a batch.
 CPU_PHASES: Final = 3
 LEAST_PHASES: Final = 2
 QUARTERS: Final = (0, 2, 1, 3)  # of a window: where each phase is, far from those before it
