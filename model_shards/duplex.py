@@ -20,6 +20,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from model_shards.context import Context, SlidingWindow, UnitSpan, WindowConfig,
 from model_shards.decode_steps import Decider, DecodeSteps, Fed, Question
 from model_shards.decoding import Choice, DecisionRule, SamplingConfig
 from model_shards.errors import ModelError
-from model_shards.kv_cache import KvCache, KvSequence
+from model_shards.kv_cache import KvCache, KvCacheFull, KvSequence
 from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.programs import ladder_for
 from model_shards.tokenizer import Tokenizer
@@ -60,6 +62,9 @@ class DuplexConfig:
     listen_discards_speech: bool = False
 
 
+PrefixKey = tuple[tuple[int, ...], bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A session's system prompt: prefix, reference voice as embeddings [n, hidden_size], suffix."""
@@ -69,7 +74,17 @@ class Prompt:
     ref_audio: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.prefix_ids) + len(self.suffix_ids) + (0 if self.ref_audio is None else len(self.ref_audio))
+        return self.prefix_length + len(self.suffix_ids)
+
+    @property
+    def prefix_length(self) -> int:
+        """With the voice."""
+        return len(self.prefix_ids) + (0 if self.ref_audio is None else len(self.ref_audio))
+
+    def prefix_key(self) -> PrefixKey:
+        """What is the same where prefix and voice are."""
+        voice = b"" if self.ref_audio is None else self.ref_audio.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        return tuple(self.prefix_ids), sha256(voice).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +149,7 @@ class DuplexSession:
         self.turn_open = False
         self.speaking = False
         self.cut_ids: list[int] = []  # tokens whose text waits for the rest of a character
+        self.prefix_key: PrefixKey | None = None  # None: not begun
 
     @property
     def sequence(self) -> KvSequence:
@@ -163,6 +179,22 @@ Parts = list[list[int] | Tensor]
 """What is fed in one go: token ids, and embeddings [n, hidden_size]."""
 
 
+class _Begin(NamedTuple):
+    """A session that begins."""
+
+    session: DuplexSession
+    prompt: Prompt
+    key: PrefixKey
+
+    @property
+    def parts(self) -> Parts:
+        """What of the prompt it has not yet: all, or the suffix."""
+        prompt = self.prompt
+        voice: Parts = [] if prompt.ref_audio is None else [prompt.ref_audio]
+        prefix: Parts = [] if self.session.sequence.length else [list(prompt.prefix_ids), *voice]
+        return [*prefix, list(prompt.suffix_ids)]
+
+
 class DuplexEngine:
     """Runs units of many sessions on one model and one cache. Callers set torch.inference_mode.
 
@@ -189,6 +221,7 @@ class DuplexEngine:
         self._rule = DecisionRule(config.sampling, tokenizer.special, tokenizer.bad_token_ids, cache.device)
         marker_ids = tokenizer.encode(config.window.previous_marker)
         self._window = SlidingWindow(config.window, model, cache, marker_ids, tokenizer.special_ids)
+        self._alike: dict[PrefixKey, list[DuplexSession]] = {}  # those that are open, by what they begin with
         decides = cache.device.type == "cuda" if on_device is None else on_device
         self._decider = Decider(model, self._rule, cache.device) if decides else None
         self._steps: DecodeSteps | None = None
@@ -222,28 +255,67 @@ class DuplexEngine:
             return prompt_length + previous + (window.max_units + 1) * unit
         return None
 
+    @property
+    def num_saved_pages(self) -> int:
+        """Pages that sessions have in common and that count once."""
+        return sum(
+            (len(alike) - 1) * (alike[0].context.prefix_length // self._cache.page_size)
+            for alike in self._alike.values()
+        )
+
     def begin(self, batch: Sequence[tuple[DuplexSession, Prompt]]) -> None:
-        """Feed the system prompts of new sessions, in one forward.
+        """Feed the system prompts of new sessions: the first one of each in one forward; those that begin as an open
+        session does have its prefix, and are fed their suffix only.
 
         Raises ModelError when a prompt leaves no room for units in the window, KvCacheFull when pages are missing;
         then no session has changed.
         """
-        low = self.config.window.low_tokens
-        feeds: list[tuple[DuplexSession, Parts]] = []
         for session, prompt in batch:
             assert session.sequence.length == 0
-            if self.config.window.mode == "basic" and len(prompt) >= low:
-                raise ModelError(f"system prompt: {len(prompt)} tokens leave no room below low_tokens {low}")
-            voice = [] if prompt.ref_audio is None else [prompt.ref_audio]
-            feeds.append((session, [list(prompt.prefix_ids), *voice, list(prompt.suffix_ids)]))
-        self._feed([(session, parts) for session, parts in feeds if _length(parts)])
+            self._check_prompt(prompt)
+        firsts: dict[PrefixKey, _Begin] = {}
+        others: list[_Begin] = []
         for session, prompt in batch:
-            session.context.prefix_length = len(prompt) - len(prompt.suffix_ids)
+            begun = _Begin(session, prompt, prompt.prefix_key())
+            if begun.key in self._alike or firsts.setdefault(begun.key, begun) is not begun:
+                others.append(begun)
+        try:
+            self._begin(list(firsts.values()))
+            self._begin(others)
+        except KvCacheFull:
+            for session, _ in batch:
+                self.end(session)
+            raise
+
+    def _begin(self, batch: Sequence[_Begin]) -> None:
+        """A prefix that no open session has may stand in it once."""
+        for begun in batch:
+            if alike := self._alike.get(begun.key):
+                self._cache.fork(alike[0].sequence, begun.prompt.prefix_length, begun.session.sequence)
+        # What lies behind the prefix moves when the window slides: no page of it is shared.
+        self._cache.own([(begun.session.sequence, begun.prompt.prefix_length) for begun in batch])
+        feeds = [(begun.session, begun.parts) for begun in batch]
+        self._feed([(session, parts) for session, parts in feeds if _length(parts)])
+        for session, prompt, key in batch:
+            session.prefix_key = key
+            session.context.prefix_length = prompt.prefix_length
             session.context.suffix_ids = list(prompt.suffix_ids)
+            self._alike.setdefault(key, []).append(session)
+
+    def _check_prompt(self, prompt: Prompt) -> None:
+        low = self.config.window.low_tokens
+        if self.config.window.mode == "basic" and len(prompt) >= low:
+            raise ModelError(f"system prompt: {len(prompt)} tokens leave no room below low_tokens {low}")
 
     def end(self, session: DuplexSession) -> None:
-        """Give the session's pages back."""
+        """Give the session's pages back, but for those that others have, too."""
         self._cache.free(session.sequence)
+        if session.prefix_key is not None:
+            alike = self._alike[session.prefix_key]
+            alike.remove(session)
+            if not alike:
+                del self._alike[session.prefix_key]
+            session.prefix_key = None
 
     def step(self, batch: Sequence[tuple[DuplexSession, UnitInput]]) -> list[UnitOutput]:
         """Run one unit of every session to its end. A session may appear once.

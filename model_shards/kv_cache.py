@@ -1,6 +1,7 @@
 """Keys and values of all sessions of a replica, in pages.
 
-Rule: a page is free or belongs to exactly one sequence; only this file moves pages.
+Rule: a page is free, or belongs to one sequence, or to several that begin with the same tokens; only this file moves
+pages. Nobody writes into a page that others have, too: whoever is to write takes copies first (`own`).
 Rule: keys are stored rotated (RoPE) for the position at which their token lies in its own sequence. Whoever moves
 tokens to other positions does it here, because the keys must turn with them.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from model_shards.config import LlmConfig
 from model_shards.errors import ModelError
+from model_shards.pages import Pages
 
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = 448.0
@@ -86,7 +88,7 @@ class KvCache:
         size = (shape.num_layers, num_pages, page_size, shape.num_kv_heads, shape.head_dim)
         self._keys = _zeros(size, dtype, self.device)
         self._values = _zeros(size, dtype, self.device)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._pages = Pages(num_pages)
         exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
         self._inv_freq = 1.0 / shape.rope_theta**exponent
 
@@ -103,33 +105,66 @@ class KvCache:
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        return self._pages.num_free
 
     @property
     def num_used_pages(self) -> int:
-        return self.num_pages - len(self._free)
+        return self.num_pages - self._pages.num_free
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
     def can_admit(self, num_tokens: int) -> bool:
         """Whether a new sequence of this many tokens would fit now."""
-        return self.pages_for(num_tokens) <= len(self._free)
+        return self.pages_for(num_tokens) <= self._pages.num_free
 
     def reserve(self, requests: Sequence[tuple[KvSequence, int]]) -> None:
         """Give every sequence the pages for that many tokens more, without adding tokens: all of them or none.
 
         Raises KvCacheFull. The sequences must be distinct.
         """
-        assert len({id(sequence) for sequence, _ in requests}) == len(requests)
-        missing = [max(0, self.pages_for(s.length + more) - len(s.pages)) for s, more in requests]
-        if sum(missing) > len(self._free):
+        self._make_room([(sequence, sequence.length, more) for sequence, more in requests])
+
+    def fork(self, source: KvSequence, length: int, sequence: KvSequence) -> None:
+        """The empty sequence begins with the first `length` tokens of `source`: the same pages, no copies."""
+        assert sequence.length == 0 and not sequence.pages and length <= source.length
+        sequence.pages = source.pages[: self.pages_for(length)]
+        sequence.length = length
+        self._pages.share(sequence.pages)
+
+    def own(self, requests: Sequence[tuple[KvSequence, int]]) -> None:
+        """Let every sequence be written from that position on: it gets copies of pages that others have, too.
+
+        All of them or none. Raises KvCacheFull. The sequences must be distinct.
+        """
+        self._make_room([(sequence, start, 0) for sequence, start in requests])
+
+    def is_own(self, sequence: KvSequence, start: int) -> bool:
+        """Whether nobody else has a page of the tokens from `start` on."""
+        return not self._pages.shared(sequence.pages, start // self.page_size)
+
+    def _make_room(self, requests: Sequence[tuple[KvSequence, int, int]]) -> None:
+        """Each is a sequence, the position from which on it is written, and tokens more."""
+        assert len({id(sequence) for sequence, _, _ in requests}) == len(requests)
+        missing = [max(0, self.pages_for(s.length + more) - len(s.pages)) for s, _, more in requests]
+        shared = [self._pages.shared(s.pages, start // self.page_size) for s, start, _ in requests]
+        needed = sum(missing) + sum(map(len, shared))
+        if needed > self.num_free_pages:
             raise KvCacheFull(
-                f"KV cache: {sum(missing)} pages of {self.page_size} tokens wanted for {len(requests)} sequences, "
-                f"{len(self._free)} of {self.num_pages} are free"
+                f"KV cache: {needed} pages of {self.page_size} tokens wanted for {len(requests)} sequences, "
+                f"{self.num_free_pages} of {self.num_pages} are free"
             )
-        for (sequence, _), count in zip(requests, missing, strict=True):
-            sequence.pages.extend(self._free.pop() for _ in range(count))
+        for (sequence, _, _), count, indices in zip(requests, missing, shared, strict=True):
+            for index in indices:
+                self._replace_page(sequence, index)
+            sequence.pages.extend(self._pages.take() for _ in range(count))
+
+    def _replace_page(self, sequence: KvSequence, index: int) -> None:
+        old, new = sequence.pages[index], self._pages.take()
+        self._keys[:, new] = self._keys[:, old]
+        self._values[:, new] = self._values[:, old]
+        sequence.pages[index] = new
+        self._pages.give_back(old)
 
     def extend(self, requests: Sequence[tuple[KvSequence, int]]) -> None:
         """Lengthen every sequence by that many tokens, whose keys and values are to be written: all or none.
@@ -145,7 +180,7 @@ class KvCache:
         assert 0 <= length <= sequence.length
         sequence.length = length
         while len(sequence.pages) > self.pages_for(length):
-            self._free.append(sequence.pages.pop())
+            self._pages.give_back(sequence.pages.pop())
 
     def free(self, sequence: KvSequence) -> None:
         """Give all pages back; the sequence is empty and may be used again."""
@@ -159,14 +194,14 @@ class KvCache:
         """Move the tokens from `start` to the end, so that they begin at `new_start`; turn their keys accordingly.
 
         Forward, this opens a gap [start, new_start), whose keys and values are undefined until written. Backward, the
-        tokens [new_start, start) are forgotten. Raises KvCacheFull (only forward).
+        tokens [new_start, start) are forgotten. Raises KvCacheFull (forward, or where others have the pages, too).
 
         A key is turned by the difference of its positions, in float32; in a pool of fewer bits every move rounds once.
         """
         assert 0 <= start <= sequence.length and new_start >= 0
         shift = new_start - start
-        if shift > 0:
-            self.reserve([(sequence, shift)])
+        written = min(start, new_start) if start < sequence.length else sequence.length
+        self._make_room([(sequence, written, max(shift, 0))])
         old = self._slots(sequence, start, sequence.length)
         new = self._slots(sequence, new_start, sequence.length + shift)
         cos, sin = self.rotation(torch.tensor([shift], device=self.device), torch.float32)

@@ -189,12 +189,14 @@ def _place(cache: KvCache, batch: Sequence[SequenceInput]) -> list[Span]:
     """Make room for the new tokens of all sequences, or of none."""
     sizes = [len(item.embeds) for item in batch]
     starts = [item.sequence.length if item.start is None else item.start for item in batch]
+    cache.own([(item.sequence, item.start) for item in batch if item.start is not None])
     cache.extend(
         [
             (item.sequence, max(0, start + num - item.sequence.length))
             for item, start, num in zip(batch, starts, sizes, strict=True)
         ]
     )
+    assert all(cache.is_own(item.sequence, start) for item, start in zip(batch, starts, strict=True))
     rows = itertools.accumulate(sizes, initial=0)
     return [
         Span(item.sequence, row, start, num) for item, row, start, num in zip(batch, rows, starts, sizes, strict=False)

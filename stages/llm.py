@@ -182,7 +182,8 @@ class Llm(Stage):
         return f"{self._where}, {self._engine.runs_with}{kv_dtype}"
 
     def open_session(self, session: Session) -> None:
-        if (len(self._open) + 1) * self._session_pages > self._num_pages:
+        needed = (len(self._open) + 1) * self._session_pages - self._engine.num_saved_pages
+        if needed > self._num_pages:
             raise StageError(
                 f"llm: no room for session {session.id!r}: a session may take {self._session_pages} pages of the KV "
                 f"cache, {len(self._open)} sessions are open, and it has {self._num_pages}; "

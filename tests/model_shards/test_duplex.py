@@ -90,6 +90,9 @@ class Desk:
     def session(self, seed: int = 0) -> DuplexSession:
         session = self.engine.new_session(seed)
         self.engine.begin([(session, PROMPT)])
+        fed = self.model.fed[id(session.sequence)]
+        if len(fed[0]) < len(PROMPT):  # it has the prefix of another one
+            fed.insert(0, self.model.embed(torch.tensor(PROMPT.prefix_ids)))
         return session
 
     def step(self, session: DuplexSession, script: list[int], **unit: Any) -> UnitOutput:
@@ -132,6 +135,107 @@ def test_the_reference_voice_stands_between_prefix_and_suffix(weights: dict[str,
     desk.engine.begin([(session, Prompt(PROMPT.prefix_ids, PROMPT.suffix_ids, sound(num=4)))])
     assert desk.fed_ids(session) == [*PROMPT.prefix_ids, None, None, None, None, *PROMPT.suffix_ids]
     assert session.context.system_length == session.sequence.length
+
+
+def pages_of(*sessions: DuplexSession) -> list[list[int]]:
+    return [list(session.sequence.pages) for session in sessions]
+
+
+VOICED = Prompt(PROMPT.prefix_ids, PROMPT.suffix_ids, sound(num=9))
+PREFIX_PAGES = VOICED.prefix_length // 8
+
+
+def begun(desk: Desk, *prompts: Prompt) -> list[DuplexSession]:
+    sessions = [desk.engine.new_session(0) for _ in prompts]
+    desk.engine.begin(list(zip(sessions, prompts, strict=True)))
+    return sessions
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_sessions_that_begin_alike_have_the_full_pages_of_the_prefix_in_common(
+    weights: dict[str, Tensor], at_once: bool
+):
+    desk = Desk(weights)
+    first, second = begun(desk, VOICED, VOICED) if at_once else [begun(desk, VOICED)[0] for _ in range(2)]
+    assert PREFIX_PAGES >= 2
+    ours, theirs = pages_of(first, second)
+    assert ours[:PREFIX_PAGES] == theirs[:PREFIX_PAGES]
+    assert not set(ours[PREFIX_PAGES:]) & set(theirs[PREFIX_PAGES:])
+    assert desk.engine.num_saved_pages == PREFIX_PAGES
+    assert [len(rows) for rows in desk.model.fed[id(second.sequence)]] == [len(VOICED.suffix_ids)]
+    alone = begun(other := Desk(weights), VOICED)[0]
+    for layer in range(LLM.num_hidden_layers):
+        for shared, own in zip(
+            desk.cache.read(second.sequence, layer), other.cache.read(alone.sequence, layer), strict=True
+        ):
+            assert torch.equal(shared[: VOICED.prefix_length], own[: VOICED.prefix_length])
+            torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Prompt(PROMPT.prefix_ids, PROMPT.suffix_ids, sound(1, num=9)),
+        Prompt([*PROMPT.prefix_ids, S.audio_end], PROMPT.suffix_ids, sound(num=9)),
+        PROMPT,
+    ],
+    ids=["another voice", "another text", "no voice"],
+)
+def test_sessions_that_begin_otherwise_have_nothing_in_common(weights: dict[str, Tensor], other: Prompt):
+    desk = Desk(weights)
+    ours, theirs = pages_of(*begun(desk, VOICED, other))
+    assert not set(ours) & set(theirs) and desk.engine.num_saved_pages == 0
+
+
+def test_a_prefix_stays_as_long_as_a_session_with_it_does(weights: dict[str, Tensor]):
+    desk = Desk(weights)
+    first, second = begun(desk, VOICED, VOICED)
+    kept = desk.cache.read(second.sequence, 1)[0]
+    desk.engine.end(first)
+    filler = begun(desk, PROMPT)[0]
+    desk.step(filler, [S.listen])
+    assert torch.equal(desk.cache.read(second.sequence, 1)[0], kept)
+    third = begun(desk, VOICED)[0]
+    assert pages_of(third)[0][:PREFIX_PAGES] == pages_of(second)[0][:PREFIX_PAGES]
+    for session in (second, third, filler):
+        desk.engine.end(session)
+    assert desk.cache.num_used_pages == 0 and desk.engine.num_saved_pages == 0
+
+
+def test_where_a_prompt_finds_no_page_no_session_of_the_batch_has_begun(weights: dict[str, Tensor]):
+    desk = Desk(weights, num_pages=2 * desk_pages() - PREFIX_PAGES - 1)
+    sessions = [desk.engine.new_session(0) for _ in range(2)]
+    with pytest.raises(KvCacheFull):
+        desk.engine.begin([(session, VOICED) for session in sessions])
+    assert desk.cache.num_used_pages == 0 and pages_of(*sessions) == [[], []]
+    desk.engine.begin([(sessions[0], VOICED)])
+
+
+def desk_pages() -> int:
+    return -(-len(VOICED) // 8)
+
+
+@pytest.mark.parametrize("mode", ["basic", "context"])
+def test_sessions_with_a_prefix_in_common_say_and_keep_what_each_would_alone(weights: dict[str, Tensor], mode: str):
+    """Through units and slides of their windows; each has another sound, so that a wrong write would be seen."""
+    window = WindowConfig(mode=mode, high_tokens=90, low_tokens=60, max_units=2, max_previous_tokens=6)  # type: ignore[arg-type]
+    together = Desk(weights, window=window)
+    sessions = begun(together, *[VOICED] * 3)
+    desks = [Desk(weights, window=window) for _ in sessions]
+    alone = [begun(desk, VOICED)[0] for desk in desks]
+    for index in range(8):
+        units = [UnitInput(audio=sound(10 * index + n)) for n in range(3)]
+        ours = together.engine.step(list(zip(sessions, units, strict=True)))
+        theirs = [desk.engine.step([(s, unit)])[0] for desk, s, unit in zip(desks, alone, units, strict=True)]
+        assert [unit.token_ids for unit in ours] == [unit.token_ids for unit in theirs]
+        for desk, session, mine in zip(desks, alone, sessions, strict=True):
+            torch.testing.assert_close(
+                together.cache.read(mine.sequence, 1)[0], desk.cache.read(session.sequence, 1)[0], atol=1e-4, rtol=1e-3
+            )
+    pages = pages_of(*sessions)
+    assert len({tuple(each[:PREFIX_PAGES]) for each in pages}) == 1, "the prefix has stayed where it was"
+    rest = [page for each in pages for page in each[PREFIX_PAGES:]]
+    assert len(set(rest)) == len(rest)
 
 
 def test_a_spoken_unit_gives_the_talker_all_but_its_first_and_last_token(weights: dict[str, Tensor]):

@@ -1,4 +1,4 @@
-"""The pool of pages: nothing shared, nothing leaked, nothing changed when it is full."""
+"""The pool of pages: nothing written that others have, nothing leaked, nothing changed when it is full."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def filled(cache: KvCache, num_tokens: int) -> KvSequence:
 
 
 class Sessions(RuleBasedStateMachine):
-    """Any interleaving of sessions that grow, forget and go."""
+    """Any interleaving of sessions that begin alike, grow, forget and go."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +63,30 @@ class Sessions(RuleBasedStateMachine):
     @rule()
     def arrive(self) -> None:
         self.sessions.append((KvSequence(), []))
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def begin_like_another_one(self, data: st.DataObject) -> None:
+        source, tokens = self.pick(data)
+        length = data.draw(st.integers(0, len(tokens)))
+        sequence = KvSequence()
+        self.cache.fork(source, length, sequence)
+        self.sessions.append((sequence, tokens[:length]))
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def write_over_some(self, data: st.DataObject) -> None:
+        sequence, tokens = self.pick(data)
+        start = data.draw(st.integers(0, len(tokens)))
+        before = list(sequence.pages)
+        try:
+            self.cache.own([(sequence, start)])
+        except KvCacheFull:
+            assert list(sequence.pages) == before
+            return
+        assert self.cache.is_own(sequence, start)
+        tokens[start:] = self.fresh(len(tokens) - start)
+        write(self.cache, sequence, start, tokens[start:])
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
@@ -86,7 +110,12 @@ class Sessions(RuleBasedStateMachine):
         sequence, tokens = self.pick(data)
         start = data.draw(st.integers(0, len(tokens)))
         stop = data.draw(st.integers(start, len(tokens)))
-        self.cache.drop(sequence, start, stop)
+        before = list(sequence.pages)
+        try:
+            self.cache.drop(sequence, start, stop)
+        except KvCacheFull:
+            assert list(sequence.pages) == before and not self.cache.is_own(sequence, start)
+            return
         del tokens[start:stop]
 
     @precondition(lambda self: self.sessions)
@@ -121,9 +150,9 @@ class Sessions(RuleBasedStateMachine):
         assert sequence.length == 0 and not sequence.pages
 
     @invariant()
-    def every_page_is_free_or_has_one_owner(self) -> None:
-        owned = [page for sequence, _ in self.sessions for page in sequence.pages]
-        assert len(set(owned)) == len(owned) == self.cache.num_used_pages
+    def every_page_is_free_or_has_an_owner(self) -> None:
+        owned = {page for sequence, _ in self.sessions for page in sequence.pages}
+        assert len(owned) == self.cache.num_used_pages
         assert self.cache.num_free_pages == NUM_PAGES - len(owned)
 
     @invariant()

@@ -127,6 +127,25 @@ def test_overwriting_reads_only_what_lies_before(model: LanguageModel):
     assert torch.equal(cache.read(edited, 1)[0][10:], tail)
 
 
+def test_what_is_overwritten_or_appended_is_written_into_no_page_that_others_have(model: LanguageModel):
+    cache = new_cache()
+    first, second, third = KvSequence(), KvSequence(), KvSequence()
+    feed(model, cache, first, embeds(10))
+    cache.fork(first, 10, second)
+    cache.fork(first, 10, third)
+    before = [cache.read(first, layer) for layer in range(CONFIG.num_hidden_layers)]
+    model(cache, [SequenceInput(second, embeds(3, seed=1), start=6), SequenceInput(third, embeds(3, seed=2))])
+    assert second.pages[:1] == first.pages[:1] and not set(second.pages[1:]) & set(first.pages)
+    assert third.pages[:2] == first.pages[:2] and not set(third.pages[2:]) & set(first.pages)
+    for layer, kept in enumerate(before):
+        assert all(torch.equal(now, then) for now, then in zip(cache.read(first, layer), kept, strict=True))
+    alone = KvSequence()
+    feed(model, cache, alone, embeds(10))
+    expected = model(cache, [SequenceInput(alone, embeds(3, seed=2))])[0]
+    cache.truncate(third, 10)
+    torch.testing.assert_close(feed(model, cache, third, embeds(3, seed=2)), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_session_without_pages_leaves_the_batch_as_it_was(model: LanguageModel):
     cache, first, second = new_cache(num_pages=4), KvSequence(), KvSequence()
     feed(model, cache, first, embeds(3))

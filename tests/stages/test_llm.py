@@ -324,6 +324,21 @@ def test_a_session_for_which_there_is_no_room_is_refused_when_it_opens(tiny: Tin
     stage.open_session(session("c"))
 
 
+def test_pages_that_sessions_have_in_common_leave_room_for_another_one(tiny: Tiny):
+    """Of 23 pages each, two are the prompt's: of 13 sessions, 12 save them."""
+    stage = tiny.llm(num_sessions=13, system_prompt="See. " * 13)
+    names = [f"s{number}" for number in range(13)]
+    open_all(stage, names)
+    with pytest.raises(StageError, match="no room for session 'more'"):
+        stage.open_session(session("more"))
+    stage.process([window(name, 0) for name in names])
+    stage.open_session(session("more"))
+    stage.process([window("more", 0)])
+    for name in (*names, "more"):
+        stage.close_session(SessionId(name))
+    assert stage.kv_usage() == 0
+
+
 def test_closing_gives_all_pages_back(tiny: Tiny):
     stage = tiny.llm()
     open_all(stage, ["a", "b"])
