@@ -6,8 +6,8 @@ Rule: pure. `pipeline bench stages` measures, `pipeline plan` reckons with it (d
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -18,6 +18,7 @@ from graph.wording import clipped, listed
 
 VERSION: Final = 1
 MAX_CORES: Final = 1 << 16
+NUM_RATIOS: Final = 20
 
 
 class ProfileError(GraphError):
@@ -29,15 +30,24 @@ class StageCost:
     """What a batch of n units takes at one replica: fixed + n · each as a rule, `spread` of that more at p99.
 
     picture_ns: of each picture of a window beyond its first, which is part of `each`.
+    age_ns: of each window that its session has had before it, of `most_age` at most; not part of `each`.
+    ratios: what was measured over the rule, as often as each was; none: anything between the rule and `spread` more.
     """
 
     fixed_ns: int
     each_ns: int
     spread: float = 0.0
     picture_ns: int = 0
+    age_ns: int = 0
+    most_age: int = 0
+    ratios: tuple[float, ...] = ()
 
     def batch_ns(self, num_units: int) -> int:
         return self.fixed_ns + num_units * self.each_ns
+
+    def aged_ns(self, indices: Iterable[int]) -> int:
+        """What the windows cost more for those that their sessions have had before. indices: of the windows."""
+        return self.age_ns * sum(min(index, self.most_age) for index in indices) if self.age_ns else 0
 
     def window_ns(self, num_sessions: int, batch: int, num_more: int = 0) -> int:
         """One window of each of `num_sessions`, in batches of at most `batch`.
@@ -63,7 +73,13 @@ def fit(samples: Sequence[tuple[int, int]]) -> StageCost:
         fixed, each = 0.0, sum(ns * n for ns, n in zip(medians, sizes, strict=True)) / sum(n * n for n in sizes)
     over = sorted(ns / max(fixed + each * units, 1.0) for units, ns in samples)
     p99 = over[min(len(over) - 1, int(0.99 * len(over)))]
-    return StageCost(round(fixed), round(each), round(max(p99 - 1.0, 0.0), 3))
+    return StageCost(round(fixed), round(each), round(max(p99 - 1.0, 0.0), 3), ratios=quantiles(over))
+
+
+def quantiles(ratios: Sequence[float]) -> tuple[float, ...]:
+    """NUM_RATIOS of them that stand for all."""
+    ordered = sorted(ratios)
+    return tuple(round(ordered[(2 * k + 1) * len(ordered) // (2 * NUM_RATIOS)], 3) for k in range(NUM_RATIOS))
 
 
 def _slope(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -76,13 +92,47 @@ def _slope(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Speaking:
+    """How much is said: how often a silent window begins a turn, and on average its windows, the tokens of each of
+    them, and the speech of a token."""
+
+    begins: float
+    windows: float
+    tokens: float
+    token_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActorCost:
+    """What a process takes of a core beside its stages: in each second, and for each chunk that comes in."""
+
+    idle_ns: int = 0
+    chunk_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What a run takes of the cores beside its stages. actors: by the name of their group. source_ns: of a camera, in
+    each second; other_ns: of all else that belongs to a run."""
+
+    actors: Mapping[str, ActorCost] = field(default_factory=dict)
+    source_ns: int = 0
+    other_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
-    """What was measured, and on what. num_cores: of the machine, for the stages without a GPU."""
+    """What was measured, and on what. num_cores: of the machine, for the stages without a GPU.
+
+    speaking, overheads: None where they were not measured.
+    """
 
     model: str
     machine: Mapping[str, object]
     num_cores: int
     stages: Mapping[str, StageCost]
+    speaking: Speaking | None = None
+    overheads: Overheads | None = None
 
     def of(self, stage: str) -> StageCost:
         """Raises ProfileError when it was not measured."""
@@ -94,10 +144,14 @@ class Profile:
         stages = {
             name: {"fixed_ns": cost.fixed_ns, "each_ns": cost.each_ns, "spread": cost.spread}
             | ({"picture_ns": cost.picture_ns} if cost.picture_ns else {})
+            | ({"age_ns": cost.age_ns, "most_age": cost.most_age} if cost.age_ns else {})
+            | ({"ratios": list(cost.ratios)} if cost.ratios else {})
             for name, cost in self.stages.items()
         }
         told = {"version": VERSION, "model": self.model, "machine": dict(self.machine), "num_cores": self.num_cores}
-        return json.dumps(told | {"stages": stages}, indent=2)
+        measured = {"speaking": self.speaking, "overheads": self.overheads}
+        beside = {name: asdict(each) for name, each in measured.items() if each is not None}
+        return json.dumps(told | {"stages": stages} | beside, indent=2)
 
 
 def read_profile(path: Path) -> Profile:
@@ -117,16 +171,50 @@ def read_profile(path: Path) -> Profile:
         raise ProfileError(f"{path}: num_cores must be a whole number from 1 to {MAX_CORES}")
     if not isinstance(machine, dict):
         raise ProfileError(f"{path}: machine must be a mapping")
-    return Profile(str(told.get("model", "")), machine, num_cores, stages)
+    speaking = _speaking(path, told["speaking"]) if "speaking" in told else None
+    overheads = _overheads(path, told["overheads"]) if "overheads" in told else None
+    return Profile(str(told.get("model", "")), machine, num_cores, stages, speaking, overheads)
 
 
 def _cost(path: Path, stage: str, entry: Any) -> StageCost:
     """A day is longer than any batch takes."""
-    told = {"picture_ns": 0, **entry} if isinstance(entry, dict) else {}
-    values = [told.get(name) for name in ("fixed_ns", "each_ns", "spread", "picture_ns")]
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) < len(values) or not all(0 <= number < 86_400 * NS_PER_S for number in numbers):
-        must = "fixed_ns, each_ns and spread must be numbers from 0 on, and so must picture_ns where it is given"
-        raise ProfileError(f"{path}: stages.{stage}: {must}")
-    fixed_ns, each_ns, spread, picture_ns = map(float, numbers)
-    return StageCost(round(fixed_ns), round(each_ns), spread, round(picture_ns))
+    told = {"picture_ns": 0, "age_ns": 0, "most_age": 0, "ratios": [], **entry} if isinstance(entry, dict) else {}
+    where = f"{path}: stages.{stage}"
+    must = (
+        f"{where}: fixed_ns, each_ns and spread must be numbers from 0 on, and so must the others where they are given"
+    )
+    names = ("fixed_ns", "each_ns", "spread", "picture_ns", "age_ns", "most_age")
+    fixed_ns, each_ns, spread, picture_ns, age_ns, most_age = _numbers(must, map(told.get, names))
+    ratios = told["ratios"] if isinstance(told["ratios"], list) else [None]
+    ratios = _numbers(f"{where}: ratios must be a list of numbers from 0 on", ratios)
+    return StageCost(
+        round(fixed_ns), round(each_ns), spread, round(picture_ns), round(age_ns), round(most_age), tuple(ratios)
+    )
+
+
+def _speaking(path: Path, entry: Any) -> Speaking:
+    told = entry if isinstance(entry, dict) else {}
+    must = f"{path}: speaking: begins, windows, tokens and token_ns must be numbers from 0 on"
+    begins, windows, tokens, token_ns = _numbers(must, map(told.get, ("begins", "windows", "tokens", "token_ns")))
+    return Speaking(begins, windows, tokens, round(token_ns))
+
+
+def _overheads(path: Path, entry: Any) -> Overheads:
+    told = entry if isinstance(entry, dict) else {}
+    must = f"{path}: overheads: source_ns, other_ns and, of each of the actors, idle_ns and chunk_ns must be numbers"
+    actors = told.get("actors", {})
+    if not isinstance(actors, dict) or not all(isinstance(actor, dict) for actor in actors.values()):
+        raise ProfileError(must)
+    source_ns, other_ns = _numbers(must, map(told.get, ("source_ns", "other_ns")))
+    costs = {name: _numbers(must, map(actor.get, ("idle_ns", "chunk_ns"))) for name, actor in actors.items()}
+    found = {name: ActorCost(round(idle_ns), round(chunk_ns)) for name, (idle_ns, chunk_ns) in costs.items()}
+    return Overheads(found, round(source_ns), round(other_ns))
+
+
+def _numbers(must: str, values: Iterable[Any]) -> list[float]:
+    """Raises ProfileError, which says `must`, where one is no number from 0 on, or more than a day is long."""
+    told = list(values)
+    numbers = [value for value in told if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(told) or not all(0 <= number < 86_400 * NS_PER_S for number in numbers):
+        raise ProfileError(must)
+    return list(map(float, numbers))

@@ -51,6 +51,7 @@ class VirtualActor:
         self.num_waiting = 0  # messages that have come and were not taken
         self.is_dead = False
         self.loop = ActorLoop([])
+        self.receives: Callable[[int], None] = lambda num_chunks: None  # what it takes to receive them
         self._commands = Commands(Address(plan.peer, "", 0, 0), self.ends, lambda: build(self))
         self._world, self._watch, self._load_ns = wires.world, watch, load_ns
         self._granted: set[SendEnd] = set()  # whose grants were not taken
@@ -169,7 +170,9 @@ class VirtualActor:
         if self._free_ns > at_ns:  # stalled meanwhile
             self._schedule(self._free_ns)
             return
-        self.loop.turn(self._arrivals())
+        arrivals = self._arrivals()
+        self.receives(len(arrivals))
+        self.loop.turn(arrivals)
         self._blocked = [sender for _, sender in self.bus.senders if sender.is_blocked]
         self._owing = [receiver for _, receiver in self.bus.receivers if receiver.owes_grants]
         due_ns = 0 if self.num_waiting else self._due_in_ns()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from deploy.simulator.world import Device
+from deploy.simulator.world import Computer
 from graph.chunk import Chunk, SessionId
 from graph.costs import StageCost
 from graph.window import Unit
@@ -23,8 +23,8 @@ class Spoilt(ValueError):
 class Costly(Stage):
     """A stage that computes on a device, and sees that units come as 0, 1, 2 …"""
 
-    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
-        self._cost, self._device, self._rng = cost, device, rng
+    def __init__(self, cost: StageCost, device: Computer, rng: Random) -> None:
+        self._cost, self.device, self._rng = cost, device, rng
         self._next: dict[SessionId, int | None] = {}  # None: any
         self.slow_down = 1.0
         self.spoils = 0.0  # how likely a unit is one at which it raises
@@ -51,9 +51,14 @@ class Costly(Stage):
             self._next[unit.session] = unit.index + 1
         made = [chunk for unit in units for chunk in self.make(unit)]
         if num_items := self.num_items(units, made):
-            cost_ns = self._cost.batch_ns(num_items) * (1 + self._cost.spread * self._rng.random())
-            self._device.work(round(cost_ns * self.slow_down))
+            cost_ns = self._cost.batch_ns(num_items) + self._cost.aged_ns(unit.index for unit in units)
+            self.device.work(round(cost_ns * self._ratio() * self.slow_down))
         return made
+
+    def _ratio(self) -> float:
+        if self._cost.ratios:
+            return self._rng.choice(self._cost.ratios)
+        return 1 + self._cost.spread * self._rng.random()
 
     def _is_spoilt(self, unit: Unit) -> bool:
         """The same each time that it is tried."""

@@ -12,9 +12,9 @@ from typing import Final
 import numpy as np
 
 from deploy.simulator.costly import Costly
-from deploy.simulator.world import Device
+from deploy.simulator.world import Computer
 from graph.chunk import NS_PER_MS, NS_PER_S, Array, Chunk, SessionId
-from graph.costs import StageCost
+from graph.costs import Speaking, StageCost
 from graph.kinds import attrs_of
 from graph.ladder import holds_window
 from graph.tail import Ack, SpeechQueue, TextBudget
@@ -37,7 +37,7 @@ def ns_per_token(session: SessionId) -> int:
 
 @dataclass(slots=True)
 class Talk:
-    """What a session says. left: text tokens of the turn that are still to come; said: those that came.
+    """What a session says. left: text tokens of the turn that are still to come; most: in a window; said: that came.
     before_ns: speech received before the turn."""
 
     session: Session
@@ -46,6 +46,7 @@ class Talk:
     is_held: bool = False
     num_waiting: int = 0  # windows that go with the next one
     left: int = 0
+    most: int = 0
     said: int = 0
     before_ns: int = 0
     is_cut: bool = False
@@ -62,9 +63,10 @@ class VirtualLlm(Costly):
     paced_by_listener = True
     MOST_TOKENS: Final = 12  # a window
     TURN: Final = (2, 40)  # tokens
+    speaking: Speaking | None = None  # as it was measured
 
     def __init__(
-        self, cost: StageCost, token_ns: int, picture_ns: int, talks: float, device: Device, rng: Random
+        self, cost: StageCost, token_ns: int, picture_ns: int, talks: float, device: Computer, rng: Random
     ) -> None:
         """talks: how likely a silent window begins a turn."""
         super().__init__(cost, device, rng)
@@ -96,9 +98,17 @@ class VirtualLlm(Costly):
     def process(self, units: list[Unit]) -> list[Chunk]:
         made = super().process(units)
         if nums := [len(pictures) for unit in units if (pictures := unit.of(Llm.image))]:
-            self._device.work(sum(nums) * self._picture_ns + (sum(nums) - len(nums)) * self._cost.picture_ns)
-        self._device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
+            self.device.work(sum(nums) * self._picture_ns + (sum(nums) - len(nums)) * self._cost.picture_ns)
+        self.device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * self._token_ns)
         return made
+
+    def _turn(self, rng: Random) -> tuple[int, int]:
+        """Tokens of a turn, and at most of a window of it; 0: drawn for each."""
+        if self.speaking is None:
+            return rng.randint(*self.TURN), 0
+        tokens = max(int(self.speaking.tokens + rng.random()), 1)
+        num_windows = max(rng.randint(1, max(round(2 * self.speaking.windows) - 1, 1)), 1)
+        return num_windows * tokens, tokens
 
     def num_items(self, units: list[Unit], made: list[Chunk]) -> int:
         """Windows that are fed now; one that is held is fed with the next one."""
@@ -114,15 +124,16 @@ class VirtualLlm(Costly):
         waits = holds_window(talk.session.taken, unit.session, unit.index, num_held=num_held, overdue=overdue)
         talk.is_held = waits and not talk.left
         is_quiet = talk.is_held or "listen_only" in talk.session.taken
-        begins = talk.left == 0 and talk.rng.random() < self._talks_often and not is_quiet
+        talks = self._talks_often if self.speaking is None else self.speaking.begins
+        begins = talk.left == 0 and talk.rng.random() < talks and not is_quiet
         if talk.is_cut or (talk.left == 0 and not begins):
             talk.left, talk.is_cut = 0, False
             return []
         if begins:
-            talk.left = talk.rng.randint(*self.TURN)
+            talk.left, talk.most = self._turn(talk.rng)
             talk.said, talk.before_ns = 0, talk.session.playback.latest.received_ns
         allowed = talk.budget.tokens(unit.end_ns)
-        count = min(allowed, talk.left, talk.rng.randint(2, self.MOST_TOKENS))
+        count = min(allowed, talk.left, talk.most or talk.rng.randint(2, self.MOST_TOKENS))
         talk.left -= count
         talk.said += count
         talk.budget.generated(count, end_of_turn=talk.left == 0)
@@ -147,15 +158,17 @@ class VirtualTts(Costly):
 
     codes = Tts.codes
     paced_by_listener = True
+    speaking: Speaking | None = None  # as it was measured
 
-    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, device: Computer, rng: Random) -> None:
         super().__init__(cost, device, rng)
         self._open: dict[SessionId, _Speech] = {}
 
     def open_session(self, session: Session) -> None:
         super().open_session(session)
         queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)
-        self._open[session.id] = _Speech(queue, session.window_ns, ns_per_token(session.id))
+        pace_ns = ns_per_token(session.id) if self.speaking is None else self.speaking.token_ns
+        self._open[session.id] = _Speech(queue, session.window_ns, pace_ns)
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         self._open[session].queue.interrupted()
@@ -206,7 +219,7 @@ class VirtualVocoder(Costly):
     paced_by_listener = True
     LEAST_CODES: Final = 5  # that sound, where the turn goes on
 
-    def __init__(self, cost: StageCost, device: Device, rng: Random) -> None:
+    def __init__(self, cost: StageCost, device: Computer, rng: Random) -> None:
         super().__init__(cost, device, rng)
         self._open: dict[SessionId, _Sound] = {}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from deploy.simulator.costly import Costly, OutOfOrder
 from deploy.simulator.speech import VirtualTts, VirtualVocoder
-from deploy.simulator.world import Device
+from deploy.simulator.world import Computer
 from graph.chunk import Chunk
 from graph.costs import StageCost
 from graph.stage_type import StageType
@@ -66,7 +66,7 @@ class StandIn(Costly):
     """For a stage of the user's own: it costs what its class says, and lets pass what comes in at a port of each kind
     that it makes."""
 
-    def __init__(self, stage_type: StageType, cost: StageCost, device: Device, rng: Random) -> None:
+    def __init__(self, stage_type: StageType, cost: StageCost, device: Computer, rng: Random) -> None:
         super().__init__(cost, device, rng)
         makes = {port.kind.name: port for port in stage_type.outputs.values()}
         self._ways = [(port, makes[port.kind.name]) for port in stage_type.inputs.values() if port.kind.name in makes]

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Final
+from typing import Final, Protocol
 
 from graph.chunk import NS_PER_S
 
@@ -100,6 +100,13 @@ class HostClock:
     def ahead_ns(self) -> int:
         """How far its monotonic clock is ahead of the world's, now."""
         return self.monotonic_ns() - self._world.now_ns
+
+
+class Computer(Protocol):
+    """What computes."""
+
+    def work(self, cost_ns: int) -> None:
+        """Work as the actor whose turn it is: for it, time moves on."""
 
 
 class Device:

@@ -19,6 +19,8 @@ QUICK |= {
     "OMNI_BENCH_WINDOWS": "14",
     "OMNI_BENCH_SEEDS": "1",
     "OMNI_BENCH_BATCHED": "2",
+    "OMNI_BENCH_CALIBRATED": "1",
+    "OMNI_BENCH_SIMULATED": "2",
     "OMNI_BENCH_SCHEDULED": "4",
     "OMNI_BENCH_WIDTH": "256",
     "OMNI_BENCH_CAMERAS": "2:1",
@@ -55,6 +57,7 @@ def run_quickly(name: str) -> dict[str, object]:
         ("engine", 8),
         ("onset", 61),
         ("overload", 6),
+        ("plan", 8),
         ("quantized", 10),
         ("sessions", 9),
         ("simulate", 4),
@@ -78,7 +81,7 @@ def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_meas
     assert versions.keys() >= {"python", "torch", "ray", "pyzmq", "commit"}
 
 
-NAMES = ["bus", "cameras", "decoders", "engine", "overload", "quantized", "sessions", "simulate", "stages"]
+NAMES = ["bus", "cameras", "decoders", "engine", "overload", "plan", "quantized", "sessions", "simulate", "stages"]
 
 
 def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graph.costs import Profile, ProfileError, StageCost, fit, read_profile
+from graph.costs import (
+    ActorCost,
+    Overheads,
+    Profile,
+    ProfileError,
+    Speaking,
+    StageCost,
+    fit,
+    quantiles,
+    read_profile,
+)
 
 
 @given(st.integers(0, 10**9), st.integers(1, 10**8), st.sets(st.integers(1, 32), min_size=2, max_size=6))
@@ -63,7 +73,7 @@ WHOLE = {"version": 1, "model": "nano", "machine": {}, "num_cores": 2, "stages":
         (WHOLE | {"stages": {"llm": {"fixed_ns": 1, "each_ns": -1, "spread": 0}}}, "stages.llm: fixed_ns"),
         (
             WHOLE | {"stages": {"llm": {"fixed_ns": 1, "each_ns": 1, "spread": 0, "picture_ns": "x"}}},
-            "so must picture_ns where it is given",
+            "so must the others where they are given",
         ),
     ],
 )
@@ -89,3 +99,52 @@ def test_what_a_further_picture_costs_is_in_the_profile_where_it_was_measured(tm
     assert read_profile(path) == profile
     assert "picture_ns" not in json.loads(path.read_text())["stages"]["tts"]
     assert profile.of("llm").window_ns(num_sessions=2, batch=4, num_more=5) == 10 + 2 * 3 + 5 * 2
+
+
+COMPLETE = Profile(
+    "nano",
+    {},
+    2,
+    {"llm": StageCost(10, 3, 0.1, picture_ns=2, age_ns=4, most_age=20, ratios=(0.9, 1.1))},
+    Speaking(0.25, 1.9, 2.8, 310_000_000),
+    Overheads({"llm": ActorCost(12, 3), "media": ActorCost(9, 1)}, source_ns=5, other_ns=7),
+)
+
+
+def test_a_profile_with_all_that_can_be_measured_is_read_as_it_was_written(tmp_path: Path):
+    (tmp_path / "p.json").write_text(COMPLETE.as_json())
+    assert read_profile(tmp_path / "p.json") == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("part", "broken", "message"),
+    [
+        ("speaking", {"begins": 1}, "speaking: begins, windows"),
+        ("speaking", 3, "speaking: begins, windows"),
+        ("overheads", [], "overheads: source_ns"),
+        ("overheads", {"actors": {"llm": 1}, "source_ns": 1, "other_ns": 1}, "overheads: source_ns"),
+        ("overheads", {"actors": {"llm": {"idle_ns": -1, "chunk_ns": 1}}, "source_ns": 1, "other_ns": 1}, "overheads"),
+        ("stages", {"llm": {"fixed_ns": 1, "each_ns": 1, "spread": 0, "ratios": 3}}, "ratios must be a list"),
+        ("stages", {"llm": {"fixed_ns": 1, "each_ns": 1, "spread": 0, "age_ns": "x"}}, "stages.llm: fixed_ns"),
+    ],
+)
+def test_what_a_profile_says_in_other_words_is_told_with_its_place(
+    tmp_path: Path, part: str, broken: object, message: str
+):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(json.loads(COMPLETE.as_json()) | {part: broken}))
+    with pytest.raises(ProfileError, match=message):
+        read_profile(path)
+
+
+def test_a_window_costs_more_for_those_before_it_up_to_the_most():
+    cost = StageCost(10, 3, age_ns=2, most_age=4)
+    assert cost.aged_ns([0, 3, 9]) == 2 * (0 + 3 + 4)
+    assert StageCost(10, 3).aged_ns([7]) == 0
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=200))
+def test_quantiles_stand_for_all(ratios: list[float]):
+    found = quantiles(ratios)
+    assert list(found) == sorted(found)
+    assert min(ratios) - 0.001 <= found[0] <= found[-1] <= max(ratios) + 0.001
