@@ -247,13 +247,8 @@ class DuplexEngine:
 
     def max_session_tokens(self, prompt_length: int) -> int | None:
         """What a session with such a prompt takes of the cache at most, however long it lives; None: no bound."""
-        window, unit = self.config.window, self.config.max_unit_tokens + MAX_GENERATED
-        if window.mode == "basic":
-            return window.high_tokens + unit
-        if window.mode == "context":
-            previous = len(self._tokenizer.encode(window.previous_marker)) + window.max_previous_tokens
-            return prompt_length + previous + (window.max_units + 1) * unit
-        return None
+        marker = len(self._tokenizer.encode(self.config.window.previous_marker))
+        return max_session_tokens(self.config, prompt_length + marker)
 
     @property
     def num_saved_pages(self) -> int:
@@ -531,3 +526,16 @@ def _taken(unit: OpenUnit) -> Choice:
 
 def _length(parts: Parts) -> int:
     return sum(len(part) for part in parts)
+
+
+def max_session_tokens(config: DuplexConfig, prompt_length: int) -> int | None:
+    """What a session takes of the cache at most, however long it lives; None: no bound.
+
+    prompt_length: with the marker of what was said before, in "context" mode.
+    """
+    window, unit = config.window, config.max_unit_tokens + MAX_GENERATED
+    if window.mode == "basic":
+        return window.high_tokens + unit
+    if window.mode == "context":
+        return prompt_length + window.max_previous_tokens + (window.max_units + 1) * unit
+    return None

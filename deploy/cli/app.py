@@ -30,6 +30,7 @@ from deploy.cli.common import (
     usage,
 )
 from deploy.cli.graph import graph, stages
+from deploy.cli.plan import plan
 from deploy.cli.running import camera, down, logs, ps
 from deploy.cli.shards import nano, shards
 from deploy.process.terminal import flush_standard_output, prepare_standard_files, tell
@@ -154,30 +155,7 @@ def validate(file: File = None, overrides: Set = None) -> None:
         print(render(load(file, overrides or [])), end="")
 
 
-@app.command()
-def plan(
-    profile: Annotated[Path, typer.Option("--profile", metavar="FILE", help="What pipeline bench stages measured.")],
-    cameras: Annotated[
-        int | None, typer.Option("--cameras", help="How many to serve; without it: as many as fit.")
-    ] = None,
-    file: File = None,
-    overrides: Set = None,
-    as_json: Json = False,
-) -> None:
-    """How many replicas of each stage so many cameras need; or how many cameras the described ones serve on time."""
-    from deploy.control.capacity import Demand, most_cameras, plan_for, print_plan, reckon
-    from graph.costs import read_profile
-
-    with clear_errors(), usage():
-        spec, measured = load(file, overrides or []), read_profile(profile)
-    with clear_errors():
-        if cameras is not None:
-            found = plan_for(spec, measured, cameras)
-        else:
-            found = reckon(spec, measured, Demand.like(spec, max(most_cameras(spec, measured), 1)))
-    print_plan(found, as_json)
-    if found.problems:
-        raise typer.Exit(EXIT_VIOLATED)
+app.command()(plan)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from deploy.control.routing import num_phases
 from graph.chunk import NS_PER_MS, NS_PER_S
 from graph.costs import Profile, StageCost, read_profile
 from graph.errors import GraphError
+from graph.sections import ReplicasSpec
 from graph.spec import PipelineSpec
 
 MAX_LOAD: Final = 0.8
@@ -137,6 +138,15 @@ class Plan:
             found.append(f"{self.cores:.1f} cores would be busy, {MAX_LOAD * self.num_cores:.1f} is the most")
         return found
 
+    def applied_to(self, spec: PipelineSpec) -> PipelineSpec:
+        """The pipeline with as many replicas as planned."""
+        scales = {name: ReplicasSpec(min=stage.replicas) for name, stage in self.stages.items()}
+        stages = {
+            name: stage.model_copy(update={"scale": scales[name]} if name in scales else {})
+            for name, stage in spec.stages.items()
+        }
+        return dataclasses.replace(spec, stages=stages)
+
     def as_dict(self) -> dict[str, object]:
         return {
             "cameras": self.num_cameras,
@@ -180,8 +190,9 @@ def reckon(spec: PipelineSpec, profile: Profile, demand: Demand, replicas: Mappi
 
 
 def _cost(spec: PipelineSpec, stage: str, profile: Profile) -> StageCost:
-    """What makes pictures was measured by the picture."""
+    """Of a session that has lasted long. What makes pictures was measured by the picture."""
     cost = profile.of(stage)
+    cost = dataclasses.replace(cost, each_ns=cost.each_ns + cost.most_age * cost.age_ns, age_ns=0)
     if not spec.has_pictures:
         return dataclasses.replace(cost, picture_ns=0)
     return dataclasses.replace(cost, picture_ns=cost.each_ns) if spec.types[stage].makes_pictures else cost

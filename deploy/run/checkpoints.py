@@ -117,6 +117,19 @@ def open_checkpoint(spec: PipelineSpec, tell: Callable[[str], None]) -> Checkpoi
     return checkpoint
 
 
+def config_of(spec: PipelineSpec, tell: Callable[[str], None]) -> ModelConfig:
+    """Of `spec.model`, without a download: of one of the hub that is not here, the released one's.
+
+    Raises ModelError or CheckpointError.
+    """
+    from model_shards.config import RELEASED, load_config
+
+    if HubId.parse(spec.model) is None or Path(spec.model).is_dir():
+        return load_config(_folder_of(spec.model, tell))
+    tell(f"{spec.model} is not looked at: reckoned with the sizes of the released MiniCPM-o 4.5")
+    return RELEASED
+
+
 def stages_with(spec: PipelineSpec, component: str) -> list[str]:
     """The stages that compute with a part of the checkpoint."""
     return [name for name, each in spec.types.items() if each.component == component]

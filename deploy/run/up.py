@@ -24,6 +24,7 @@ from deploy.gateway.status import Status
 from deploy.process.deadline import Deadline
 from deploy.process.interrupts import Interrupted, Interrupts
 from deploy.run.checkpoints import Checkpoint, open_checkpoint
+from deploy.run.gpu_memory import check_gpu_memory
 from deploy.run.pipeline_meter import PipelineMeter
 from deploy.run.state import Running, StateFolder
 from deploy.run.watched import SessionOptions, Watched
@@ -96,6 +97,7 @@ def run_up(spec: PipelineSpec, options: UpOptions, tell: Callable[[str], None]) 
         cameras = check_cameras(spec, options.duration_ns, tell, options.wait_for_cameras_s)
         if not (options.address or os.environ.get("RAY_ADDRESS")):
             checkpoint.check_memory(spec)
+            check_gpu_memory(spec, checkpoint.config, len(spec.cameras))
         status = Status(model=spec.model, trained=checkpoint.trained)
         state.create()
         live = LiveCameras(spec, paced=options.paced, keeps_files=options.out is not None)
