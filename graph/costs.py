@@ -112,8 +112,8 @@ class ActorCost:
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """What a run takes of the cores beside its stages. actors: by the name of their group. source_ns: of a camera, in
-    each second; other_ns: of all else that belongs to a run."""
+    """What a run takes of the cores beside its stages. actors: by the name of their group. source_ns: of a camera, its
+    decoder and what reads it, in each second; other_ns: of all else that belongs to a run."""
 
     actors: Mapping[str, ActorCost] = field(default_factory=dict)
     source_ns: int = 0

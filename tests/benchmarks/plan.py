@@ -3,9 +3,9 @@
 First a profile is measured: what batches cost (as `pipeline bench stages` does), then, in a pipeline that runs, what
 its processes take while they are idle, and what they take beside their stages with some sessions. Then, for each number
 of sessions, they run, and beside that is what was foreseen: windows on time, latency p50 and p99, cores that are busy.
-Where others are on the cores, how long actors waited for one is known to whoever foresees: as many rivals are assumed
-as explain it, none on a machine of one's own. Ratios are foreseen over measured.
-Windows after the warm-up count, and busy rooms with their sound are watched. Linux only.
+Where others are on the cores, how much longer batches took than they computed is known to whoever foresees: as many
+rivals are assumed as explain it, none on a machine of one's own. Ratios are foreseen over measured.
+Windows after the warm-up count, and busy rooms with their sound are watched.
 
 The second rival has the real stages in virtual time, where what their batches take of a core is what they take: so it
 knows nothing of others on the machine. There, each 8 sessions have a core, and each 32 a replica of every model stage.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.control import ray_environment
 from deploy.control.placement import processes_of
@@ -62,23 +64,25 @@ NUM_STEPS = 7  # until as many rivals are found
 class Taken:
     """Seconds of cores that were used: by each actor, by the decoders, by all else of a run; and when it was looked.
 
-    waited_s: of the actors' threads, as long as they were there to run and had no core.
+    batches_s: from the beginning of each batch to its end; worked_s: what of it was its stage's own work.
     """
 
     at_s: float
     actors: Mapping[str, float]
     decoders: float
     beside: float
-    waited_s: float
+    batches_s: float
+    worked_s: float
 
     def since(self, begin: Taken) -> Taken:
         """The same per second since then."""
         span_s = self.at_s - begin.at_s
         actors = {name: (used_s - begin.actors[name]) / span_s for name, used_s in self.actors.items()}
-        decoders, beside, waited = (
-            max(getattr(self, what) - getattr(begin, what), 0.0) / span_s for what in ("decoders", "beside", "waited_s")
+        decoders, beside, batches, worked = (
+            max(getattr(self, what) - getattr(begin, what), 0.0) / span_s
+            for what in ("decoders", "beside", "batches_s", "worked_s")
         )
-        return Taken(self.at_s, actors, decoders, beside, waited)
+        return Taken(self.at_s, actors, decoders, beside, batches, worked)
 
     @property
     def cores(self) -> float:
@@ -86,9 +90,8 @@ class Taken:
 
     @property
     def stretch(self) -> float:
-        """How much longer all took for it."""
-        used = sum(self.actors.values())
-        return (used + self.waited_s) / used
+        """How much longer batches took than they computed."""
+        return self.batches_s / self.worked_s if self.worked_s else 1.0
 
 
 def run() -> list[Row]:
@@ -108,7 +111,7 @@ def run() -> list[Row]:
     for count, (served, taken) in measured.items():
         rivals = _rivals(pipeline.spec, profile, count, num_windows, taken.stretch)
         foreseen = foresee(pipeline.spec, profile, count, num_windows, rivals=rivals, num_seeds=NUM_SEEDS)
-        rows += _rows(foreseen, _served(count, served, taken), RIVAL, f", {rivals:.1f} rivals")
+        rows += _rows(foreseen, _served(count, served, taken), RIVAL, f", beside {rivals:.1f} rivals")
     for count in _counts("SIMULATED", SIMULATED):
         _tell(f"virtual time: {count} session(s)")
         wide = replace(profile, num_cores=max(profile.num_cores, count // SESSIONS_PER_CORE))
@@ -179,13 +182,15 @@ def _calibrated(pipeline: Any, profile: Profile, num_sessions: int, measured_s: 
     # The same run without overheads: what stages take by themselves is subtracted from what was measured.
     run = Foresight(pipeline.spec, profile, num_sessions, round(measured_s) + NUM_WARM_UP)
     run.run()
-    costs = {}
+    costs, sources_s = {}, taken.decoders
     for process in processes_of(pipeline.spec):
         name = process.name
-        beside_s = taken.actors[name] - idle.actors[name] - run.threads[name].busy_ns / run.run_ns
-        chunk_ns = max(beside_s, 0.0) * run.run_ns / max(run.num_arrivals[name], 1)
+        beside_s = max(taken.actors[name] - idle.actors[name] - run.threads[name].busy_ns / run.run_ns, 0.0)
+        if process.stages.keys() & set(pipeline.spec.wiring.sources):  # what it takes depends on no chunk that comes
+            sources_s, beside_s = sources_s + beside_s, 0.0
+        chunk_ns = beside_s * run.run_ns / max(run.num_arrivals[name], 1)
         costs[process.group] = ActorCost(round(idle.actors[name] * NS_PER_S), round(chunk_ns))
-    source_ns = round(taken.decoders * NS_PER_S / num_sessions)
+    source_ns = round(sources_s * NS_PER_S / num_sessions)
     return replace(profile, overheads=Overheads(costs, source_ns, round(taken.beside * NS_PER_S)))
 
 
@@ -225,15 +230,17 @@ def _observed() -> type[Any]:
 
         def look(self) -> Taken:
             """What was taken so far."""
-            actors, decoders, waited_s = dict[str, float](), 0.0, 0.0
+            actors, decoders, batches_s, worked_s = dict[str, float](), 0.0, 0.0, 0.0
             for name, address in self.coordinator.actors.items():
                 actor = psutil.Process(address.pid)
                 actors[name] = _cpu_s([actor])
                 decoders += _cpu_s(actor.children(recursive=True))
-                waited_s += _waited_s(address.pid)
+                metrics = _metrics(f"http://{address.node_ip}:{address.metrics_port}/metrics")
+                batches_s += sum(value for name, labels, value in metrics if _is_of_batches(name, labels))
+                worked_s += sum(value for name, _, value in metrics if name == "omni_stage_cpu_seconds_total")
             here = psutil.Process()
             beside = _cpu_s([here, *here.children(recursive=True)]) - sum(actors.values()) - decoders
-            return Taken(time.monotonic(), actors, decoders, beside, waited_s)
+            return Taken(time.monotonic(), actors, decoders, beside, batches_s, worked_s)
 
         def _cpu_s(self) -> float:
             self._looks.append(self.look())
@@ -271,13 +278,14 @@ def _cpu_s(processes: Iterable[psutil.Process]) -> float:
     return used
 
 
-def _waited_s(pid: int) -> float:
-    """How long its threads were there to run and did not."""
-    seconds = 0.0
-    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with suppress(OSError):
-            seconds += int(task.read_text().split()[1]) / NS_PER_S
-    return seconds
+def _metrics(url: str) -> list[tuple[str, Mapping[str, str], float]]:
+    text = urllib.request.urlopen(url, timeout=5).read().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return [(sample.name, sample.labels, sample.value) for sample in samples]
+
+
+def _is_of_batches(name: str, labels: Mapping[str, str]) -> bool:
+    return name == "omni_stage_seconds_sum" and labels["phase"] == "compute"
 
 
 def _tell(line: str) -> None:
