@@ -30,7 +30,8 @@ class StageCost:
     """What a batch of n units takes at one replica: fixed + n · each as a rule, `spread` of that more at p99.
 
     picture_ns: of each picture of a window beyond its first, which is part of `each`.
-    age_ns: of each window that its session has had before it, of `most_age` at most; not part of `each`.
+    age_ns: of each window that its session has had before it, of `most_age` at most; not part of `each`. token_ns: of
+    each text token of the session that says most in the batch; not part of it, either.
     ratios: what was measured over the rule, as often as each was; none: anything between the rule and `spread` more.
     """
 
@@ -40,6 +41,7 @@ class StageCost:
     picture_ns: int = 0
     age_ns: int = 0
     most_age: int = 0
+    token_ns: int = 0
     ratios: tuple[float, ...] = ()
 
     def batch_ns(self, num_units: int) -> int:
@@ -145,6 +147,7 @@ class Profile:
             name: {"fixed_ns": cost.fixed_ns, "each_ns": cost.each_ns, "spread": cost.spread}
             | ({"picture_ns": cost.picture_ns} if cost.picture_ns else {})
             | ({"age_ns": cost.age_ns, "most_age": cost.most_age} if cost.age_ns else {})
+            | ({"token_ns": cost.token_ns} if cost.token_ns else {})
             | ({"ratios": list(cost.ratios)} if cost.ratios else {})
             for name, cost in self.stages.items()
         }
@@ -178,17 +181,22 @@ def read_profile(path: Path) -> Profile:
 
 def _cost(path: Path, stage: str, entry: Any) -> StageCost:
     """A day is longer than any batch takes."""
-    told = {"picture_ns": 0, "age_ns": 0, "most_age": 0, "ratios": [], **entry} if isinstance(entry, dict) else {}
+    told = (
+        {"picture_ns": 0, "age_ns": 0, "most_age": 0, "token_ns": 0, "ratios": [], **entry}
+        if isinstance(entry, dict)
+        else {}
+    )
     where = f"{path}: stages.{stage}"
     must = (
         f"{where}: fixed_ns, each_ns and spread must be numbers from 0 on, and so must the others where they are given"
     )
-    names = ("fixed_ns", "each_ns", "spread", "picture_ns", "age_ns", "most_age")
-    fixed_ns, each_ns, spread, picture_ns, age_ns, most_age = _numbers(must, map(told.get, names))
+    names = ("fixed_ns", "each_ns", "spread", "picture_ns", "age_ns", "most_age", "token_ns")
+    fixed_ns, each_ns, spread, *more = _numbers(must, map(told.get, names))
     ratios = told["ratios"] if isinstance(told["ratios"], list) else [None]
     ratios = _numbers(f"{where}: ratios must be a list of numbers from 0 on", ratios)
+    picture_ns, age_ns, most_age, token_ns = map(round, more)
     return StageCost(
-        round(fixed_ns), round(each_ns), spread, round(picture_ns), round(age_ns), round(most_age), tuple(ratios)
+        round(fixed_ns), round(each_ns), spread, picture_ns, age_ns, most_age, token_ns, ratios=tuple(ratios)
     )
 
 

@@ -192,7 +192,12 @@ def reckon(spec: PipelineSpec, profile: Profile, demand: Demand, replicas: Mappi
 def _cost(spec: PipelineSpec, stage: str, profile: Profile) -> StageCost:
     """Of a session that has lasted long. What makes pictures was measured by the picture."""
     cost = profile.of(stage)
-    cost = dataclasses.replace(cost, each_ns=cost.each_ns + cost.most_age * cost.age_ns, age_ns=0)
+    tokens = 0.0 if profile.speaking is None else profile.speaking.tokens
+    cost = dataclasses.replace(
+        cost,
+        fixed_ns=cost.fixed_ns + round(tokens * cost.token_ns),
+        each_ns=cost.each_ns + cost.most_age * cost.age_ns,
+    )
     if not spec.has_pictures:
         return dataclasses.replace(cost, picture_ns=0)
     return dataclasses.replace(cost, picture_ns=cost.each_ns) if spec.types[stage].makes_pictures else cost

@@ -20,8 +20,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 
+import numpy as np
 import psutil
 import torch
 
@@ -63,6 +64,7 @@ class Batch:
     num_pictures: int
     ns: int
     ages: tuple[int, ...] = ()  # of each of its windows, how many its session has had before
+    num_tokens: int = 0  # of text, of the session that says most
 
 
 Samples = dict[str, list[Batch]]
@@ -105,21 +107,34 @@ def measure(with_views: bool) -> tuple[Profile, Samples]:
 
 
 def _cost(batches: list[Batch]) -> StageCost:
-    """What a window costs more for each before it is the slope of its share of a batch over its age."""
-    ages = [sum(batch.ages) / len(batch.ages) for batch in batches]
-    shares = [batch.ns / len(batch.ages) for batch in batches]
-    age_ns = max(round(linear_regression(ages, shares).slope), 0) if len(set(ages)) > 1 else 0
-    plain = fit([(batch.num_units, max(batch.ns - age_ns * sum(batch.ages), 1)) for batch in batches])
-    cost = dataclasses.replace(plain, age_ns=age_ns, most_age=max(map(max, (batch.ages for batch in batches))))
-    rule = [cost.batch_ns(batch.num_units) + cost.aged_ns(batch.ages) for batch in batches]
-    return dataclasses.replace(cost, ratios=quantiles([b.ns / ns for b, ns in zip(batches, rule, strict=True)]))
+    """Least squares for what a batch's age and text cost; what is left follows `fit`."""
+    columns = np.array([(1, batch.num_units, sum(batch.ages), batch.num_tokens) for batch in batches], float)
+    spent = np.array([batch.ns for batch in batches], float)
+    used = [0, 1, 2, 3]
+    while min(slopes := np.linalg.lstsq(columns[:, used], spent)[0][2:], default=0) < 0:  # nothing costs less than none
+        used.remove(used[2 + int(np.argmin(slopes))])
+    by_column = dict(zip(used[2:], map(round, slopes.tolist()), strict=True))
+    cost = StageCost(0, 0, age_ns=by_column.get(2, 0), token_ns=by_column.get(3, 0), most_age=_oldest(batches))
+    plain = fit([(batch.num_units, max(batch.ns - _more_ns(cost, batch), 1)) for batch in batches])
+    cost = dataclasses.replace(cost, fixed_ns=plain.fixed_ns, each_ns=plain.each_ns, spread=plain.spread)
+    ratios = [batch.ns / (cost.batch_ns(batch.num_units) + _more_ns(cost, batch)) for batch in batches]
+    return dataclasses.replace(cost, ratios=quantiles(ratios))
+
+
+def _oldest(batches: list[Batch]) -> int:
+    return max(max(batch.ages) for batch in batches)
+
+
+def _more_ns(cost: StageCost, batch: Batch) -> int:
+    """Of a batch, for its age and its text."""
+    return cost.aged_ns(batch.ages) + batch.num_tokens * cost.token_ns
 
 
 def _picture_ns(cost: StageCost, batches: list[Batch]) -> int:
     """What each picture of a window beyond the first costs: what batches with such take more than those without."""
     more = [(batch, batch.num_pictures - batch.num_units) for batch in batches]
     shares = [
-        (batch.ns - cost.batch_ns(batch.num_units) - cost.aged_ns(batch.ages)) / num_more
+        (batch.ns - cost.batch_ns(batch.num_units) - _more_ns(cost, batch)) / num_more
         for batch, num_more in more
         if num_more > 0
     ]
@@ -247,7 +262,9 @@ class Timed(Stage):
         num_items = len(made) if self._counts_made else len(units)
         if num_items:
             num_pictures = sum(len(unit.of(Llm.image)) for unit in units) if self._takes_pictures else 0
-            self.samples.append(Batch(num_items, num_pictures, spent_ns, tuple(unit.index for unit in units)))
+            ages = tuple(unit.index for unit in units)
+            said = [len(chunk.arrays["token_ids"]) for chunk in made if chunk.stream == TEXT.name]
+            self.samples.append(Batch(num_items, num_pictures, spent_ns, ages, max(said, default=0)))
         self.device.work(spent_ns)
         return made
 

@@ -109,3 +109,26 @@ def test_every_benchmark_has_its_name_and_says_what_it_measures() -> None:
 def test_a_ratio_above_one_means_that_we_win() -> None:
     assert less_is_better("time", 2.0, "s", "rival", 10.0, "").ratio == 5.0
     assert more_is_better("on time", 100.0, "%", "rival", 50.0, "").ratio == 2.0
+
+
+def test_a_cost_is_found_in_batches_of_any_size_age_and_text() -> None:
+    stages = find_benchmarks(FOLDER)["stages"]
+    batches = [
+        stages.Batch(
+            size, 0, 3_000_000 + size * 2_000_000 + age * size * 10_000 + tokens * 500_000, (age,) * size, tokens
+        )
+        for size in (1, 4, 8)
+        for age in (0, 7, 15, 30)
+        for tokens in (0, 3, 5)
+    ]
+    cost = stages._cost(batches)
+    assert cost.fixed_ns == pytest.approx(3_000_000, rel=0.01)
+    assert cost.each_ns == pytest.approx(2_000_000, rel=0.01)
+    assert (cost.age_ns, cost.token_ns, cost.most_age) == (pytest.approx(10_000), pytest.approx(500_000), 30)
+    assert cost.ratios[0] == pytest.approx(cost.ratios[-1], abs=0.01) == pytest.approx(1.0, abs=0.01)
+
+
+def test_what_costs_less_with_age_is_taken_for_nothing() -> None:
+    stages = find_benchmarks(FOLDER)["stages"]
+    cost = stages._cost([stages.Batch(2, 0, 5_000_000 - 10_000 * age, (age, age)) for age in range(20)])
+    assert cost.age_ns == cost.token_ns == 0 < cost.each_ns

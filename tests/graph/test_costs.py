@@ -105,7 +105,7 @@ COMPLETE = Profile(
     "nano",
     {},
     2,
-    {"llm": StageCost(10, 3, 0.1, picture_ns=2, age_ns=4, most_age=20, ratios=(0.9, 1.1))},
+    {"llm": StageCost(10, 3, 0.1, picture_ns=2, age_ns=4, most_age=20, token_ns=6, ratios=(0.9, 1.1))},
     Speaking(0.25, 1.9, 2.8, 310_000_000),
     Overheads({"llm": ActorCost(12, 3), "media": ActorCost(9, 1)}, source_ns=5, other_ns=7),
 )

@@ -60,6 +60,17 @@ def test_so_much_is_said_as_was_measured() -> None:
     assert shares[0] == 0 < shares[1]
 
 
+def test_windows_in_which_something_is_said_cost_the_llm_its_text() -> None:
+    says = Speaking(0.1, 1.0, 4.0, 250 * NS_PER_MS)
+    llm = StageCost(10 * NS_PER_MS, 4 * NS_PER_MS, token_ns=50 * NS_PER_MS)
+    silent, with_text = (
+        foresee(spec(), profile(stages=profile().stages | {"llm": cost}, speaking=says), 2, 30)
+        for cost in (replace(llm, token_ns=0), llm)
+    )
+    assert with_text.latency_p50_s == pytest.approx(silent.latency_p50_s, abs=0.005), "most windows are silent"
+    assert with_text.latency_p99_s > silent.latency_p99_s + 0.15
+
+
 def test_stages_of_one_gpu_share_it_and_leave_the_cores() -> None:
     on_gpu = [f"stages.{name}.gpus=0.2" for name in model_stages()]
     shared, apart = (
