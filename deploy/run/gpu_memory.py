@@ -17,6 +17,7 @@ from graph.errors import GraphError
 from graph.spec import PipelineSpec
 from graph.units import format_bytes, parse_bytes
 from stages.llm import LlmOptions
+from stages.tts import TtsOptions
 
 if TYPE_CHECKING:
     from model_shards.config import ModelConfig
@@ -47,7 +48,10 @@ class GpuMemoryError(GraphError):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a process takes of its GPU. each: of every session; the others don't depend on how many there are."""
+    """What a process takes of its GPU. each: of every session; the others don't depend on how many there are.
+
+    kv_pool: the LLM's. shared: the talker's pool, and the voice as the vocoder has heard it.
+    """
 
     process: str
     weights: int = 0
@@ -185,14 +189,18 @@ def _part(spec: PipelineSpec, config: ModelConfig, process: Process) -> Part:
         stage = spec.stages[name]
         has_codes = component == "llm" and config.llm.quantization is not None
         dtype = runtime("cuda", "bfloat16" if has_codes else stage.dtype).dtype
+        has_pool = isinstance(stage, LlmOptions) or (isinstance(stage, TtsOptions) and stage.attention != "sdpa")
+        pool = stage.kv_memory_bytes if isinstance(stage, LlmOptions | TtsOptions) and has_pool else 0
         part = Part(
             part.process,
             weights=part.weights + memory.weight_bytes(component, config, dtype),
-            kv_pool=part.kv_pool + (stage.kv_memory_bytes if isinstance(stage, LlmOptions) else 0),
-            shared=part.shared + memory.shared_bytes(component, config, memory.VOICE_FRAMES),
+            kv_pool=part.kv_pool + (pool if isinstance(stage, LlmOptions) else 0),
+            shared=part.shared
+            + (pool if isinstance(stage, TtsOptions) else 0)
+            + memory.shared_bytes(component, config, memory.VOICE_FRAMES),
             workspace=part.workspace
             + memory.workspace_bytes(component, config, dtype, stage.batch, _unit_tokens(stage, config)),
-            each=part.each + memory.session_bytes(component, config, dtype, memory.VOICE_FRAMES),
+            each=part.each + (0 if pool else memory.session_bytes(component, config, dtype, memory.VOICE_FRAMES)),
         )
     return part
 
@@ -204,7 +212,9 @@ def _unit_tokens(stage: object, config: ModelConfig) -> int:
 
 
 def _kv(spec: PipelineSpec, config: ModelConfig) -> tuple[int, int | None]:
-    """What a session may take of the pool, and how many it has room for."""
+    """What a session may take of the LLM's pool, and how many it has room for."""
+    import torch
+
     from model_shards.duplex import max_session_tokens
     from model_shards.memory import kv_token_bytes
     from stages.llm import duplex_config
@@ -216,7 +226,8 @@ def _kv(spec: PipelineSpec, config: ModelConfig) -> tuple[int, int | None]:
             if tokens is None:
                 return 0, 0
             pages = -(-tokens // KV_PAGE_TOKENS)
-            session = pages * KV_PAGE_TOKENS * kv_token_bytes(config.llm, runtime("cuda", stage.dtype).dtype)
+            kv_dtype = torch.float8_e4m3fn if stage.kv_dtype == "fp8" else runtime("cuda", stage.dtype).dtype
+            session = pages * KV_PAGE_TOKENS * kv_token_bytes(config.llm, kv_dtype)
             return session, stage.kv_memory_bytes // session
     return 0, None
 
@@ -252,7 +263,7 @@ def check_gpu_memory(spec: PipelineSpec, config: ModelConfig, num_cameras: int) 
 
 def lines_of(plan: GpuPlan) -> list[str]:
     """For a person: what is on each GPU."""
-    rows = [["GPU", "process", "weights", "KV", "voice", "workspace", "context", "each session", "all"]]
+    rows = [["GPU", "process", "weights", "KV", "shared", "workspace", "context", "each session", "all"]]
     for number, parts in enumerate(plan.gpus):
         rows += [
             [

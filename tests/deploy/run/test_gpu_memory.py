@@ -66,8 +66,8 @@ def test_each_process_has_a_context_and_all_of_one_gpu_add_up() -> None:
 
 
 def test_sessions_take_what_they_keep_and_no_more_fit_than_there_is_room_for() -> None:
-    found = plan("stages.llm.kv_memory=60GiB", num_cameras=64)
-    assert found.most_sessions is not None and found.most_sessions < 64
+    found = plan("stages.llm.kv_memory=60GiB", num_cameras=78)
+    assert found.most_sessions is not None and found.most_sessions < 78
     (problem,) = found.problems
     assert "set stages.llm.kv_memory to at most" in problem
     assert plan("stages.llm.kv_memory=60GiB", num_cameras=found.most_sessions).problems == []
@@ -84,6 +84,17 @@ def test_a_pool_without_room_for_all_sessions_is_told_with_what_it_takes() -> No
     assert "has room for 5 sessions, not 20" in problem
     advised = problem.partition("kv_memory to ")[2].partition(",")[0]
     assert plan(f"stages.llm.kv_memory={advised}", num_cameras=20).problems == []
+
+
+def test_keys_and_values_in_fp8_leave_room_for_twice_the_sessions() -> None:
+    plain, halved = (plan("stages.llm.kv_memory=8GiB", *more) for more in ((), ("stages.llm.kv_dtype=fp8",)))
+    assert halved.session_kv * 2 == plain.session_kv
+
+
+def test_the_talker_has_a_pool_or_what_each_session_keeps() -> None:
+    (pooled, each) = (plan(f"stages.tts.attention={name}").gpus[0][3] for name in ("varlen", "sdpa"))
+    assert (pooled.shared, pooled.each) == (4 * GIB, 0)
+    assert each.shared == 0 < each.each
 
 
 def test_replicas_share_the_sessions() -> None:
