@@ -16,7 +16,7 @@ SHORT = 12  # windows
 
 
 def spec(*overrides: str) -> PipelineSpec:
-    return load_spec(default_spec_path(), ["shedding.ladder=[]", *overrides])
+    return load_spec(default_spec_path(), ["shedding.ladder=[]", "window.phases=2", *overrides])
 
 
 def profile(fixed_ms: float = 10, each_ms: float = 4, num_cores: int = 2, **fields: object) -> Profile:
