@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from model_shards.config import FlowConfig
 from model_shards.errors import ModelError
 
+WINDOW_CODES = 25  # new codes of a window: one second
 HISTORY_FRAMES = 100  # mel frames of a turn that are kept besides as many as the prompt has (stepaudio2 `stream`)
 NOISE_FRAMES = 30_000  # 600 s at 50 Hz
 NOISE_SEED = 20_260_107
@@ -88,11 +89,58 @@ class FlowCache:
         return voice[..., :first_end, :], voice[..., last_start:, :], self.turn.dit_kv[step]
 
 
+class LayerMemory(Protocol):
+    """What the rows of a batch see in one layer. visible: (rows, keys) bool; None where every row sees everything."""
+
+    @property
+    def visible(self) -> Tensor | None: ...
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a chunk's, each (rows, heads, new, head_dim); gives all there are, the new ones at the end."""
+
+
+class Memory(Protocol):
+    """What the rows of a batch see in all layers. num_keys: of each row, with the chunk's own and any padding."""
+
+    @property
+    def num_keys(self) -> int: ...
+
+    def layers(self) -> Sequence[LayerMemory]: ...
+
+
+class LayerPast(NamedTuple):
+    """kv: (2, rows, heads, keys, head_dim), whose last frames become those of the chunk."""
+
+    kv: Tensor
+    visible: Tensor | None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        num_new = keys.shape[-2]
+        self.kv[0, ..., -num_new:, :] = keys
+        self.kv[1, ..., -num_new:, :] = values
+        return self.kv[0], self.kv[1]
+
+
 class Past(NamedTuple):
     """Keys and values of a batch, with room for the chunk's own at the end; see `gather`."""
 
     kv: Tensor
     visible: Tensor | None
+
+    @property
+    def num_keys(self) -> int:
+        return self.kv.shape[-2]
+
+    def layers(self) -> list[LayerPast]:
+        return [LayerPast(kv, self.visible) for kv in self.kv]
+
+
+class Lengths(NamedTuple):
+    """How much of each row of a padded chunk counts, (rows,): codes, those looked ahead at included, and frames made
+    of each code."""
+
+    seen: Tensor
+    new: Tensor
 
 
 def gather(histories: Sequence[Sequence[Tensor]], num_new: int) -> Past:
@@ -187,23 +235,23 @@ class RelPosAttention(nn.Module):
         self.pos_bias_u = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, hidden_size // num_heads)))
         self.pos_bias_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, hidden_size // num_heads)))
 
-    def forward(self, x: Tensor, positions: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
-        """Attend to `kv` (2, batch, heads, keys, head_dim), whose last frames become those of x (batch, new, hidden).
+    def forward(self, x: Tensor, positions: Tensor, memory: LayerMemory) -> Tensor:
+        """Attend to what is there, and to x (batch, new, hidden) itself, which becomes part of it.
 
         positions: (keys + new - 1, hidden), from the largest distance query − key to the smallest.
         """
-        num_new, num_keys = x.shape[1], kv.shape[-2]
-        q = split_heads(self.linear_q(x), self.num_heads)
-        kv[0, ..., -num_new:, :] = split_heads(self.linear_k(x), self.num_heads)
-        kv[1, ..., -num_new:, :] = split_heads(self.linear_v(x), self.num_heads)
+        num_new = x.shape[1]
+        q, k, v = (split_heads(part(x), self.num_heads) for part in (self.linear_q, self.linear_k, self.linear_v))
+        k, v = memory.extend(k, v)
+        num_keys = k.shape[-2]
         position_keys = split_heads(self.linear_pos(positions)[None], self.num_heads)
         by_distance = (q + self.pos_bias_v[:, None]) @ position_keys.transpose(-2, -1)
         # Row i, key j is distance index j + new - 1 - i: in flat memory each row starts one earlier than the last.
         bias = by_distance.flatten(-2)[..., num_new - 1 :].unfold(-1, num_keys, num_keys + num_new - 2)
         bias = bias * q.shape[-1] ** -0.5
-        if visible is not None:
-            bias = bias.masked_fill(~visible[:, None, None], -math.inf)
-        out = F.scaled_dot_product_attention(q + self.pos_bias_u[:, None], kv[0], kv[1], attn_mask=bias)
+        if memory.visible is not None:
+            bias = bias.masked_fill(~memory.visible[:, None, None], -math.inf)
+        out = F.scaled_dot_product_attention(q + self.pos_bias_u[:, None], k, v, attn_mask=bias)
         return self.linear_out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -244,8 +292,8 @@ class ConformerLayer(nn.Module):
         self.norm_mha = nn.LayerNorm(hidden_size, eps=1e-12)
         self.norm_ff = nn.LayerNorm(hidden_size, eps=1e-12)
 
-    def forward(self, x: Tensor, positions: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.norm_mha(x), positions, kv, visible)
+    def forward(self, x: Tensor, positions: Tensor, memory: LayerMemory) -> Tensor:
+        x = x + self.self_attn(self.norm_mha(x), positions, memory)
         return x + self.feed_forward(self.norm_ff(x))  # type: ignore[no-any-return]
 
 
@@ -269,11 +317,21 @@ class PreLookahead(nn.Module):
         self.conv1 = nn.Conv1d(hidden_size, hidden_size, lookahead + 1)
         self.conv2 = nn.Conv1d(hidden_size, hidden_size, CONV_HISTORY + 1)
 
-    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(batch, n + lookahead, hidden), history (batch, hidden, 2): (batch, n, hidden), next history."""
         seen = torch.cat((history, F.leaky_relu(self.conv1(x.transpose(1, 2)))), dim=2)
         out = self.conv2(seen).transpose(1, 2) + x[:, : x.shape[1] - self.lookahead]
-        return out, seen[..., -CONV_HISTORY:]
+        return out, _last_frames(seen, CONV_HISTORY, ends)
+
+
+def _last_frames(seen: Tensor, num: int, ends: Tensor | None) -> Tensor:
+    """The last `num` of frames that lie behind `num` old ones: (batch, channels, num + n) as (batch, channels, num).
+
+    ends: (batch,), how many of the n count; None: all.
+    """
+    if ends is None:
+        return seen[..., -num:]
+    return seen.take_along_dim((ends[:, None] + torch.arange(num, device=ends.device))[:, None], dim=2)
 
 
 class UpSample(nn.Module):
@@ -284,10 +342,10 @@ class UpSample(nn.Module):
         self.stride = stride
         self.conv = nn.Conv1d(hidden_size, hidden_size, 2 * stride + 1)
 
-    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(batch, n, hidden), history (batch, hidden, 2 * stride): (batch, stride * n, hidden), next history."""
         seen = torch.cat((history, x.transpose(1, 2).repeat_interleave(self.stride, dim=2)), dim=2)
-        return self.conv(seen).transpose(1, 2), seen[..., -2 * self.stride :]
+        return self.conv(seen).transpose(1, 2), _last_frames(seen, 2 * self.stride, ends)
 
 
 class FlowEncoder(nn.Module):
@@ -306,29 +364,42 @@ class FlowEncoder(nn.Module):
         )
         self.after_norm = nn.LayerNorm(hidden)
 
-    def forward(self, x: Tensor, codes: Past, frames: Past, conv: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """Encode a chunk; its keys and values go to the end of `codes.kv` and `frames.kv`.
+    def forward(
+        self,
+        x: Tensor,
+        codes: Memory,
+        frames: Memory,
+        conv: Tensor,
+        last: bool,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode a chunk; its keys and values go to `codes` and `frames`.
 
         x:       (batch, n, hidden), embedded codes. The last `lookahead` are only looked at, unless `last`.
-        codes:   kv (blocks, 2, batch, heads, past + n', head_dim), n' = n or n − lookahead.
-        frames:  kv (up_blocks, 2, batch, heads, past + t, head_dim), t = up_stride * n'.
+        codes:   of the layers at code rate, frames: of those at mel rate.
         conv:    (batch, hidden, 2 + 2 * up_stride), the convolutions' last inputs.
-        returns: (batch, t, hidden), and the next `conv`.
+        lengths: where the rows are padded, each to its own length. A row that is `last` has nothing to look ahead at,
+                 so that all it sees is new; `last` is False then.
+        returns: (batch, t, hidden), t = up_stride * n', n' = n or n − lookahead, and the next `conv`.
         """
         x = self.embed(x)
         if last:
             x = F.pad(x, (0, 0, 0, self.pre_lookahead_layer.lookahead))
-        x, conv1 = self.pre_lookahead_layer(x, conv[..., :CONV_HISTORY])
+        ends = None
+        if lengths is not None:
+            x = x * (torch.arange(x.shape[1], device=x.device) < lengths.seen[:, None])[..., None]
+            ends = lengths.new
+        x, conv1 = self.pre_lookahead_layer(x, conv[..., :CONV_HISTORY], ends)
         x = _run_layers(self.encoders, x, codes)
-        x, conv2 = self.up_layer(x, conv[..., CONV_HISTORY:])
+        x, conv2 = self.up_layer(x, conv[..., CONV_HISTORY:], None if ends is None else ends * self.up_layer.stride)
         x = _run_layers(self.up_encoders, self.up_embed(x), frames)
         return self.after_norm(x), torch.cat((conv1, conv2), dim=2)
 
 
-def _run_layers(layers: nn.ModuleList, x: Tensor, past: Past) -> Tensor:
-    positions = distance_embedding(past.kv.shape[-2], x.shape[1], x)
-    for layer, kv in zip(layers, past.kv, strict=True):
-        x = layer(x, positions, kv, past.visible)
+def _run_layers(layers: nn.ModuleList, x: Tensor, memory: Memory) -> Tensor:
+    positions = distance_embedding(memory.num_keys, x.shape[1], x)
+    for layer, seen in zip(layers, memory.layers(), strict=True):
+        x = layer(x, positions, seen)
     return x
 
 
@@ -366,14 +437,13 @@ class DitAttention(nn.Module):
         self.k_norm = nn.LayerNorm(config.dit_head_dim)
         self.proj = nn.Linear(inner, config.dit_hidden_size)
 
-    def forward(self, x: Tensor, kv: Tensor, visible: Tensor | None) -> Tensor:
-        """Attend to `kv` (2, batch, heads, keys, head_dim), whose last frames become those of x (batch, new, dim)."""
-        num_new = x.shape[1]
+    def forward(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        """Attend to what is there, and to x (batch, new, dim) itself, which becomes part of it."""
         q = self.q_norm(split_heads(self.to_q(x), self.num_heads))
-        kv[0, ..., -num_new:, :] = self.k_norm(split_heads(self.to_k(x), self.num_heads))
-        kv[1, ..., -num_new:, :] = split_heads(self.to_v(x), self.num_heads)
-        mask = None if visible is None else visible[:, None, None]
-        out = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
+        k = self.k_norm(split_heads(self.to_k(x), self.num_heads))
+        k, v = memory.extend(k, split_heads(self.to_v(x), self.num_heads))
+        mask = None if memory.visible is None else memory.visible[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -384,12 +454,14 @@ class FrameConv(nn.Conv1d):
         super().__init__(channels, channels, CONV_HISTORY + 1)
         self._matrix: Tensor | None = None
 
-    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, history: Tensor, ends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(batch, t, channels), history (batch, channels, 2): (batch, t, channels), next history."""
         seen = torch.cat((history.transpose(1, 2), x), dim=1)
         frames = torch.cat([seen[:, at : at + x.shape[1]] for at in range(CONV_HISTORY + 1)], dim=2)
         matrix = self._as_matrix() if self._matrix is None else self._matrix
-        return F.linear(frames, matrix, self.bias), seen[:, -CONV_HISTORY:].transpose(1, 2)
+        return F.linear(frames, matrix, self.bias), _last_frames(seen.transpose(1, 2), CONV_HISTORY, ends)
 
     def fold(self) -> None:
         self._matrix = self._as_matrix()
@@ -407,11 +479,11 @@ class DitConv(nn.Module):
         parts = {"1": FrameConv(hidden_size), "3": nn.LayerNorm(hidden_size), "6": FrameConv(hidden_size)}
         self.block = nn.ModuleDict(parts)
 
-    def forward(self, x: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(batch, t, hidden), history (batch, 2 * hidden, 2): the same of this chunk."""
         history1, history2 = history.chunk(2, dim=1)
-        x, next1 = self.block["1"](x, history1)
-        x, next2 = self.block["6"](F.mish(self.block["3"](x)), history2)
+        x, next1 = self.block["1"](x, history1, ends)
+        x, next2 = self.block["6"](F.mish(self.block["3"](x)), history2, ends)
         return x, torch.cat((next1, next2), dim=1)
 
 
@@ -437,14 +509,14 @@ class DitBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 9 * hidden))
 
     def forward(
-        self, x: Tensor, time: Tensor, kv: Tensor, visible: Tensor | None, conv: Tensor
+        self, x: Tensor, time: Tensor, memory: LayerMemory, conv: Tensor, ends: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (batch, t, hidden), time (batch or 1, 1, hidden), conv (batch, 2 * hidden, 2): x, next conv."""
         att_shift, att_scale, att_gate, mlp_shift, mlp_scale, mlp_gate, conv_shift, conv_scale, conv_gate = (
             self.adaLN_modulation(time).chunk(9, dim=-1)
         )
-        x = x + att_gate * self.attn(modulate(x, att_shift, att_scale), kv, visible)
-        convolved, conv = self.conv(modulate(x, conv_shift, conv_scale), conv)
+        x = x + att_gate * self.attn(modulate(x, att_shift, att_scale), memory)
+        convolved, conv = self.conv(modulate(x, conv_shift, conv_scale), conv, ends)
         x = x + conv_gate * convolved
         return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale)), conv
 
@@ -474,22 +546,62 @@ class Dit(nn.Module):
         self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.dit_depth))
         self.final_layer = DitFinal(config.dit_hidden_size, config.output_size)
 
-    def forward(self, x: Tensor, time: Tensor, past: Past, conv: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity of a chunk; its keys and values go to the end of `past.kv`.
+    def forward(
+        self, x: Tensor, time: Tensor, memory: Memory, conv: Tensor, ends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity of a chunk; its keys and values go to `memory`.
 
         x:       (batch, t, 4 * mels): noisy mel, encoder output, speaker, condition.
         time:    (batch or 1,) in [0, 1].
-        past:    kv (depth, 2, batch, heads, past + t, head_dim).
         conv:    (depth, batch, 2 * hidden, 2), the convolutions' last inputs.
+        ends:    (batch,), how many frames of each row count; None: all.
         returns: (batch, t, mels), and the next `conv`.
         """
         embedded_time = self.t_embedder(time)[:, None]
         x = self.in_proj(x)
         new_conv = []
-        for block, block_kv, block_conv in zip(self.blocks, past.kv, conv, strict=True):
-            x, seen = block(x, embedded_time, block_kv, past.visible, block_conv)
+        for block, layer, block_conv in zip(self.blocks, memory.layers(), conv, strict=True):
+            x, seen = block(x, embedded_time, layer, block_conv, ends)
             new_conv.append(seen)
         return self.final_layer(x, embedded_time), torch.stack(new_conv)
+
+
+class EulerMemory(Protocol):
+    """What each Euler step sees, and what it leaves. Rows of a step: branch after branch, in each the batch."""
+
+    def at(self, step: int) -> tuple[Memory, Tensor]:
+        """Keys and values, and the convolutions' inputs (depth, branches, batch, 2 * hidden, 2)."""
+
+    def leave(self, step: int, conv: Tensor) -> None:
+        """The step was computed, and these are the convolutions' next inputs."""
+
+
+class _Gathered:
+    """The caches of a batch, gathered for each step; and what the steps leave, session by session."""
+
+    def __init__(self, caches: Sequence[FlowCache], num_new: int) -> None:
+        self._caches = caches
+        self._num_new = num_new
+        self._kv: list[Tensor] = []
+        self._conv: list[Tensor] = []
+        self._past: Tensor  # of the step that is being computed
+
+    def at(self, step: int) -> tuple[Past, Tensor]:
+        self._past, visible = gather([cache.dit_kv(step) for cache in self._caches], self._num_new)
+        past = Past(self._past.flatten(2, 3), None if visible is None else visible.repeat(self._past.shape[2], 1))
+        return past, torch.stack([cache.turn.dit_conv[step] for cache in self._caches], dim=2)
+
+    def leave(self, step: int, conv: Tensor) -> None:
+        self._kv.append(self._past[..., -self._num_new :, :].clone())
+        self._conv.append(conv)
+
+    def kv(self) -> list[Tensor]:
+        """Per session its `dit_kv` (see FlowHistory)."""
+        return [torch.stack([kv[..., i, :, :, :] for kv in self._kv]) for i in range(len(self._caches))]
+
+    def conv(self) -> list[Tensor]:
+        """Per session its `dit_conv`."""
+        return [torch.stack([conv[..., i, :, :] for conv in self._conv]) for i in range(len(self._caches))]
 
 
 class FlowMatching(nn.Module):
@@ -520,21 +632,24 @@ class FlowMatching(nn.Module):
         mu, cond: (batch, t, mels); speakers (batch, mels).
         returns:  mel (batch, t, mels), and per session the chunk's `dit_kv` and `dit_conv` (see FlowHistory).
         """
-        num_new, num_steps = mu.shape[1], caches[0].num_steps
-        conditioned = torch.cat((mu, speakers[:, None].expand(-1, num_new, -1), cond), dim=-1)
-        condition = torch.stack((conditioned, torch.zeros_like(conditioned))[: self.num_branches])
-        times = 1 - torch.cos(torch.linspace(0, 1, num_steps + 1, device=mu.device, dtype=mu.dtype) * 0.5 * torch.pi)
-        x = torch.cat([self._noise(cache, num_new) for cache in caches])
-        new_kv, new_conv = [], []
+        gathered = _Gathered(caches, mu.shape[1])
+        x = torch.cat([self._noise(cache, mu.shape[1]) for cache in caches])
+        x = self.integrate(x, self.condition(mu, speakers, cond), gathered, caches[0].num_steps)
+        return x, gathered.kv(), gathered.conv()
+
+    def condition(self, mu: Tensor, speakers: Tensor, cond: Tensor) -> Tensor:
+        """What each branch knows of the mel: (branches, batch, t, 3 * mels)."""
+        conditioned = torch.cat((mu, speakers[:, None].expand(-1, mu.shape[1], -1), cond), dim=-1)
+        return torch.stack((conditioned, torch.zeros_like(conditioned))[: self.num_branches])
+
+    def integrate(
+        self, x: Tensor, condition: Tensor, memory: EulerMemory, num_steps: int, ends: Tensor | None = None
+    ) -> Tensor:
+        """From noise x (batch, t, mels) to mel, of which `ends` (batch,) frames count."""
+        times = 1 - torch.cos(torch.linspace(0, 1, num_steps + 1, device=x.device, dtype=x.dtype) * 0.5 * torch.pi)
         for step in range(num_steps):
-            velocity, step_kv, step_conv = self._velocity(x, condition, times[step], caches, step)
-            x = x + (times[step + 1] - times[step]) * velocity
-            new_kv.append(step_kv)
-            new_conv.append(step_conv)
-        sessions = range(len(caches))
-        kv = [torch.stack([step_kv[..., i, :, :, :] for step_kv in new_kv]) for i in sessions]
-        conv = [torch.stack([step_conv[..., i, :, :] for step_conv in new_conv]) for i in sessions]
-        return x, kv, conv
+            x = x + (times[step + 1] - times[step]) * self._velocity(x, condition, times[step], memory, step, ends)
+        return x
 
     def _noise(self, cache: FlowCache, num_new: int) -> Tensor:
         """(1, num_new, mels), starting at the cached length: once a history is trimmed, it no longer moves on."""
@@ -544,20 +659,18 @@ class FlowMatching(nn.Module):
         return self.rand_noise[:, :, start : start + num_new].transpose(1, 2)
 
     def _velocity(
-        self, x: Tensor, condition: Tensor, time: Tensor, caches: Sequence[FlowCache], step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Guided velocity (batch, t, mels), and the chunk's (depth, 2, branches, batch, heads, t, head_dim) and
-        (depth, branches, batch, 2 * hidden, 2).
-        """
-        num_new, branches = x.shape[1], condition.shape[0]
-        kv, visible = gather([cache.dit_kv(step) for cache in caches], num_new)
-        past = Past(kv.flatten(2, 3), None if visible is None else visible.repeat(branches, 1))
-        conv = torch.stack([cache.turn.dit_conv[step] for cache in caches], dim=2)
+        self, x: Tensor, condition: Tensor, time: Tensor, memory: EulerMemory, step: int, ends: Tensor | None
+    ) -> Tensor:
+        """Guided velocity (batch, t, mels)."""
+        branches = condition.shape[0]
         rows = torch.cat((x.expand(branches, *x.shape), condition), dim=-1).flatten(0, 1)
-        velocity, new_conv = self.estimator(rows, time[None], past, conv.flatten(1, 2))
+        frames = None if ends is None else ends.repeat(branches)
+        past, conv = memory.at(step)
+        velocity, new_conv = self.estimator(rows, time[None], past, conv.flatten(1, 2), frames)
+        memory.leave(step, new_conv.unflatten(1, (branches, -1)))
         velocity = velocity.unflatten(0, (branches, -1))
-        guided = velocity[0] if branches == 1 else (1 + self.guidance) * velocity[0] - self.guidance * velocity[1]
-        return guided, kv[..., -num_new:, :].clone(), new_conv.unflatten(1, (branches, -1))
+        guided: Tensor = velocity[0]
+        return guided if branches == 1 else (1 + self.guidance) * guided - self.guidance * velocity[1]
 
 
 class Flow(nn.Module):

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from model_shards.config import HiftConfig
 from model_shards.programs import frozen
+from model_shards.shapes import ByShape
 
 OVERLAP_FRAMES = 8  # 160 ms, the official hold-back
 MAX_MAGNITUDE = 1e2
@@ -202,10 +203,20 @@ class HiftDecoder(nn.Module):
         return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
 
     def _inverse(self, bands: Tensor) -> Tensor:
-        c = self.config
+        """The inverse STFT. torch.istft looks at the window's sum on the host, which no CUDA graph allows."""
+        n_fft, hop = self.config.istft_n_fft, self.config.istft_hop_len
         log_magnitude, angle = bands.chunk(2, dim=1)
         polar = torch.polar(log_magnitude.exp().clamp(max=MAX_MAGNITUDE), angle.sin())
-        return torch.istft(polar, c.istft_n_fft, c.istft_hop_len, window=self.window)
+        frames = (torch.fft.irfft(polar, n=n_fft, dim=1) * self.window[:, None]).transpose(1, 2)
+        num_frames, pieces = frames.shape[1], torch.split(frames, hop, dim=2)
+        wave = frames.new_zeros(len(frames), num_frames + len(pieces) - 1, hop)  # cut into hops
+        weight = frames.new_zeros(wave.shape[1:])
+        for at, (piece, window) in enumerate(zip(pieces, torch.split(self.window.square(), hop), strict=True)):
+            wave[:, at : at + num_frames, : piece.shape[2]] += piece
+            weight[at : at + num_frames, : len(window)] += window
+        inner = slice(n_fft // 2, n_fft // 2 + hop * (num_frames - 1))
+        samples: Tensor = wave.flatten(1)[:, inner] / weight.flatten()[inner]
+        return samples
 
 
 class HiftGenerator(HiftDecoder):
@@ -220,6 +231,7 @@ class HiftGenerator(HiftDecoder):
         # In double, as the official cross-fade. The two Hamming halves sum to 1.08.
         fade = torch.hamming_window(2 * self.overlap, periodic=False, dtype=torch.float64, device="cpu")
         self.register_buffer("fade", fade, persistent=False)
+        self._continue: Callable[..., tuple[Tensor, ...]] = self._continued
 
     def forward(self, mel: Tensor, noise: Tensor, known_source: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Synthesise a batch.
@@ -286,18 +298,28 @@ class HiftGenerator(HiftDecoder):
         returns: per session its samples, and its next cache. The end is held back for the next chunk's cross-fade,
                  unless `last`; the turn's first chunk gets as much silence in front, unless it is also the last.
         """
-        mel = torch.cat((torch.stack([cache.mel for cache in caches]), mel), dim=2)
-        noise = torch.stack([self.draw_noise(generator, mel.shape[2]) for generator in generators])
-        wave, source = self(mel, noise, torch.stack([cache.source for cache in caches]))
-        wave = self._cross_fade(wave, torch.stack([cache.speech for cache in caches]))
-        next_caches = [
-            HiftCache(mel[i, :, -OVERLAP_FRAMES:].clone(), source[i, -self.overlap :].clone(), end.clone())
-            for i, end in enumerate(wave[:, -self.overlap :])
-        ]
+        is_first = caches[0].mel.shape[1] == 0
+        num_frames = caches[0].mel.shape[1] + mel.shape[2]
+        noise = torch.stack([self.draw_noise(generator, num_frames) for generator in generators])
+        ends = [torch.stack(parts) for parts in zip(*((c.mel, c.source, c.speech) for c in caches), strict=True)]
+        wave, *new_ends = (part.clone() for part in self._continue(None, mel, noise, *ends))
+        next_caches = [HiftCache(*parts) for parts in zip(*new_ends, strict=True)]
         if not last:
-            is_first = caches[0].mel.shape[1] == 0
             wave = F.pad(wave, (self.overlap if is_first else 0, -self.overlap))
-        return list(wave.clone()), next_caches
+        return list(wave), next_caches
+
+    def use_programs(self, num_frames: int, ladder: Sequence[int]) -> None:
+        """Chunks of so many frames are computed by programs of fixed shapes from now on."""
+        self._continue = ByShape(self._continued, lambda mel, *_: mel.shape[2] == num_frames, ladder)
+
+    def _continued(
+        self, _: None, mel: Tensor, noise: Tensor, old_mel: Tensor, known_source: Tensor, held_back: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A chunk's wave with the overlap in front and its end, and the parts of the next caches."""
+        mel = torch.cat((old_mel, mel), dim=2)
+        wave, source = self(mel, noise, known_source)
+        wave = self._cross_fade(wave, held_back)
+        return wave, mel[..., -OVERLAP_FRAMES:], source[:, -self.overlap :], wave[:, -self.overlap :]
 
     def _cross_fade(self, wave: Tensor, held_back: Tensor) -> Tensor:
         num_held = held_back.shape[1]

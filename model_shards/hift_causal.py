@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from model_shards.config import HiftConfig
 from model_shards.hift import HiftDecoder, Layers
+from model_shards.shapes import ByShape
 
 F0_LOOKAHEAD = 3  # frames which the F0 predictor looks ahead
 F0_HISTORY = 8  # … and back: four convolutions with a kernel of 3
@@ -51,6 +53,16 @@ class CausalHiftCache:
         """Sessions may share a `stream` call when their keys are equal."""
         start = self.mel_start
         return self.mel.shape[1], self.source.shape[0], self.source_start - start, self.num_spoken - start
+
+
+class _Place(NamedTuple):
+    """Where a chunk lies, in frames from the start of the cached mel."""
+
+    source_start: int
+    old_end: int  # of the cached source
+    source_end: int  # of the source as far as the chunk lets it be known
+    spoken: int
+    last: bool
 
 
 class CausalConv1d(nn.Conv1d):
@@ -140,6 +152,7 @@ class CausalHiftGenerator(HiftDecoder):
         self.conv_pre = weight_norm(nn.Conv1d(config.in_channels, config.base_channels, self.lookahead + 1))
         self.f0_predictor = CausalF0Predictor(config)
         self.num_history = _num_history_frames(config)
+        self._continue: Callable[..., tuple[Tensor, ...]] = self._continued
 
     @property
     def delay_frames(self) -> int:
@@ -189,43 +202,59 @@ class CausalHiftGenerator(HiftDecoder):
         returns: per session its samples, and its next cache. Speech comes `delay_frames` late; the turn's first chunk
                  gets as much silence in front, unless it is also the last.
         """
-        mel = torch.cat((torch.stack([cache.mel for cache in caches]), mel), dim=2)
         origin = caches[0].mel_start  # frames are counted from here; the batch key makes it the same for all
-        source_start, spoken = caches[0].source_start - origin, caches[0].num_spoken - origin
-        source, phase = self._extend_source(mel, caches, generators, last)
-        source_end = source_start + source.shape[1] // self.hop
-        start = max(0, spoken - self.num_history)
-        wave = self.decode(mel[:, :, start:source_end], source[:, (start - source_start) * self.hop :], last)
-        wave = wave[:, (spoken - start) * self.hop :]
+        first = caches[0]
+        source_start, spoken = first.source_start - origin, first.num_spoken - origin
+        old_end = source_start + first.source.shape[0] // self.hop
+        source_end = first.mel.shape[1] + mel.shape[2] - (0 if last else F0_LOOKAHEAD)
+        place = _Place(source_start, old_end, source_end, spoken, last)
+        noise = torch.stack([self.draw_noise(generator, source_end - old_end) for generator in generators])
+        ends = [torch.stack(parts) for parts in zip(*((c.mel, c.source, c.phase) for c in caches), strict=True)]
+        wave, *new_ends = (part.clone() for part in self._continue(place, mel, noise, *ends))
         if spoken == 0 and origin == 0 and not last:
             wave = F.pad(wave, (self.delay_frames * self.hop, 0))
-        spoken = source_end - (0 if last else self.lookahead + ISTFT_LOOKAHEAD)
-        keep_source = max(0, spoken - self.num_history)
-        keep_mel = max(0, min(spoken - self.num_history, source_end - F0_HISTORY))
         next_caches = [
             CausalHiftCache(
-                mel[i, :, keep_mel:].clone(),
-                source[i, (keep_source - source_start) * self.hop :].clone(),
-                phase[i].clone(),
-                cache.mel_start + keep_mel,
-                cache.mel_start + keep_source,
-                cache.mel_start + spoken,
+                kept_mel,
+                kept_source,
+                phase,
+                cache.mel_start + self._keep_mel(place),
+                cache.mel_start + self._keep_source(place),
+                cache.mel_start + self._spoken_after(place),
             )
-            for i, cache in enumerate(caches)
+            for cache, kept_mel, kept_source, phase in zip(caches, *new_ends, strict=True)
         ]
-        return list(wave.clone()), next_caches
+        return list(wave), next_caches
 
-    def _extend_source(
-        self, mel: Tensor, caches: Sequence[CausalHiftCache], generators: Sequence[torch.Generator], last: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The cached source and what the new frames allow, (batch, samples); the phase at its end."""
-        old = torch.stack([cache.source for cache in caches])
-        source_end = caches[0].source_start - caches[0].mel_start + old.shape[1] // self.hop
-        start = max(0, source_end - F0_HISTORY)
-        f0 = self.f0_predictor(mel[:, :, start:], last)[:, source_end - start :]
-        noise = torch.stack([self.draw_noise(generator, f0.shape[1]) for generator in generators])
-        new, phase = self.source(f0, torch.stack([cache.phase for cache in caches]), noise)
-        return torch.cat((old, new), dim=1), phase
+    def use_programs(self, num_frames: int, ladder: Sequence[int]) -> None:
+        """Chunks of so many frames are computed by programs of fixed shapes from now on."""
+        self._continue = ByShape(self._continued, lambda mel, *_: mel.shape[2] == num_frames, ladder)
+
+    def _continued(
+        self, place: _Place, mel: Tensor, noise: Tensor, old_mel: Tensor, old_source: Tensor, phase: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A chunk's wave, and the parts of the next caches."""
+        mel = torch.cat((old_mel, mel), dim=2)
+        start = max(0, place.old_end - F0_HISTORY)
+        f0 = self.f0_predictor(mel[:, :, start:], place.last)[:, place.old_end - start :]
+        new, phase = self.source(f0, phase, noise)
+        source = torch.cat((old_source, new), dim=1)
+        start = max(0, place.spoken - self.num_history)
+        seen = source[:, (start - place.source_start) * self.hop :]
+        wave = self.decode(mel[:, :, start : place.source_end], seen, place.last)[
+            :, (place.spoken - start) * self.hop :
+        ]
+        kept_source = source[:, (self._keep_source(place) - place.source_start) * self.hop :]
+        return wave, mel[:, :, self._keep_mel(place) :], kept_source, phase
+
+    def _spoken_after(self, place: _Place) -> int:
+        return place.source_end - (0 if place.last else self.lookahead + ISTFT_LOOKAHEAD)
+
+    def _keep_source(self, place: _Place) -> int:
+        return max(0, self._spoken_after(place) - self.num_history)
+
+    def _keep_mel(self, place: _Place) -> int:
+        return max(0, min(self._spoken_after(place) - self.num_history, place.source_end - F0_HISTORY))
 
 
 def _num_history_frames(config: HiftConfig) -> int:

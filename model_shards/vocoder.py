@@ -1,7 +1,9 @@
 """The vocoder: speech codes of many sessions become their speech, one second at a time.
 
 Rule: the module holds weights only. A session's state is a VocoderState which its caller owns; its tensors are never
-written in place, so that sessions share a voice, and the end of a turn costs nothing.
+written in place, so that sessions share a voice, and the end of a turn costs nothing. For a GPU `make_resident` makes
+one exception: the flow's caches then lie in a pool of the module's, and a turn that began has a place in it, until its
+last window or `reset`.
 
 Source: minicpmo-utils 1.0.6, `stepaudio2` (Token2wav), and how the duplex model drives it
 (`modeling_minicpmo_unified.py`, `_generate_waveform_from_tokens`); reference/minicpmo-4.5.md §6.4 and §6.5.
@@ -13,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,18 @@ from torch.nn import functional as F
 
 from model_shards.config import VocoderConfig
 from model_shards.errors import ModelError
-from model_shards.flow import Flow, FlowCache, FlowHistory, Release, extend
+from model_shards.flow import WINDOW_CODES, Flow, FlowCache, FlowHistory, Release, extend
+from model_shards.flow_pool import ResidentChunk, ResidentFlow, ResidentTurn
 from model_shards.hift import HiftCache, HiftGenerator
 from model_shards.hift_causal import CausalHiftCache, CausalHiftGenerator
+from model_shards.programs import LADDER
 
 T = TypeVar("T")
 SpeechCache = HiftCache | CausalHiftCache
 
 LOOKAHEAD_CODES = 3
-WINDOW_CODES = 25  # one second
 MIN_WINDOW_CODES = 5  # a shorter rest waits for the next codes
+NUM_WARM_UP_WINDOWS = 4  # of a turn: in the last ones, no shape is new any more
 
 MEL_RATE_HZ = 24_000
 MEL_N_FFT = 1920
@@ -68,11 +72,16 @@ class VocoderState:
     voice: VoiceCache
     generator: torch.Generator
     codes: list[int]  # not yet spoken, or needed once more as look-ahead
-    flow: FlowCache
+    flow: FlowCache | ResidentTurn
     hift: SpeechCache
 
     def copy(self) -> VocoderState:
-        """A snapshot that later calls don't change. It shares all tensors, as nothing writes into them."""
+        """A snapshot that later calls don't change. It shares all tensors, as nothing writes into them.
+
+        Raises ModelError where the turn's caches are resident: there is one of each.
+        """
+        if isinstance(self.flow, ResidentTurn):
+            raise ModelError("vocoder: a turn whose caches are resident on the device can't be copied")
         return replace(self, codes=list(self.codes), generator=self.generator.clone_state())
 
 
@@ -113,6 +122,30 @@ class Vocoder(nn.Module):
         self.release = release or _release_of(config)
         self.flow = Flow(config.flow)
         self.hift = CausalHiftGenerator(config.hift) if config.hift.causal else HiftGenerator(config.hift)
+        self._resident: ResidentFlow | None = None
+
+    def make_resident(self, voices: Sequence[VoiceCache], num_turns: int, ladder: Sequence[int] = LADDER) -> None:
+        """From now on `num_turns` turns in these voices are spoken by programs of fixed shapes, as a GPU wants them;
+        what is beyond that, as before.
+
+        ladder: batch sizes of the programs, as far as there are turns. On a CPU this is slower than without.
+        """
+        known = [(voice.history, voice.voice.spk_emb) for voice in voices]
+        self._resident = ResidentFlow(self.flow, self.release, known, num_turns, ladder)
+        self.hift.use_programs(self.config.flow.up_stride * WINDOW_CODES, self._resident.ladder)
+
+    def warm_up(self, voice: VoiceCache) -> None:
+        """Speak some windows of batches of all sizes for which there are programs, so that no session waits until one
+        is made. The largest come first: the others find room in their memory.
+        """
+        assert self._resident is not None, "programs come with resident caches"
+        codes = tuple(range(WINDOW_CODES + LOOKAHEAD_CODES))
+        for size in reversed(self._resident.ladder):
+            states = [self.open(voice, noise_seed=0) for _ in range(size)]
+            for _ in range(NUM_WARM_UP_WINDOWS):
+                self.speak([(state, Window(codes, last=False)) for state in states])
+            for state in states:
+                self.reset(state)
 
     def prepare(self, voice: Voice) -> VoiceCache:
         """Run a voice's prompt through the flow, once for all sessions which speak with it.
@@ -137,7 +170,10 @@ class Vocoder(nn.Module):
         return VocoderState(cache, generator, *self._turn_start(cache))
 
     def reset(self, state: VocoderState) -> None:
-        """Forget the turn (barge-in): the next code begins a new one."""
+        """Forget the turn (barge-in, or the session's end): the next code begins a new one."""
+        if isinstance(state.flow, ResidentTurn):
+            assert self._resident is not None
+            self._resident.end(state.flow)
         state.codes, state.flow, state.hift = self._turn_start(state.voice)
 
     def stream(self, batch: Sequence[tuple[VocoderState, VocoderInput]]) -> list[Tensor]:
@@ -167,14 +203,16 @@ class Vocoder(nn.Module):
         Raises ModelError, before any state changes, for a window that is too short, or a code that doesn't exist.
         """
         self._check_windows(window for _, window in batch)
+        for state, window in batch:
+            if isinstance(state.flow, ResidentTurn) and not self._fits(window):
+                raise ModelError(f"vocoder: a window of {len(window.codes)} codes; resident caches take 25 new ones")
         waves: dict[int, Tensor] = {}
         due = [_Due(place, state, window) for place, (state, window) in enumerate(batch)]
-        for group in _grouped(due, lambda item: (len(item.window.codes), item.window.last)):
-            mels = zip(group, self._to_mel(group), strict=True)
-            for members in _grouped(mels, lambda member: member[0].state.hift.batch_key):
-                items = [item for item, _ in members]
-                spoken = self._to_wave(items, torch.stack([mel for _, mel in members]))
-                waves |= {item.place: wave for item, wave in zip(items, spoken, strict=True)}
+        mels = self._mels_of_resident(due) + self._mels_of_others(due)
+        for members in _grouped(mels, lambda member: (member[1].shape, member[0].window.last, member[0].batch_key)):
+            items = [item for item, _ in members]
+            spoken = self._to_wave(items, torch.stack([mel for _, mel in members]))
+            waves |= {item.place: wave for item, wave in zip(items, spoken, strict=True)}
         for state, window in batch:
             if window.last:
                 self.reset(state)
@@ -198,16 +236,38 @@ class Vocoder(nn.Module):
         (wave,), _ = self._synthesise(mel, [self.hift.empty_cache()], [generator], last=True)
         return wave
 
+    def _mels_of_resident(self, due: Sequence[_Due]) -> list[tuple[_Due, Tensor]]:
+        """Items whose turn is resident, or may be so from its beginning on, each with its mel (mels, frames)."""
+        if self._resident is None:
+            return []
+        for item in due:
+            state = item.state
+            if isinstance(state.flow, FlowCache) and state.flow.num_frames == 0 and self._fits(item.window):
+                state.flow = self._resident.begin(state.voice.history) or state.flow
+        items = [item for item in due if isinstance(item.state.flow, ResidentTurn)]
+        chunks = [ResidentChunk(item.state.flow, *item.window) for item in items]  # type: ignore[arg-type]
+        return list(zip(items, self._resident.speak(chunks), strict=True))
+
+    def _fits(self, window: Window) -> bool:
+        return self._resident is not None and self._resident.fits(*window)
+
+    def _mels_of_others(self, due: Sequence[_Due]) -> list[tuple[_Due, Tensor]]:
+        items = [item for item in due if isinstance(item.state.flow, FlowCache)]
+        groups = _grouped(items, lambda item: (len(item.window.codes), item.window.last))
+        return [pair for group in groups for pair in zip(group, self._to_mel(group), strict=True)]
+
     def _to_mel(self, group: Sequence[_Due]) -> Tensor:
-        """Mel (sessions, mels, frames) of windows which are alike; moves the flow caches on."""
+        """Mel (sessions, mels, frames) of windows which are alike, of turns that are not resident; moves the flow
+        caches on."""
         weight, last = self.flow.encoder_proj.weight, group[0].window.last
         codes = torch.tensor([item.window.codes for item in group], device=weight.device)
         speakers = torch.cat([item.state.voice.voice.spk_emb for item in group])
         no_cond = weight.new_zeros(len(group), self.flow.num_frames(codes.shape[1], last), weight.shape[0])
-        mel, histories = self.flow(codes, speakers, no_cond, [item.state.flow for item in group], last)
+        caches = [cast(FlowCache, item.state.flow) for item in group]
+        mel, histories = self.flow(codes, speakers, no_cond, caches, last)
         if not last:  # else nothing will look back
-            for item, history in zip(group, histories, strict=True):
-                item.state.flow = extend(item.state.flow, history, self.release)
+            for item, cache, history in zip(group, caches, histories, strict=True):
+                item.state.flow = extend(cache, history, self.release)
         return mel  # type: ignore[no-any-return]
 
     def _to_wave(self, group: Sequence[_Due], mel: Tensor) -> Sequence[Tensor]:
@@ -284,6 +344,10 @@ class _Due(NamedTuple):
     place: int
     state: VocoderState
     window: Window
+
+    @property
+    def batch_key(self) -> Hashable:
+        return self.state.hift.batch_key
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:

@@ -23,6 +23,7 @@ from stages.session import Session
 from stages.stage import Site, Stage, StageError, moving, session_seed
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from model_shards.vocoder import Vocoder as VocoderModel
@@ -43,9 +44,11 @@ class VocoderOptions(StageOptions):
     """steps: Euler steps of the flow, at most the 16 that the official buffers hold; None: as the checkpoint says.
 
     dtype: of the net that makes sound of the mel, on a CPU; "auto": bfloat16 where the processor computes with it.
+    resident: on a GPU, how many may speak at once by programs of fixed shapes; each takes memory of its own.
     """
 
     steps: int | None = Field(default=None, ge=1, le=16)
+    resident: int = Field(default=16, ge=0, le=64)
     seed: Seed = 0
 
 
@@ -80,7 +83,10 @@ class Vocoder(Stage):
         fold(model)
         if where.device == "cpu":
             freeze_net(model.hift, cpu_dtype(options.dtype))
-        return cls(model, _prepared(model, voice), options.seed)
+        prepared = _prepared(model, voice)
+        if where.device.startswith("cuda"):
+            _make_fast(model, prepared, options.resident)
+        return cls(model, prepared, options.seed)
 
     def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:
         self._model = model
@@ -95,7 +101,9 @@ class Vocoder(Stage):
         self._open[session.id] = _Open(queue, state)
 
     def close_session(self, session: SessionId) -> None:
-        self._open.pop(session, None)
+        state = self._open.pop(session, None)
+        if state is not None:
+            self._model.reset(state.vocoder)
 
     def interrupt(self, session: SessionId, ack: Ack) -> list[Chunk]:
         state = self._open[session]
@@ -119,7 +127,7 @@ class Vocoder(Stage):
             speaking = [(unit, codes) for unit in units if (codes := self._next_codes(unit)) is not None]
             batch = [(self._open[unit.session].vocoder, _input(codes)) for unit, codes in speaking]
             waves = self._model.stream(batch)
-        chunks = [self._say(unit, codes, wave) for (unit, codes), wave in zip(speaking, waves, strict=True)]
+        chunks = [self._say(unit, codes, wave) for (unit, codes), wave in zip(speaking, _on_host(waves), strict=True)]
         return [chunk for chunk in chunks if chunk is not None]
 
     def _start_anew(self, units: list[Unit]) -> None:
@@ -135,15 +143,12 @@ class Vocoder(Stage):
             state.queue.put(codes)
         return state.queue.take(lambda codes: _longest_ns(state.vocoder.codes, codes), unit.end_ns)
 
-    def _say(self, unit: Unit, codes: Chunk, wave: torch.Tensor) -> Chunk | None:
+    def _say(self, unit: Unit, codes: Chunk, samples: np.ndarray) -> Chunk | None:
         state = self._open[unit.session]
         said = CODES.read(codes)
         state.text += said.text
-        if len(wave) == 0:
+        if len(samples) == 0:
             return None
-        import torch
-
-        samples = wave.to(torch.float32).cpu().numpy()
         duration_ns = len(samples) * NS_PER_S // SPEECH_RATE_HZ
         state.queue.made(duration_ns, unit.end_ns)
         text, state.text = state.text, ""
@@ -154,6 +159,30 @@ class Vocoder(Stage):
 @inference
 def _prepared(model: VocoderModel, voice: Voice) -> VoiceCache:
     return model.prepare(voice)
+
+
+@inference
+def _make_fast(model: VocoderModel, voice: VoiceCache, num_turns: int) -> None:
+    """As a GPU wants it: float32 products and convolutions by tensor cores (TF32, in the whole process), and programs.
+
+    All of them are made here, the largest batch first; later, no session waits for one.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    if num_turns > 0:
+        model.make_resident([voice], num_turns)
+        model.warm_up(voice)
+
+
+def _on_host(waves: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """float32 samples each, by one copy for all."""
+    if not waves:
+        return []
+    import torch
+
+    samples = torch.cat(list(waves)).to(torch.float32).cpu()
+    return [wave.numpy() for wave in torch.split(samples, [len(wave) for wave in waves])]
 
 
 def _input(codes: Chunk) -> VocoderInput:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from model_shards.flow import (
     CONV_HISTORY,
     HISTORY_FRAMES,
+    WINDOW_CODES,
     ConformerLayer,
     Dit,
     DitAttention,
@@ -31,7 +32,7 @@ from model_shards.flow import (
     modulate,
     split_heads,
 )
-from model_shards.vocoder import LOOKAHEAD_CODES, MIN_WINDOW_CODES, WINDOW_CODES
+from model_shards.vocoder import LOOKAHEAD_CODES, MIN_WINDOW_CODES
 
 UP: Final = 2  # frames per code
 KEPT_CODES: Final = HISTORY_FRAMES // UP

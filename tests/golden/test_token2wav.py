@@ -176,8 +176,11 @@ def pitch() -> F0Predictor:
 
 @functools.cache
 def vocoder(num_steps: int | None = None) -> Listening:
+    return official(unfolded(num_steps))
+
+
+def official(module: Listening) -> Listening:
     """The official weights, folded as the product has them, and the official noise."""
-    module = unfolded(num_steps)
     head = read_tensors(TENSORS)["cfm.rand_noise_head"]
     module.flow.decoder.rand_noise[..., : head.shape[2]] = head
     assert isinstance(module.hift, HiftGenerator)
@@ -433,6 +436,21 @@ def check_chunk(stream: str, index: int, spoken: Spoken) -> None:
     # A difference of 1e-5 turns into one step of 16 bits in one of three samples, up or down; measured: 34 of 24000.
     pcm = (spoken.wave.clamp(-1, 1) * NUM_PCM_STEPS).to(torch.int16)
     assert abs(int(pcm.sum()) - row["pcm_sum"]) <= row["wav_samples"] // 100
+
+
+@pytest.mark.skipif("flow" not in parts(), reason="the folder of recordings has no weights of the flow")
+def test_resident_caches_speak_the_recorded_streams() -> None:
+    module = official(unfolded())
+    cache = module.prepare(voice())
+    module.make_resident([cache], len(streams()), ladder=(1, 2, 4))
+    seeds = {name: read_json(JSON)[name]["manual_seed"] for name in streams()}
+    sessions = [Session(name, module.open(cache, noise_seed=seeds[name])) for name in streams()]
+    while running := [session for session in sessions if not session.is_over]:
+        waves = module.speak([(session.state, session.window()) for session in running])
+        for session, wave in zip(running, waves, strict=True):
+            expected = alone(session.case)[len(session.spoken)]
+            close(wave, expected.wave, rtol=0)
+            session.spoken.append(expected)
 
 
 @cases(JSON, (f"{name} in company, order {seed}" for seed in range(3) for name in streams()))

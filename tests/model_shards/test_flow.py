@@ -23,6 +23,7 @@ from model_shards.flow import (
     Flow,
     FlowCache,
     FlowHistory,
+    LayerPast,
     Past,
     PreLookahead,
     Release,
@@ -92,7 +93,7 @@ def test_relative_attention_is_that_of_transformer_xl() -> None:
     kv[0, 0, :, :3] = heads(attention.linear_k(old), num_heads)
     kv[1, 0, :, :3] = heads(attention.linear_v(old), num_heads)
 
-    out = attention(new[None], distance_embedding(7, 4, new), kv, None)
+    out = attention(new[None], distance_embedding(7, 4, new), LayerPast(kv, None))
 
     seen = torch.cat((old, new))
     q = heads(attention.linear_q(new), num_heads)
@@ -124,7 +125,7 @@ def test_dit_attention_knows_no_positions_and_normalises_queries_and_keys_per_he
         torch.nn.init.normal_(norm.weight)
     x, num_heads, dim = torch.randn(5, TINY.dit_hidden_size), TINY.dit_num_heads, TINY.dit_head_dim
 
-    out = attention(x[None], torch.zeros(2, 1, num_heads, 5, dim), None)
+    out = attention(x[None], LayerPast(torch.zeros(2, 1, num_heads, 5, dim), None))
 
     q, k, v = (heads(linear(x), num_heads) for linear in (attention.to_q, attention.to_k, attention.to_v))
     q, k = attention.q_norm(q), attention.k_norm(k)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk
 from graph.tail import Player
@@ -146,6 +147,32 @@ def test_codes_that_an_earlier_window_left_count_in_what_the_last_one_sounds_for
     stage.process([unit("door", 0, voice("door", 0, num_held))])
     (last,) = stage.process([unit("door", 1, voice("door", 1, 25, end=True))])
     assert last.duration_ns <= asked_ns[-1]
+
+
+def resident(tiny: Tiny, num_turns: int) -> Vocoder:
+    """As on a GPU, but for its speed."""
+    stage = tiny.vocoder()
+    with torch.inference_mode():
+        stage._model.make_resident([stage._voice], num_turns)
+    return stage
+
+
+def test_who_is_interrupted_or_leaves_gives_its_resident_caches_back(tiny: Tiny):
+    stage, stock = resident(tiny, 1), tiny.vocoder()
+    assert stage._model._resident is not None
+    room = stage._model._resident._free_slots
+    for name in ("a", "b", "c"):
+        said = []
+        for one in (stage, stock):
+            listener = opened(one, name=name)
+            said += one.process([unit(name, 0, voice(name, 0))])
+            if one is stage:
+                assert room == []
+            if name == "b":
+                one.interrupt(listener.id, ack(1.0, heard_s=0.0, received_s=0.0, through_s=0.0, epoch=1))
+            one.close_session(listener.id)
+        np.testing.assert_allclose(*(chunk.arrays["samples"] for chunk in said), atol=1e-3)
+        assert len(room) == 1
 
 
 class Listener:
