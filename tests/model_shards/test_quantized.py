@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: what is stored, what is computed of it, and the checkpoint which holds them."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,19 @@ from model_shards.init import init_checkpoint
 from model_shards.kv_cache import KvCache, KvSequence, KvShape
 from model_shards.llm import LanguageModel, SequenceInput
 from model_shards.quantize import Bits, compare_speed, quantize_checkpoint
-from model_shards.quantized import QuantizedLinear, dequantize, quantize, settle, tiled_product, written_out_product
+from model_shards.quantized import (
+    QuantizedLinear,
+    TensorCoreKernel,
+    dequantize,
+    for_tensor_cores,
+    quantize,
+    runs_with,
+    settle,
+    written_out,
+)
 from model_shards.split import verify_split
 from stages.llm import Llm, LlmOptions
 from stages.stage import Site
-from tests.support.kernels import int4_packed, int4_product
 from tests.support.units import audio, session, unit
 
 BITS: tuple[Bits, ...] = (8, 4)
@@ -99,65 +108,6 @@ def test_a_layer_computes_with_the_weights_its_codes_stand_for(bits: int, dtype:
     assert (actual.float() - expected).abs().max() <= off * expected.abs().max()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("columns", [128, 192, 256])
-@pytest.mark.parametrize("rows", [48, 50], ids=["for the kernel", "none for the kernel"])
-@pytest.mark.parametrize("bits", BITS)
-def test_a_layer_on_a_gpu_computes_with_the_weights_its_codes_stand_for(bits: int, rows: int, columns: int):
-    weight = matrix(rows, columns).to(torch.bfloat16)
-    for num in (1, 3, 16, 17, 300):
-        x = torch.randn(num, columns, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-        expected = x.float() @ dequantize(quantize(weight, bits, 64)).float().T
-        actual = layer(weight.cuda(), bits)(x.cuda()).cpu().float()
-        assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "dtype", "group", "takes"),
-    [
-        (48, 128, torch.bfloat16, 64, True),
-        (48, 192, torch.bfloat16, 64, True),
-        (50, 128, torch.bfloat16, 64, False),
-        (48, 128, torch.float32, 64, False),
-        (48, 32, torch.bfloat16, 32, True),
-    ],
-)
-def test_a_gpu_s_kernel_is_asked_for_what_it_takes_and_no_other(
-    rows: int, columns: int, dtype: torch.dtype, group: int, takes: bool, monkeypatch: pytest.MonkeyPatch
-):
-    """On the device meta, which has shapes and no values."""
-    asked: list[int] = []
-
-    def kernel(x: torch.Tensor, packed: torch.Tensor, size: int, both: torch.Tensor) -> torch.Tensor:
-        assert both.shape == (columns // size, rows, 2) and both.is_contiguous()
-        asked.append(size)
-        return x.new_empty(len(x), 8 * len(packed))
-
-    monkeypatch.setattr(torch, "_weight_int4pack_mm", kernel)
-    made = layer(matrix(rows, columns).to("meta", dtype), 4, group)
-    x = torch.empty(5, columns, dtype=dtype, device="meta")
-    assert (made(x).shape, made(x).dtype, set(asked)) == ((5, rows), dtype, {group} if takes else set())
-
-
-def test_what_a_gpu_s_kernel_is_handed_stands_for_the_weights(monkeypatch: pytest.MonkeyPatch):
-    """By a plain reference of its documents (tests/support/kernels.py)."""
-    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", int4_packed)
-    monkeypatch.setattr(torch, "_weight_int4pack_mm", int4_product)
-    codes = quantize(matrix().to(torch.bfloat16), 4, 32)
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    expected = x.float() @ dequantize(codes).float().T
-    torch.testing.assert_close(tiled_product(codes, 8)(x).float(), expected, rtol=0.02, atol=0.01)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", BITS)
-def test_weights_that_are_written_out_for_each_forward_are_those_of_the_codes(bits: int, dtype: torch.dtype):
-    codes = quantize(matrix().to(dtype), bits, 32)
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = x.float() @ dequantize(codes).float().T
-    torch.testing.assert_close(written_out_product(codes)(x).float(), expected, rtol=0.02, atol=0.01)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_is_the_same_in_any_company(bits: int):
     made = layer(matrix().to(torch.bfloat16), bits)
@@ -181,6 +131,123 @@ def test_what_a_layer_no_longer_needs_is_forgotten():
     made = layer(matrix().to(torch.bfloat16), 4)
     assert made(torch.randn(128, 2).to(torch.bfloat16).T).shape == (2, 48)  # a view that is not contiguous
     assert sum(buffer.numel() for buffer in made.buffers()) == 0
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def packed_by_loops(pairs: torch.Tensor, inner_tiles: int) -> torch.Tensor:
+    """torch's `_convert_weight_to_int4pack` of CUDA (aten/src/ATen/native/cuda/int4mm.cu), code by code.
+
+    A warp holds 8 rows and 16 columns per tile: lane t has row t / 4, and columns 2 (t % 4) and the next one, those and
+    the two that are 8 further. Two tiles share an int32: of the eight codes first those of even number, then the odd.
+    """
+    assert pairs.dtype == torch.uint8 and pairs.is_contiguous() and inner_tiles in (2, 4, 8)
+    rows, columns = pairs.shape[0], 2 * pairs.shape[1]
+    assert rows % 8 == 0 and columns % (16 * inner_tiles) == 0
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=2).flatten(1).tolist()
+    out = torch.zeros(rows // 8, columns // (16 * inner_tiles), 32, inner_tiles // 2, dtype=torch.int64)
+    for row_tile, column_tile, lane, two_tiles in itertools.product(*map(range, out.shape)):
+        row, first = 8 * row_tile + lane // 4, 16 * (inner_tiles * column_tile + 2 * two_tiles) + 2 * (lane % 4)
+        held = [codes[row][first + at] for at in (0, 1, 8, 9, 16, 17, 24, 25)]
+        out[row_tile, column_tile, lane, two_tiles] = sum(
+            code << (4 * place) for place, code in enumerate([*held[::2], *held[1::2]])
+        )
+    return torch.where(out >= 1 << 31, out - (1 << 32), out).to(torch.int32)
+
+
+def multiplied_by_loops(x: torch.Tensor, packed: torch.Tensor, size: int, both: torch.Tensor) -> torch.Tensor:
+    """torch's `_weight_int4pack_mm` of CUDA, of what `packed_by_loops` gives."""
+    row_tiles, column_tiles, lanes, words = packed.shape
+    rows, columns = 8 * row_tiles, 32 * words * column_tiles
+    assert x.dtype == both.dtype == torch.bfloat16 and x.is_contiguous() and both.is_contiguous()
+    assert x.shape[1] == columns and lanes == 32 and both.shape == (columns // size, rows, 2)
+    weight = torch.zeros(rows, columns, dtype=torch.float64)
+    for row_tile, column_tile, lane, word in itertools.product(*map(range, packed.shape)):
+        value = int(packed[row_tile, column_tile, lane, word])
+        row, first = 8 * row_tile + lane // 4, 16 * (2 * words * column_tile + 2 * word) + 2 * (lane % 4)
+        for place, at in enumerate((0, 8, 16, 24, 1, 9, 17, 25)):
+            scale, zero = both[(first + at) // size, row].double()
+            weight[row, first + at] = (((value >> (4 * place)) & 15) - 8) * scale + zero
+    return (x.double() @ weight.T).to(x.dtype)
+
+
+BY_LOOPS = TensorCoreKernel(packed_by_loops, multiplied_by_loops)
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 65], ids=lambda num: f"{num} rows")
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_for_tensor_cores_a_layer_computes_with_the_weights_its_codes_stand_for(group_size: int, num_rows: int):
+    codes = quantize(matrix(16, 256).to(torch.bfloat16), 4, group_size)
+    x = torch.randn(num_rows, 256, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    product = for_tensor_cores(codes, BY_LOOPS)
+    expected = x.float() @ dequantize(codes).float().T
+    actual = product.compute(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
+    assert "up to 64 rows" in product.runs_with
+
+
+def test_what_was_packed_for_tensor_cores_is_what_torch_says_it_takes():
+    pairs = quantize(matrix(16, 256).to(torch.bfloat16), 4, 128).weight
+    said = torch.ops.aten._convert_weight_to_int4pack(pairs.to("meta"), 8)
+    packed = packed_by_loops(pairs, 8)
+    assert (said.shape, said.dtype) == (packed.shape, packed.dtype)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_matrix_that_is_written_out_in_parts_gives_the_same(bits: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("model_shards.quantized._WRITTEN_AT_ONCE", 20)
+    codes = quantize(matrix().to(torch.bfloat16), bits, 64)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    expected = x.float() @ dequantize(codes).float().T
+    product = written_out(codes, "as it is")
+    torch.testing.assert_close(product.compute(x).float(), expected, rtol=0.02, atol=0.02)
+    assert product.runs_with == "as it is"
+
+
+def test_a_model_says_what_its_quantised_layers_are_computed_with():
+    layers = torch.nn.Sequential(
+        *(layer(matrix(rows).to(dtype), bits) for bits in (4, 4, 8) for rows, dtype in ((48, torch.bfloat16),)),
+        layer(matrix(), 8),
+        torch.nn.Linear(2, 2),
+    )
+    said = runs_with(layers)
+    assert said == "torch's 4-bit kernel, torch's 8-bit kernel, quantised weights written out in torch.float32"
+    assert runs_with(torch.nn.Linear(2, 2)) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 65, 200])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_on_a_gpu_4_bits_are_the_weights_they_stand_for(group_size: int, num_rows: int):
+    codes = quantize(matrix(512, 1024).to(torch.bfloat16), 4, group_size)
+    x = torch.randn(num_rows, 1024, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    made = QuantizedLinear(1024, 512, Quantization(4, group_size))
+    made.weight, made.weight_scale, made.weight_zero = (part.cuda() for part in codes if part is not None)
+    made.settle()
+    assert "tensor-core" in made.runs_with
+    expected = x.float() @ dequantize(codes).float().T
+    torch.testing.assert_close(made(x.cuda()).float().cpu(), expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.gpu
+def test_torch_packs_on_a_gpu_as_the_loops_do():
+    pairs = quantize(matrix(16, 256).to(torch.bfloat16), 4, 128).weight
+    assert torch.equal(torch._convert_weight_to_int4pack(pairs.cuda(), 8).cpu(), packed_by_loops(pairs, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+def test_on_a_gpu_what_has_no_kernel_is_written_out(bits: int):
+    codes = quantize(matrix(48, 96), bits, 32)  # float32
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    made = QuantizedLinear(96, 48, Quantization(bits, 32))
+    made.weight, made.weight_scale = codes.weight.cuda(), codes.scale.cuda()
+    made.weight_zero = None if codes.zero is None else codes.zero.cuda()
+    made.settle()
+    torch.testing.assert_close(made(x.cuda()).cpu(), x @ dequantize(codes).T, rtol=1e-3, atol=1e-3)
+    assert "not faster" in made.runs_with
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------
