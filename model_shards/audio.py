@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from torch.nn import functional as F
 from model_shards.config import AudioConfig
 from model_shards.errors import ModelError
 from model_shards.mel import MelChunk
+from model_shards.programs import LADDER
+
+if TYPE_CHECKING:
+    from model_shards.audio_pool import ResidentAudio
 
 
 class Memory(Protocol):
@@ -43,6 +47,7 @@ class AudioState:
 
     kv: Tensor | None = None
     num_frames: int = 0
+    slot: int | None = None  # where it is kept in place of `kv`; see audio_pool.py
 
     def reset(self) -> None:
         """Forget the past; the memory stays for the next frames."""
@@ -125,8 +130,28 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.apm = WhisperTower(config)
+        self._resident: ResidentAudio | None = None
         # The official width here is encoder_ffn_dim // 4, which is d_model at every size that was released.
         self.audio_projection_layer = Projector(config.d_model, config.embed_dim)
+
+    def make_resident(self, num_sessions: int, ladder: Sequence[int] = LADDER) -> None:
+        """From now on `num_sessions` sessions at a time are encoded by programs of fixed shapes, as a GPU wants them;
+        what is beyond that, as before. On a CPU this is slower than without.
+        """
+        from model_shards.audio_pool import ResidentAudio
+
+        self._resident = ResidentAudio(self, num_sessions, ladder)
+        self._resident.warm_up()
+
+    def open(self) -> AudioState:
+        """The state of a session that has heard nothing. `close` it."""
+        state = None if self._resident is None else self._resident.begin()
+        return AudioState() if state is None else state
+
+    def close(self, state: AudioState) -> None:
+        """The session is over: what it kept on the device is free for another one. Call it once."""
+        if self._resident is not None and state.slot is not None:
+            self._resident.end(state)
 
     def encode(self, batch: Sequence[tuple[AudioState, MelChunk]]) -> list[Tensor]:
         """Encode the next chunk of several sessions and move their states on.
@@ -138,7 +163,13 @@ class AudioEncoder(nn.Module):
         if len({id(state) for state, _ in batch}) < len(batch):
             raise ModelError("audio: a session's chunks must be encoded one after the other, not in one batch")
         rows = [(state, chunk) for state, chunk in batch if len(kept_frames(chunk)) > 0]
-        done = dict(zip((id(state) for state, _ in rows), self._encode_rows(rows), strict=True)) if rows else {}
+        done: dict[int, Tensor] = {}
+        for encode, of_kind in (
+            (self._encode_rows, [row for row in rows if row[0].slot is None]),
+            (self._encode_resident, [row for row in rows if row[0].slot is not None]),
+        ):
+            if of_kind:
+                done |= zip((id(state) for state, _ in of_kind), encode(of_kind), strict=True)
         empty = self.audio_projection_layer.linear1.weight.new_zeros(0, self.config.embed_dim)
         return [done.get(id(state), empty) for state, _ in batch]
 
@@ -155,7 +186,9 @@ class AudioEncoder(nn.Module):
         returns: per clip [tokens, embed_dim], tokens = ((len - 1) // 2 + 1) // pool_step.
         """
         after_conv = [(length - 1) // 2 + 1 for length in lens]
-        frames = self.apm.convolve(mel, None if hear_padding else torch.tensor(lens, device=self.apm.conv1.weight.device))
+        frames = self.apm.convolve(
+            mel, None if hear_padding else torch.tensor(lens, device=self.apm.conv1.weight.device)
+        )
         total = frames.shape[1]
         if total > self.config.max_source_positions:
             raise ModelError(f"audio: a clip of {total} frames; the encoder has {self.config.max_source_positions}")
@@ -196,6 +229,12 @@ class AudioEncoder(nn.Module):
             x = x + layer.mlp(x)
         return self.apm.layer_norm(x)  # type: ignore[no-any-return]
 
+    def _encode_resident(self, rows: Sequence[tuple[AudioState, MelChunk]]) -> list[Tensor]:
+        assert self._resident is not None
+        for state, chunk in rows:
+            self._drop_what_passes(state, chunk)
+        return self._resident.encode(rows)
+
     def _encode_rows(self, rows: Sequence[tuple[AudioState, MelChunk]]) -> list[Tensor]:
         x, lens = self.hidden(rows)
         return self._pool(self.audio_projection_layer(x), lens)
@@ -216,10 +255,14 @@ class AudioEncoder(nn.Module):
             kept[row] = kept[row] + self.apm.embed_positions(positions.clamp(max=last))
         return nn.utils.rnn.pad_sequence(kept, batch_first=True), [len(row) for row in kept]
 
-    def _make_room(self, state: AudioState, chunk: MelChunk) -> None:
-        """Drop a cache that would pass the positions (the overlap counts, too), and reserve memory for the chunk."""
+    def _drop_what_passes(self, state: AudioState, chunk: MelChunk) -> None:
+        """Drop a cache that would pass the positions; the overlap counts, too."""
         if state.num_frames and state.num_frames + _after_conv(chunk) >= self.config.max_source_positions:
             state.reset()
+
+    def _make_room(self, state: AudioState, chunk: MelChunk) -> None:
+        """Reserve memory for the chunk."""
+        self._drop_what_passes(state, chunk)
         needed = state.num_frames + len(kept_frames(chunk))
         if state.kv is not None and state.kv.shape[3] >= needed:
             return
@@ -234,11 +277,15 @@ class AudioEncoder(nn.Module):
     def _project(self, x: Tensor, lens: Sequence[int]) -> list[Tensor]:
         return self._pool(self.audio_projection_layer(self.apm.layer_norm(x)), lens)
 
-    def _pool(self, embeds: Tensor, lens: Sequence[int]) -> list[Tensor]:
-        """Average `pool_step` embeddings into one; the rest of a row is dropped."""
+    def pool(self, embeds: Tensor) -> Tensor:
+        """Average `pool_step` embeddings into one. What is less than that gives one, too, which means nothing."""
         step = self.config.pool_step
-        padded = F.pad(embeds.transpose(1, 2), (0, step - 1))  # so that one frame is no error, but no token
-        pooled = F.avg_pool1d(padded, step).transpose(1, 2)
+        padded = F.pad(embeds.transpose(1, 2), (0, step - 1))
+        return F.avg_pool1d(padded, step).transpose(1, 2)
+
+    def _pool(self, embeds: Tensor, lens: Sequence[int]) -> list[Tensor]:
+        """The tokens of each row; the rest of it is dropped."""
+        step, pooled = self.config.pool_step, self.pool(embeds)
         return [pooled[row, : length // step] for row, length in enumerate(lens)]
 
 

@@ -34,6 +34,7 @@ from model_shards.flow import (
     extend,
 )
 from model_shards.programs import LADDER, Captured
+from model_shards.shapes import ladder_to
 
 NOWHERE: Final = 0
 BLANK: Final = 1
@@ -92,8 +93,7 @@ class ResidentFlow:
         self._speakers = torch.cat([flow.spk_embed_affine_layer(F.normalize(speaker, dim=1)) for _, speaker in voices])
         self._noise = flow.decoder.rand_noise[0].T.contiguous()
         self._free_slots = list(range(len(voices) + 1, len(voices) + 1 + num_turns))
-        largest = min(num_turns, ladder[-1])
-        self.ladder = (*(size for size in ladder if size < largest), largest)  # batch sizes of the programs
+        self.ladder = ladder_to(min(num_turns, ladder[-1]), ladder)  # batch sizes of the programs
         self._program = Captured(self._run, self._blank_plan, self.ladder)
 
     def begin(self, voice: FlowHistory) -> ResidentTurn | None:

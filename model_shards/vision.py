@@ -9,8 +9,10 @@ reference/minicpmo-4.5.md §1.3, §2.2, §2.3; golden-notes.md 16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,11 @@ from torch.nn import functional as F
 
 from model_shards.config import VisionConfig
 from model_shards.image import ImagePatches
+from model_shards.programs import LADDER
+from model_shards.shapes import ByShape, ladder_to
+
+NUM_SIZES: Final = 4
+"""Sizes of pictures for which there are programs: cameras have few, and each program keeps memory for all layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,7 @@ class PatchBatch:
     rows, cols: (B, L) int64, the place of each patch in its picture, in patches; 0 where padded.
     positions: (B, L) int64, its row of the learned position table; 0 where padded.
     mask: (B, 1, 1, L) bool, true for patches, false for padding; None when nothing is padded.
+    longest: the most rows or columns of a picture.
     """
 
     pixels: Tensor
@@ -35,6 +43,7 @@ class PatchBatch:
     cols: Tensor
     positions: Tensor
     mask: Tensor | None
+    longest: int
 
 
 class VisionEncoder(nn.Module):
@@ -45,6 +54,29 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.vpm = VisionTower(config)
         self.resampler = Resampler(config)
+        self._sizes: set[int] | None = None  # numbers of patches for which there are programs
+        self._run: Callable[..., tuple[Tensor, ...]] = self._encode
+
+    def use_programs(self, ladder: Sequence[int] = LADDER) -> None:
+        """Pictures of the first NUM_SIZES sizes that come are encoded by programs of fixed shapes from now on, as a GPU
+        wants them; each is made when its size comes first. Batches are then of one size each.
+        """
+        sizes: set[int] = set()
+
+        def is_usual(pixels: Tensor, *_: Tensor) -> bool:
+            if len(sizes) < NUM_SIZES:
+                sizes.add(pixels.shape[1])
+            return pixels.shape[1] in sizes
+
+        self._sizes = sizes
+        self._run = ByShape(self._encode, is_usual, ladder_to(self.config.vision_batch_size, ladder))
+
+    def warm_up(self, rows: int, cols: int) -> None:
+        """Make the programs for pictures of this size, the largest batch first, before a picture needs them."""
+        size = self.config.patch_size
+        blank = ImagePatches(torch.zeros(self.config.num_channels, size, size * rows * cols), rows, cols)
+        for num in reversed(ladder_to(self.config.vision_batch_size)):
+            self.encode([blank] * num)
 
     def encode(self, patches: Sequence[ImagePatches]) -> Tensor:
         """Encode pictures (of any sessions) into LLM embeddings.
@@ -53,17 +85,31 @@ class VisionEncoder(nn.Module):
         """
         weight = self.resampler.query
         out = torch.empty(len(patches), *weight.shape, dtype=weight.dtype, device=weight.device)
-        # Neighbours in length share a batch: least padding.
-        order = sorted(range(len(patches)), key=lambda index: patches[index].rows * patches[index].cols)
-        for start in range(0, len(order), self.config.vision_batch_size):
-            chosen = order[start : start + self.config.vision_batch_size]
+        for chosen in self._batches([picture.rows * picture.cols for picture in patches]):
             out[chosen] = self.encode_batch(self.gather([patches[index] for index in chosen]))
         return out
 
     def encode_batch(self, batch: PatchBatch) -> Tensor:
-        """Encode one padded batch; returns (B, query_num, embed_dim)."""
-        embeddings: Tensor = self.resampler(self.vpm(batch), batch)
+        """Encode one padded batch; returns (B, query_num, embed_dim), which the next call may overwrite."""
+        if batch.mask is None:
+            (embeddings,) = self._run(batch.longest, batch.pixels, batch.rows, batch.cols, batch.positions)
+        else:
+            embeddings = self.resampler(self.vpm(batch), batch)
         return embeddings
+
+    def _encode(
+        self, longest: int, pixels: Tensor, rows: Tensor, cols: Tensor, positions: Tensor
+    ) -> tuple[Tensor, ...]:
+        batch = PatchBatch(pixels, rows, cols, positions, None, longest)
+        return (self.resampler(self.vpm(batch), batch),)
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Neighbours in length share a batch: least padding. None at all where there are programs."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        groups = [order] if self._sizes is None else [list(g) for _, g in groupby(order, key=lengths.__getitem__)]
+        for group in groups:
+            for start in range(0, len(group), self.config.vision_batch_size):
+                yield group[start : start + self.config.vision_batch_size]
 
     def gather(self, patches: Sequence[ImagePatches]) -> PatchBatch:
         """Pad at least one picture to the longest, on the weights' device and in their dtype."""
@@ -75,6 +121,7 @@ class VisionEncoder(nn.Module):
             cols=batch.cols.to(weight.device),
             positions=batch.positions.to(weight.device),
             mask=None if batch.mask is None else batch.mask.to(weight.device),
+            longest=batch.longest,
         )
 
 
@@ -94,7 +141,8 @@ def gather_patches(patches: Sequence[ImagePatches], config: VisionConfig) -> Pat
         row_buckets, col_buckets = position_buckets(picture.rows, side), position_buckets(picture.cols, side)
         positions[index, :length] = (row_buckets[:, None] * side + col_buckets).flatten()
     mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
-    return PatchBatch(pixels, rows, cols, positions, None if bool(mask.all()) else mask)
+    longest_side = max(max(picture.rows, picture.cols) for picture in patches)
+    return PatchBatch(pixels, rows, cols, positions, None if bool(mask.all()) else mask, longest_side)
 
 
 def position_buckets(num_patches: int, side: int) -> Tensor:
@@ -109,13 +157,13 @@ def position_buckets(num_patches: int, side: int) -> Tensor:
     return torch.bucketize(fractions, boundaries, right=True)
 
 
-def grid_embedding(rows: Tensor, cols: Tensor, width: int) -> Tensor:
+def grid_embedding(rows: Tensor, cols: Tensor, width: int, longest: int) -> Tensor:
     """Sines and cosines of each patch's place: half of the channels from its column, half from its row.
 
-    rows, cols: any shape (…), int64. returns: (…, width) float32 = [sin col | cos col | sin row | cos row].
+    rows, cols: any shape (…), int64, below `longest`.
+    returns: (…, width) float32 = [sin col | cos col | sin row | cos row].
     """
     frequencies = torch.arange(width // 4, dtype=torch.float32, device=rows.device) / (width // 4)
-    longest = int(torch.maximum(rows.max(), cols.max())) + 1
     places = torch.arange(longest, dtype=torch.float32, device=rows.device)
     angles = places[:, None] * (1.0 / 10000**frequencies)
     table = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -230,7 +278,7 @@ class Resampler(nn.Module):
     def forward(self, hidden: Tensor, batch: PatchBatch) -> Tensor:
         """hidden: (B, L, hidden_size) of the tower. returns: (B, query_num, embed_dim)."""
         value = self.ln_kv(self.kv_proj(hidden))
-        key = value + grid_embedding(batch.rows, batch.cols, value.shape[-1]).to(value.dtype)
+        key = value + grid_embedding(batch.rows, batch.cols, value.shape[-1], batch.longest).to(value.dtype)
         out: Tensor = self.ln_post(self.attn(self.ln_q(self.query), key, value, batch.mask))
         return out @ self.proj
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from graph.costs import StageCost
@@ -37,6 +38,12 @@ class _Open:
     voice_sent: bool = False
 
 
+class AudioOptions(StageOptions):
+    """resident: on a GPU, how many sessions are encoded by programs of fixed shapes; each takes memory of its own."""
+
+    resident: int = Field(default=16, ge=0, le=256)
+
+
 class AudioEncoder(Stage):
     """Sound to embeddings: embeds [tokens, dim] per window.
 
@@ -46,17 +53,21 @@ class AudioEncoder(Stage):
 
     sound = In(SOUND)
     audio = Out(AUDIO)
+    Options = AudioOptions
     component = "audio"
     cost = StageCost(6 * NS_PER_MS, 1 * NS_PER_MS, spread=0.2)
 
     @classmethod
-    def load(cls, options: StageOptions, site: Site) -> AudioEncoder:
+    def load(cls, options: AudioOptions, site: Site) -> AudioEncoder:
         from model_shards.checkpoint import load_ref_audio, load_shard
+        from model_shards.shapes import ladder_to
         from stages.tensors import runtime
 
         where = runtime(site.device, options.dtype)
         voice = load_ref_audio(site.checkpoint)
         model = load_shard(site.checkpoint, "audio", dtype=where.dtype, device=where.device)
+        if where.device.startswith("cuda") and options.resident > 0:
+            inference(model.make_resident)(options.resident, ladder_to(options.batch))
         return cls(model, None if voice is None else voice.numpy())
 
     def __init__(self, model: AudioModel, voice: np.ndarray | None = None) -> None:
@@ -65,10 +76,13 @@ class AudioEncoder(Stage):
         self._voice = None if voice is None else self._encode_voice(voice)
 
     def open_session(self, session: Session) -> None:
-        self._open[session.id] = _Open(session.window_ns * SOUND_RATE_HZ // NS_PER_S, *_unheard())
+        window_samples = session.window_ns * SOUND_RATE_HZ // NS_PER_S
+        self._open[session.id] = _Open(window_samples, _no_mel(), self._model.open())
 
     def close_session(self, session: SessionId) -> None:
-        self._open.pop(session, None)
+        state = self._open.pop(session, None)
+        if state is not None:
+            self._model.close(state.state)
 
     def downstream_replaced(self, session: SessionId) -> None:
         self._open[session].voice_sent = False
@@ -89,7 +103,8 @@ class AudioEncoder(Stage):
         """What was heard before is forgotten."""
         for unit in units:
             state = self._open[unit.session]
-            state.mel, state.state = _unheard()
+            state.mel = _no_mel()
+            state.state.reset()
 
     def _push(self, unit: Unit, samples: np.ndarray) -> list[MelChunk]:
         return self._open[unit.session].mel.push(samples, max_chunks=1)
@@ -130,9 +145,7 @@ class AudioEncoder(Stage):
         return torch.cat(self._model.encode_offline(mel.to(device), lens, self._model.config.chunk_length_s))
 
 
-def _unheard() -> tuple[StreamingMel, AudioState]:
-    """The states of one that has heard nothing yet."""
-    from model_shards.audio import AudioState
+def _no_mel() -> StreamingMel:
     from model_shards.mel import StreamingMel
 
-    return StreamingMel(), AudioState()
+    return StreamingMel()

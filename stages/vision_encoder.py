@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import Field
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     import torch
 
     from model_shards.vision import VisionEncoder as VisionModel
+
+
+WIDE: Final = 24, 43
+"""Rows and columns of patches of a picture of 16 by 9, as most cameras give it. Other sizes get their programs when one
+comes for the first time."""
 
 
 class VisionOptions(StageOptions):
@@ -47,6 +52,9 @@ class VisionEncoder(Stage):
 
         where = runtime(site.device, options.dtype)
         model = load_shard(site.checkpoint, "vision", dtype=where.dtype, device=where.device)
+        if where.device.startswith("cuda"):
+            model.use_programs()
+            inference(model.warm_up)(*WIDE)
         return cls(model, options.max_slices)
 
     def __init__(self, model: VisionModel, max_slices: int) -> None:

@@ -85,7 +85,7 @@ class Vocoder(Stage):
             freeze_net(model.hift, cpu_dtype(options.dtype))
         prepared = _prepared(model, voice)
         if where.device.startswith("cuda"):
-            _make_fast(model, prepared, options.resident)
+            _make_fast(model, prepared, options)
         return cls(model, prepared, options.seed)
 
     def __init__(self, model: VocoderModel, voice: VoiceCache, seed: int) -> None:
@@ -162,16 +162,18 @@ def _prepared(model: VocoderModel, voice: Voice) -> VoiceCache:
 
 
 @inference
-def _make_fast(model: VocoderModel, voice: VoiceCache, num_turns: int) -> None:
+def _make_fast(model: VocoderModel, voice: VoiceCache, options: VocoderOptions) -> None:
     """As a GPU wants it: float32 products and convolutions by tensor cores (TF32, in the whole process), and programs.
 
     All of them are made here, the largest batch first; later, no session waits for one.
     """
     import torch
 
+    from model_shards.shapes import ladder_to
+
     torch.set_float32_matmul_precision("high")
-    if num_turns > 0:
-        model.make_resident([voice], num_turns)
+    if options.resident > 0:
+        model.make_resident([voice], options.resident, ladder_to(options.batch))
         model.warm_up(voice)
 
 

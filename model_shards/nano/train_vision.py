@@ -181,7 +181,7 @@ def to_patches(pixels: Tensor) -> PatchBatch:
     vectors = cells.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
     rows = torch.arange(side).repeat_interleave(side).expand(len(pixels), -1)
     cols = torch.arange(side).repeat(side).expand(len(pixels), -1)
-    return PatchBatch(vectors.float().div_(255).sub_(0.5).div_(0.5), rows, cols, rows * side + cols, None)
+    return PatchBatch(vectors.float().div_(255).sub_(0.5).div_(0.5), rows, cols, rows * side + cols, None, side)
 
 
 class Seeing(nn.Module):

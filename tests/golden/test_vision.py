@@ -148,7 +148,7 @@ def test_the_resampler_adds_the_official_places(case: str) -> None:
     told = read_tensors(TENSORS)[case]
     rows, cols, width = told.shape
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    close(grid_embedding(row, col, width), told, rtol=0, atol=1e-6)
+    close(grid_embedding(row, col, width, max(rows, cols)), told, rtol=0, atol=1e-6)
 
 
 @cases(BUCKETS, read_json(BUCKETS)["table"])

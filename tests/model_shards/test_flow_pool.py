@@ -11,8 +11,12 @@ from torch import Tensor
 from model_shards.config import FlowConfig, HiftConfig, VocoderConfig
 from model_shards.errors import ModelError
 from model_shards.flow import Release
+from model_shards.flow_pool import ResidentFlow
 from model_shards.fold import fold
+from model_shards.hift import HiftGenerator
+from model_shards.hift_causal import CausalHiftGenerator
 from model_shards.vocoder import Vocoder, VocoderInput, VocoderState, Voice, VoiceCache, Window
+from tests.support.capturing import checked
 
 STANDARD = VocoderConfig(
     flow=FlowConfig(
@@ -178,6 +182,17 @@ def test_programs_are_made_before_anyone_speaks_and_leave_no_trace() -> None:
     pair.ours.warm_up(pair.sessions[0][0].voice)
     assert free(pair.ours) == before
     pair.say({0: VocoderInput(codes(0, 25)), 1: VocoderInput(codes(1, 25))})
+
+
+@pytest.mark.parametrize("config", [STANDARD, CAUSAL])
+def test_programs_look_at_no_value_on_the_host(config: VocoderConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a call would end a capture on a GPU."""
+    for kind in (ResidentFlow, HiftGenerator, CausalHiftGenerator):
+        name = "_run" if kind is ResidentFlow else "_continued"
+        monkeypatch.setattr(kind, name, checked(getattr(kind, name)))
+    pair = Pair([SHORT], 1, config)
+    for index in range(3):
+        pair.say({0: VocoderInput(codes(index, 25))})
 
 
 def spoken_state() -> tuple[Vocoder, VocoderState]:

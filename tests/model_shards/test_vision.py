@@ -1,5 +1,6 @@
 """The vision encoder: released sizes, stock SigLIP and attention, and the same for a picture alone and in company."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from model_shards.config import VisionConfig
 from model_shards.image import ImagePatches
 from model_shards.vision import VisionEncoder, gather_patches, grid_embedding, position_buckets
 from tests.support import plain
+from tests.support.capturing import checked
 
 TINY = VisionConfig(
     hidden_size=32,
@@ -62,6 +64,23 @@ def test_a_picture_is_the_same_alone_and_in_company(encoder: VisionEncoder) -> N
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_programs_give_the_embeddings_of_a_padded_batch(
+    encoder: VisionEncoder, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(4, 6), (6, 4), (2, 2), (4, 6), (3, 8), (5, 5), (4, 6), (1, 5), (1, 7)]
+    pictures = [picture(rows, cols, seed) for seed, (rows, cols) in enumerate(sizes)]
+    expected = encoder.encode(pictures)
+    fast = copy.deepcopy(encoder).to(device)
+    monkeypatch.setattr(VisionEncoder, "_encode", checked(VisionEncoder._encode))
+    fast.use_programs(ladder=(1, 2))
+    fast.warm_up(4, 6)
+    for chosen in (list(range(9)), [0], [3, 6, 2], [7, 8]):
+        embeds = fast.encode([pictures[index] for index in chosen])
+        torch.testing.assert_close(embeds.cpu(), expected[chosen], rtol=1e-4, atol=1e-4)
+    assert fast._sizes == {24, 4, 5, 7}  # 25 came when there were four
+
+
 def test_no_picture_gives_no_embedding(encoder: VisionEncoder) -> None:
     assert encoder.encode([]).shape == (0, 8, 128)
 
@@ -94,7 +113,7 @@ def test_positions_are_spread_over_the_learned_ones() -> None:
 def test_columns_fill_the_first_half_of_a_place() -> None:
     rows, cols = torch.tensor([0, 2]), torch.tensor([1, 0])
 
-    places = grid_embedding(rows, cols, 8)
+    places = grid_embedding(rows, cols, 8, longest=3)
 
     one, two = torch.tensor([1.0, 0.01]), torch.tensor([2.0, 0.02])
     torch.testing.assert_close(places[0], torch.cat([one.sin(), one.cos(), torch.tensor([0.0, 0, 1, 1])]))
@@ -111,7 +130,7 @@ def test_positions_are_spread_as_by_the_plain_rule(side: int) -> None:
 def test_places_are_those_of_the_plain_rule() -> None:
     rows, cols = torch.meshgrid(torch.arange(9), torch.arange(75), indexing="ij")
     expected = [[plain.grid_place(row, col, 32) for col in range(75)] for row in range(9)]
-    torch.testing.assert_close(grid_embedding(rows, cols, 32), torch.tensor(expected), rtol=0, atol=2e-5)
+    torch.testing.assert_close(grid_embedding(rows, cols, 32, longest=75), torch.tensor(expected), rtol=0, atol=2e-5)
 
 
 def test_a_picture_of_full_size_goes_through_the_tower_as_through_stock_siglip(encoder: VisionEncoder) -> None:

@@ -1,6 +1,9 @@
 """stages/audio_encoder.py: every window is heard, in its place."""
 
+import copy
+
 import numpy as np
+import torch
 
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.window import Unit
@@ -36,6 +39,22 @@ def test_sessions_get_the_same_alone_and_in_any_batch(tiny: Tiny):
     work = {name: [unit(name, k, sound(name, k)) for k in range(5)] for name in ("a", "b", "c")}
     said = assert_batches(tiny.audio_encoder, work)
     assert [chunk.arrays["embeds"].shape for chunk in said["a"]] == [(10, 128)] * 5
+
+
+def test_with_resident_pasts_sessions_get_the_same_and_who_leaves_gives_its_place_back(tiny: Tiny):
+    stock = tiny.audio_encoder()
+    resident = AudioEncoder(copy.deepcopy(stock._model))
+    with torch.inference_mode():
+        resident._model.make_resident(1)
+    for name in ("a", "b"):
+        units = [unit(name, index, sound(name, index)) for index in range(3)]
+        said = []
+        for stage in (resident, stock):
+            stage.open_session(session(name))
+            said.append([chunk for one in units for chunk in stage.process([one])])
+        assert all(close(one, other) for one, other in zip(*said, strict=True)) and len(said[0]) == 3
+        assert resident._open[SessionId(name)].state.slot == 1
+        resident.close_session(SessionId(name))
 
 
 def test_a_missing_window_is_heard_as_silence_and_nothing_is_told_of_it(tiny: Tiny):

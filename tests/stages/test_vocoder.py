@@ -1,5 +1,7 @@
 """stages/vocoder.py: codes become sound, never further ahead of the ear than TAIL allows."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -151,7 +153,8 @@ def test_codes_that_an_earlier_window_left_count_in_what_the_last_one_sounds_for
 
 def resident(tiny: Tiny, num_turns: int) -> Vocoder:
     """As on a GPU, but for its speed."""
-    stage = tiny.vocoder()
+    shared = tiny.vocoder()
+    stage = Vocoder(copy.deepcopy(shared._model), shared._voice, 0)
     with torch.inference_mode():
         stage._model.make_resident([stage._voice], num_turns)
     return stage
