@@ -14,10 +14,10 @@ CausalConditionalCFM, DiT); reference/minicpmo-4.5.md §6.3 and §6.4.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from model_shards.config import FlowConfig
 from model_shards.errors import ModelError
+from model_shards.fold import fold
 
 WINDOW_CODES = 25  # new codes of a window: one second
 HISTORY_FRAMES = 100  # mel frames of a turn that are kept besides as many as the prompt has (stepaudio2 `stream`)
@@ -426,6 +427,8 @@ class TimeEmbedding(nn.Module):
 class DitAttention(nn.Module):
     """Attention without positions; queries and keys are normalised per head."""
 
+    _qkv: tuple[Tensor, Tensor] | None = None
+
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.num_heads = config.dit_num_heads
@@ -439,12 +442,22 @@ class DitAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """Attend to what is there, and to x (batch, new, dim) itself, which becomes part of it."""
-        q = self.q_norm(split_heads(self.to_q(x), self.num_heads))
-        k = self.k_norm(split_heads(self.to_k(x), self.num_heads))
-        k, v = memory.extend(k, split_heads(self.to_v(x), self.num_heads))
+        all_three = (self.to_q(x), self.to_k(x), self.to_v(x)) if self._qkv is None else _three(x, self._qkv)
+        q, k, v = (split_heads(part, self.num_heads) for part in all_three)
+        q = self.q_norm(q)
+        k, v = memory.extend(self.k_norm(k), v)
         mask = None if memory.visible is None else memory.visible[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def fold(self) -> None:
+        parts = (self.to_q, self.to_k, self.to_v)
+        self._qkv = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+
+def _three(x: Tensor, matrix: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Three linear layers at once."""
+    return F.linear(x, *matrix).chunk(3, dim=-1)
 
 
 class FrameConv(nn.Conv1d):
@@ -497,6 +510,36 @@ class DitMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
 
 
+class Modulation(NamedTuple):
+    """What a time makes of one part of a block (adaLN): each (batch, 1, hidden), or (hidden,), the same for all rows.
+
+    scale: of the normalised input. gate: of the part's output.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.scale.dim() == 1:
+            return F.layer_norm(x, x.shape[-1:], self.scale, self.shift, eps=1e-6)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scale + self.shift
+
+    @classmethod
+    def of(cls, shift: Tensor, scale: Tensor, gate: Tensor) -> Modulation:
+        """Each (batch or 1, 1, hidden)."""
+        if len(shift) > 1:
+            return cls(shift, 1 + scale, gate)
+        return cls(shift.flatten(), 1 + scale.flatten(), gate.flatten())
+
+
+class Modulations(NamedTuple):
+    """What a time makes of all layers."""
+
+    blocks: list[tuple[Modulation, Modulation, Modulation]]  # of attention, MLP, convolution
+    final: Modulation
+
+
 class DitBlock(nn.Module):
     """Attention, convolution, MLP; each shifted, scaled and gated by the time (adaLN-zero)."""
 
@@ -508,21 +551,25 @@ class DitBlock(nn.Module):
         self.conv = DitConv(hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 9 * hidden))
 
+    def modulations(self, time: Tensor) -> tuple[Modulation, Modulation, Modulation]:
+        """Of an embedded time (batch or 1, 1, hidden)."""
+        parts = self.adaLN_modulation(time).chunk(9, dim=-1)
+        return Modulation.of(*parts[:3]), Modulation.of(*parts[3:6]), Modulation.of(*parts[6:])
+
     def forward(
-        self, x: Tensor, time: Tensor, memory: LayerMemory, conv: Tensor, ends: Tensor | None
+        self,
+        x: Tensor,
+        modulations: tuple[Modulation, Modulation, Modulation],
+        memory: LayerMemory,
+        conv: Tensor,
+        ends: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """x (batch, t, hidden), time (batch or 1, 1, hidden), conv (batch, 2 * hidden, 2): x, next conv."""
-        att_shift, att_scale, att_gate, mlp_shift, mlp_scale, mlp_gate, conv_shift, conv_scale, conv_gate = (
-            self.adaLN_modulation(time).chunk(9, dim=-1)
-        )
-        x = x + att_gate * self.attn(modulate(x, att_shift, att_scale), memory)
-        convolved, conv = self.conv(modulate(x, conv_shift, conv_scale), conv, ends)
-        x = x + conv_gate * convolved
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale)), conv
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        """x (batch, t, hidden), conv (batch, 2 * hidden, 2): x, next conv."""
+        attention, mlp, convolution = modulations
+        x = torch.addcmul(x, attention.gate, self.attn(attention.apply(x), memory))
+        convolved, conv = self.conv(convolution.apply(x), conv, ends)
+        x = torch.addcmul(x, convolution.gate, convolved)
+        return torch.addcmul(x, mlp.gate, self.mlp(mlp.apply(x))), conv
 
 
 class DitFinal(nn.Module):
@@ -531,9 +578,12 @@ class DitFinal(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self.linear = nn.Linear(hidden_size, out_channels)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def modulation(self, time: Tensor) -> Modulation:
         shift, scale = self.adaLN_modulation(time).chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))  # type: ignore[no-any-return]
+        return Modulation.of(shift, scale, torch.ones_like(scale))  # nothing is added: no gate
+
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
+        return self.linear(modulation.apply(x))  # type: ignore[no-any-return]
 
 
 class Dit(nn.Module):
@@ -557,13 +607,23 @@ class Dit(nn.Module):
         ends:    (batch,), how many frames of each row count; None: all.
         returns: (batch, t, mels), and the next `conv`.
         """
-        embedded_time = self.t_embedder(time)[:, None]
+        return self.run(x, self.modulations(time), memory, conv, ends)
+
+    def modulations(self, time: Tensor) -> Modulations:
+        embedded = self.t_embedder(time)[:, None]
+        blocks = cast("Iterable[DitBlock]", self.blocks)
+        return Modulations([block.modulations(embedded) for block in blocks], self.final_layer.modulation(embedded))
+
+    def run(
+        self, x: Tensor, modulations: Modulations, memory: Memory, conv: Tensor, ends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` at a time whose modulations are known."""
         x = self.in_proj(x)
         new_conv = []
-        for block, layer, block_conv in zip(self.blocks, memory.layers(), conv, strict=True):
-            x, seen = block(x, embedded_time, layer, block_conv, ends)
+        for block, *args in zip(self.blocks, modulations.blocks, memory.layers(), conv, strict=True):
+            x, seen = block(x, *args, ends)
             new_conv.append(seen)
-        return self.final_layer(x, embedded_time), torch.stack(new_conv)
+        return self.final_layer(x, modulations.final), torch.stack(new_conv)
 
 
 class EulerMemory(Protocol):
@@ -613,6 +673,7 @@ class FlowMatching(nn.Module):
         super().__init__()
         self.estimator = Dit(config)
         self.guidance = config.inference_cfg_rate
+        self._known: dict[int, tuple[Tensor, list[Modulations]]] | None = None  # by number of steps, where folded
         # The official buffer is drawn anew in every process and never saved. A fixed seed makes speech reproducible.
         # It is on the CPU even where the weights are built on `meta`, as no checkpoint fills it.
         source = torch.Generator(device="cpu").manual_seed(NOISE_SEED)
@@ -646,10 +707,26 @@ class FlowMatching(nn.Module):
         self, x: Tensor, condition: Tensor, memory: EulerMemory, num_steps: int, ends: Tensor | None = None
     ) -> Tensor:
         """From noise x (batch, t, mels) to mel, of which `ends` (batch,) frames count."""
-        times = 1 - torch.cos(torch.linspace(0, 1, num_steps + 1, device=x.device, dtype=x.dtype) * 0.5 * torch.pi)
+        times, modulations = self._times(num_steps, x)
         for step in range(num_steps):
-            x = x + (times[step + 1] - times[step]) * self._velocity(x, condition, times[step], memory, step, ends)
+            velocity = self._velocity(x, condition, modulations[step], memory, step, ends)
+            x = x + (times[step + 1] - times[step]) * velocity
         return x
+
+    def fold(self) -> None:
+        fold(self.estimator)
+        self._known = {}
+
+    def _times(self, num_steps: int, like: Tensor) -> tuple[Tensor, list[Modulations]]:
+        """The times of Euler steps, and what they make of the layers; computed once where that is folded."""
+        known = None if self._known is None else self._known.get(num_steps)
+        if known is None:
+            fractions = torch.linspace(0, 1, num_steps + 1, device=like.device, dtype=like.dtype)
+            times = 1 - torch.cos(fractions * 0.5 * torch.pi)
+            known = times, [self.estimator.modulations(time[None]) for time in times[:-1]]
+            if self._known is not None:
+                self._known[num_steps] = known
+        return known
 
     def _noise(self, cache: FlowCache, num_new: int) -> Tensor:
         """(1, num_new, mels), starting at the cached length: once a history is trimmed, it no longer moves on."""
@@ -659,16 +736,22 @@ class FlowMatching(nn.Module):
         return self.rand_noise[:, :, start : start + num_new].transpose(1, 2)
 
     def _velocity(
-        self, x: Tensor, condition: Tensor, time: Tensor, memory: EulerMemory, step: int, ends: Tensor | None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        modulations: Modulations,
+        memory: EulerMemory,
+        step: int,
+        ends: Tensor | None,
     ) -> Tensor:
         """Guided velocity (batch, t, mels)."""
         branches = condition.shape[0]
         rows = torch.cat((x.expand(branches, *x.shape), condition), dim=-1).flatten(0, 1)
         frames = None if ends is None else ends.repeat(branches)
         past, conv = memory.at(step)
-        velocity, new_conv = self.estimator(rows, time[None], past, conv.flatten(1, 2), frames)
-        memory.leave(step, new_conv.unflatten(1, (branches, -1)))
-        velocity = velocity.unflatten(0, (branches, -1))
+        velocity, new_conv = self.estimator.run(rows, modulations, past, conv.flatten(1, 2), frames)
+        memory.leave(step, torch.unflatten(new_conv, 1, (branches, -1)))
+        velocity = torch.unflatten(velocity, 0, (branches, -1))
         guided: Tensor = velocity[0]
         return guided if branches == 1 else (1 + self.guidance) * guided - self.guidance * velocity[1]
 

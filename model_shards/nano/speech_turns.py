@@ -29,7 +29,6 @@ from model_shards.flow import (
     FlowEncoder,
     RelPosAttention,
     distance_embedding,
-    modulate,
     split_heads,
 )
 from model_shards.vocoder import LOOKAHEAD_CODES, MIN_WINDOW_CODES
@@ -147,19 +146,16 @@ def velocity(dit: Dit, x: Tensor, time: Tensor, turns: Turns) -> Tensor:
     for block in dit.blocks:
         assert isinstance(block, DitBlock)
         x = _run_block(block, x, embedded_time, mask)
-    return dit.final_layer(x, embedded_time)  # type: ignore[no-any-return]
+    return dit.final_layer(x, dit.final_layer.modulation(embedded_time))  # type: ignore[no-any-return]
 
 
 def _run_block(block: DitBlock, x: Tensor, time: Tensor, mask: Tensor) -> Tensor:
-    att_shift, att_scale, att_gate, mlp_shift, mlp_scale, mlp_gate, conv_shift, conv_scale, conv_gate = (
-        block.adaLN_modulation(time).chunk(9, dim=-1)
-    )
-    x = x + att_gate * _attend_plainly(block.attn, modulate(x, att_shift, att_scale), mask)
+    attention, mlp, convolution = block.modulations(time)
+    x = torch.addcmul(x, attention.gate, _attend_plainly(block.attn, attention.apply(x), mask))
     nothing = x.new_zeros(x.shape[0], 2 * x.shape[2], CONV_HISTORY)
-    convolved, _ = block.conv(modulate(x, conv_shift, conv_scale), nothing)
-    x = x + conv_gate * convolved
-    out: Tensor = x + mlp_gate * block.mlp(modulate(x, mlp_shift, mlp_scale))
-    return out
+    convolved, _ = block.conv(convolution.apply(x), nothing)
+    x = torch.addcmul(x, convolution.gate, convolved)
+    return torch.addcmul(x, mlp.gate, block.mlp(mlp.apply(x)))
 
 
 def _attend_plainly(attention: DitAttention, x: Tensor, mask: Tensor) -> Tensor:

@@ -52,8 +52,9 @@ def vocoder(config: VocoderConfig, release: Release | None = None, device: str =
     for parameter in made.flow.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     torch.nn.init.constant_(made.hift.f0_predictor.classifier.bias, 120.0)
+    made.to(device).eval()
     fold(made)
-    return made.to(device).eval()
+    return made
 
 
 def voice(num_codes: int) -> Voice:

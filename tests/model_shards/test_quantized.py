@@ -371,7 +371,7 @@ def test_the_released_checkpoint_is_under_12_gb_in_4_bits():
         for component in COMPONENTS
     }
     assert sizes["llm"] < 6e9
-    assert round(sum(sizes.values()) / 1e9, 1) == 8.6  # as model_shards/README.md says; the goal is 12
+    assert 8.5e9 < sum(sizes.values()) < 8.6e9  # model_shards/README.md: 8.6 GB; the goal is 12
 
 
 def _bytes_of_a_float(component: str) -> int:
