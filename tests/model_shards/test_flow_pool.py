@@ -15,6 +15,7 @@ from model_shards.flow_pool import ResidentFlow
 from model_shards.fold import fold
 from model_shards.hift import HiftGenerator
 from model_shards.hift_causal import CausalHiftGenerator
+from model_shards.shapes import ByShape
 from model_shards.vocoder import Vocoder, VocoderInput, VocoderState, Voice, VoiceCache, Window
 from tests.support.capturing import checked
 
@@ -30,9 +31,20 @@ STANDARD = VocoderConfig(
         dit_num_heads=2,
         dit_head_dim=8,
     ),
-    hift=HiftConfig(base_channels=16, f0_cond_channels=8),
+    hift=HiftConfig(
+        base_channels=16,
+        f0_cond_channels=8,
+        sampling_rate_hz=1200,
+        upsample_rates=(3, 2),
+        upsample_kernel_sizes=(7, 4),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3),),
+        source_resblock_kernel_sizes=(7, 3),
+        source_resblock_dilation_sizes=((1,), (1,)),
+    ),
     num_steps=2,
 )
+"""As the released one, but for its sizes, and 1200 samples in a second."""
 CAUSAL = dataclasses.replace(STANDARD, hift=dataclasses.replace(STANDARD.hift, causal=True))
 WITHOUT_GUIDANCE = dataclasses.replace(STANDARD, flow=dataclasses.replace(STANDARD.flow, inference_cfg_rate=0.0))
 LADDER = (1, 2, 4)
@@ -177,12 +189,22 @@ def test_a_place_that_a_row_sees_for_the_last_time_is_not_overwritten_in_the_sam
     assert [len(pool._free) for pool in pools] == [4 * 25, 4 * 50, 4 * 50]
 
 
-def test_programs_are_made_before_anyone_speaks_and_leave_no_trace() -> None:
-    pair = Pair([SHORT] * 2, 4)
+@pytest.mark.parametrize("config", [STANDARD, CAUSAL])
+def test_all_programs_are_made_before_anyone_speaks_and_that_leaves_no_trace(config: VocoderConfig) -> None:
+    pair = Pair([SHORT] * 2, 2, config)
     before = free(pair.ours)
     pair.ours.warm_up(pair.sessions[0][0].voice)
     assert free(pair.ours) == before
-    pair.say({0: VocoderInput(codes(0, 25)), 1: VocoderInput(codes(1, 25))})
+    made = num_programs(pair.ours)
+    for index in range(5):
+        pair.say({number: VocoderInput(codes(10 * index + number, 25)) for number in range(1 + index % 2)})
+    assert num_programs(pair.ours) == made
+
+
+def num_programs(of: Vocoder) -> int:
+    of_hift, resident = of.hift._continue, of._resident
+    assert isinstance(of_hift, ByShape) and resident is not None
+    return sum(len(program._of_size) for program in (resident._program, *of_hift._programs.values()))
 
 
 @pytest.mark.parametrize("config", [STANDARD, CAUSAL])
@@ -211,7 +233,7 @@ def test_a_window_with_more_than_25_new_codes_is_refused_in_a_resident_turn() ->
         made.speak([(state, Window(tuple(codes(1, 29)), last=False))])
     made.reset(state)
     (wave,) = made.speak([(state, Window(tuple(codes(1, 40)), last=True))])  # a turn that begins so is not resident
-    assert wave.shape == (40 * 960,)
+    assert wave.shape == (40 * 48,)
 
 
 def test_a_resident_turn_is_not_copied() -> None:
