@@ -143,6 +143,13 @@ class AudioEncoder(nn.Module):
         self._resident = ResidentAudio(self, num_sessions, ladder)
         self._resident.warm_up()
 
+    @property
+    def runs_with(self) -> str:
+        """For the user: where seconds are graphs; else "" (nothing is chosen)."""
+        if self._resident is None:
+            return ""
+        return f"{self.apm.conv1.weight.device.type}, graphs for up to {self._resident.ladder[-1]} sessions"
+
     def open(self) -> AudioState:
         """The state of a session that has heard nothing. `close` it."""
         state = None if self._resident is None else self._resident.begin()

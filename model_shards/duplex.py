@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model_shards import quantized
 from model_shards.attention import Kernel
 from model_shards.context import Context, SlidingWindow, UnitSpan, WindowConfig, is_due
 from model_shards.decode_steps import Decider, DecodeSteps, Fed, Question
@@ -229,7 +230,9 @@ class DuplexEngine:
     @property
     def runs_with(self) -> str:
         """For the user."""
-        return f"{self._model.attention} attention{', decode steps as graphs' if self._steps is not None else ''}"
+        graphs = "decode steps as graphs" if self._steps is not None else ""
+        weights = quantized.runs_with(self._model)
+        return ", ".join(filter(None, (f"{self._model.attention} attention", graphs, weights)))
 
     def new_session(self, seed: int) -> DuplexSession:
         """An empty session; the same seed and inputs give the same outputs."""

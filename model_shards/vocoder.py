@@ -134,6 +134,13 @@ class Vocoder(nn.Module):
         self._resident = ResidentFlow(self.flow, self.release, known, num_turns, ladder)
         self.hift.use_programs(self.config.flow.up_stride * WINDOW_CODES, self._resident.ladder)
 
+    @property
+    def runs_with(self) -> str:
+        """For the user: where windows are graphs; else "" (nothing is chosen)."""
+        if self._resident is None:
+            return ""
+        return f"{self.flow.encoder_proj.weight.device.type}, graphs for up to {self._resident.ladder[-1]} sessions"
+
     def warm_up(self, voice: VoiceCache) -> None:
         """Speak some windows of batches of all sizes for which there are programs, so that no session waits until one
         is made. The largest come first: the others find room in their memory.

@@ -75,6 +75,10 @@ class AudioEncoder(Stage):
         self._open: dict[SessionId, _Open] = {}
         self._voice = None if voice is None else self._encode_voice(voice)
 
+    @property
+    def runs_with(self) -> str:
+        return self._model.runs_with
+
     def open_session(self, session: Session) -> None:
         window_samples = session.window_ns * SOUND_RATE_HZ // NS_PER_S
         self._open[session.id] = _Open(window_samples, _no_mel(), self._model.open())

@@ -94,6 +94,10 @@ class Vocoder(Stage):
         self._seed = seed
         self._open: dict[SessionId, _Open] = {}
 
+    @property
+    def runs_with(self) -> str:
+        return self._model.runs_with
+
     @inference
     def open_session(self, session: Session) -> None:
         queue = SpeechQueue[Chunk](session.playback, lead_ns=session.lead_ns, window_ns=session.window_ns)

@@ -298,6 +298,7 @@ def test_how_much_smaller_and_how_far_off_is_told(whole: Path, tmp_path: Path):
 
 def test_a_session_runs_on_it_in_the_type_which_its_kernels_know(small: tuple[Path, Bits]):
     stage = Llm.load(LlmOptions(), Site("llm", small[0]))
+    assert f"torch's {small[1]}-bit kernel" in stage.runs_with
     stage.open_session(session(speech=False))
     rows = torch.randn(10, 128, generator=torch.Generator().manual_seed(1)).numpy()
     said = [chunk for index in range(12) for chunk in stage.process([unit("door", index, audio("door", index, rows))])]

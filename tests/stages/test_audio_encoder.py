@@ -46,6 +46,7 @@ def test_with_resident_pasts_sessions_get_the_same_and_who_leaves_gives_its_plac
     resident = AudioEncoder(copy.deepcopy(stock._model))
     with torch.inference_mode():
         resident._model.make_resident(1)
+    assert (resident.runs_with, stock.runs_with) == ("cpu, graphs for up to 1 sessions", "")
     for name in ("a", "b"):
         units = [unit(name, index, sound(name, index)) for index in range(3)]
         said = []

@@ -163,6 +163,7 @@ def resident(tiny: Tiny, num_turns: int) -> Vocoder:
 def test_who_is_interrupted_or_leaves_gives_its_resident_caches_back(tiny: Tiny):
     stage, stock = resident(tiny, 1), tiny.vocoder()
     assert stage._model._resident is not None
+    assert (stage.runs_with, stock.runs_with) == ("cpu, graphs for up to 1 sessions", "")
     room = stage._model._resident._free_slots
     for name in ("a", "b", "c"):
         said = []
