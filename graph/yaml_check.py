@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from types import UnionType
-from typing import Any, Final, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from graph.secret import Secret, mask_urls
 from graph.wording import shown, suggest
 from graph.yaml_file import Document, KeyPath, Place, Unreadable, dotted
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from model_shards.config import SliceConfig
 from model_shards.errors import ModelError
 
+Pixels = NDArray[np.uint8]
 Size = tuple[int, int]
 
 
@@ -73,7 +73,7 @@ def plan_slices(width: int, height: int, config: SliceConfig) -> SlicePlan:
     )
 
 
-def slice_image(image: NDArray[np.uint8], config: SliceConfig) -> list[ImagePatches]:
+def slice_image(image: Pixels, config: SliceConfig) -> list[ImagePatches]:
     """Cut a picture into what the vision encoder takes: the whole picture first, then its cells row by row.
 
     image: (height, width, 3) uint8, RGB.
@@ -82,10 +82,9 @@ def slice_image(image: NDArray[np.uint8], config: SliceConfig) -> list[ImagePatc
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ModelError(f"a picture is (height, width, 3) uint8, got {image.shape} {image.dtype}")
     plan = plan_slices(image.shape[1], image.shape[0], config)
-    picture = Image.fromarray(image)
-    pieces = [_resize(picture, plan.source)]
+    pieces = [_resize(image, plan.source)]
     if plan.refined is not None and plan.cell is not None:
-        pieces += _cut(_resize(picture, plan.refined), plan.cell)
+        pieces += _cut(_resize(image, plan.refined), plan.cell)
     return [_to_patches(piece, config.patch_size) for piece in pieces]
 
 
@@ -130,22 +129,26 @@ def _divisible(length: float, divisor: int) -> int:
     return max(round(length / divisor) * divisor, divisor)
 
 
-def _resize(picture: Image.Image, size: Size) -> Image.Image:
-    return picture.resize(size, resample=Image.Resampling.BICUBIC)
+def _resize(image: Pixels, size: Size) -> Pixels:
+    if image.shape[1::-1] == size:
+        return image
+    from PIL import Image
+
+    return np.array(Image.fromarray(image).resize(size, resample=Image.Resampling.BICUBIC))
 
 
-def _cut(picture: Image.Image, cell: Size) -> list[Image.Image]:
+def _cut(image: Pixels, cell: Size) -> list[Pixels]:
     width, height = cell
     return [
-        picture.crop((left, top, left + width, top + height))
-        for top in range(0, picture.height, height)
-        for left in range(0, picture.width, width)
+        image[top : top + height, left : left + width]
+        for top in range(0, image.shape[0], height)
+        for left in range(0, image.shape[1], width)
     ]
 
 
-def _to_patches(picture: Image.Image, patch: int) -> ImagePatches:
-    rows, cols = picture.height // patch, picture.width // patch
-    values = torch.from_numpy(np.array(picture)).view(rows, patch, cols, patch, 3)
+def _to_patches(image: Pixels, patch: int) -> ImagePatches:
+    rows, cols = image.shape[0] // patch, image.shape[1] // patch
+    values = torch.from_numpy(np.array(image)).view(rows, patch, cols, patch, 3)  # a copy: pictures are read-only
     values = values.permute(4, 1, 0, 2, 3).reshape(3, patch, rows * cols * patch)  # moved as bytes: a quarter to move
     # Divided, shifted and divided again in float32: the same roundings as in training.
     return ImagePatches(values.float().div_(255).sub_(0.5).div_(0.5), rows, cols)

@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from typing import TYPE_CHECKING, Any
 
 from model_shards.errors import ModelError
 from model_shards.json_text import parse_json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 PRE_TOKENIZER_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -173,6 +173,9 @@ def build_backend(
 
     whole_words: a word that is in the vocabulary is one token, also where no merges lead to it.
     """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
     backend = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=whole_words))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZER_REGEX), behavior="isolated")
@@ -188,6 +191,8 @@ def build_backend(
 
 
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
     file = path / "tokenizer.json"
     if not file.is_file():
         return _load_separate_files(path)

@@ -1,7 +1,8 @@
 """An actor process: one stage replica, or several light stages, and the loop that runs them.
 
-Ray calls come in on Ray's threads and are handed to the loop's thread, which alone touches sockets and stages. They
-are control only: wiring, opening and closing sessions, asking. No chunk ever travels by a Ray call.
+Calls come in on the threads of whoever hosts it (Ray, or deploy/actor/hosted.py) and are handed to the loop's thread,
+which alone touches sockets and stages. They are control only: wiring, opening and closing sessions, asking. No chunk
+ever travels by a call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import ray
 from prometheus_client import CollectorRegistry
 
 from deploy.actor.build import build_stage, memory_limit, options_of
@@ -41,13 +42,21 @@ from stages.catalog import look_beside
 T = TypeVar("T")
 GAUGE_PERIOD_S = 1.0
 INVALID_REASONS = ("version", "kind", "name", "number", "header", "arrays", "dtype", "shape", "attrs", "trace", "grant")
-IDLE_S = 0.5  # as in deploy/simulator/actors.py: what is due wakes the loop, and so does what Ray's threads ask for
+IDLE_S = 0.5  # as in deploy/simulator/actors.py: what is due wakes the loop, and so does what other threads ask for
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The machine that an actor runs on. ip: at which others reach it."""
+
+    id: str
+    ip: str
 
 
 class Actor:
-    """The process behind a Ray actor handle (deploy/control/cluster.py makes it one)."""
+    """The process behind a handle of a driver (deploy/control/cluster.py, deploy/control/processes.py)."""
 
-    def __init__(self, plan: ActorPlan) -> None:
+    def __init__(self, plan: ActorPlan, node: Node) -> None:
         check_packages()
         _log_to(plan.log)
         log_what_is_printed()
@@ -55,8 +64,9 @@ class Actor:
             look_beside(folder)
         self._plan = plan
         self._metrics = Metrics(registry := CollectorRegistry())
-        self._server = serve_metrics(registry, host=_node_ip())
-        self._address = Address(ray.get_runtime_context().get_node_id(), _node_ip(), os.getpid(), self._server.port)
+        self._node = node
+        self._server = serve_metrics(registry, host=node.ip)
+        self._address = Address(node.id, node.ip, os.getpid(), self._server.port)
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung when there is some
         self._failure: str | None = None  # without the name, which the caller adds
@@ -66,7 +76,7 @@ class Actor:
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self._thread.start()
 
-    # ---- Ray's threads -----------------------------------------------------------------------------------------------
+    # ---- the host's threads ------------------------------------------------------------------------------------------
 
     def clock(self) -> int:
         """The monotonic clock of this node, ns."""
@@ -116,7 +126,7 @@ class Actor:
         try:
             on_invalid = self._metrics.bus(INVALID_REASONS).invalid
             self._bus = Bus(self._plan.peer, self._plan.directory, on_invalid)
-            self._ends = Ends(self._plan, self._bus, _node_ip(), self._observe)
+            self._ends = Ends(self._plan, self._bus, self._node.ip, self._observe)
             self._commands = Commands(self._address, self._ends, self._build)
         except OSError as error:
             self._failure = str(error)
@@ -179,10 +189,6 @@ class Actor:
             clock,
             note.of,
         )
-
-
-def _node_ip() -> str:
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _log_to(path: Path) -> None:

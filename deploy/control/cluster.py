@@ -18,7 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from deploy.actor.actor import Actor
+from deploy.actor.actor import Actor, Node
 from deploy.actor.plan import ActorPlan, Answer, Call
 from deploy.actor.suspects import Work, note_path, read_note
 from deploy.control.calls import ActorDied, CallError, CoordinatorError
@@ -32,6 +32,14 @@ from graph.secret import mask_urls
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # no chunk goes through it; Ray's minimum is 75 MB
 PLACEMENT_TIMEOUT_S = 60.0
 KNOCK_TIMEOUT_S = 5.0
+
+
+class RayActor(Actor):
+    """An actor in a worker of Ray's."""
+
+    def __init__(self, plan: ActorPlan) -> None:
+        ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        super().__init__(plan, Node(ray.get_runtime_context().get_node_id(), ip))
 
 
 @dataclass(slots=True)
@@ -224,7 +232,7 @@ def _create(process: Process, plan: ActorPlan, strategy: Any) -> Any:
     resources: Resources = process.resources
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     return (
-        ray.remote(Actor)
+        ray.remote(RayActor)
         .options(
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),

@@ -1,0 +1,5 @@
+from typing import Any
+
+
+class ProcessCollector:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
