@@ -11,6 +11,7 @@ from __future__ import annotations
 import deploy.process.search_path  # noqa: F401
 
 # isort: split
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -201,11 +202,18 @@ def simulate(
 @app.command()
 def bench(
     name: Annotated[str | None, typer.Argument(help="Which benchmark; without it they are listed.")] = None,
+    record: Annotated[Path | None, typer.Argument(help="A file for the JSON.", metavar="FILE")] = None,
     as_json: Json = False,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Of gpu: it takes so long at most.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Of gpu: full or tiny weights.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Of gpu: cuda or cpu.")] = None,
 ) -> None:
     """Run a benchmark beside its rival and print the ratios. --json: {machine, versions, rows: [{name, value, unit,
-    rival, rival_value, ratio, command}]}."""
+    rival, rival_value, ratio, command}]}. Other options of a benchmark are variables: OMNI_BENCH_….
+    `bench gpu --minutes 8 --json FILE` keeps each number in the file as soon as it is there."""
     from deploy.evaluate.bench import run_bench
 
+    given = {"MINUTES": minutes, "SIZE": size, "DEVICE": device}
+    os.environ |= {f"OMNI_BENCH_{option}": str(value) for option, value in given.items() if value is not None}
     with clear_errors():
-        run_bench(name, as_json)
+        run_bench(name, as_json, record)

@@ -1,7 +1,8 @@
 """`pipeline bench`: a benchmark beside its rival, in one run on one machine, so that the ratio means something.
 
-A benchmark is a module in tests/benchmarks/ with NAME, a docstring and `run() -> list[Row]`. It lives in the repository
-and not in the wheel: who measures wants the code that was measured.
+A benchmark is a module or a package in tests/benchmarks/ with NAME, a docstring and `run() -> list[Row]`; one that has
+`run_to(file) -> list[Row]`, too, keeps more in a file than its rows, while it measures. It lives in the repository and
+not in the wheel: who measures wants the code that was measured.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ def command_of(benchmark: str) -> str:
     return " ".join([*options, "pipeline bench", benchmark])
 
 
-def run_bench(name: str | None, as_json: bool) -> None:
+def run_bench(name: str | None, as_json: bool, record: Path | None = None) -> None:
     """Run a benchmark and print its rows; without a name, list the benchmarks.
 
+    record: a file for the JSON, which then isn't printed; of a benchmark that keeps more, for all that it keeps.
     Raises BenchError when there is none of that name, or when the repository isn't there.
     """
     benchmarks = find_benchmarks(FOLDER)
@@ -83,11 +85,15 @@ def run_bench(name: str | None, as_json: bool) -> None:
     if name not in benchmarks:
         raise BenchError(f"no benchmark {name!r}; there are: {', '.join(sorted(benchmarks))}")
     surroundings: dict[str, Mapping[str, object]] = {"machine": describe_machine(), "versions": describe_versions()}
-    rows: list[Row] = benchmarks[name].run()
+    keeps_more = record is not None and hasattr(benchmarks[name], "run_to")
+    rows: list[Row] = benchmarks[name].run_to(record) if keeps_more else benchmarks[name].run()
     if not rows:
         raise BenchError(f"benchmark {name!r} gave no rows")
-    if as_json:
-        print(json.dumps({"benchmark": name, **surroundings, "rows": [asdict(row) for row in rows]}, indent=2))
+    report = json.dumps({"benchmark": name, **surroundings, "rows": [asdict(row) for row in rows]}, indent=2)
+    if record is not None and not keeps_more:
+        record.write_text(report + "\n", encoding="utf-8")
+    if as_json and record is None:
+        print(report)
         return
     for what, facts in surroundings.items():
         print(f"{what}: " + ", ".join(f"{fact} {value}" for fact, value in facts.items() if value is not None))
@@ -101,9 +107,9 @@ def find_benchmarks(folder: Path) -> dict[str, ModuleType]:
             f"the benchmarks lie in the repository's tests/benchmarks/, not in the installed package ({folder} isn't "
             "there); run `make bench` or .venv/bin/pipeline bench in a checkout"
         )
-    paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith(("test_", "_", "conftest"))]
-    modules = [_load(path) for path in paths]
-    return {module.NAME: module for module in modules}
+    files = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith(("test_", "_", "conftest"))]
+    modules = [_load(path) for path in (*files, *sorted(folder.glob("*/__init__.py")))]
+    return {module.NAME: module for module in sorted(modules, key=lambda module: str(module.NAME))}
 
 
 def describe_machine() -> Mapping[str, object]:
@@ -147,8 +153,9 @@ def _print_list(benchmarks: dict[str, ModuleType], as_json: bool) -> None:
 
 
 def _load(path: Path) -> ModuleType:
-    """A module from a folder that is no package."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    """A module, or what a package says of itself, from a folder that is no package."""
+    name = path.parent.name if path.name == "__init__.py" else path.stem
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -27,6 +27,8 @@ QUICK |= {
     "OMNI_BENCH_SETTLE": "1",
     "OMNI_BENCH_BESIDE": "2",
     "OMNI_BENCH_TURNS": "1",
+    "OMNI_BENCH_SIZE": "tiny",
+    "OMNI_BENCH_PARTS": "machine,stages",  # test_gpu.py runs the others
     "OMP_NUM_THREADS": "1",
 }
 ROW_KEYS = {"name", "value", "unit", "rival", "rival_value", "ratio", "command"}
@@ -55,6 +57,7 @@ def run_quickly(name: str) -> dict[str, object]:
         ("cameras", 9),
         ("decoders", 3),
         ("engine", 8),
+        ("gpu", 6),
         ("onset", 61),
         ("overload", 6),
         ("plan", 8),
@@ -81,6 +84,7 @@ def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_meas
     assert versions.keys() >= {"python", "torch", "ray", "pyzmq", "commit"}
 
 
+NAMES = ["bus", "cameras", "decoders", "engine", "gpu", "overload", "quantized", "sessions", "simulate", "stages"]
 NAMES = ["bus", "cameras", "decoders", "engine", "overload", "plan", "quantized", "sessions", "simulate", "stages"]
 
 

@@ -1,0 +1,119 @@
+"""One GPU measured within minutes: each stage beside its roofline, then the whole pipeline beside its rivals.
+
+Full-size random weights, made on the device; no file, no network, no Ray, and no package but torch, numpy, msgpack,
+safetensors and pyzmq. What matters most comes first, and each number is kept when it is there, so that a run which is
+cut off leaves what it had.
+
+    python -m tests.benchmarks.gpu --minutes 8 --json OUT       # on the machine with the GPU
+    python -m tests.benchmarks.gpu --show OUT                   # as tables, anywhere
+    pipeline plan --profile OUT                                 # what one such GPU serves
+
+Options of `pipeline bench gpu`: --minutes (8), --size full or tiny (tiny without a GPU), --device cuda or cpu; a file
+behind them takes everything that was measured. OMNI_BENCH_PARTS: some of machine,stages,pipeline,sequential.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploy.evaluate.bench import Row
+
+NAME = "gpu"
+ROOT = Path(__file__).resolve().parents[3]
+STANDINS = Path(__file__).resolve().parent / "standins"
+OPTIONS = ("minutes", "size", "device", "parts")
+FIFO = "fifo (batch: 1, wait: 0s)"
+SEQUENTIAL = "sequential: one process, one piece after the other, eager"
+ROOFLINE = "roofline of the device"
+SERVED = 0.99  # of the windows are on time
+
+if str(STANDINS) not in sys.path:
+    sys.path.append(str(STANDINS))  # behind all others: only what is absent is found there
+
+
+def environment() -> dict[str, str]:
+    """For a process of ours, wherever it is started."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def run() -> list[Row]:
+    """See `run_to`; the record is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_to(Path(folder) / "gpu.json")
+
+
+def run_to(record: Path) -> list[Row]:
+    """Measure, with everything in a file; the rows are the stages beside their roofline, then the pipeline beside its
+    rivals."""
+    from deploy.evaluate.bench import BenchError, option
+
+    given = {name: option(name.upper(), "") for name in OPTIONS}
+    told = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", *told, "--json", str(record.absolute())]
+    if subprocess.run(command, cwd=ROOT, env=environment(), stdout=sys.stderr.fileno(), check=False).returncode:
+        raise BenchError(f"{' '.join(command)} has failed")
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return [*_stages(found), *_cells(found), *_served(found)]
+
+
+def _stages(record: dict[str, Any]) -> Iterator[Row]:
+    """Of each stage the largest batch, as it ships."""
+    from deploy.evaluate.bench import command_of, less_is_better
+
+    largest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in record["stages_measured"]:
+        before = largest.get((row["stage"], row["what"]))
+        if before is None or (row["batch"] > before["batch"] and row["context"] == before["context"]):
+            largest[row["stage"], row["what"]] = row
+    for (stage, what), row in largest.items():
+        name = f"{stage}: {what}, a batch of {row['batch']}"
+        best_ms = row["roofline_ms"]
+        if best_ms:
+            yield less_is_better(name, row["ms"]["p50"], "ms", ROOFLINE, best_ms, command_of(NAME))
+        else:
+            yield _alone(name, row["ms"]["p50"])
+
+
+def _cells(record: dict[str, Any]) -> Iterator[Row]:
+    """Of each number of sessions and share that speaks, the latency of windows."""
+    from deploy.evaluate.bench import command_of, less_is_better
+
+    cells = [cell for cell in record["cells"] if "latency_ms" in cell]
+    fifo = {(cell["sessions"], cell["speaking"]): cell for cell in cells if cell["pipeline"] == "fifo"}
+    for cell in (cell for cell in cells if cell["pipeline"] == "batched"):
+        rival = fifo.get((cell["sessions"], cell["speaking"]))
+        for what in ("p50", "p99"):
+            name = f"{cell['sessions']} sessions, {100 * cell['speaking']:g} % speaking: window latency {what}"
+            value = cell["latency_ms"][what]
+            if rival is None:
+                yield _alone(name, value)
+            else:
+                yield less_is_better(name, value, "ms", FIFO, rival["latency_ms"][what], command_of(NAME))
+
+
+def _served(record: dict[str, Any]) -> Iterator[Row]:
+    """Of each share that was tried, the most sessions whose windows were on time."""
+    from deploy.evaluate.bench import command_of, more_is_better
+
+    ours = [cell for cell in record["cells"] if cell["pipeline"] == "batched" and "on_time" in cell]
+    for share, most in record.get("sequential", {}).get("sessions_served", {}).items():
+        tried = [cell for cell in ours if cell["speaking"] == float(share)]
+        if tried:
+            served = max((float(cell["sessions"]) for cell in tried if cell["on_time"] >= SERVED), default=0.0)
+            name = f"sessions served, of those that were tried with {100 * float(share):g} % speaking"
+            yield more_is_better(name, served, "sessions", SEQUENTIAL, float(most), command_of(NAME))
+
+
+def _alone(name: str, ms: float) -> Row:
+    """A number without a rival."""
+    from deploy.evaluate.bench import Row, command_of
+
+    return Row(name, ms, "ms", "", None, None, command_of(NAME))

@@ -1,0 +1,403 @@
+"""Part 2: what a batch takes at each stage, beside its roofline; of that, a profile for `pipeline plan`.
+
+Each stage is loaded as a pipeline loads it. `captured` is as it then runs, where it runs programs; `eager` is the same
+kernel by kernel. Largest batches say what a GPU can, batches of one what a session alone waits for.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
+from graph.costs import Profile, StageCost, fit
+from graph.stage_type import stage_type_of
+from graph.window import Unit
+from model_shards.duplex import DuplexSession, OpenUnit, Prompt, UnitInput
+from model_shards.kv_cache import KvShape
+from model_shards.tts import TalkerInput, TalkerState
+from model_shards.vocoder import VocoderInput, VocoderState
+from stages.audio_encoder import AudioEncoder
+from stages.catalog import stage_class
+from stages.kinds import FRAMES, SOUND
+from stages.session import Media, Session
+from stages.stage import Site
+from stages.vision_encoder import VisionEncoder
+from tests.benchmarks.gpu import roofline, timing
+from tests.benchmarks.gpu.parts import Entry, Request
+from tests.benchmarks.gpu.stages import TURN, USES, Turns
+from tests.benchmarks.gpu.weights import DECISION, MODELS, OBEYED, WORDS, drawn_sound, fill
+
+BATCHES: Final = {"full": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 3)}
+CONTEXTS: Final = {"full": (4096, 1024, 8192), "tiny": (256, 64)}
+ROOM: Final = 768  # tokens of a session beside its context, and for a page that is not full
+PICTURE_TOKENS: Final = 64
+LIMIT_S: Final = {"full": 1.5, "tiny": 0.1}  # of a stage's calls with one batch size
+STAGES: Final = ("llm", "tts", "vocoder", "vision_encoder", "audio_encoder")
+Samples = dict[str, list[tuple[int, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one measurement is of. tokens: that come out of a call, of all sessions; num_bytes: that it must read.
+    more_operations: of kernels that torch doesn't count."""
+
+    stage: str
+    what: str
+    batch: int
+    dtype: torch.dtype
+    num_bytes: float
+    tokens: int = 0
+    context: int | None = None
+
+
+def measure(request: Request) -> Iterator[Entry]:
+    samples: Samples = defaultdict(list)
+    picture_ns = 0
+    for name in (name for name in STAGES if name not in request.skip):
+        yield "at", name
+        if request.left_s < 2:
+            yield "problem", {"at": name, "problem": "no time was left for it"}
+            continue
+        try:
+            with torch.inference_mode():
+                for key, value in MEASURED[name](request):
+                    if key == "sample":
+                        samples[name].append(value)
+                    elif key == "picture_ns":
+                        picture_ns = value
+                    else:
+                        yield key, value
+        except torch.cuda.OutOfMemoryError as error:
+            yield "problem", {"at": name, "problem": f"out of memory: {str(error).splitlines()[0]}"}
+        gc.collect()
+        if request.device == "cuda":
+            torch.cuda.empty_cache()
+        if samples:
+            yield "profile", _profile(request, samples, picture_ns)
+
+
+def _profile(request: Request, samples: Samples, picture_ns: int) -> dict[str, Any]:
+    """Of the stages that were measured so far, in the form that graph/costs.py reads."""
+    import json
+
+    costs: dict[str, StageCost] = {name: fit(found) for name, found in samples.items()}
+    if "llm" in costs:
+        costs["llm"] = replace(costs["llm"], picture_ns=picture_ns)
+    machine: dict[str, object] = {"gpu": torch.cuda.get_device_name() if request.device == "cuda" else None}
+    told: dict[str, Any] = json.loads(Profile(request.size, machine, os.cpu_count() or 1, costs).as_json())
+    return told
+
+
+# ---- one measurement -------------------------------------------------------------------------------------------------
+
+
+def _measured(request: Request, work: Work, call: Callable[[], Any]) -> Iterator[Entry]:
+    """As it is loaded, and kernel by kernel where that differs; the quicker of them is the profile's."""
+    timing.forget_peak(request.device)
+    limit_s = LIMIT_S[request.size]
+    with timing.Counted() as counted:
+        shipped = timing.times_ms(call, request.device, limit_s)
+    has_programs = counted.num_calls > 0 and request.device == "cuda"
+    with timing.without_programs():
+        operations = roofline.num_operations(call)
+    yield "stages_measured[]", _row(work, "captured" if has_programs else "eager", shipped, operations, request.device)
+    if has_programs:
+        with timing.without_programs():
+            eager = timing.times_ms(call, request.device, limit_s)
+        yield "stages_measured[]", _row(work, "eager", eager, operations, request.device)
+    for ms in shipped:
+        yield "sample", (work.batch, round(ms * NS_PER_MS))
+
+
+def _row(work: Work, how: str, found: list[float], operations: float, device: str) -> dict[str, Any]:
+    best_ms = roofline.roofline_ms(work.num_bytes, operations, work.dtype)
+    p50 = float(np.median(found))
+    return {
+        "stage": work.stage,
+        "what": work.what,
+        "how": how,
+        "batch": work.batch,
+        "context": work.context,
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "ms": timing.percentiles(found),
+        "calls": len(found),
+        "gbytes": round(work.num_bytes / 1e9, 3),
+        "tflop": round(operations / 1e12, 4),
+        "roofline_ms": None if best_ms is None else round(best_ms, 4),
+        "times_roofline": None if not best_ms else round(p50 / best_ms, 2),
+        "per_s": round(1000 * (work.tokens or work.batch) / p50, 1),
+        "peak_gib": timing.peak_gib(device),
+    }
+
+
+def loaded(request: Request, name: str, **said: Any) -> Any:
+    """A stage as the pipeline loads it."""
+    cls = stage_class(USES[name])
+    usual = {"device": request.device, "batch": BATCHES[request.size][-1]}
+    options = stage_type_of(cls, USES[name]).options.model_validate({**usual, **said})
+    torch.manual_seed(0)
+    return cls.load(options, Site(name, Path(request.size), request.device))
+
+
+def _weights_of(model: Any) -> torch.Tensor:
+    weight: Tensor = next(model.parameters())
+    return weight
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+
+
+def _vision(request: Request) -> Iterator[Entry]:
+    stage = loaded(request, "vision_encoder")
+    weight, read = _weights_of(stage._model), roofline.num_bytes(stage._model)
+    noise = np.random.default_rng(0).integers(0, 256, (448, 448, 3), np.uint8)
+    for batch in BATCHES[request.size]:
+        units = [
+            _unit(f"s{n}", 0, Chunk(SessionId(f"s{n}"), FRAMES.name, 0, arrays={"image": noise})) for n in range(batch)
+        ]
+        work = Work("vision_encoder", "pictures", batch, weight.dtype, read)
+        yield from _within(request, work, partial(stage.process, units))
+
+
+def _audio(request: Request) -> Iterator[Entry]:
+    stage = loaded(request, "audio_encoder")
+    weight, read = _weights_of(stage._model), roofline.num_bytes(stage._model)
+    sound = drawn_sound(16_000).numpy()
+    for batch in BATCHES[request.size]:
+        names = [f"s{n}" for n in range(batch)]
+        for number, name in enumerate(names):
+            stage.open_session(_session(name, Turns(number, batch, 0.25)))
+        index = iter(range(1 << 30))
+
+        def call(names: list[str] = names, index: Iterator[int] = index) -> None:
+            stage.process([_second(name, next_index, sound) for next_index in [next(index)] for name in names])
+
+        yield from _within(request, Work("audio_encoder", "seconds", batch, weight.dtype, read), call)
+        for name in names:
+            stage.close_session(SessionId(name))
+
+
+def _second(name: str, index: int, sound: np.ndarray) -> Unit:
+    start_ns = index * NS_PER_S
+    chunk = Chunk(SessionId(name), SOUND.name, start_ns, NS_PER_S, arrays={"samples": sound})
+    return _unit(name, index, chunk)
+
+
+def _unit(name: str, index: int, chunk: Chunk) -> Unit:
+    port = VisionEncoder.frames if chunk.stream == FRAMES.name else AudioEncoder.sound
+    chunks = {port.name: (chunk,)}
+    return Unit(SessionId(name), index, index * NS_PER_S, (index + 1) * NS_PER_S, chunks)
+
+
+def _session(name: str, turns: Turns) -> Session:
+    return Session(SessionId(name), name, Media.of(turns.source))
+
+
+def _within(request: Request, work: Work, call: Callable[[], Any]) -> Iterator[Entry]:
+    """While there is time; what doesn't fit into memory costs itself only."""
+    if request.left_s < 2 * LIMIT_S[request.size]:
+        return
+    try:
+        yield from _measured(request, work, call)
+    except torch.cuda.OutOfMemoryError as error:
+        told = f"{work.what}, batch {work.batch}: out of memory: {str(error).splitlines()[0]}"
+        yield "problem", {"at": work.stage, "problem": told}
+        torch.cuda.empty_cache()
+
+
+# ---- talker and vocoder ----------------------------------------------------------------------------------------------
+
+
+def _tts(request: Request) -> Iterator[Entry]:
+    """A second in mid-turn: 25 codes each, of a turn of two to four seconds."""
+    model = loaded(request, "tts")._model
+    config = MODELS[request.size].tts
+    assert config is not None
+    weight = _weights_of(model)
+    steps = 26  # the condition's rows, then 25 codes
+    read = steps * roofline.num_bytes(model, without=("emb_text", "emb_code", "projector"))
+    ids = torch.tensor(list(WORDS.encode()), device=request.device)
+    hidden = torch.randn(len(WORDS), config.llm_dim, device=request.device, dtype=weight.dtype)
+    for batch in BATCHES[request.size]:
+        states = [TalkerState(torch.Generator(request.device).manual_seed(n), turn_start=False) for n in range(batch)]
+        num_calls = iter(range(1 << 30))
+
+        def call(states: list[TalkerState] = states, num_calls: Iterator[int] = num_calls) -> Any:
+            if next(num_calls) % (TURN - 1) == 0:
+                for state in states:
+                    state.end_turn()
+                    state.turn_start = False
+            return model.generate([(state, TalkerInput(ids, hidden)) for state in states])
+
+        yield from _within(request, Work("tts", "25 codes", batch, weight.dtype, read, 25 * batch), call)
+
+
+def _vocoder(request: Request) -> Iterator[Entry]:
+    """A second of speech each, in mid-turn."""
+    stage = loaded(request, "vocoder")
+    model, voice = stage._model, stage._voice
+    weight = _weights_of(model)
+    euler = roofline.num_bytes(model.flow) - roofline.num_bytes(getattr(model.flow, "encoder", torch.nn.Identity()))
+    read = roofline.num_bytes(model) + (model.config.num_steps - 1) * euler
+    codes = [n * 37 % model.config.flow.vocab_size for n in range(25)]
+    for batch in BATCHES[request.size]:
+        states: list[VocoderState] = [model.open(voice, noise_seed=n) for n in range(batch)]
+        num_calls = iter(range(1 << 30))
+
+        def call(states: list[VocoderState] = states, num_calls: Iterator[int] = num_calls) -> Any:
+            if next(num_calls) % TURN == 0:
+                for state in states:
+                    model.reset(state)
+            return [wave.cpu() for wave in model.stream([(state, VocoderInput(codes)) for state in states])]
+
+        yield from _within(request, Work("vocoder", "a second", batch, weight.dtype, read, batch), call)
+
+
+# ---- the LLM ---------------------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """Sessions of one context that read a unit and speak."""
+
+    def __init__(self, stage: Any, batch: int, context: int, device: str) -> None:
+        self._engine, self._cache = stage._engine, stage._cache
+        self._batch, self._context = batch, context
+        width = stage._engine._model.config.hidden_size
+        weight = _weights_of(stage._engine._model)
+        picture = torch.randn(PICTURE_TOKENS, width, device=device, dtype=weight.dtype)
+        heard = torch.randn(10, width, device=device, dtype=weight.dtype)
+        heard[:, DECISION] = OBEYED
+        self._picture, self._heard = picture, heard
+        self._sessions: list[DuplexSession] = []
+
+    def prefill(self, num_pictures: int = 1) -> list[OpenUnit]:
+        """A unit of every session, which begins anew with its context."""
+        self.end()
+        self._sessions = [self._engine.new_session(n) for n in range(self._batch)]
+        self._engine.begin([(session, Prompt([0])) for session in self._sessions])
+        for session in self._sessions:
+            fill(self._cache, session, self._context)
+        unit = UnitInput(tuple([self._picture] for _ in range(num_pictures)), self._heard)
+        units: list[OpenUnit] = self._engine.prefill([(session, unit) for session in self._sessions])
+        return units
+
+    def decode(self, units: list[OpenUnit]) -> bool:
+        """A step of all of them; False where they have ended."""
+        if any(unit.ending is not None for unit in units):
+            return False
+        self._engine.decode_step(units)
+        return True
+
+    def end(self) -> None:
+        for session in self._sessions:
+            self._engine.end(session)
+        self._sessions = []
+
+
+def _llm(request: Request) -> Iterator[Entry]:
+    config = MODELS[request.size].llm
+    per_token = KvShape.of(config).bytes_per_token(torch.bfloat16 if request.device == "cuda" else torch.float32)
+    kv_bytes = BATCHES[request.size][-1] * (max(CONTEXTS[request.size]) + 2 * ROOM) * per_token
+    if request.device == "cuda":  # weights come first
+        left = torch.cuda.mem_get_info()[0] - 2 * 9e9 - 8e9 if request.size == "full" else 4e9
+        kv_bytes = min(kv_bytes, max(int(left), 1 << 30))
+    high = max(CONTEXTS[request.size]) + ROOM
+    window = {"mode": "basic", "high": high, "low": high - 100}  # so that none slides
+    said = {"kv_memory": f"{(int(kv_bytes) >> 20) + 1}MiB", "context": window, "force_listen": 0}
+    stage = loaded(request, "llm", **said)
+    weights = roofline.num_bytes(stage._engine._model, without=("embed_tokens",))
+    yield "llm_runs_with", getattr(stage, "runs_with", "sdpa attention")
+    for context in CONTEXTS[request.size]:
+        for batch in BATCHES[request.size]:
+            if batch * stage._cache.pages_for(context + ROOM) > stage._cache.num_pages:
+                told = f"{batch} sessions of {context} tokens don't fit into {int(kv_bytes) >> 30} GiB"
+                yield "problem", {"at": "llm", "problem": told}
+            elif request.left_s > 2 * LIMIT_S[request.size]:
+                yield from _llm_at(request, stage, batch, context, weights, per_token)
+    yield from _pictures(request, stage)
+
+
+def _llm_at(request: Request, stage: Any, batch: int, context: int, weights: int, per_token: int) -> Iterator[Entry]:
+    talk = Talk(stage, batch, context, request.device)
+    dtype = _weights_of(stage._engine._model).dtype
+    read = weights + batch * context * per_token
+    per_unit = PICTURE_TOKENS + 2 + 10 + 1
+    counted = request.device == "cuda"
+    for how in ("captured", "eager"):
+        timing.forget_peak(request.device)
+        prefills, decodes, wholes, has_programs = _units(request, talk, eager=how == "eager")
+        if how == "captured" and not (has_programs and counted):
+            how = "eager"
+        operations = 2 * (weights / dtype.itemsize) * batch
+        for what, found, tokens in (("prefill of a unit", prefills, per_unit), ("decode step", decodes, 1)):
+            work = Work("llm", what, batch, dtype, read, tokens * batch, context)
+            attention = 4 * stage._engine._model.config.num_attention_heads * stage._engine._model.config.head_dim
+            attention *= stage._engine._model.config.num_hidden_layers * context * batch * tokens
+            yield "stages_measured[]", _row(work, how, found, operations * tokens + attention, request.device)
+        if context == CONTEXTS[request.size][0]:
+            for ms in wholes:
+                yield "sample", (batch, round(ms * NS_PER_MS))
+        if how == "eager":
+            break
+    talk.end()
+
+
+def _units(request: Request, talk: Talk, *, eager: bool) -> tuple[list[float], list[float], list[float], bool]:
+    """ms of prefills, of decode steps and of whole spoken units; whether programs ran."""
+    prefills: list[float] = []
+    decodes: list[float] = []
+    wholes: list[float] = []
+    units: list[OpenUnit] = []
+    with timing.without_programs() if eager else nullcontext(), timing.Counted() as counted:
+        until_s = request.left_s - LIMIT_S[request.size]
+        for turn in range(6):
+
+            def prefill() -> None:
+                units[:] = talk.prefill()
+
+            took = [timing.timed_ms(prefill, request.device)]
+            going = True
+            while going:
+                if any(unit.ending is not None for unit in units):
+                    break
+                took.append(timing.timed_ms(lambda: talk.decode(units), request.device))
+            if turn:  # the first warms up
+                prefills.append(took[0])
+                decodes += took[1:]
+                wholes.append(sum(took))
+            if turn and request.left_s < until_s:
+                break
+    return prefills, decodes, wholes, counted.num_calls > 0
+
+
+def _pictures(request: Request, stage: Any) -> Iterator[Entry]:
+    """What each picture of a window beyond its first one costs."""
+    batch = min(16, BATCHES[request.size][-1])
+    talk = Talk(stage, batch, CONTEXTS[request.size][0], request.device)
+    one, three = (
+        float(np.median(timing.times_ms(lambda n=n: talk.prefill(n), request.device, LIMIT_S[request.size], 5)))
+        for n in (1, 3)
+    )
+    talk.end()
+    yield "picture_ns", max(round((three - one) / 2 / batch * NS_PER_MS), 0)
+
+
+MEASURED: Final[dict[str, Callable[[Request], Iterator[Entry]]]] = {
+    "llm": _llm,
+    "tts": _tts,
+    "vocoder": _vocoder,
+    "vision_encoder": _vision,
+    "audio_encoder": _audio,
+}

@@ -1,0 +1,91 @@
+"""How long a call takes: by the device's own clock where there is one, once it is warm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from model_shards import programs
+
+NUM_WARM_UP: Final = 2
+NUM_CALLS: Final = 20
+Call = Callable[[], Any]
+
+
+def timed_ms(call: Call, device: str) -> float:
+    """Of one call."""
+    if device != "cuda":
+        begin_s = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - begin_s)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def times_ms(call: Call, device: str, limit_s: float, num_calls: int = NUM_CALLS) -> list[float]:
+    """Of so many calls, or fewer when the time is over, but of one at least; those that warm up are not among them."""
+    until_s = time.monotonic() + limit_s
+    for _ in range(NUM_WARM_UP):
+        call()
+    found: list[float] = []
+    while not found or (len(found) < num_calls and time.monotonic() < until_s):
+        found.append(timed_ms(call, device))
+    return found
+
+
+def percentiles(values: list[float], *, digits: int = 3) -> dict[str, float]:
+    """p50, p95 and p99."""
+    return {f"p{q}": round(float(np.percentile(values, q)), digits) for q in (50, 95, 99)}
+
+
+@contextmanager
+def without_programs() -> Iterator[None]:
+    """In here what was captured is called as it is written, kernel by kernel."""
+    captured = programs.Captured.__call__
+
+    def eager(self: Any, *inputs: Any) -> Any:
+        return self._function(*inputs)
+
+    programs.Captured.__call__ = eager  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        programs.Captured.__call__ = captured  # type: ignore[method-assign]
+
+
+class Counted:
+    """How often programs are called while this is open."""
+
+    def __enter__(self) -> Counted:
+        self.num_calls = 0
+        self._captured = programs.Captured.__call__
+        captured = self._captured
+
+        def counting(program: Any, *inputs: Any) -> Any:
+            self.num_calls += 1
+            return captured(program, *inputs)
+
+        programs.Captured.__call__ = counting  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        programs.Captured.__call__ = self._captured  # type: ignore[method-assign]
+
+
+def peak_gib(device: str) -> float | None:
+    """Of the device's memory since `forget_peak`."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None
+
+
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,210 @@
+"""Part 3: the whole pipeline on one device: every stage a process, on the real bus, under the coordinator's procedures.
+
+For each number of sessions and share of them that speaks: how long windows take from their end to the listener, how
+long a turn's first sound takes, and how often speech runs out. `fifo` is the same with one session's window at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from deploy.control.coordinator import Coordinator
+from deploy.control.processes import Processes
+from graph.chunk import NS_PER_S, SessionId
+from graph.spec import PipelineSpec
+from stages.session import Media, Session
+from stages.stage import StageError
+from tests.benchmarks.gpu.parts import Entry, Request
+from tests.benchmarks.gpu.stages import USES, Turns
+from tests.benchmarks.gpu.timing import percentiles
+from tests.support.written import written_spec
+
+MODEL_STAGES: Final = ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")
+CELLS: Final = {
+    "full": (
+        *((16, 0.25), (32, 0.25), (64, 0.25), (48, 0.25)),
+        *((64, 0.5), (64, 0.05), (32, 0.5), (32, 0.05), (48, 0.5), (48, 0.05), (16, 0.5), (16, 0.05)),
+    ),
+    "tiny": ((2, 0.5), (1, 0.25)),
+}
+FIFO_CELLS: Final = {"full": ((16, 0.25), (32, 0.25)), "tiny": ((2, 0.5),)}
+FIFO_AFTER: Final = {"full": 4, "tiny": 1}  # cells of ours
+MEASURED_S: Final = {"full": 12, "tiny": 4}
+NUM_WARM_UP: Final = {"full": 3, "tiny": 1}  # windows of each session
+DRAIN_S: Final = 3.0  # after the sources' end: what is being said is heard
+AROUND_S: Final = 6.0  # opening, closing, reading
+START_S: Final = 100.0  # a start that takes longer has failed
+
+
+def measure(request: Request) -> Iterator[Entry]:
+    cells, after = CELLS[request.size], FIFO_AFTER[request.size]
+    with (
+        tempfile.TemporaryDirectory(prefix="omni", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        Pipeline.running("batched", request, Path(folder)) as ours,
+    ):
+        yield "pipeline_started_s", round(ours.started_s, 1)
+        yield from ours.cells(cells[:after])
+        if request.left_s > ours.started_s + ours.cell_s:
+            with Pipeline.running("fifo", request, Path(folder)) as fifo:
+                yield from fifo.cells(FIFO_CELLS[request.size])
+        yield from ours.cells(cells[after:])
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """A pipeline that runs. name: batched, or fifo."""
+
+    name: str
+    request: Request
+    folder: Path
+    coordinator: Coordinator
+    told: list[str]
+    started_s: float = 0.0
+
+    @classmethod
+    @contextmanager
+    def running(cls, name: str, request: Request, folder: Path) -> Iterator[Pipeline]:
+        told: list[str] = []
+        processes, begun_s = Processes(), time.monotonic()
+        spec, here = spec_of(request, fifo=name == "fifo"), folder / name
+        coordinator = Coordinator(spec, Path(request.size), here, processes, told.append)
+        try:
+            coordinator.start()
+            yield cls(name, request, here, coordinator, told, time.monotonic() - begun_s)
+        finally:
+            coordinator.stop()
+            processes.close()
+
+    @property
+    def cell_s(self) -> float:
+        """What one takes."""
+        return NUM_WARM_UP[self.request.size] + MEASURED_S[self.request.size] + DRAIN_S + AROUND_S
+
+    def cells(self, cells: tuple[tuple[int, float], ...]) -> Iterator[Entry]:
+        """While there is time."""
+        for num_sessions, share in cells:
+            if self.request.left_s < self.cell_s:
+                yield "problem", {"at": f"{self.name}: {num_sessions} at {share:.0%}", "problem": "no time was left"}
+                continue
+            yield "at", f"{self.name}: {num_sessions} at {share:.0%}"
+            cell = {"pipeline": self.name, "sessions": num_sessions, "speaking": share}
+            try:
+                yield "cells[]", cell | self._cell(num_sessions, share)
+            except StageError as error:
+                yield "cells[]", cell | {"refused": str(error)}
+                self._close_all()
+
+    def _cell(self, num_sessions: int, share: float) -> dict[str, Any]:
+        warm_up, measured_s = NUM_WARM_UP[self.request.size], MEASURED_S[self.request.size]
+        num_windows = warm_up + measured_s
+        out = self.folder / f"{num_sessions}-{share}"
+        self.told.clear()
+        turns = [Turns(number, num_sessions, share) for number in range(num_sessions)]
+        self.coordinator.open_sessions([_session(each, num_windows, out) for each in turns])
+        deadline_s = time.monotonic() + num_windows + DRAIN_S
+        most_gib = 0.0
+        while self.coordinator.sessions and time.monotonic() < deadline_s:
+            self.coordinator.poll()
+            most_gib = max(most_gib, _used_gib(self.request.device))
+            time.sleep(0.1)
+        self._close_all()
+        deaths = dict(self.coordinator.num_deaths)
+        found = figures(out, warm_up)
+        return found | {"gpu_gib": round(most_gib, 1) or None, "deaths": deaths, "told": self.told[:5]}
+
+    def _close_all(self) -> None:
+        for session in self.coordinator.sessions:
+            self.coordinator.close_session(session)
+        for _ in range(3):
+            self.coordinator.poll()
+
+
+def spec_of(request: Request, *, fifo: bool) -> PipelineSpec:
+    batch = {"batch": 1, "wait": "0s"} if fifo else {"batch": 64 if request.size == "full" else 4, "wait": "5ms"}
+    stages: dict[str, dict[str, Any]] = {name: {"device": request.device, **batch} for name in MODEL_STAGES}
+    stages["llm"] |= {"kv_memory": _kv_memory(request), "force_listen": 0}
+    stages |= {name: {"process": "media"} for name in ("camera", "microphone")}
+    return written_spec(USES, {"stages": stages, "shedding": {"ladder": []}})
+
+
+def _kv_memory(request: Request) -> str:
+    """For 64 sessions of 4000 tokens and a unit, or for as many as this device has room for; a second pipeline shares
+    what is there."""
+    if request.size == "tiny":
+        return "256MiB"
+    import torch
+
+    per_session = 5.5e3 * 147_456
+    most = torch.cuda.mem_get_info()[0] - 40e9 if request.device == "cuda" else 8e9
+    return f"{int(max(min(64 * per_session, most / 2), 1e9)) >> 20}MiB"
+
+
+def _used_gib(device: str) -> float:
+    """Of the device, by all processes."""
+    if device != "cuda":
+        return 0.0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free) / 2**30
+
+
+def _session(turns: Turns, num_windows: int, out: Path) -> Session:
+    name = f"s{turns.number}"
+    return Session(SessionId(name), name, Media.of(turns.source), duration_ns=num_windows * NS_PER_S, out=out)
+
+
+# ---- what was left of it ---------------------------------------------------------------------------------------------
+
+
+def figures(out: Path, warm_up: int) -> dict[str, Any]:
+    """Of the windows after the warm-up, as the pipeline itself has written them."""
+    windows = [row for row in _rows(out / "windows.jsonl") if row["index"] >= warm_up]
+    events = _rows(out / "events.jsonl")
+    if not windows:
+        return {"windows": 0}
+    by_window = {(row["session"], row["index"]): row for row in windows}
+    spoken = {(row["session"], row["window"]) for row in events if row["type"] == "said"}
+    firsts = [key for key in spoken if (key[0], key[1] - 1) not in spoken]
+    underruns = [row for row in events if row["type"] == "underrun" and row["window"] >= warm_up]
+    return {
+        "windows": len(windows),
+        "on_time": round(sum(bool(row["on_time"]) for row in windows) / len(windows), 4),
+        "latency_ms": percentiles([1000 * row["latency_s"] for row in windows], digits=1),
+        "spoken_latency_ms": _of(by_window, spoken),
+        "first_audio_ms": _of(by_window, firsts),
+        "spoken_share": round(sum(key in spoken for key in by_window) / len(windows), 3),
+        "turns": sum(key in by_window for key in firsts),
+        "underruns": len(underruns),
+        "underrun_s": round(sum(row["seconds"] for row in underruns), 3),
+        "failed": sum(bool(row["failed"]) for row in windows),
+        "missing": sum(bool(row["missing"]) for row in windows),
+        "stage_ms": _of_stages(windows),
+    }
+
+
+def _of(windows: Mapping[tuple[str, int], dict[str, Any]], keys: Any) -> dict[str, float] | None:
+    found = [1000 * windows[key]["latency_s"] for key in keys if key in windows]
+    return percentiles(found, digits=1) if found else None
+
+
+def _of_stages(windows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How long the batch took that a window was in, by stage."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in windows:
+        for stage, seconds in row["compute"].items():
+            found[stage].append(1000 * seconds)
+    return {stage: percentiles(ms, digits=1) for stage, ms in found.items() if stage in MODEL_STAGES}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
