@@ -10,8 +10,6 @@ import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from model_shards.duplex import DuplexEngine, UnitInput
 from model_shards.kv_cache import KvCache, KvShape
 from tests.benchmarks.gpu import parts, show, weights, whole
 from tests.benchmarks.gpu.stages import TURN, Turns
+from tests.support.made_part import MADE
 from tests.support.specs import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +43,7 @@ def bare(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 def test_the_bare_interpreter_has_no_other_package() -> None:
     for package in ABSENT.split(", "):
         result = bare("-c", f"import {package}")
-        assert result.returncode and "it is not among the few" in result.stderr, package
+        assert f"No module named '{package}'" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_the_pipeline_speaks_as_much_as_it_is_to_and_fifo_stands_beside_it(recor
         assert cell["windows"] == 4 * cell["sessions"] and not cell["failed"] and not cell["deaths"]
         assert all(math.isfinite(cell["latency_ms"][q]) for q in ("p50", "p95", "p99"))
     both = cells["batched", 2, 0.5]
-    assert both["spoken_share"] == 0.5 and both["turns"] == 1 and both["first_audio_ms"]["p50"] > 0
+    assert 0 < both["spoken_share"] < 1 and both["turns"] == 1 and both["first_audio_ms"]["p50"] > 0
     assert set(both["stage_ms"]) == MODEL_STAGES
 
 
@@ -120,30 +119,9 @@ def test_a_record_is_shown_as_tables(measured: Path) -> None:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def entries(request: parts.Request) -> Iterator[parts.Entry]:
-    """A part that finds two things and then hangs, or dies at the second."""
-    yield "at", "first"
-    yield "first", 1
-    if "second" not in request.skip:
-        yield "at", "second"
-        if request.size == "dies":
-            sys.stdout.flush()
-            os._exit(9)
-        child = subprocess.Popen(["sleep", "600"])
-        yield "child", child.pid
-        time.sleep(600)
-    yield "third", 3
-
-
 def run_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, minutes: float) -> dict[str, Any]:
-    part = parts.Part("made", "made", 1.0, again=True)
-    served = (
-        "import sys, json; from tests.benchmarks import test_gpu; from tests.benchmarks.gpu import parts;"
-        "import types; sys.modules['tests.benchmarks.gpu.made'] = types.SimpleNamespace(measure=test_gpu.entries);"
-        f"parts.PARTS = ({part!r},); parts.serve(sys.argv[1])"
-    ).replace("Part(", "parts.Part(")
-    monkeypatch.setattr(parts, "PARTS", (part,))
-    monkeypatch.setattr(parts, "command_for", lambda written: [sys.executable, "-c", served, written])
+    monkeypatch.setattr(parts, "PARTS", (MADE,))
+    monkeypatch.setattr(parts, "command_for", lambda told: [sys.executable, "-m", MADE.module, told])
     record = parts.Record(tmp_path / "out.json", {})
     parts.run_parts(record, size, "cpu", minutes, ["made"])
     content: dict[str, Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
@@ -153,7 +131,7 @@ def run_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, minutes
 def test_a_part_that_hangs_is_ended_in_time_with_all_that_it_has_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run_part(tmp_path, monkeypatch, "hangs", 0.6)
+    found = run_part(tmp_path, monkeypatch, "hangs", 0.15)
     assert found["first"] == 1 and "third" not in found
     assert found["problems"] == [{"part": "made", "at": "second", "problem": "its time was over"}]
     assert not psutil.pid_exists(found["child"]) or psutil.Process(found["child"]).status() == psutil.STATUS_ZOMBIE
@@ -162,7 +140,7 @@ def test_a_part_that_hangs_is_ended_in_time_with_all_that_it_has_started(
 def test_a_part_whose_process_dies_goes_on_without_what_it_died_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run_part(tmp_path, monkeypatch, "dies", 2.0)
+    found = run_part(tmp_path, monkeypatch, "dies", 5.0)
     assert found["problems"] == [{"part": "made", "at": "second", "problem": "its process ended with 9"}]
     assert found["third"] == 3
 
@@ -226,7 +204,7 @@ def test_figures_count_windows_after_the_warm_up_and_turns_at_their_first_window
         {"session": "a", "index": n, "latency_s": n / 10, "on_time": n < 3, "failed": [], "missing": [], "compute": {}}
         for n in range(4)
     ]
-    said = [{"session": "a", "type": "said", "window": n} for n in (2, 3)]
+    said = [{"session": "a", "type": "said", "window": n, "text": "hi"} for n in (2, 3)]
     underrun = {"session": "a", "type": "underrun", "window": 3, "seconds": 0.25}
     for name, lines in (("windows", rows), ("events", [*said, underrun])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

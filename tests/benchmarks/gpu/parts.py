@@ -61,10 +61,10 @@ class Part:
 
 
 PARTS: Final = (
-    Part("machine", "machine", 0.1),
-    Part("stages", "measured", 0.35, again=True),
-    Part("pipeline", "whole", 1.0, spares_s=45.0),
-    Part("sequential", "sequential", 1.0),
+    Part("machine", f"{__package__}.machine", 0.1),
+    Part("stages", f"{__package__}.measured", 0.35, again=True),
+    Part("pipeline", f"{__package__}.whole", 1.0, spares_s=45.0),
+    Part("sequential", f"{__package__}.sequential", 1.0),
 )
 
 
@@ -173,7 +173,7 @@ def serve(written: str) -> None:
 
 def _entries(part: Part, request: Request) -> Iterator[Entry]:
     try:
-        yield from import_module(f"tests.benchmarks.gpu.{part.module}").measure(request)
+        yield from import_module(part.module).measure(request)
     except Exception as error:
         import traceback
 

@@ -1,7 +1,7 @@
 """What a device could do at best: the larger of bytes over bandwidth and operations over peak.
 
 Bytes are weights, each time that they are read, and keys and values; activations are left out. Operations are counted
-by torch as the call runs (matrix products, convolutions, attention); kernels of its own are added by their formula.
+by torch as the call runs (matrix products, convolutions, attention); of the LLM they are reckoned.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ second. How many sessions one GPU serves so is reckoned: as many as their window
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -93,20 +94,22 @@ class Loop:
 def measure(request: Request) -> Iterator[Entry]:
     listened: list[float] = []
     spoken: list[float] = []
-    num_samples = 0
+    made: list[int] = []  # samples
     with torch.inference_mode(), timing.without_programs():
         loop = Loop(request)
-        for window in range(NUM_WINDOWS[request.size]):
-            speaks = window % (2 * TURN) < TURN
-            made: list[int] = []
-            took = timing.timed_ms(lambda s=speaks, m=made: m.append(loop.window(s)), request.device)
-            num_samples += made[0]
-            if window >= NUM_WARM_UP and window % TURN:  # the first of a turn, and the one that ends it, are others
+
+        def window(speaks: bool) -> None:
+            made.append(loop.window(speaks))
+
+        for index in range(NUM_WINDOWS[request.size]):
+            speaks = index % (2 * TURN) < TURN
+            took = timing.timed_ms(partial(window, speaks), request.device)
+            if index >= NUM_WARM_UP and index % TURN:  # the first of a turn, and the one that ends it, are others
                 (spoken if speaks else listened).append(took)
             if request.left_s < 2:
                 break
     if listened and spoken:
-        yield "sequential", _found(listened, spoken) | {"seconds_spoken": round(num_samples / 24_000, 1)}
+        yield "sequential", _found(listened, spoken) | {"seconds_spoken": round(sum(made) / 24_000, 1)}
     else:
         yield "problem", {"problem": "no time was left for a window of each sort"}
 

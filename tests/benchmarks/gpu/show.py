@@ -50,17 +50,17 @@ def _cells(cells: Sequence[dict[str, Any]]) -> Iterable[str]:
     if not cells:
         return
     yield ""
-    head = ("pipeline", "sessions", "speaking", "on time", "window p50/p95/p99 ms", "first audio p50/p95/p99 ms")
-    head = (*head, "turns", "underruns", "GiB", "windows")
+    times = ("window p50/p95/p99 ms", "first audio p50/p95/p99 ms")
+    head = ("pipeline", "sessions", "speaking", "on time", *times, "turns", "underruns", "GiB", "windows")
     table = []
     for cell in cells:
         name = [cell["pipeline"], cell["sessions"], f"{100 * cell['speaking']:.0f} %"]
         if "latency_ms" not in cell:
             table.append([*name, cell.get("refused", "no window came"), *[""] * 6])
             continue
-        times = [_three(cell["latency_ms"]), _three(cell["first_audio_ms"])]
+        took = [_three(cell["latency_ms"]), _three(cell["first_audio_ms"])]
         counts = [cell["turns"], cell["underruns"], cell["gpu_gib"], cell["windows"]]
-        table.append([*name, f"{100 * cell['on_time']:.1f} %", *times, *counts])
+        table.append([*name, f"{100 * cell['on_time']:.1f} %", *took, *counts])
     yield from _table(head, table)
 
 

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from model_shards import programs
+from model_shards.programs import Captured
 
 NUM_WARM_UP: Final = 2
 NUM_CALLS: Final = 20
@@ -23,7 +24,7 @@ def timed_ms(call: Call, device: str) -> float:
         begin_s = time.perf_counter()
         call()
         return 1000 * (time.perf_counter() - begin_s)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     call()
     end.record()
@@ -50,16 +51,8 @@ def percentiles(values: list[float], *, digits: int = 3) -> dict[str, float]:
 @contextmanager
 def without_programs() -> Iterator[None]:
     """In here what was captured is called as it is written, kernel by kernel."""
-    captured = programs.Captured.__call__
-
-    def eager(self: Any, *inputs: Any) -> Any:
-        return self._function(*inputs)
-
-    programs.Captured.__call__ = eager  # type: ignore[method-assign]
-    try:
+    with patch.object(Captured, "__call__", lambda program, *inputs: program._function(*inputs)):
         yield
-    finally:
-        programs.Captured.__call__ = captured  # type: ignore[method-assign]
 
 
 class Counted:
@@ -67,18 +60,18 @@ class Counted:
 
     def __enter__(self) -> Counted:
         self.num_calls = 0
-        self._captured = programs.Captured.__call__
-        captured = self._captured
+        captured = Captured.__call__
 
-        def counting(program: Any, *inputs: Any) -> Any:
+        def counting(program: Captured, *inputs: Any) -> Any:
             self.num_calls += 1
             return captured(program, *inputs)
 
-        programs.Captured.__call__ = counting  # type: ignore[method-assign]
+        self._patch = patch.object(Captured, "__call__", counting)
+        self._patch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        programs.Captured.__call__ = self._captured  # type: ignore[method-assign]
+        self._patch.stop()
 
 
 def peak_gib(device: str) -> float | None:

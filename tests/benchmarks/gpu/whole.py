@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from deploy.control.calls import CoordinatorError
 from deploy.control.coordinator import Coordinator
 from deploy.control.processes import Processes
 from graph.chunk import NS_PER_S, SessionId
@@ -40,8 +41,10 @@ FIFO_AFTER: Final = {"full": 4, "tiny": 1}  # cells of ours
 MEASURED_S: Final = {"full": 12, "tiny": 4}
 NUM_WARM_UP: Final = {"full": 3, "tiny": 1}  # windows of each session
 DRAIN_S: Final = 3.0  # after the sources' end: what is being said is heard
-AROUND_S: Final = 6.0  # opening, closing, reading
-START_S: Final = 100.0  # a start that takes longer has failed
+CELL_S: Final = {size: NUM_WARM_UP[size] + MEASURED_S[size] + DRAIN_S + 6.0 for size in CELLS}
+"""What one takes, with opening, closing and reading."""
+SESSION_BYTES: Final = 5500 * 147_456  # 4000 tokens, and a unit, of keys and values in bfloat16
+BESIDE_BYTES: Final = 27e9  # weights of all stages, what computing takes, and five processes on a device
 
 
 def measure(request: Request) -> Iterator[Entry]:
@@ -52,10 +55,25 @@ def measure(request: Request) -> Iterator[Entry]:
     ):
         yield "pipeline_started_s", round(ours.started_s, 1)
         yield from ours.cells(cells[:after])
-        if request.left_s > ours.started_s + ours.cell_s:
-            with Pipeline.running("fifo", request, Path(folder)) as fifo:
-                yield from fifo.cells(FIFO_CELLS[request.size])
+        has_room = _free_bytes(request) > BESIDE_BYTES + max(FIFO_CELLS[request.size])[0] * SESSION_BYTES
+        if has_room:
+            yield from _fifo(request, Path(folder), ours.started_s)
         yield from ours.cells(cells[after:])
+    if not has_room:
+        with tempfile.TemporaryDirectory(prefix="omni", dir="/tmp", ignore_cleanup_errors=True) as folder:
+            yield from _fifo(request, Path(folder), ours.started_s)
+
+
+def _fifo(request: Request, folder: Path, starts_s: float) -> Iterator[Entry]:
+    """The rival, if there is time. starts_s: what a start takes, about."""
+    if request.left_s < starts_s + CELL_S[request.size]:
+        yield "problem", {"at": "fifo", "problem": "no time was left to start it"}
+        return
+    try:
+        with Pipeline.running("fifo", request, folder) as fifo:
+            yield from fifo.cells(FIFO_CELLS[request.size])
+    except CoordinatorError as error:
+        yield "problem", {"at": "fifo", "problem": str(error)}
 
 
 @dataclass(slots=True)
@@ -83,15 +101,10 @@ class Pipeline:
             coordinator.stop()
             processes.close()
 
-    @property
-    def cell_s(self) -> float:
-        """What one takes."""
-        return NUM_WARM_UP[self.request.size] + MEASURED_S[self.request.size] + DRAIN_S + AROUND_S
-
     def cells(self, cells: tuple[tuple[int, float], ...]) -> Iterator[Entry]:
         """While there is time."""
         for num_sessions, share in cells:
-            if self.request.left_s < self.cell_s:
+            if self.request.left_s < CELL_S[self.request.size]:
                 yield "problem", {"at": f"{self.name}: {num_sessions} at {share:.0%}", "problem": "no time was left"}
                 continue
             yield "at", f"{self.name}: {num_sessions} at {share:.0%}"
@@ -130,21 +143,27 @@ class Pipeline:
 def spec_of(request: Request, *, fifo: bool) -> PipelineSpec:
     batch = {"batch": 1, "wait": "0s"} if fifo else {"batch": 64 if request.size == "full" else 4, "wait": "5ms"}
     stages: dict[str, dict[str, Any]] = {name: {"device": request.device, **batch} for name in MODEL_STAGES}
-    stages["llm"] |= {"kv_memory": _kv_memory(request), "force_listen": 0}
+    most = max((FIFO_CELLS if fifo else CELLS)[request.size])[0]
+    stages["llm"] |= {"kv_memory": _kv_memory(request, most), "force_listen": 0}
     stages |= {name: {"process": "media"} for name in ("camera", "microphone")}
     return written_spec(USES, {"stages": stages, "shedding": {"ladder": []}})
 
 
-def _kv_memory(request: Request) -> str:
-    """For 64 sessions of 4000 tokens and a unit, or for as many as this device has room for; a second pipeline shares
-    what is there."""
-    if request.size == "tiny":
+def _kv_memory(request: Request, num_sessions: int) -> str:
+    """For so many sessions, or for as many as this device has room for."""
+    if request.is_tiny:
         return "256MiB"
+    most = max(_free_bytes(request) - BESIDE_BYTES, 1e9)
+    return f"{int(min(num_sessions * SESSION_BYTES, most)) >> 20}MiB"
+
+
+def _free_bytes(request: Request) -> float:
+    """Of the device; of a CPU nobody asks."""
+    if request.device != "cuda":
+        return 1e12
     import torch
 
-    per_session = 5.5e3 * 147_456
-    most = torch.cuda.mem_get_info()[0] - 40e9 if request.device == "cuda" else 8e9
-    return f"{int(max(min(64 * per_session, most / 2), 1e9)) >> 20}MiB"
+    return float(torch.cuda.mem_get_info()[0])
 
 
 def _used_gib(device: str) -> float:
@@ -172,7 +191,8 @@ def figures(out: Path, warm_up: int) -> dict[str, Any]:
     if not windows:
         return {"windows": 0}
     by_window = {(row["session"], row["index"]): row for row in windows}
-    spoken = {(row["session"], row["window"]) for row in events if row["type"] == "said"}
+    said = [row for row in events if row["type"] == "said" and row["text"]]  # not the mere end of a turn
+    spoken = {(row["session"], row["window"]) for row in said}
     firsts = [key for key in spoken if (key[0], key[1] - 1) not in spoken]
     underruns = [row for row in events if row["type"] == "underrun" and row["window"] >= warm_up]
     return {
