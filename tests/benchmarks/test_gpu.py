@@ -21,7 +21,8 @@ from deploy.control.capacity import Demand, reckon
 from graph.costs import read_profile
 from model_shards.duplex import DuplexEngine, UnitInput
 from model_shards.kv_cache import KvCache, KvShape
-from tests.benchmarks.gpu import parts, show, weights, whole
+from model_shards.programs import Captured
+from tests.benchmarks.gpu import parts, roofline, show, timing, weights, whole
 from tests.benchmarks.gpu.stages import TURN, Turns
 from tests.support.made_part import MADE
 from tests.support.specs import load_spec
@@ -151,9 +152,49 @@ def test_parts_for_which_no_time_is_left_say_so(tmp_path: Path) -> None:
     assert record.content["problems"] == [{"part": "machine", "problem": "no time was left for it"}]
 
 
+def test_the_profile_of_a_part_that_was_begun_again_keeps_what_it_had(tmp_path: Path) -> None:
+    record = parts.Record(tmp_path / "out.json", {})
+    for stage in ("llm", "tts"):
+        record.add("profile", {"version": 1, "stages": {stage: {}}})
+    assert record.content["profile"] == {"version": 1, "stages": {"llm": {}, "tts": {}}}
+
+
+def test_programs_are_counted_and_can_be_left_out() -> None:
+    called = []
+
+    def double(x: torch.Tensor) -> tuple[torch.Tensor]:
+        called.append(len(x))
+        return (2 * x,)
+
+    program = Captured(double, lambda size: (torch.zeros(size),), ladder=(4,))
+    with timing.Counted() as counted:
+        (padded,) = program(torch.ones(3))
+    with timing.without_programs("cpu"):
+        (plain,) = program(torch.ones(3))
+    assert counted.num_calls == 1 and padded.tolist() == plain.tolist() == [2.0, 2.0, 2.0]
+    assert called == [4, 4, 3]  # as it was made, as a program of four rows, as it is written
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "operations", "dtype", "best_ms"),
+    [(4.8e9, 0, torch.bfloat16, 1.0), (0, 989e9, torch.bfloat16, 1.0), (0, 67e9, torch.float32, 1.0)],
+)
+def test_the_roofline_is_the_larger_of_bytes_and_operations(
+    num_bytes: float, operations: float, dtype: torch.dtype, best_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "known_device", lambda: roofline.DEVICES["H200"])
+    assert roofline.roofline_ms(num_bytes, operations, dtype) == pytest.approx(best_ms)
+
+
 def test_a_record_that_has_just_begun_is_shown(tmp_path: Path) -> None:
     told = {"size": "full", "device": "cuda", "minutes": 8.0, "begun": "now"}
     assert next(iter(show.lines(parts.Record(tmp_path / "out.json", told).content))).startswith("full weights on cuda")
+
+
+def test_the_special_tokens_have_the_released_ids() -> None:
+    special = weights.letters(weights.MODELS["full"]).special
+    assert (special.im_start, special.unit, special.listen, special.speak) == (151644, 151683, 151705, 151706)
+    assert (special.turn_eos, special.chunk_eos, special.tts_pad) == (151717, 151718, 151722)
 
 
 # ---- what is imposed -------------------------------------------------------------------------------------------------
@@ -179,7 +220,7 @@ def test_the_model_itself_does_what_it_hears(decoding: str) -> None:
     weights.draw(model, "llm", config, torch.float32, "cpu")
     cache = KvCache(KvShape.of(config.llm), num_pages=64)
     rule = SamplingConfig(mode=decoding)  # type: ignore[arg-type]
-    tokenizer: Any = weights.LetterTokenizer(config)
+    tokenizer = weights.letters(config)
     engine = DuplexEngine(model, cache, tokenizer, DuplexConfig(sampling=rule, force_listen_count=0))
     session = engine.new_session(0)
     said = []

@@ -28,5 +28,5 @@ def measure(request: Request) -> Iterator[Entry]:
 if __name__ == "__main__":
     from tests.benchmarks.gpu import parts
 
-    parts.PARTS = (MADE,)  # type: ignore[misc]
+    parts.PARTS = (MADE,)  # type: ignore[assignment, misc]
     parts.serve(sys.argv[1])

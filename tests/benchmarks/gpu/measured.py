@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from graph.costs import Profile, StageCost, fit
@@ -35,14 +38,17 @@ from stages.stage import Site
 from stages.vision_encoder import VisionEncoder
 from tests.benchmarks.gpu import roofline, timing
 from tests.benchmarks.gpu.parts import Entry, Request
-from tests.benchmarks.gpu.stages import TURN
+from tests.benchmarks.gpu.stages import TURN, room_for
 from tests.benchmarks.gpu.weights import DECISION, MODELS, OBEYED, WORDS, drawn_checkpoint, drawn_sound, fill
 
 BATCHES: Final = {"full": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 3)}
 CONTEXTS: Final = {"full": (4096, 1024, 8192), "tiny": (256, 64)}
 ROOM: Final = 768  # tokens of a session beside its context, and for a page that is not full
 PICTURE_TOKENS: Final = 64
-LIMIT_S: Final = {"full": 1.5, "tiny": 0.1}  # of a stage's calls with one batch size
+UNIT_ROWS: Final = 1 + 1 + PICTURE_TOKENS + 1 + 10  # its mark, the picture and its marks, the sound
+NUM_UNITS: Final = 5
+LIMIT_S: Final = {"full": 0.8, "tiny": 0.1}  # of a stage's calls with one batch size
+BROKEN: Final = 3  # the process's exit code
 STAGES: Final = ("llm", "tts", "vocoder", "vision_encoder", "audio_encoder")
 Samples = dict[str, list[tuple[int, int]]]
 
@@ -77,8 +83,13 @@ def measure(request: Request) -> Iterator[Entry]:
                         picture_ns = value
                     else:
                         yield key, value
-        except torch.cuda.OutOfMemoryError as error:
-            yield "problem", {"at": name, "problem": f"out of memory: {str(error).splitlines()[0]}"}
+        except Exception as error:
+            traceback.print_exc()
+            yield "problem", {"at": name, "problem": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
+            if (
+                request.device == "cuda"
+            ):  # what has failed there may have broken all that comes: another process goes on
+                sys.exit(BROKEN)
         gc.collect()
         if request.device == "cuda":
             torch.cuda.empty_cache()
@@ -108,12 +119,12 @@ def _measured(request: Request, work: Work, call: Callable[[], Any]) -> Iterator
     with timing.Counted() as counted:
         shipped = timing.times_ms(call, request.device, limit_s)
     has_programs = counted.num_calls > 0 and request.device == "cuda"
-    with timing.without_programs():
+    with timing.without_programs(request.device):
         operations = roofline.num_operations(call)
     yield "stages_measured[]", _row(work, "captured" if has_programs else "eager", shipped, operations, request.device)
     if has_programs:
         try:
-            with timing.without_programs():
+            with timing.without_programs(request.device):
                 eager = timing.times_ms(call, request.device, limit_s)
             yield "stages_measured[]", _row(work, "eager", eager, operations, request.device)
         except Exception as error:  # it ships captured: what else it can't costs nothing
@@ -146,16 +157,29 @@ def _row(work: Work, how: str, found: list[float], operations: float, device: st
 def loaded(request: Request, name: str, **said: Any) -> Any:
     """A stage as a pipeline loads it, with drawn weights."""
     cls = stage_class(BUILT_IN[name])
-    usual = {"device": request.device, "batch": BATCHES[request.size][-1]}
+    most = BATCHES[request.size][-1]
+    usual = {"device": request.device, "batch": most, **room_for(name, most)}
     options = cls.Options.model_validate({**usual, **said})
     torch.manual_seed(0)
     with drawn_checkpoint(request.size), torch.inference_mode(mode=False):  # as a stage is loaded, too
         return cls.load(options, Site(name, Path(request.size), request.device))
 
 
-def _weights_of(model: Any) -> torch.Tensor:
-    weight: Tensor = next(model.parameters())
-    return weight
+def opened(stage: Any, number: int) -> Any:
+    """A session that is open there: the stage's own state of it."""
+    session = SessionId(f"s{number}")
+    stage.open_session(Session(session, session))
+    return stage._open[session]
+
+
+def _module_of(model: Any) -> nn.Module:
+    """The weights, or those of what is built around them."""
+    parts = (model, *(vars(model).values()))
+    return next(part for part in parts if isinstance(part, nn.Module))
+
+
+def _weights_of(model: Any) -> Tensor:
+    return next(_module_of(model).parameters())
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -179,16 +203,15 @@ def _audio(request: Request) -> Iterator[Entry]:
     sound = drawn_sound(16_000).numpy()
     for batch in BATCHES[request.size]:
         names = [f"s{n}" for n in range(batch)]
-        for name in names:
-            stage.open_session(Session(SessionId(name), name))
-        index = iter(range(1 << 30))
+        for number in range(batch):
+            opened(stage, number)
+        index = count()
 
         def call(names: list[str] = names, index: Iterator[int] = index) -> None:
             stage.process([_second(name, next_index, sound) for next_index in [next(index)] for name in names])
 
         yield from _within(request, Work("audio_encoder", "seconds", batch, weight.dtype, read), call)
-        for name in names:
-            stage.close_session(SessionId(name))
+        _close(stage, batch)
 
 
 def _second(name: str, index: int, sound: np.ndarray) -> Unit:
@@ -219,18 +242,18 @@ def _within(request: Request, work: Work, call: Callable[[], Any]) -> Iterator[E
 
 
 def _tts(request: Request) -> Iterator[Entry]:
-    """A second in mid-turn: 25 codes each, of a turn of two to four seconds."""
-    model = loaded(request, "tts")._model
+    """A second in mid-turn: 25 codes each, of a turn of one to three seconds."""
+    stage = loaded(request, "tts")
+    model, weight = stage._model, _weights_of(stage._model)
     config = MODELS[request.size].tts
     assert config is not None
-    weight = _weights_of(model)
     steps = 26  # the condition's rows, then 25 codes
-    read = steps * roofline.num_bytes(model, without=("emb_text", "emb_code", "projector"))
+    read = steps * roofline.num_bytes(_module_of(model), without=("emb_text", "emb_code", "projector"))
     ids = torch.tensor(list(WORDS.encode()), device=request.device)
     hidden = torch.randn(len(WORDS), config.llm_dim, device=request.device, dtype=weight.dtype)
     for batch in BATCHES[request.size]:
-        states = [TalkerState(torch.Generator(request.device).manual_seed(n), turn_start=False) for n in range(batch)]
-        num_calls = iter(range(1 << 30))
+        states = [opened(stage, number).talker for number in range(batch)]
+        num_calls = count()
 
         def call(states: list[TalkerState] = states, num_calls: Iterator[int] = num_calls) -> Any:
             if next(num_calls) % (TURN - 1) == 0:
@@ -240,19 +263,19 @@ def _tts(request: Request) -> Iterator[Entry]:
             return model.generate([(state, TalkerInput(ids, hidden)) for state in states])
 
         yield from _within(request, Work("tts", "25 codes", batch, weight.dtype, read, 25 * batch), call)
+        _close(stage, batch)
 
 
 def _vocoder(request: Request) -> Iterator[Entry]:
     """A second of speech each, in mid-turn."""
     stage = loaded(request, "vocoder")
-    model, voice = stage._model, stage._voice
-    weight = _weights_of(model)
-    euler = roofline.num_bytes(model.flow) - roofline.num_bytes(getattr(model.flow, "encoder", torch.nn.Identity()))
+    model, weight = stage._model, _weights_of(stage._model)
+    euler = roofline.num_bytes(model.flow) - roofline.num_bytes(getattr(model.flow, "encoder", nn.Identity()))
     read = roofline.num_bytes(model) + (model.config.num_steps - 1) * euler
     codes = [n * 37 % model.config.flow.vocab_size for n in range(25)]
     for batch in BATCHES[request.size]:
-        states: list[VocoderState] = [model.open(voice, noise_seed=n) for n in range(batch)]
-        num_calls = iter(range(1 << 30))
+        states: list[VocoderState] = [opened(stage, number).vocoder for number in range(batch)]
+        num_calls = count()
 
         def call(states: list[VocoderState] = states, num_calls: Iterator[int] = num_calls) -> Any:
             if next(num_calls) % TURN == 0:
@@ -261,6 +284,12 @@ def _vocoder(request: Request) -> Iterator[Entry]:
             return [wave.cpu() for wave in model.stream([(state, VocoderInput(codes)) for state in states])]
 
         yield from _within(request, Work("vocoder", "a second", batch, weight.dtype, read, batch), call)
+        _close(stage, batch)
+
+
+def _close(stage: Any, num_sessions: int) -> None:
+    for number in range(num_sessions):
+        stage.close_session(SessionId(f"s{number}"))
 
 
 # ---- the LLM ---------------------------------------------------------------------------------------------------------
@@ -271,7 +300,7 @@ class Talk:
 
     def __init__(self, stage: Any, batch: int, context: int, device: str) -> None:
         self._engine, self._cache = stage._engine, stage._cache
-        self._batch, self._context = batch, context
+        self.batch, self.context = batch, context
         width = stage._engine._model.config.hidden_size
         weight = _weights_of(stage._engine._model)
         picture = torch.randn(PICTURE_TOKENS, width, device=device, dtype=weight.dtype)
@@ -283,20 +312,17 @@ class Talk:
     def prefill(self, num_pictures: int = 1) -> list[OpenUnit]:
         """A unit of every session, which begins anew with its context."""
         self.end()
-        self._sessions = [self._engine.new_session(n) for n in range(self._batch)]
+        self._sessions = [self._engine.new_session(n) for n in range(self.batch)]
         self._engine.begin([(session, Prompt([0])) for session in self._sessions])
         for session in self._sessions:
-            fill(self._cache, session, self._context)
+            fill(self._cache, session, self.context)
         unit = UnitInput(tuple([self._picture] for _ in range(num_pictures)), self._heard)
         units: list[OpenUnit] = self._engine.prefill([(session, unit) for session in self._sessions])
         return units
 
-    def decode(self, units: list[OpenUnit]) -> bool:
-        """A step of all of them; False where they have ended."""
-        if any(unit.ending is not None for unit in units):
-            return False
+    def decode(self, units: list[OpenUnit]) -> None:
+        """A step of all of them."""
         self._engine.decode_step(units)
-        return True
 
     def end(self) -> None:
         for session in self._sessions:
@@ -328,56 +354,72 @@ def _llm(request: Request) -> Iterator[Entry]:
 
 
 def _llm_at(request: Request, stage: Any, batch: int, context: int, weights: int, per_token: int) -> Iterator[Entry]:
+    """As it is loaded; with the first of the contexts kernel by kernel, too, where that differs."""
     talk = Talk(stage, batch, context, request.device)
-    dtype = _weights_of(stage._engine._model).dtype
-    read = weights + batch * context * per_token
-    per_unit = PICTURE_TOKENS + 2 + 10 + 1
-    counted = request.device == "cuda"
-    for how in ("captured", "eager"):
-        timing.forget_peak(request.device)
-        prefills, decodes, wholes, has_programs = _units(request, talk, eager=how == "eager")
-        if how == "captured" and not (has_programs and counted):
-            how = "eager"
-        operations = 2 * (weights / dtype.itemsize) * batch
-        for what, found, tokens in (("prefill of a unit", prefills, per_unit), ("decode step", decodes, 1)):
-            work = Work("llm", what, batch, dtype, read, tokens * batch, context)
-            attention = 4 * stage._engine._model.config.num_attention_heads * stage._engine._model.config.head_dim
-            attention *= stage._engine._model.config.num_hidden_layers * context * batch * tokens
-            yield "stages_measured[]", _row(work, how, found, operations * tokens + attention, request.device)
-        if context == CONTEXTS[request.size][0]:
-            for ms in wholes:
-                yield "sample", (batch, round(ms * NS_PER_MS))
-        if how == "eager":
-            break
+    is_first = context == CONTEXTS[request.size][0]
+    with timing.Counted() as counted:
+        shipped = _units(request, talk)
+    has_programs = counted.num_calls > 0 and request.device == "cuda"
+    yield from _llm_rows(request, stage, talk, "captured" if has_programs else "eager", shipped, weights, per_token)
+    if has_programs and is_first:
+        try:
+            with timing.without_programs(request.device):
+                eager = _units(request, talk)
+            yield from _llm_rows(request, stage, talk, "eager", eager, weights, per_token)
+        except Exception as error:  # it ships captured: what else it can't costs nothing
+            yield "problem", {"at": "llm", "problem": f"batch {batch}, eager: {type(error).__name__}: {error}"}
+    for ms in shipped.wholes if is_first else ():
+        yield "sample", (batch, round(ms * NS_PER_MS))
     talk.end()
 
 
-def _units(request: Request, talk: Talk, *, eager: bool) -> tuple[list[float], list[float], list[float], bool]:
-    """ms of prefills, of decode steps and of whole spoken units; whether programs ran."""
-    prefills: list[float] = []
-    decodes: list[float] = []
-    wholes: list[float] = []
-    units: list[OpenUnit] = []
-    with timing.without_programs() if eager else nullcontext(), timing.Counted() as counted:
-        until_s = request.left_s - LIMIT_S[request.size]
-        for turn in range(6):
+def _llm_rows(
+    request: Request, stage: Any, talk: Talk, how: str, found: Spoken, weights: int, per_token: int
+) -> Iterator[Entry]:
+    """A prefill gives no logits: the head is not read for it."""
+    model = stage._engine._model
+    config, dtype = model.config, _weights_of(model).dtype
+    head = roofline.num_bytes(model.llm.lm_head)
+    seen = talk.batch * talk.context
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * talk.context
+    for what, times, tokens, unread in (
+        ("prefill of a unit", found.prefills, UNIT_ROWS, head),
+        ("decode step", found.decodes, 1, 0),
+    ):
+        read, products = weights - unread + seen * per_token, 2 * (weights - unread) / dtype.itemsize
+        work = Work("llm", what, talk.batch, dtype, read, tokens * talk.batch, talk.context)
+        yield "stages_measured[]", _row(work, how, times, (products + attention) * tokens * talk.batch, request.device)
 
-            def prefill() -> None:
-                units[:] = talk.prefill()
 
-            took = [timing.timed_ms(prefill, request.device)]
-            going = True
-            while going:
-                if any(unit.ending is not None for unit in units):
-                    break
-                took.append(timing.timed_ms(lambda: talk.decode(units), request.device))
-            if turn:  # the first warms up
-                prefills.append(took[0])
-                decodes += took[1:]
-                wholes.append(sum(took))
-            if turn and request.left_s < until_s:
-                break
-    return prefills, decodes, wholes, counted.num_calls > 0
+@dataclass(slots=True)
+class Spoken:
+    """ms of prefills, of decode steps, and of whole units that speak."""
+
+    prefills: list[float]
+    decodes: list[float]
+    wholes: list[float]
+
+
+def _units(request: Request, talk: Talk) -> Spoken:
+    """The first unit warms up."""
+    timing.forget_peak(request.device)
+    found, units = Spoken([], [], []), list[OpenUnit]()
+    until_s = time.monotonic() + LIMIT_S[request.size]
+    for turn in range(1 + NUM_UNITS):
+
+        def prefill() -> None:
+            units[:] = talk.prefill()
+
+        took = [timing.timed_ms(prefill, request.device)]
+        while all(unit.ending is None for unit in units):
+            took.append(timing.timed_ms(partial(talk.decode, units), request.device))
+        if turn:
+            found.prefills.append(took[0])
+            found.decodes += took[1:]
+            found.wholes.append(sum(took))
+        if turn and time.monotonic() > until_s:
+            break
+    return found
 
 
 def _pictures(request: Request, stage: Any) -> Iterator[Entry]:

@@ -25,13 +25,14 @@ from tests.benchmarks.gpu import ROOT, environment
 Entry = tuple[str, Any]
 """Where it belongs in the record, and what was measured. A key that ends with [] has a list, which it is added to."""
 
+AGAIN_S: Final = 10.0  # with less time a part is not begun again
 RESERVE_S: Final = 10.0  # of the whole time: to end processes, and for whoever reads the file
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a part is to measure. until_s: of the monotonic clock; then it is ended. skip: what was tried before, and
-    has ended the process."""
+    """What a part is to measure. until_s: of the monotonic clock; then it is ended. skip: what was tried before, by a
+    process that has died of the last of it."""
 
     part: str
     size: str
@@ -62,7 +63,7 @@ class Part:
 
 PARTS: Final = (
     Part("machine", f"{__package__}.machine", 0.1),
-    Part("stages", f"{__package__}.measured", 0.35, again=True),
+    Part("stages", f"{__package__}.measured", 0.3, again=True),
     Part("pipeline", f"{__package__}.whole", 1.0, spares_s=45.0),
     Part("sequential", f"{__package__}.sequential", 1.0),
 )
@@ -79,6 +80,8 @@ class Record:
     def add(self, key: str, value: Any) -> None:
         if key.endswith("[]"):
             self.content.setdefault(key[:-2], []).append(value)
+        elif key == "profile" and key in self.content:  # of a part that was begun again: what it had stays
+            self.content[key] = {**value, "stages": {**self.content[key]["stages"], **value["stages"]}}
         else:
             self.content[key] = value
         self.save()
@@ -110,19 +113,19 @@ def command_for(request: str) -> list[str]:
 
 
 def _run(record: Record, part: Part, request: Request) -> None:
-    """A part, begun again where its process died at something."""
+    """A part, begun again behind that at which its process died."""
     while True:
-        at, problem = _run_once(record, request)
+        tried, problem = _run_once(record, request)
         if problem:
-            record.add("problems[]", {"part": part.name, "at": at, "problem": problem})
-        if not (problem and part.again and at and request.left_s > 10) or at in request.skip:
+            record.add("problems[]", {"part": part.name, "at": tried[-1] if tried else "", "problem": problem})
+        if not (problem and part.again and tried and request.left_s > AGAIN_S):
             return
-        request = replace(request, skip=(*request.skip, at))
+        request = replace(request, skip=(*request.skip, *tried))
 
 
-def _run_once(record: Record, request: Request) -> tuple[str, str]:
-    """Returns what it was at, and what ended it; "" where it came to its end."""
-    at, problem = "", ""
+def _run_once(record: Record, request: Request) -> tuple[list[str], str]:
+    """Returns what it has tried, and what ended it; "" where it came to its end."""
+    tried: list[str] = []
     process = subprocess.Popen(
         command_for(json.dumps(asdict(request))),
         cwd=ROOT,
@@ -137,7 +140,7 @@ def _run_once(record: Record, request: Request) -> tuple[str, str]:
         for line in process.stdout:
             key, value = json.loads(line)
             if key == "at":
-                at = value
+                tried.append(value)
             elif key == "problem":
                 record.add("problems[]", {"part": request.part, **value})
             else:
@@ -146,11 +149,9 @@ def _run_once(record: Record, request: Request) -> tuple[str, str]:
     finally:
         timer.cancel()
         _kill(process)
-    if code and request.left_s <= 0.5:
-        problem = "its time was over"
-    elif code:
-        problem = f"its process ended with {code}"
-    return at, problem
+    if not code:
+        return tried, ""
+    return tried, "its time was over" if request.left_s <= 0.5 else f"its process ended with {code}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -52,7 +52,7 @@ def roofline_ms(num_bytes: float, num_operations: float, dtype: torch.dtype) -> 
     device = known_device()
     if device is None:
         return None
-    single = device.tf32 if torch.backends.cuda.matmul.allow_tf32 else device.single
+    single = device.single if torch.get_float32_matmul_precision() == "highest" else device.tf32
     peak = single if dtype == torch.float32 else device.half
     return 1000 * max(num_bytes / device.bandwidth, num_operations / peak)
 

@@ -19,10 +19,10 @@ from model_shards.duplex import DuplexSession, Prompt, UnitInput
 from model_shards.image import slice_image
 from model_shards.llm import SequenceInput
 from model_shards.mel import StreamingMel
-from model_shards.tts import TalkerInput, TalkerState
+from model_shards.tts import TalkerInput
 from model_shards.vocoder import VocoderInput
 from tests.benchmarks.gpu import timing
-from tests.benchmarks.gpu.measured import loaded
+from tests.benchmarks.gpu.measured import loaded, opened
 from tests.benchmarks.gpu.parts import Entry, Request
 from tests.benchmarks.gpu.stages import CONTEXT_TOKENS, TURN
 from tests.benchmarks.gpu.weights import DECISION, OBEYED, drawn_sound, fill
@@ -63,11 +63,10 @@ class Loop:
         llm = loaded(request, "llm", batch=1, kv_memory=kv_memory, force_listen=0)
         self._engine = llm._engine
         self._engine._model = PieceByPiece(self._engine._model)
-        self._talker = loaded(request, "tts")._model
-        vocoder = loaded(request, "vocoder")
-        self._vocoder, self._spoken = vocoder._model, vocoder._model.open(vocoder._voice, noise_seed=0)
+        tts, vocoder = loaded(request, "tts", batch=1), loaded(request, "vocoder", batch=1)
+        self._talker, self._talk = tts._model, opened(tts, 0).talker
+        self._vocoder, self._spoken = vocoder._model, opened(vocoder, 0).vocoder
         self._mel, self._heard = StreamingMel(), AudioState()
-        self._talk = TalkerState(torch.Generator(request.device).manual_seed(0))
         self._sound = drawn_sound(16_000).numpy()
         self._picture = np.random.default_rng(0).integers(0, 256, (448, 448, 3), np.uint8)
         self._session: DuplexSession = self._engine.new_session(0)
@@ -95,7 +94,7 @@ def measure(request: Request) -> Iterator[Entry]:
     listened: list[float] = []
     spoken: list[float] = []
     made: list[int] = []  # samples
-    with torch.inference_mode(), timing.without_programs():
+    with torch.inference_mode(), timing.without_programs(request.device):
         loop = Loop(request)
 
         def window(speaks: bool) -> None:

@@ -19,6 +19,7 @@ from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.window import Unit
 from stages.audio_encoder import VOICE_ROLE, AudioEncoder
 from stages.camera import Camera
+from stages.catalog import BUILT_IN, stage_class
 from stages.kinds import AUDIO
 from stages.light import MediaOptions
 from stages.llm import Llm
@@ -32,6 +33,7 @@ from stages.vocoder import Vocoder
 TURN: Final = 4  # windows that are spoken in one go
 CONTEXT_TOKENS: Final = {"full": 3500, "tiny": 300}
 """With which sessions begin, as if they had run for a while; windows slide from 4000 down to 3500."""
+TALKER_MIB: Final = 256  # keys and values of the longest turn, in bfloat16
 HERE: Final = "tests.benchmarks.gpu.stages"
 USES: Final = {
     "camera": f"{HERE}:MemoryCamera",
@@ -44,6 +46,16 @@ USES: Final = {
     "speaker": "stages.speaker:Speaker",
     "events": "stages.events:Events",
 }
+
+
+def room_for(name: str, num_sessions: int) -> dict[str, Any]:
+    """What a stage is told so that it has room for so many sessions, as far as it can be told."""
+    fields = stage_class(BUILT_IN[name]).Options.model_fields
+    if name == "tts" and "kv_memory_bytes" in fields:
+        return {"kv_memory": f"{num_sessions * TALKER_MIB + 64}MiB"}
+    if name == "vocoder" and "resident" in fields:
+        return {"resident": min(num_sessions, 64)}
+    return {}
 
 
 class Turns(NamedTuple):

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model_shards.programs import Captured
 
@@ -49,9 +50,14 @@ def percentiles(values: list[float], *, digits: int = 3) -> dict[str, float]:
 
 
 @contextmanager
-def without_programs() -> Iterator[None]:
-    """In here what was captured is called as it is written, kernel by kernel."""
-    with patch.object(Captured, "__call__", lambda program, *inputs: program._function(*inputs)):
+def without_programs(device: str) -> Iterator[None]:
+    """In here what was captured is called as it is written, kernel by kernel. device: where programs have their
+    inputs, whose rows may come from the host."""
+
+    def eager(program: Captured, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return program._function(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+
+    with patch.object(Captured, "__call__", eager):
         yield
 
 

@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
@@ -30,7 +31,7 @@ from model_shards.duplex import DuplexEngine, DuplexSession, Prompt
 from model_shards.errors import ModelError
 from model_shards.init import SIZES
 from model_shards.quantized import settle
-from model_shards.tokenizer import ADDED_TOKENS, NUM_BYTES, SpecialTokens, Tokenizer
+from model_shards.tokenizer import ADDED_TOKENS, NUM_BYTES, Tokenizer
 from model_shards.vocoder import Voice
 
 MODELS: Final[dict[str, ModelConfig]] = {"full": RELEASED, **SIZES}
@@ -48,27 +49,43 @@ _VOICE_CODES: Final = 75  # three seconds
 UNIT_TOKENS: Final = 80  # of a window with a picture and its sound
 
 
-class LetterTokenizer:
-    """The interface of `Tokenizer` for random weights: a token per byte, and the special tokens at their ids."""
+class Added(NamedTuple):
+    """A special token, as the package tokenizers tells of it."""
 
-    bad_token_ids: Sequence[int] = ()
+    special: bool = True
+
+
+class Letters:
+    """What `Tokenizer` asks of the package tokenizers: here a token per byte, and the special ones at their ids."""
 
     def __init__(self, config: ModelConfig) -> None:
         first = config.llm.vocab_size - len(ADDED_TOKENS)
-        ids = {text: first + index for index, text in enumerate(ADDED_TOKENS)} | {"<unk>": NUM_BYTES}
-        fields = SpecialTokens.__dataclass_fields__
-        self.special = SpecialTokens(**{name: ids[field.metadata["text"]] for name, field in fields.items()})
-        self.special_ids = frozenset(ids.values())
+        self._ids = {text: first + index for index, text in enumerate(ADDED_TOKENS)} | {"<unk>": NUM_BYTES}
+        self._texts = {index: text for text, index in self._ids.items()}
         self._size = config.llm.vocab_size
 
-    def __len__(self) -> int:
+    def get_vocab_size(self, with_added_tokens: bool) -> int:
         return self._size
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def get_added_tokens_decoder(self) -> dict[int, Added]:
+        return dict.fromkeys(self._texts, Added())
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+    def token_to_id(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def id_to_token(self, token: int) -> str | None:
+        return chr(token) if token < NUM_BYTES else self._texts.get(token)
+
+    def encode(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(ids=list(text.encode()))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return bytes(token for token in ids if token < NUM_BYTES).decode(errors="replace")
+
+
+def letters(config: ModelConfig) -> Tokenizer:
+    """The tokenizer of random weights."""
+    return Tokenizer(cast(Any, Letters(config)))
 
 
 @contextmanager
@@ -100,7 +117,7 @@ def drawn_checkpoint(size: str, *, context_tokens: int = 0) -> Iterator[None]:
             (model_shards.checkpoint, "load_component", load_component),
             (model_shards.checkpoint, "load_voice", lambda path: drawn_voice(config)),
             (model_shards.checkpoint, "load_ref_audio", lambda path: drawn_sound()),
-            (Tokenizer, "load", lambda path: LetterTokenizer(config)),
+            (Tokenizer, "load", lambda path: letters(config)),
         ):
             patches.enter_context(patch.object(owner, name, instead))
         if context_tokens:
@@ -168,7 +185,7 @@ def _norms(weight: Tensor) -> Tensor:
 def _obey(weights: dict[str, Tensor], config: ModelConfig) -> None:
     """Let the decision's channel decide, and each token of what is said lead to the next one."""
     embed, head = weights["llm.model.embed_tokens.weight"], weights["llm.lm_head.weight"]
-    tokenizer = LetterTokenizer(config)
+    tokenizer = letters(config)
     special, words = tokenizer.special, tokenizer.encode(WORDS)
     quieter = 1 / math.sqrt(2 * config.llm.num_hidden_layers)  # what came in last stays what is seen at the end
     for name, weight in weights.items():

@@ -24,7 +24,7 @@ from graph.spec import PipelineSpec
 from stages.session import Media, Session
 from stages.stage import StageError
 from tests.benchmarks.gpu.parts import Entry, Request
-from tests.benchmarks.gpu.stages import USES, Turns
+from tests.benchmarks.gpu.stages import TALKER_MIB, USES, Turns, room_for
 from tests.benchmarks.gpu.timing import percentiles
 from tests.support.written import written_spec
 
@@ -43,7 +43,8 @@ NUM_WARM_UP: Final = {"full": 3, "tiny": 1}  # windows of each session
 DRAIN_S: Final = 3.0  # after the sources' end: what is being said is heard
 CELL_S: Final = {size: NUM_WARM_UP[size] + MEASURED_S[size] + DRAIN_S + 6.0 for size in CELLS}
 """What one takes, with opening, closing and reading."""
-SESSION_BYTES: Final = 5500 * 147_456  # 4000 tokens, and a unit, of keys and values in bfloat16
+KV_BYTES: Final = 5500 * 147_456  # of a session: 4000 tokens, and a unit, of keys and values in bfloat16
+SESSION_BYTES: Final = KV_BYTES + (TALKER_MIB << 20)
 BESIDE_BYTES: Final = 27e9  # weights of all stages, what computing takes, and five processes on a device
 
 
@@ -145,6 +146,8 @@ def spec_of(request: Request, *, fifo: bool) -> PipelineSpec:
     stages: dict[str, dict[str, Any]] = {name: {"device": request.device, **batch} for name in MODEL_STAGES}
     most = max((FIFO_CELLS if fifo else CELLS)[request.size])[0]
     stages["llm"] |= {"kv_memory": _kv_memory(request, most), "force_listen": 0}
+    for name in MODEL_STAGES if not request.is_tiny else ():
+        stages[name] |= room_for(name, most)
     stages |= {name: {"process": "media"} for name in ("camera", "microphone")}
     return written_spec(USES, {"stages": stages, "shedding": {"ladder": []}})
 
@@ -153,8 +156,8 @@ def _kv_memory(request: Request, num_sessions: int) -> str:
     """For so many sessions, or for as many as this device has room for."""
     if request.is_tiny:
         return "256MiB"
-    most = max(_free_bytes(request) - BESIDE_BYTES, 1e9)
-    return f"{int(min(num_sessions * SESSION_BYTES, most)) >> 20}MiB"
+    most = max(_free_bytes(request) - BESIDE_BYTES - num_sessions * (TALKER_MIB << 20), 1e9)
+    return f"{int(min(num_sessions * KV_BYTES, most)) >> 20}MiB"
 
 
 def _free_bytes(request: Request) -> float:
