@@ -37,7 +37,7 @@ def bare(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """Python where only a borrowed machine's packages can be imported."""
     environment = {**os.environ, "PYTHONPATH": f"{BARE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **more
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, **more
     )
 
 
@@ -51,7 +51,8 @@ def test_the_bare_interpreter_has_no_other_package() -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of it in small, with the packages of a borrowed machine."""
     record = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    result = bare("-m", "tests.benchmarks.gpu", "--size", "tiny", "--device", "cpu", "--json", str(record))
+    size = ("--size", "tiny", "--device", "cpu", "--minutes", "13")  # a minute, or more on a machine that is busy
+    result = bare("-m", "tests.benchmarks.gpu", *size, "--json", str(record))
     assert result.returncode == 0, result.stderr
     return record
 
@@ -115,6 +116,16 @@ def test_a_record_is_shown_as_tables(measured: Path) -> None:
     assert result.returncode == 0, result.stderr
     for told in ("tiny weights on cpu", "decode step", "batched", "fifo", "sequential, one piece after the other"):
         assert told in result.stdout
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_part_is_measured_in_small(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--size", "tiny", "--device", "cuda", "--minutes", "8"]
+    subprocess.run([*command, "--json", str(tmp_path / "gpu.json")], cwd=ROOT, check=True, timeout=600)
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert found["problems"] == []
+    assert {row["stage"] for row in found["stages_measured"]} == MODEL_STAGES
+    assert all(row["peak_gib"] is not None for row in found["stages_measured"])
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

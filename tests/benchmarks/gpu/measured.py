@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from graph.chunk import NS_PER_MS, NS_PER_S, Chunk, SessionId
 from graph.costs import Profile, StageCost, fit
 from graph.window import Unit
+from graph.wording import one_line
 from model_shards.duplex import DuplexSession, OpenUnit, Prompt, UnitInput
 from model_shards.kv_cache import KvShape
 from model_shards.tts import TalkerInput, TalkerState
@@ -38,6 +39,7 @@ from stages.stage import Site
 from stages.vision_encoder import VisionEncoder
 from tests.benchmarks.gpu import roofline, timing
 from tests.benchmarks.gpu.parts import Entry, Request
+from tests.benchmarks.gpu.quantiles import percentiles
 from tests.benchmarks.gpu.stages import TURN, room_for
 from tests.benchmarks.gpu.weights import DECISION, MODELS, OBEYED, WORDS, drawn_checkpoint, drawn_sound, fill
 
@@ -85,10 +87,9 @@ def measure(request: Request) -> Iterator[Entry]:
                         yield key, value
         except Exception as error:
             traceback.print_exc()
-            yield "problem", {"at": name, "problem": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
-            if (
-                request.device == "cuda"
-            ):  # what has failed there may have broken all that comes: another process goes on
+            yield "problem", {"at": name, "problem": f"{type(error).__name__}: {one_line(str(error))}"}
+            # On a device what has failed may have broken all that comes: another process goes on behind it.
+            if request.device == "cuda":
                 sys.exit(BROKEN)
         gc.collect()
         if request.device == "cuda":
@@ -128,7 +129,10 @@ def _measured(request: Request, work: Work, call: Callable[[], Any]) -> Iterator
                 eager = timing.times_ms(call, request.device, limit_s)
             yield "stages_measured[]", _row(work, "eager", eager, operations, request.device)
         except Exception as error:  # it ships captured: what else it can't costs nothing
-            yield "problem", {"at": work.stage, "problem": f"{work.what}, eager: {type(error).__name__}: {error}"}
+            yield (
+                "problem",
+                {"at": work.stage, "problem": f"{work.what}, eager: {type(error).__name__}: {one_line(str(error))}"},
+            )
     for ms in shipped:
         yield "sample", (work.batch, round(ms * NS_PER_MS))
 
@@ -143,7 +147,7 @@ def _row(work: Work, how: str, found: list[float], operations: float, device: st
         "batch": work.batch,
         "context": work.context,
         "dtype": str(work.dtype).removeprefix("torch."),
-        "ms": timing.percentiles(found),
+        "ms": percentiles(found),
         "calls": len(found),
         "gbytes": round(work.num_bytes / 1e9, 3),
         "tflop": round(operations / 1e12, 4),
@@ -309,13 +313,16 @@ class Talk:
         self._picture, self._heard = picture, heard
         self._sessions: list[DuplexSession] = []
 
-    def prefill(self, num_pictures: int = 1) -> list[OpenUnit]:
-        """A unit of every session, which begins anew with its context."""
+    def begin(self) -> None:
+        """Every session begins anew, with its context."""
         self.end()
         self._sessions = [self._engine.new_session(n) for n in range(self.batch)]
         self._engine.begin([(session, Prompt([0])) for session in self._sessions])
         for session in self._sessions:
             fill(self._cache, session, self.context)
+
+    def prefill(self, num_pictures: int = 1) -> list[OpenUnit]:
+        """The first unit of every session that has begun."""
         unit = UnitInput(tuple([self._picture] for _ in range(num_pictures)), self._heard)
         units: list[OpenUnit] = self._engine.prefill([(session, unit) for session in self._sessions])
         return units
@@ -367,7 +374,10 @@ def _llm_at(request: Request, stage: Any, batch: int, context: int, weights: int
                 eager = _units(request, talk)
             yield from _llm_rows(request, stage, talk, "eager", eager, weights, per_token)
         except Exception as error:  # it ships captured: what else it can't costs nothing
-            yield "problem", {"at": "llm", "problem": f"batch {batch}, eager: {type(error).__name__}: {error}"}
+            yield (
+                "problem",
+                {"at": "llm", "problem": f"batch {batch}, eager: {type(error).__name__}: {one_line(str(error))}"},
+            )
     for ms in shipped.wholes if is_first else ():
         yield "sample", (batch, round(ms * NS_PER_MS))
     talk.end()
@@ -410,6 +420,7 @@ def _units(request: Request, talk: Talk) -> Spoken:
         def prefill() -> None:
             units[:] = talk.prefill()
 
+        talk.begin()
         took = [timing.timed_ms(prefill, request.device)]
         while all(unit.ending is None for unit in units):
             took.append(timing.timed_ms(partial(talk.decode, units), request.device))
@@ -426,10 +437,13 @@ def _pictures(request: Request, stage: Any) -> Iterator[Entry]:
     """What each picture of a window beyond its first one costs."""
     batch = min(16, BATCHES[request.size][-1])
     talk = Talk(stage, batch, CONTEXTS[request.size][0], request.device)
-    one, three = (
-        float(np.median(timing.times_ms(partial(talk.prefill, n), request.device, LIMIT_S[request.size], 5)))
-        for n in (1, 3)
-    )
+
+    def unit(num_pictures: int) -> None:
+        talk.begin()
+        talk.prefill(num_pictures)
+
+    limit_s = LIMIT_S[request.size]
+    one, three = (float(np.median(timing.times_ms(partial(unit, n), request.device, limit_s, 5))) for n in (1, 3))
     talk.end()
     yield "picture_ns", max(round((three - one) / 2 / batch * NS_PER_MS), 0)
 

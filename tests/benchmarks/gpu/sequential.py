@@ -24,6 +24,7 @@ from model_shards.vocoder import VocoderInput
 from tests.benchmarks.gpu import timing
 from tests.benchmarks.gpu.measured import loaded, opened
 from tests.benchmarks.gpu.parts import Entry, Request
+from tests.benchmarks.gpu.quantiles import percentiles
 from tests.benchmarks.gpu.stages import CONTEXT_TOKENS, TURN
 from tests.benchmarks.gpu.weights import DECISION, OBEYED, drawn_sound, fill
 
@@ -117,7 +118,7 @@ def _found(listened: list[float], spoken: list[float]) -> dict[str, Any]:
     listen_ms, speak_ms = float(np.median(listened)), float(np.median(spoken))
     served = {str(share): int(1000 // (share * speak_ms + (1 - share) * listen_ms)) for share in SHARES}
     return {
-        "listening_ms": timing.percentiles(listened, digits=2),
-        "speaking_ms": timing.percentiles(spoken, digits=2),
+        "listening_ms": percentiles(listened, digits=2),
+        "speaking_ms": percentiles(spoken, digits=2),
         "sessions_served": served,
     }

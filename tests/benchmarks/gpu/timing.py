@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, Final
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,11 +41,6 @@ def times_ms(call: Call, device: str, limit_s: float, num_calls: int = NUM_CALLS
     while not found or (len(found) < num_calls and time.monotonic() < until_s):
         found.append(timed_ms(call, device))
     return found
-
-
-def percentiles(values: list[float], *, digits: int = 3) -> dict[str, float]:
-    """p50, p95 and p99."""
-    return {f"p{q}": round(float(np.percentile(values, q)), digits) for q in (50, 95, 99)}
 
 
 @contextmanager

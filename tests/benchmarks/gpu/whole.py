@@ -24,8 +24,8 @@ from graph.spec import PipelineSpec
 from stages.session import Media, Session
 from stages.stage import StageError
 from tests.benchmarks.gpu.parts import Entry, Request
+from tests.benchmarks.gpu.quantiles import percentiles
 from tests.benchmarks.gpu.stages import TALKER_MIB, USES, Turns, room_for
-from tests.benchmarks.gpu.timing import percentiles
 from tests.support.written import written_spec
 
 MODEL_STAGES: Final = ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")
