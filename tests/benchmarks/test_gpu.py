@@ -47,6 +47,26 @@ def test_the_bare_interpreter_has_no_other_package() -> None:
         assert f"No module named '{package}'" in result.stderr
 
 
+DUMP = """
+import json
+from stages.catalog import BUILT_IN, stage_class
+from graph.sections import TailSpec, WindowSpec
+classes = {name: stage_class(use).Options for name, use in BUILT_IN.items()}
+said = {"batch": 7, "wait": "3ms", "replicas": 2, "memory": "1GiB", "inputs": {}, "resources": {"a": 1.0}}
+stages = {name: each.model_validate(said) for name, each in classes.items()}
+read = stages | {"window": WindowSpec(), "tail": TailSpec()}
+told = {name: each.model_dump(by_alias=True, exclude={"inputs"}) for name, each in read.items()}
+print(json.dumps([told, [[each.wait_ns, each.replicas, each.memory] for each in stages.values()]]))
+"""
+
+
+def test_options_are_read_and_written_by_the_stand_in_as_by_the_package_itself() -> None:
+    real = subprocess.run([sys.executable, "-c", DUMP], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = bare("-c", "import tests.benchmarks.gpu\n" + DUMP)
+    assert ours.returncode == 0, ours.stderr
+    assert json.loads(ours.stdout) == json.loads(real.stdout)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of it in small, with the packages of a borrowed machine."""

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +29,16 @@ from tests.benchmarks.gpu.stages import TALKER_MIB, USES, Turns, room_for
 from tests.support.written import written_spec
 
 MODEL_STAGES: Final = ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")
-CELLS: Final = {
+Cells = Sequence[tuple[int, float]]
+"""Numbers of sessions, and the share of them that speaks."""
+CELLS: Final[Mapping[str, Cells]] = {
     "full": (
         *((16, 0.25), (32, 0.25), (64, 0.25), (48, 0.25)),
         *((64, 0.5), (64, 0.05), (32, 0.5), (32, 0.05), (48, 0.5), (48, 0.05), (16, 0.5), (16, 0.05)),
     ),
     "tiny": ((2, 0.5), (1, 0.25)),
 }
-FIFO_CELLS: Final = {"full": ((16, 0.25), (32, 0.25)), "tiny": ((2, 0.5),)}
+FIFO_CELLS: Final[Mapping[str, Cells]] = {"full": ((16, 0.25), (32, 0.25)), "tiny": ((2, 0.5),)}
 FIFO_AFTER: Final = {"full": 4, "tiny": 1}  # cells of ours
 MEASURED_S: Final = {"full": 12, "tiny": 4}
 NUM_WARM_UP: Final = {"full": 3, "tiny": 1}  # windows of each session
@@ -49,32 +51,36 @@ BESIDE_BYTES: Final = 27e9  # weights of all stages, what computing takes, and f
 
 
 def measure(request: Request) -> Iterator[Entry]:
+    """The rival runs beside ours, which is idle then, as far as there is room for it; else in its place."""
     cells, after = CELLS[request.size], FIFO_AFTER[request.size]
-    with (
-        tempfile.TemporaryDirectory(prefix="omni", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        Pipeline.running("batched", request, Path(folder)) as ours,
-    ):
+    with _folder() as folder, Pipeline.running("batched", request, folder, cells) as ours:
         yield "pipeline_started_s", round(ours.started_s, 1)
         yield from ours.cells(cells[:after])
-        has_room = _free_bytes(request) > BESIDE_BYTES + max(FIFO_CELLS[request.size])[0] * SESSION_BYTES
-        if has_room:
-            yield from _fifo(request, Path(folder), ours.started_s)
-        yield from ours.cells(cells[after:])
-    if not has_room:
-        with tempfile.TemporaryDirectory(prefix="omni", dir="/tmp", ignore_cleanup_errors=True) as folder:
-            yield from _fifo(request, Path(folder), ours.started_s)
+        beside = [cell for cell in FIFO_CELLS[request.size] if _has_room(request, cell[0])]
+        if beside:
+            yield from _fifo(request, beside, ours.started_s)
+            yield from ours.cells(cells[after:])
+    if not beside:
+        yield from _fifo(request, FIFO_CELLS[request.size], ours.started_s)
 
 
-def _fifo(request: Request, folder: Path, starts_s: float) -> Iterator[Entry]:
+def _fifo(request: Request, cells: Cells, starts_s: float) -> Iterator[Entry]:
     """The rival, if there is time. starts_s: what a start takes, about."""
     if request.left_s < starts_s + CELL_S[request.size]:
         yield "problem", {"at": "fifo", "problem": "no time was left to start it"}
         return
     try:
-        with Pipeline.running("fifo", request, folder) as fifo:
-            yield from fifo.cells(FIFO_CELLS[request.size])
+        with _folder() as folder, Pipeline.running("fifo", request, folder, cells) as fifo:
+            yield from fifo.cells(cells)
     except CoordinatorError as error:
         yield "problem", {"at": "fifo", "problem": str(error)}
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """For sockets and logs; short, for a socket's path has 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="omni", dir="/tmp", ignore_cleanup_errors=True) as made:
+        yield Path(made)
 
 
 @dataclass(slots=True)
@@ -90,19 +96,20 @@ class Pipeline:
 
     @classmethod
     @contextmanager
-    def running(cls, name: str, request: Request, folder: Path) -> Iterator[Pipeline]:
+    def running(cls, name: str, request: Request, folder: Path, cells: Cells) -> Iterator[Pipeline]:
+        """With room for the sessions of these cells."""
         told: list[str] = []
         processes, begun_s = Processes(), time.monotonic()
-        spec, here = spec_of(request, fifo=name == "fifo"), folder / name
-        coordinator = Coordinator(spec, Path(request.size), here, processes, told.append)
+        spec = spec_of(request, max(cells)[0], fifo=name == "fifo")
+        coordinator = Coordinator(spec, Path(request.size), folder, processes, told.append)
         try:
             coordinator.start()
-            yield cls(name, request, here, coordinator, told, time.monotonic() - begun_s)
+            yield cls(name, request, folder, coordinator, told, time.monotonic() - begun_s)
         finally:
             coordinator.stop()
             processes.close()
 
-    def cells(self, cells: tuple[tuple[int, float], ...]) -> Iterator[Entry]:
+    def cells(self, cells: Cells) -> Iterator[Entry]:
         """While there is time."""
         for num_sessions, share in cells:
             if self.request.left_s < CELL_S[self.request.size]:
@@ -141,13 +148,12 @@ class Pipeline:
             self.coordinator.poll()
 
 
-def spec_of(request: Request, *, fifo: bool) -> PipelineSpec:
+def spec_of(request: Request, num_sessions: int, *, fifo: bool) -> PipelineSpec:
     batch = {"batch": 1, "wait": "0s"} if fifo else {"batch": 64 if request.size == "full" else 4, "wait": "5ms"}
     stages: dict[str, dict[str, Any]] = {name: {"device": request.device, **batch} for name in MODEL_STAGES}
-    most = max((FIFO_CELLS if fifo else CELLS)[request.size])[0]
-    stages["llm"] |= {"kv_memory": _kv_memory(request, most), "force_listen": 0}
+    stages["llm"] |= {"kv_memory": _kv_memory(request, num_sessions), "force_listen": 0}
     for name in MODEL_STAGES if not request.is_tiny else ():
-        stages[name] |= room_for(name, most)
+        stages[name] |= room_for(name, num_sessions)
     stages |= {name: {"process": "media"} for name in ("camera", "microphone")}
     return written_spec(USES, {"stages": stages, "shedding": {"ladder": []}})
 
@@ -158,6 +164,11 @@ def _kv_memory(request: Request, num_sessions: int) -> str:
         return "256MiB"
     most = max(_free_bytes(request) - BESIDE_BYTES - num_sessions * (TALKER_MIB << 20), 1e9)
     return f"{int(min(num_sessions * KV_BYTES, most)) >> 20}MiB"
+
+
+def _has_room(request: Request, num_sessions: int) -> bool:
+    """For one pipeline more."""
+    return _free_bytes(request) > BESIDE_BYTES + num_sessions * SESSION_BYTES
 
 
 def _free_bytes(request: Request) -> float:

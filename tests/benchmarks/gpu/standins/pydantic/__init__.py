@@ -6,6 +6,7 @@ Rule: what is written here is right. Mistakes of people are found where the real
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -57,7 +58,7 @@ class BaseModel:
 
     def __init_subclass__(cls) -> None:
         own: dict[str, FieldInfo] = {}
-        for name in vars(cls).get("__annotations__", {}):
+        for name in inspect.get_annotations(cls):
             default = vars(cls).get(name, MISSING)
             if not name.startswith("_") and name != "model_config":
                 own[name] = replace(default) if isinstance(default, FieldInfo) else FieldInfo(default)
