@@ -240,5 +240,6 @@ def _of_stages(windows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """The whole lines of a file, which somebody may be writing to."""
+    whole, _, _ = (path.read_text(encoding="utf-8") if path.is_file() else "").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
