@@ -76,6 +76,7 @@ def measure(request: Request) -> Iterator[Entry]:
         if request.left_s < 2:
             yield "problem", {"at": name, "problem": "no time was left for it"}
             continue
+        failed = False
         try:
             with torch.inference_mode():
                 for key, value in MEASURED[name](request):
@@ -86,16 +87,16 @@ def measure(request: Request) -> Iterator[Entry]:
                     else:
                         yield key, value
         except Exception as error:
+            failed = True
             traceback.print_exc()
             yield "problem", {"at": name, "problem": f"{type(error).__name__}: {one_line(str(error))}"}
-            # On a device what has failed may have broken all that comes: another process goes on behind it.
-            if request.device == "cuda":
-                sys.exit(BROKEN)
-        gc.collect()
-        if request.device == "cuda":
-            torch.cuda.empty_cache()
         if samples:
             yield "profile", _profile(request, samples, picture_ns)
+        if request.device == "cuda":
+            if failed:  # it may have broken all that comes: another process goes on behind it
+                sys.exit(BROKEN)
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _profile(request: Request, samples: Samples, picture_ns: int) -> dict[str, Any]:
@@ -161,9 +162,8 @@ def _row(work: Work, how: str, found: list[float], operations: float, device: st
 def loaded(request: Request, name: str, **said: Any) -> Any:
     """A stage as a pipeline loads it, with drawn weights."""
     cls = stage_class(BUILT_IN[name])
-    most = BATCHES[request.size][-1]
-    usual = {"device": request.device, "batch": most, **room_for(name, most)}
-    options = cls.Options.model_validate({**usual, **said})
+    said = {"device": request.device, "batch": BATCHES[request.size][-1], **said}
+    options = cls.Options.model_validate({**room_for(name, said["batch"]), **said})
     torch.manual_seed(0)
     with drawn_checkpoint(request.size), torch.inference_mode(mode=False):  # as a stage is loaded, too
         return cls.load(options, Site(name, Path(request.size), request.device))
@@ -356,14 +356,26 @@ def _llm(request: Request) -> Iterator[Entry]:
                 told = f"{batch} sessions of {context} tokens don't fit into {int(kv_bytes) >> 30} GiB"
                 yield "problem", {"at": "llm", "problem": told}
             elif request.left_s > 2 * LIMIT_S[request.size]:
-                yield from _llm_at(request, stage, batch, context, weights, per_token)
+                talk = Talk(stage, batch, context, request.device)
+                yield from _spared(
+                    talk, f"{batch} sessions of {context}", _llm_at(request, stage, talk, weights, per_token)
+                )
     yield from _pictures(request, stage)
 
 
-def _llm_at(request: Request, stage: Any, batch: int, context: int, weights: int, per_token: int) -> Iterator[Entry]:
+def _spared(talk: Talk, what: str, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """What doesn't fit into memory costs itself only."""
+    try:
+        yield from entries
+    except torch.cuda.OutOfMemoryError as error:
+        yield "problem", {"at": "llm", "problem": f"{what}: out of memory: {one_line(str(error))}"}
+    finally:
+        talk.end()
+
+
+def _llm_at(request: Request, stage: Any, talk: Talk, weights: int, per_token: int) -> Iterator[Entry]:
     """As it is loaded; with the first of the contexts kernel by kernel, too, where that differs."""
-    talk = Talk(stage, batch, context, request.device)
-    is_first = context == CONTEXTS[request.size][0]
+    is_first = talk.context == CONTEXTS[request.size][0]
     with timing.Counted() as counted:
         shipped = _units(request, talk)
     has_programs = counted.num_calls > 0 and request.device == "cuda"
@@ -376,11 +388,10 @@ def _llm_at(request: Request, stage: Any, batch: int, context: int, weights: int
         except Exception as error:  # it ships captured: what else it can't costs nothing
             yield (
                 "problem",
-                {"at": "llm", "problem": f"batch {batch}, eager: {type(error).__name__}: {one_line(str(error))}"},
+                {"at": "llm", "problem": f"batch {talk.batch}, eager: {type(error).__name__}: {one_line(str(error))}"},
             )
     for ms in shipped.wholes if is_first else ():
-        yield "sample", (batch, round(ms * NS_PER_MS))
-    talk.end()
+        yield "sample", (talk.batch, round(ms * NS_PER_MS))
 
 
 def _llm_rows(
@@ -435,8 +446,11 @@ def _units(request: Request, talk: Talk) -> Spoken:
 
 def _pictures(request: Request, stage: Any) -> Iterator[Entry]:
     """What each picture of a window beyond its first one costs."""
-    batch = min(16, BATCHES[request.size][-1])
-    talk = Talk(stage, batch, CONTEXTS[request.size][0], request.device)
+    context, cache = CONTEXTS[request.size][0], stage._cache
+    batch = min(16, BATCHES[request.size][-1], cache.num_free_pages // cache.pages_for(context + ROOM))
+    if not batch or request.left_s < 2 * LIMIT_S[request.size]:
+        return
+    talk = Talk(stage, batch, context, request.device)
 
     def unit(num_pictures: int) -> None:
         talk.begin()
