@@ -84,6 +84,19 @@ def test_a_benchmark_tells_ours_and_the_rivals_number_and_on_what_they_were_meas
     assert versions.keys() >= {"python", "torch", "ray", "pyzmq", "commit"}
 
 
+NAMES = [
+    "bus",
+    "cameras",
+    "decoders",
+    "engine",
+    "gpu",
+    "onset",
+    "overload",
+    "quantized",
+    "sessions",
+    "simulate",
+    "stages",
+]
 NAMES = ["bus", "cameras", "decoders", "engine", "gpu", "overload", "quantized", "sessions", "simulate", "stages"]
 NAMES = ["bus", "cameras", "decoders", "engine", "overload", "plan", "quantized", "sessions", "simulate", "stages"]
 

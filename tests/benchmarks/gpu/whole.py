@@ -150,7 +150,8 @@ class Pipeline:
 
 def spec_of(request: Request, num_sessions: int, *, fifo: bool) -> PipelineSpec:
     batch = {"batch": 1, "wait": "0s"} if fifo else {"batch": 64 if request.size == "full" else 4, "wait": "5ms"}
-    stages: dict[str, dict[str, Any]] = {name: {"device": request.device, **batch} for name in MODEL_STAGES}
+    where = {"device": request.device, "gpus": 1 / len(MODEL_STAGES) if request.device == "cuda" else 0.0}
+    stages: dict[str, dict[str, Any]] = {name: {**where, **batch} for name in MODEL_STAGES}
     stages["llm"] |= {"kv_memory": _kv_memory(request, num_sessions), "force_listen": 0}
     for name in MODEL_STAGES if not request.is_tiny else ():
         stages[name] |= room_for(name, num_sessions)
