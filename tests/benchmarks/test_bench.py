@@ -92,13 +92,12 @@ NAMES = [
     "gpu",
     "onset",
     "overload",
+    "plan",
     "quantized",
     "sessions",
     "simulate",
     "stages",
 ]
-NAMES = ["bus", "cameras", "decoders", "engine", "gpu", "overload", "quantized", "sessions", "simulate", "stages"]
-NAMES = ["bus", "cameras", "decoders", "engine", "overload", "plan", "quantized", "sessions", "simulate", "stages"]
 
 
 def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
