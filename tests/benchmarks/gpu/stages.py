@@ -53,7 +53,7 @@ def room_for(name: str, num_sessions: int) -> dict[str, Any]:
     fields = stage_class(BUILT_IN[name]).Options.model_fields
     if name == "tts" and "kv_memory_bytes" in fields:
         return {"kv_memory": f"{num_sessions * TALKER_MIB + 64}MiB"}
-    if name == "vocoder" and "resident" in fields:
+    if "resident" in fields:
         return {"resident": min(num_sessions, 64)}
     return {}
 
