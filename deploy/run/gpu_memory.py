@@ -6,6 +6,7 @@ there is room for its share, as Ray does it.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,8 +17,10 @@ from deploy.control.placement import Process, processes_of
 from graph.errors import GraphError
 from graph.spec import PipelineSpec
 from graph.units import format_bytes, parse_bytes
+from stages.audio_encoder import AudioOptions
 from stages.llm import LlmOptions
 from stages.tts import TtsOptions
+from stages.vocoder import VocoderOptions
 
 if TYPE_CHECKING:
     from model_shards.config import ModelConfig
@@ -28,6 +31,7 @@ CUDA_CONTEXT_BYTES: Final = 500 * MIB  # of each process: driver, kernels and li
 USABLE: Final = 0.97  # what is left when the allocator's blocks don't fit each other
 KV_PAGE_TOKENS: Final = 256
 PROMPT_TOKENS: Final = 400
+MOST_SESSIONS: Final = 100_000  # that are thought of for a GPU
 GPUS: Final[Mapping[str, int]] = MappingProxyType(
     {
         "h200": 141_000 * 10**6,
@@ -50,7 +54,8 @@ class GpuMemoryError(GraphError):
 class Part:
     """What a process takes of its GPU. each: of every session; the others don't depend on how many there are.
 
-    kv_pool: the LLM's. shared: the talker's pool, and the voice as the vocoder has heard it.
+    kv_pool: the LLM's. shared: the talker's pool, and the voice as the vocoder has heard it. resident: for so many
+    sessions it takes memory when it loads, however few there are.
     """
 
     process: str
@@ -60,13 +65,14 @@ class Part:
     workspace: int = 0
     context: int = CUDA_CONTEXT_BYTES
     each: int = 0
+    resident: int = 0
 
     @property
     def fixed(self) -> int:
         return self.weights + self.kv_pool + self.shared + self.workspace + self.context
 
     def total(self, num_sessions: int) -> int:
-        return self.fixed + num_sessions * self.each
+        return self.fixed + max(num_sessions, self.resident) * self.each
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +101,11 @@ class GpuPlan:
 
     def _room(self, parts: Iterable[Part]) -> int | None:
         on_it = list(parts)
-        each = sum(part.each for part in on_it)
-        return max(self.usable - sum(part.fixed for part in on_it), 0) // each if each else None
+        if not any(part.each for part in on_it):
+            return None
+        numbers = range(MOST_SESSIONS + 1)
+        too_many = bisect.bisect_right(numbers, self.usable, key=lambda num: sum(part.total(num) for part in on_it))
+        return max(too_many - 1, 0)
 
     @property
     def problems(self) -> list[str]:
@@ -200,9 +209,14 @@ def _part(spec: PipelineSpec, config: ModelConfig, process: Process) -> Part:
             + memory.shared_bytes(component, config, memory.VOICE_FRAMES),
             workspace=part.workspace
             + memory.workspace_bytes(component, config, dtype, stage.batch, _unit_tokens(stage, config)),
+            resident=max(part.resident, _resident(stage)),
             each=part.each + (0 if pool else memory.session_bytes(component, config, dtype, memory.VOICE_FRAMES)),
         )
     return part
+
+
+def _resident(stage: object) -> int:
+    return stage.resident if isinstance(stage, AudioOptions | VocoderOptions) else 0
 
 
 def _unit_tokens(stage: object, config: ModelConfig) -> int:

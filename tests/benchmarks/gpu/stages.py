@@ -19,7 +19,6 @@ from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.window import Unit
 from stages.audio_encoder import VOICE_ROLE, AudioEncoder
 from stages.camera import Camera
-from stages.catalog import BUILT_IN, stage_class
 from stages.kinds import AUDIO
 from stages.light import MediaOptions
 from stages.llm import Llm
@@ -49,13 +48,10 @@ USES: Final = {
 
 
 def room_for(name: str, num_sessions: int) -> dict[str, Any]:
-    """What a stage is told so that it has room for so many sessions, as far as it can be told."""
-    fields = stage_class(BUILT_IN[name]).Options.model_fields
-    if name == "tts" and "kv_memory_bytes" in fields:
+    """What a stage is told so that it has room for so many sessions."""
+    if name == "tts":
         return {"kv_memory": f"{num_sessions * TALKER_MIB + 64}MiB"}
-    if "resident" in fields:
-        return {"resident": min(num_sessions, 64)}
-    return {}
+    return {"resident": min(num_sessions, 64)} if name in ("audio_encoder", "vocoder") else {}
 
 
 class Turns(NamedTuple):

@@ -73,6 +73,14 @@ def test_sessions_take_what_they_keep_and_no_more_fit_than_there_is_room_for() -
     assert plan("stages.llm.kv_memory=60GiB", num_cameras=found.most_sessions).problems == []
 
 
+def test_what_is_resident_is_taken_however_few_sessions_there_are() -> None:
+    many, few = ("stages.vocoder.resident=16", "stages.audio_encoder.resident=16"), ("stages.vocoder.resident=0",)
+    (of_many,), (of_few,) = plan(*many).gpus, plan(*few).gpus
+    vocoder, without = (next(part for part in parts if part.process == "vocoder.0") for parts in (of_many, of_few))
+    assert vocoder.total(1) == vocoder.total(16) == without.total(16) > without.total(1)
+    assert plan(*many).most_sessions == plan(*few).most_sessions
+
+
 def test_what_is_advised_fits() -> None:
     (problem,) = plan("stages.llm.kv_memory=100GiB", num_cameras=40).problems
     advised = problem.rpartition(" ")[2]
