@@ -35,7 +35,7 @@ def started(place: Place) -> Run:
     for name in ("deploy", "graph", "stages", "ray", "numpy", "av"):  # of the user's, and none of our business
         (place.folder / f"{name}.py").write_text("raise SystemExit('the wrong one')")
     (place.folder / "here.yaml").write_text(f"version: 1\ncameras: {{gate: {{source: '{GATE}'}}}}\n")
-    options = ("--set", "admission.profile=four.json", "--out", "run")
+    options = ("--set", "admission.profile=four.json", "--set", "window.phases=2", "--out", "run")
     run = place.run("up", "-dfhere.yaml", *cameras, *options, GATE_PASSWORD=PASSWORD)
     place.watch(place.state()["pid"])
     return run

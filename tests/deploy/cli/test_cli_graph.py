@@ -38,7 +38,7 @@ def test_every_stage_is_listed_with_what_it_is_its_ports_and_its_own_options() -
     assert "gpus" not in options, "what all stages have is none of its own"
     described = json.loads(invoke("stages", "--json").stdout)
     assert described.keys() == CATALOG.built_in.keys() | CATALOG.installed.keys()
-    assert described["vocoder"]["options"] == {"steps": None, "seed": 0}
+    assert described["vocoder"]["options"] == {"steps": None, "seed": 0, "resident": 16}
     assert described["vocoder"]["inputs"]["playback"] == {
         "kind": "playback",
         "feedback": True,
