@@ -4,7 +4,8 @@ The question: each sequence brings some new tokens, whose keys and values are in
 looks at all tokens up to itself, each one before it at one token less. Where new tokens overwrite earlier ones, the
 tokens behind them are not there for them.
 
-- sdpa: torch's attention, on any device. The pages are copied together, and sequences of similar size share a call.
+- sdpa: torch's attention, on any device. The pages are copied together, and sequences of similar size share a call;
+  in a decode step that is captured, all share one.
 - varlen: torch's ragged attention (`torch.nn.attention.varlen`), which reads the pages where they lie.
 - flash: the same of the package flash-attn.
 
@@ -17,6 +18,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, Protocol, get_args
 
 import torch
@@ -248,7 +250,7 @@ def torch_varlen(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch
         batch.cu_used,
         batch.max_new,
         batch.max_used,
-        window_size=(-1, 0),
+        window_size=(-1, 0 if batch.max_new > 1 else -1),  # a single token sees all; said so, heads share what is read
         enable_gqa=query.shape[1] != keys.shape[2],
         seqused_k=batch.used,
         block_table=batch.pages,
@@ -275,13 +277,26 @@ def flash_varlen(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch
     return out
 
 
+def gathered(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch) -> Tensor:
+    """torch's attention for one new token of each sequence, over all pages of the table, filled or not: of one shape,
+    so that it can be captured where no ragged kernel runs. It copies what it looks at."""
+    kv_heads, head_dim = keys.shape[-2:]
+    shape = len(query), batch.max_used, kv_heads, head_dim
+    k, v = (taken(pool, batch.pages.flatten(), query.dtype).view(shape).transpose(1, 2) for pool in (keys, values))
+    hidden = torch.arange(batch.max_used, device=query.device) >= batch.used[:, None]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+    out = F.scaled_dot_product_attention(query.view(len(query), kv_heads, -1, head_dim), k, v, mask[:, None, None])
+    return out.flatten(1, 2)
+
+
 # ---- which one -------------------------------------------------------------------------------------------------------
 
-KERNELS: Final[dict[AttentionName, Kernel]] = {"varlen": torch_varlen, "flash": flash_varlen}
-"""The ragged ones. What they are handed has the same shape at each decode step, so that steps can be captured."""
+KERNELS: Final[dict[AttentionName, Kernel]] = {"sdpa": gathered, "varlen": torch_varlen, "flash": flash_varlen}
+"""For decode steps, which are handed the same shapes each time, so that they can be captured."""
 PREPARE: Final[dict[AttentionName, Prepare]] = {
     "sdpa": Padded.of,
-    **{name: Ragged.by(kernel) for name, kernel in KERNELS.items()},
+    "varlen": Ragged.by(torch_varlen),
+    "flash": Ragged.by(flash_varlen),
 }
 
 
@@ -357,7 +372,7 @@ def _lack(name: AttentionName, device: torch.device, dtype: torch.dtype, kv_dtyp
         return f"computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs a GPU of compute capability 8.0, this one has {torch.cuda.get_device_capability(device)}"
-    return _lacks_flash() if name == "flash" else _lacks_varlen()
+    return (_lacks_flash() if name == "flash" else _lacks_varlen()) or _failure(name, device, dtype)
 
 
 def _lacks_flash() -> str:
@@ -376,3 +391,17 @@ def _lacks_varlen() -> str:
     takes = inspect.signature(varlen_attn).parameters
     missing = [name for name in ("seqused_k", "block_table", "num_splits", "enable_gqa") if name not in takes]
     return f"needs a newer torch than {torch.__version__}: its varlen_attn takes no {missing[0]}" if missing else ""
+
+
+@lru_cache
+def _failure(name: AttentionName, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel fails there; "" where it does not. What a version takes, it need not have for every device."""
+    page_size = PAGE_SIZES[name]
+    query = torch.zeros(2, 4, 64, dtype=dtype, device=device)
+    pool = torch.zeros(2, page_size, 2, 64, dtype=dtype, device=device)
+    used, pages = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in ([3, 200], [[0], [1]]))
+    try:
+        KERNELS[name](query, pool, pool, RaggedBatch.of_steps(used, pages, page_size)).cpu()
+    except Exception as error:  # whatever a kernel raises
+        return f"fails there: {' '.join(str(error).split())[:200]}"
+    return ""

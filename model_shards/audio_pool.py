@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from model_shards.audio import AudioEncoder, AudioState, kept_frames
 from model_shards.mel import MelChunk
-from model_shards.programs import LADDER
-from model_shards.shapes import ByShape, ladder_to
+from model_shards.programs import LADDER, ladder_to
+from model_shards.shapes import ByShape
 
 NOWHERE: Final = -1  # the last column of a slot
 WINDOW_FRAMES: Final = 104  # mel frames of a second with those that the convolutions see of its neighbours

@@ -34,7 +34,7 @@ from model_shards.decoding import Choice, DecisionRule, SamplingConfig
 from model_shards.errors import ModelError
 from model_shards.kv_cache import KvCache, KvCacheFull, KvSequence
 from model_shards.llm import LanguageModel, SequenceInput
-from model_shards.programs import ladder_for
+from model_shards.programs import ladder_to
 from model_shards.tokenizer import Tokenizer
 
 MAX_TEXT_TOKENS = 18  # the official loop takes 20 steps: one for <|speak|>, one for <|chunk_eos|>
@@ -245,7 +245,7 @@ class DuplexEngine:
         From then on what comes next is decided on the device. kernel: a ragged one, where it is not the model's.
         """
         self._decider = self._decider or Decider(self._model, self._rule, self._cache.device)
-        num_pages, ladder = self._cache.pages_for(max_tokens), ladder_for(max_sessions)
+        num_pages, ladder = self._cache.pages_for(max_tokens), ladder_to(max_sessions)
         self._steps = DecodeSteps(self._model, self._cache, self._decider, num_pages, ladder, kernel)
 
     def max_session_tokens(self, prompt_length: int) -> int | None:

@@ -33,8 +33,7 @@ from model_shards.flow import (
     Release,
     extend,
 )
-from model_shards.programs import LADDER, Captured
-from model_shards.shapes import ladder_to
+from model_shards.programs import LADDER, Captured, ladder_to
 
 NOWHERE: Final = 0
 BLANK: Final = 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -42,9 +43,9 @@ def frozen(function: Callable[..., Tensor], examples: Sequence[Tensor]) -> Calla
     return program
 
 
-def ladder_for(num_rows: int) -> tuple[int, ...]:
-    """The sizes of LADDER, on and on, up to the first that takes so many rows."""
-    return tuple(1 << power for power in range((num_rows - 1).bit_length() + 1))
+def ladder_to(largest: int, ladder: Sequence[int] = LADDER) -> tuple[int, ...]:
+    """Batch sizes of programs that take `largest` rows and no more."""
+    return (*(size for size in ladder if size < largest), largest)
 
 
 class Captured:
@@ -134,13 +135,19 @@ def _capture(
     call: Callable[[], tuple[Tensor, ...]], pool: Pool | None
 ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
     """The kernels of a call as a graph, and the tensors it fills."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(NUM_WARM_UP_CALLS):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         outputs = call()
     return graph, outputs
+
+
+@lru_cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 32 MiB for each stream that it has ever computed on."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -8,14 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model_shards.programs import LADDER, Captured
+from model_shards.programs import Captured
 
 Key = tuple[Hashable, tuple[torch.Size, ...]]
-
-
-def ladder_to(largest: int, ladder: Sequence[int] = LADDER) -> tuple[int, ...]:
-    """Batch sizes of programs that take `largest` rows and no more."""
-    return (*(size for size in ladder if size < largest), largest)
 
 
 class ByShape:

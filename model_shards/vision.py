@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from model_shards.config import VisionConfig
 from model_shards.image import ImagePatches
-from model_shards.programs import LADDER
-from model_shards.shapes import ByShape, ladder_to
+from model_shards.programs import LADDER, ladder_to
+from model_shards.shapes import ByShape
 
 NUM_SIZES: Final = 4
 """Sizes of pictures for which there are programs: cameras have few, and each program keeps memory for all layers."""

@@ -60,7 +60,7 @@ class AudioEncoder(Stage):
     @classmethod
     def load(cls, options: AudioOptions, site: Site) -> AudioEncoder:
         from model_shards.checkpoint import load_ref_audio, load_shard
-        from model_shards.shapes import ladder_to
+        from model_shards.programs import ladder_to
         from stages.tensors import runtime
 
         where = runtime(site.device, options.dtype)

@@ -51,7 +51,7 @@ class Said:
     dtype: str | None = None
 
 
-def goes_on(all_said: Iterable[Said]) -> bool:
+def continues_turn(all_said: Iterable[Said]) -> bool:
     """Does none of these begin or end a turn?"""
     return not any(said.turn_start or said.end_of_turn for said in all_said)
 

@@ -118,7 +118,7 @@ class Llm(Stage):
 
     @classmethod
     def load(cls, options: LlmOptions, site: Site) -> Llm:
-        from model_shards.attention import KERNELS, PAGE_SIZES
+        from model_shards.attention import PAGE_SIZES
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
         from model_shards.duplex import DuplexEngine
@@ -146,7 +146,7 @@ class Llm(Stage):
             system_prompt=options.system_prompt,
             seed=options.seed,
             needs_pictures=config.generation.needs_pictures,
-            captured=options.batch if attention in KERNELS else 0,
+            captured=options.batch if where.device.startswith("cuda") else 0,
         )
 
     def __init__(

@@ -16,7 +16,7 @@ from graph.stage_type import Feedback, In, Out
 from graph.tail import Ack, SpeechQueue
 from graph.window import Unit
 from stages.inference import inference
-from stages.kinds import CODES, PLAYBACK, TEXT, Said, goes_on
+from stages.kinds import CODES, PLAYBACK, TEXT, Said, continues_turn
 from stages.session import Session
 from stages.stage import Site, Stage, StageError, moving, session_seed
 
@@ -64,7 +64,6 @@ class Tts(Stage):
 
     @classmethod
     def load(cls, options: TtsOptions, site: Site) -> Tts:
-        from model_shards.attention import KERNELS
         from model_shards.checkpoint import load_shard
         from model_shards.config import load_config
         from model_shards.fold import fold
@@ -75,7 +74,7 @@ class Tts(Stage):
         model = load_shard(site.checkpoint, "tts", dtype=where.dtype, device=where.device)
         fold(model)
         decoding = options.decoding or load_config(site.checkpoint).generation.decoding
-        speaker = _paged(model, where, attention, options) if attention in KERNELS else model
+        speaker = _paged(model, where, attention, options) if where.device.startswith("cuda") else model
         return cls(speaker, where, options.seed if decoding == "sampling" else None, attention)
 
     def __init__(
@@ -118,7 +117,7 @@ class Tts(Stage):
         return not (unit.of(self.text) or self._open[unit.session].queue)
 
     def may_hold(self, unit: Unit) -> bool:
-        return goes_on(TEXT.read(text) for text in unit.of(self.text))
+        return continues_turn(TEXT.read(text) for text in unit.of(self.text))
 
     def has_more_to_say(self, session: SessionId) -> bool:
         return bool(self._open[session].queue)
@@ -167,9 +166,9 @@ class Tts(Stage):
 def _paged(model: Talker, where: Runtime, attention: AttentionName, options: TtsOptions) -> PagedTalker:
     from model_shards.attention import PAGE_SIZES
     from model_shards.kv_cache import KvCache
-    from model_shards.programs import ladder_for
+    from model_shards.programs import ladder_to
     from model_shards.tts_paged import PagedTalker, shape_of
 
     shape, page_size = shape_of(model.config), PAGE_SIZES[attention]
     cache = KvCache.of_bytes(shape, options.kv_memory_bytes, page_size, where.dtype, where.device)
-    return PagedTalker(model, cache, attention, ladder_for(options.batch))
+    return PagedTalker(model, cache, attention, ladder_to(options.batch))

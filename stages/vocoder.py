@@ -173,7 +173,7 @@ def _make_fast(model: VocoderModel, voice: VoiceCache, options: VocoderOptions) 
     """
     import torch
 
-    from model_shards.shapes import ladder_to
+    from model_shards.programs import ladder_to
 
     torch.set_float32_matmul_precision("high")
     if options.resident > 0:

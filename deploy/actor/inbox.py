@@ -167,6 +167,7 @@ class Inbox:
     def _raise_epoch(self, state: OpenSession, epoch: int) -> None:
         """A barge-in, from whoever tells of it first: the listener, or the first chunk that was made after it."""
         if state.fence.raise_to(epoch):
+            state.sent.clear()  # nobody will hear it
             self._replica.schedule.touch(state.session.id)
             if not state.faults.given_up:
                 with state.faults.within("interrupt"):

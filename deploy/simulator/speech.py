@@ -19,7 +19,7 @@ from graph.kinds import attrs_of
 from graph.ladder import holds_window
 from graph.tail import Ack, SpeechQueue, TextBudget
 from graph.window import Unit
-from stages.kinds import CODES, TEXT, Said, goes_on
+from stages.kinds import CODES, TEXT, Said, continues_turn
 from stages.llm import Llm
 from stages.rates import CODES_PER_S, SPEECH_RATE_HZ
 from stages.session import Session
@@ -180,7 +180,7 @@ class VirtualTts(Costly):
         return bool(self._open[session].queue)
 
     def may_hold(self, unit: Unit) -> bool:
-        return goes_on(TEXT.read(text) for text in unit.of(Tts.text))
+        return continues_turn(TEXT.read(text) for text in unit.of(Tts.text))
 
     def is_idle(self, unit: Unit) -> bool:
         return not (unit.of(Tts.text) or self._open[unit.session].queue)

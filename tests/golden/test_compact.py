@@ -99,7 +99,7 @@ def test_a_file_is_cut_from_the_recordings(case: str, kept: Cut) -> None:
 @cases(MANIFEST, ["the compact part"] if golden.SOURCE != COMPACT else [])
 def test_the_compact_part_passes(case: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", *SUITE],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITE],
         env=os.environ | {"OMNI_GOLDEN": str(COMPACT)},
         cwd=HERE.parents[1],
         capture_output=True,

@@ -438,8 +438,8 @@ def check_chunk(stream: str, index: int, spoken: Spoken) -> None:
     assert abs(int(pcm.sum()) - row["pcm_sum"]) <= row["wav_samples"] // 100
 
 
-@pytest.mark.skipif("flow" not in parts(), reason="the folder of recordings has no weights of the flow")
-def test_resident_caches_speak_the_recorded_streams() -> None:
+@cases(JSON, ["all streams, resident"] if "flow" in parts() else [])
+def test_resident_caches_speak_the_recorded_streams(case: str) -> None:
     module = official(unfolded())
     cache = module.prepare(voice())
     module.make_resident([cache], len(streams()), ladder=(1, 2, 4))

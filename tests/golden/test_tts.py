@@ -23,7 +23,6 @@ from model_shards.tts_paged import PagedTalker, shape_of
 from model_shards.tts_streaming import SpeechStream, speak_interleaved
 from tests.support import golden
 from tests.support.golden import cases, close, read_json, read_tensors
-from tests.support.kernels import reference_kernel
 
 FILE = "tts.safetensors"
 CASES: dict[str, Any] = read_json("tts.json")
@@ -230,10 +229,10 @@ def test_a_turn_in_company_gives_the_official_codes(case: str, backwards: bool):
 
 @cases("tts.json", LIKELIEST)
 def test_in_pages_a_turn_gives_the_official_codes_and_cache(case: str, monkeypatch: pytest.MonkeyPatch):
-    """Five codes per launch, with the plain reference of a GPU's kernel; in company."""
+    """Five codes per launch; in company."""
     monkeypatch.setattr(tts_paged, "duplex_sampling", lambda config: sampling_of(case))
     cache = KvCache(shape_of(talker().config), 300, page_size=16)
-    pages = PagedTalker(talker(), cache, "sdpa", (1, 2), reference_kernel)
+    pages = PagedTalker(talker(), cache, "sdpa", (1, 2))
     state, stranger = pages.new_state(None), pages.new_state(1)
     for index, row in enumerate(TURNS[case]["rows"]):
         start = state.next_position

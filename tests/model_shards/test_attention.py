@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_shards import attention
-from model_shards.attention import PAGE_SIZES, PREPARE, Ragged, Span, choose_attention
+from model_shards.attention import KERNELS, PAGE_SIZES, PREPARE, Ragged, RaggedBatch, Span, choose_attention
 from model_shards.config import LlmConfig
 from model_shards.errors import ModelError
 from model_shards.kv_cache import FP8, KvCache, KvSequence, KvShape, taken, write
@@ -150,15 +150,44 @@ def test_on_a_cpu_there_is_sdpa_and_the_others_say_why_not() -> None:
 def test_on_a_gpu_the_fastest_that_runs_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_lacks_flash", lambda: "")
+    monkeypatch.setattr(attention, "_failure", lambda name, device, dtype: "")
     assert choose_attention("cuda", torch.bfloat16) == "flash"
     monkeypatch.setattr(attention, "_lacks_flash", lambda: "needs the package flash-attn")
     assert choose_attention("cuda", torch.bfloat16) == "varlen"
     assert choose_attention("cuda", torch.float32) == "sdpa"
     with pytest.raises(ModelError, match="flash needs the package flash-attn; here there is sdpa, varlen"):
         choose_attention("cuda", torch.bfloat16, "flash")
+    monkeypatch.setattr(attention, "_failure", lambda name, device, dtype: "fails there: no kernel image")
+    assert choose_attention("cuda", torch.bfloat16) == "sdpa"
+    with pytest.raises(ModelError, match="varlen fails there: no kernel image; here there is sdpa"):
+        choose_attention("cuda", torch.bfloat16, "varlen")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ModelError, match=r"varlen needs a GPU of compute capability 8.0, this one has \(7, 5\)"):
         choose_attention("cuda", torch.bfloat16, "varlen")
+
+
+def test_a_kernel_is_tried_before_it_is_taken() -> None:
+    cpu = torch.device("cpu")
+    assert attention._failure("sdpa", cpu, torch.float32) == ""
+    assert attention._failure("varlen", cpu, torch.float32).startswith("fails there: ")
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    page_size=st.sampled_from([1, 4, 7, 64]),
+    kv_dtype=st.sampled_from([torch.float32, FP8]),
+)
+def test_a_step_over_all_pages_of_a_table_sees_what_is_there(
+    lengths: list[int], page_size: int, kv_dtype: torch.dtype
+) -> None:
+    cache = KvCache(SHAPE, sum(-(-length // page_size) for length in lengths), page_size, kv_dtype)
+    table = cache.block_table(filled(cache, lengths), max(lengths) + 3 * page_size)
+    batch = RaggedBatch.of_steps(torch.tensor(lengths, dtype=torch.int32), table.to(torch.int32), page_size)
+    query = torch.randn(len(lengths), NUM_HEADS, SHAPE.head_dim, generator=torch.Generator().manual_seed(1))
+    keys, values = cache.layer(0)
+    plain = reference_kernel(query, keys.float(), values.float(), batch)
+    torch.testing.assert_close(KERNELS["sdpa"](query, keys, values, batch), plain)
 
 
 @pytest.mark.gpu

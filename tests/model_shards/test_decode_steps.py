@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_shards.attention import KERNELS, PAGE_SIZES, Kernel, choose_attention
+from model_shards.attention import KERNELS, PAGE_SIZES, Kernel, choose_attention, gathered
 from model_shards.config import LlmConfig
 from model_shards.decode_steps import Decider, DecodeSteps, Fed, Question
 from model_shards.decoding import Choice, DecisionRule, SamplingConfig
@@ -107,14 +107,15 @@ def test_longer_sequences_and_larger_batches_than_it_was_made_for_are_refused() 
         steps([Fed(KvSequence(), 1, Question(0, 0, [])) for _ in range(5)])
 
 
+@pytest.mark.parametrize("kernel", [shapes_only, gathered])
 @pytest.mark.parametrize("mode", ["greedy", "sampling"])
 @torch.inference_mode()
-def test_a_program_looks_at_no_value_and_brings_none_from_the_host(mode: Any) -> None:
+def test_a_program_looks_at_no_value_and_brings_none_from_the_host(mode: Any, kernel: Any) -> None:
     """As what a GPU captures must not; made where tensors have a shape and a place, and nothing else."""
     model, device = model_of(torch.bfloat16, "meta"), torch.device("meta")
     cache = KvCache(KvShape.of(CONFIG), 30, PAGE_SIZES["varlen"], torch.bfloat16, device)
     rule = DecisionRule(SamplingConfig(mode, listen_top_k=2), SPECIAL, [15], device)
-    DecodeSteps(model, cache, Decider(model, rule, device), 4, (1, 2, 4), shapes_only)
+    DecodeSteps(model, cache, Decider(model, rule, device), 4, (1, 2, 4), kernel)
 
 
 @torch.inference_mode()
@@ -126,7 +127,7 @@ def test_where_no_page_is_left_for_blank_rows_it_is_said() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "flash"])
+@pytest.mark.parametrize("name", ["varlen", "flash", "sdpa"])
 @torch.inference_mode()
 def test_a_captured_step_with_a_real_kernel_gives_what_the_model_gives(name: Any) -> None:
     try:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from model_shards import tts
-from model_shards.attention import PAGE_SIZES, choose_attention
+from model_shards.attention import PAGE_SIZES, choose_attention, gathered
 from model_shards.config import TtsConfig
 from model_shards.errors import ModelError
 from model_shards.kv_cache import KvCache, KvCacheFull
 from model_shards.noise import waits
-from model_shards.programs import ladder_for
+from model_shards.programs import ladder_to
 from model_shards.tts import ChunkRequest, Talker, TalkerState, duplex_sampling
 from model_shards.tts_paged import NUM_STEPS, PagedState, PagedTalker, shape_of
 from tests.model_shards.test_tts import TINY, unit
@@ -64,7 +64,7 @@ def talker_of(config: TtsConfig = TINY) -> Talker:
 
 def paged(talker: Talker, num_pages: int = 200, max_rows: int = 4) -> PagedTalker:
     cache = KvCache(shape_of(talker.config), num_pages, PAGE_SIZE, talker.tts.emb_text.weight.dtype)
-    return PagedTalker(talker, cache, "sdpa", ladder_for(max_rows), reference_kernel)
+    return PagedTalker(talker, cache, "sdpa", ladder_to(max_rows), reference_kernel)
 
 
 def plain_state(seed: int | None) -> TalkerState:
@@ -185,11 +185,12 @@ def test_what_is_no_number_is_refused() -> None:
         pages.generate_chunks([(pages.new_state(1), ChunkRequest(torch.full((3, 32), torch.nan), 0, 26))])
 
 
-def test_a_program_looks_at_no_value_and_brings_none_from_the_host() -> None:
+@pytest.mark.parametrize("kernel", [shapes_only, gathered])
+def test_a_program_looks_at_no_value_and_brings_none_from_the_host(kernel: Any) -> None:
     """As what a GPU captures must not; made where tensors have a shape and a place, and nothing else."""
     talker = talker_of().bfloat16().to("meta")
     cache = KvCache(shape_of(TINY), 40, PAGE_SIZES["varlen"], torch.bfloat16, "meta")
-    PagedTalker(talker, cache, "varlen", ladder_for(4), shapes_only)
+    PagedTalker(talker, cache, "varlen", ladder_to(4), kernel)
 
 
 def test_it_runs_in_half_precision() -> None:
@@ -209,7 +210,7 @@ def test_a_session_comes_once_per_batch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "flash"])
+@pytest.mark.parametrize("name", ["varlen", "flash", "sdpa"])
 def test_captured_with_a_real_kernel_it_says_what_the_talker_says(name: Any) -> None:
     """Likeliest codes in bfloat16: the first launch's are the same; later ones may differ by a tie."""
     try:
@@ -219,7 +220,7 @@ def test_captured_with_a_real_kernel_it_says_what_the_talker_says(name: Any) -> 
     config = dataclasses.replace(TINY, hidden_size=128, num_attention_heads=2, num_key_value_heads=2)
     talker = talker_of(config).bfloat16().cuda()
     cache = KvCache(shape_of(config), 70, PAGE_SIZES[name], torch.bfloat16, "cuda")
-    pages = PagedTalker(talker, cache, name, ladder_for(4))
+    pages = PagedTalker(talker, cache, name, ladder_to(4))
     requests = [ChunkRequest(torch.randn(4 + n, 128, dtype=torch.bfloat16).cuda(), 26, 26) for n in range(3)]
     ours = pages.generate_chunks([(pages.new_state(None), request) for request in requests])
     theirs = talker.generate_chunks([(TalkerState(), request) for request in requests], duplex_sampling(config))

@@ -12,14 +12,12 @@ import torch
 from graph.chunk import NS_PER_S, Chunk, SessionId
 from graph.ladder import STEPS, holds_window
 from graph.window import Unit, WindowJoin
-from model_shards.attention import KERNELS
 from model_shards.duplex import MAX_TEXT_TOKENS
 from stages.audio_encoder import VOICE_ROLE
 from stages.llm import Llm, LlmOptions
 from stages.session import Session
 from stages.stage import Site, StageError
 from tests.support.batching import assert_batches, open_all
-from tests.support.kernels import reference_kernel
 from tests.support.streams import EVENTS, IMAGE, TEXT, inputs
 from tests.support.tiny import MAX_UNIT, Tiny, session_tokens
 from tests.support.units import DOOR, ack, audio, image, session, unit
@@ -75,10 +73,9 @@ def test_sessions_decide_the_same_alone_and_in_any_batch(tiny: Tiny):
     assert all(len(words(said[name])) > 2 for name in work)
 
 
-def test_captured_steps_say_what_the_model_says(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+def test_captured_steps_say_what_the_model_says(tiny: Tiny):
     work = {name: [window(name, k, pictures=0) for k in range(5)] for name in ("a", "b")}
     plain = assert_batches(tiny.llm, work, speech=False)
-    monkeypatch.setitem(KERNELS, "sdpa", reference_kernel)
     stage = tiny.llm(captured=2)
     said = assert_batches(lambda: tiny.llm(captured=2), work, speech=False)
     assert stage.runs_with == "cpu float32, sdpa attention, decode steps as graphs"

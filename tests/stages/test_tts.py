@@ -11,7 +11,6 @@ from stages.session import Session
 from stages.stage import Site, StageError
 from stages.tts import Tts, TtsOptions
 from tests.support.batching import assert_batches, open_all
-from tests.support.kernels import reference_kernel
 from tests.support.listeners import HearsAtOnce
 from tests.support.tiny import CPU, Tiny
 from tests.support.units import DOOR, ack, session, text, unit
@@ -181,7 +180,7 @@ def paged(tiny: Tiny, num_sessions: int = 3) -> PagedTalker:
     """As on a GPU, with the plain reference of its kernels."""
     model = tiny.model("tts")
     num_pages = num_sessions * -(-(model.config.max_position_embeddings + NUM_STEPS) // 32) + 1
-    return PagedTalker(model, KvCache(shape_of(model.config), num_pages), "sdpa", (1, 2, 4), reference_kernel)
+    return PagedTalker(model, KvCache(shape_of(model.config), num_pages), "sdpa", (1, 2, 4))
 
 
 def test_in_pages_sessions_say_the_same_alone_and_in_any_batch_and_leave_none(tiny: Tiny):

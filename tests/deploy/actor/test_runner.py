@@ -163,6 +163,16 @@ def test_held_speech_goes_in_time_when_nobody_comes(build, clock: ManualClock):
     assert echo.batches == [[("door", NUM_WAYS)]]
 
 
+def test_speech_that_a_barge_in_has_dropped_says_nothing_of_the_way(build, clock: ManualClock):
+    house = build({"llm": HeldEcho()}, (SOUND, PLAYED), hold_ns=NS_PER_S)
+    house.open("door", paced=True), house.open("yard", paced=True)
+    hear_window(house, clock, 0, ["door", "yard"])
+    under_way = house.runners["llm"].replica.open
+    assert under_way[SessionId("door")].sent and under_way[SessionId("yard")].sent
+    house.take(ack_chunk(SessionId("door"), Ack(2 * NS_PER_S, epoch=1)), PLAYED)
+    assert not under_way[SessionId("door")].sent and under_way[SessionId("yard")].sent
+
+
 def hear_window(house: House, clock: ManualClock, index: int, names: list[str]) -> None:
     """At a window's end its sound comes in, while each listener has 400 ms left to hear; what is said of it comes to
     its listener 100 ms later."""
