@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class TtsOptions(StageOptions):
     """decoding None: as the checkpoint says. attention None: the fastest that runs there.
 
-    kv_memory: for the keys and values of all sessions of a replica, where attention is flash or varlen.
+    kv_memory: for the keys and values of all sessions of a replica, on a GPU.
     """
 
     decoding: Literal["greedy", "sampling"] | None = None
