@@ -6,21 +6,35 @@ of a layer, and no measurement on a GPU stands behind them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from model_shards.checkpoint import Component, build_hollow
 from model_shards.config import AudioConfig, LlmConfig, ModelConfig, TtsConfig, VisionConfig, VocoderConfig
-from model_shards.flow import HISTORY_FRAMES
+from model_shards.flow import CONV_HISTORY, HISTORY_FRAMES, WINDOW_CODES
 from model_shards.kv_cache import KvShape
 
 LEAST_WORKSPACE: Final = 128 << 20  # libraries have buffers of their own
-CHUNK_FRAMES: Final = 100  # mel frames of two windows: a chunk is there twice while it is appended
 VOICE_FRAMES: Final = 300  # of a reference voice of 6 seconds
 PATCHES: Final = 1024  # of a cell of 448 x 448
 SAMPLES: Final = 24_000  # of a window of speech
+ROWS: Final = 64  # of a second of sound in the encoder; more than the talker's condition has
 PARTS: Final = 4  # inputs, outputs and two more are there at once of what a layer makes
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a stage uses its component. batch: sessions at once. unit_tokens: that a unit brings the LLM at most.
+
+    is_paged: the talker's keys and values are in a pool. resident: sessions with a place of their own on the device.
+    """
+
+    batch: int
+    unit_tokens: int = 0
+    is_paged: bool = False
+    resident: int = 0
 
 
 def weight_bytes(component: Component, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -39,15 +53,22 @@ def session_bytes(component: Component, config: ModelConfig, dtype: torch.dtype,
         token = tts.num_hidden_layers * 2 * tts.num_key_value_heads * head_dim * dtype.itemsize
         return token * tts.max_position_embeddings
     if component == "vocoder" and (vocoder := config.vocoder) is not None:
-        return _frame_bytes(vocoder) * (max(HISTORY_FRAMES, voice_frames) + HISTORY_FRAMES + CHUNK_FRAMES)
+        new = vocoder.flow.up_stride * WINDOW_CODES
+        encoder = _encoder_frame_bytes(vocoder) * (HISTORY_FRAMES + new)
+        dit = _dit_frame_bytes(vocoder) * (max(HISTORY_FRAMES, voice_frames) + new)
+        return encoder + dit + _conv_bytes(vocoder)
     return 0
 
 
-def shared_bytes(component: Component, config: ModelConfig, voice_frames: int) -> int:
-    """What all sessions of a replica have together: the voice, as the vocoder has heard it."""
+def shared_bytes(
+    component: Component, config: ModelConfig, dtype: torch.dtype, voice_frames: int, is_resident: bool
+) -> int:
+    """What all sessions of a replica have together: the voice, as the vocoder has heard it, and once more where turns
+    are resident; and the slot of the audio encoder that no session has."""
     if component == "vocoder" and config.vocoder is not None:
-        return _frame_bytes(config.vocoder) * voice_frames
-    return 0
+        frame = _encoder_frame_bytes(config.vocoder) + _dit_frame_bytes(config.vocoder)
+        return frame * voice_frames * (2 if is_resident else 1)
+    return session_bytes("audio", config, dtype, 0) if component == "audio" and is_resident else 0
 
 
 def kv_token_bytes(config: LlmConfig, dtype: torch.dtype) -> int:
@@ -55,8 +76,8 @@ def kv_token_bytes(config: LlmConfig, dtype: torch.dtype) -> int:
     return KvShape.of(config).bytes_per_token(dtype)
 
 
-def workspace_bytes(component: Component, config: ModelConfig, dtype: torch.dtype, batch: int, unit_tokens: int) -> int:
-    """An estimate of what a batch of so many sessions works with. unit_tokens: that a unit brings the LLM at most."""
+def workspace_bytes(component: Component, config: ModelConfig, dtype: torch.dtype, use: Use) -> int:
+    """An estimate of what a batch of so many sessions works with."""
     part = {
         "llm": config.llm,
         "vision": config.vision,
@@ -64,43 +85,70 @@ def workspace_bytes(component: Component, config: ModelConfig, dtype: torch.dtyp
         "tts": config.tts,
         "vocoder": config.vocoder,
     }[component]
-    return LEAST_WORKSPACE if part is None else LEAST_WORKSPACE + _batch_bytes(part, dtype, batch, unit_tokens)
+    return LEAST_WORKSPACE if part is None else LEAST_WORKSPACE + _batch_bytes(part, dtype, use)
 
 
 def _batch_bytes(
-    part: LlmConfig | VisionConfig | AudioConfig | TtsConfig | VocoderConfig,
-    dtype: torch.dtype,
-    batch: int,
-    unit_tokens: int,
+    part: LlmConfig | VisionConfig | AudioConfig | TtsConfig | VocoderConfig, dtype: torch.dtype, use: Use
 ) -> int:
     match part:
         case LlmConfig():
-            rows, width = batch * unit_tokens, part.hidden_size + part.intermediate_size
-            logits = batch * part.vocab_size * 4
+            rows, width = use.batch * use.unit_tokens, part.hidden_size + part.intermediate_size
+            logits = use.batch * part.vocab_size * 4
             # A quantised matrix is written out while it is computed with.
             matrix = part.hidden_size * part.intermediate_size if part.quantization is not None else 0
             return PARTS * rows * width * dtype.itemsize + 2 * logits + matrix * dtype.itemsize
         case VisionConfig():
-            cells = min(batch * part.slices.max_slice_nums, part.vision_batch_size)
+            cells = min(use.batch * part.slices.max_slice_nums, part.vision_batch_size)
             return PARTS * cells * PATCHES * (part.hidden_size + part.intermediate_size) * dtype.itemsize
         case AudioConfig():
             # The keys and values of all sessions are stacked, layer by layer.
-            stacked = 2 * batch * part.max_source_positions * part.d_model
-            return (stacked + PARTS * batch * 64 * (part.d_model + part.encoder_ffn_dim)) * dtype.itemsize
+            stacked = 2 * use.batch * part.max_source_positions * part.d_model
+            return (stacked + PARTS * use.batch * ROWS * (part.d_model + part.encoder_ffn_dim)) * dtype.itemsize
         case TtsConfig():
-            rows = part.max_position_embeddings * part.num_hidden_layers * 2 * part.hidden_size
-            return rows * dtype.itemsize * batch
+            return use.batch * _talker_row_bytes(part, dtype, use.is_paged)
         case VocoderConfig():
-            flow = part.flow
-            # The history of one Euler step is gathered; HiFT's widest layer is at the full rate of its last stage.
-            step = _frame_bytes(part) // max(part.num_steps, 1) * (VOICE_FRAMES + HISTORY_FRAMES + CHUNK_FRAMES)
-            wave = PARTS * 4 * SAMPLES // part.hift.istft_hop_len * part.hift.base_channels // 8
-            return batch * (step + wave + PARTS * 4 * CHUNK_FRAMES * 2 * flow.dit_hidden_size * 4)
+            return _vocoder_batch_bytes(part, use)
 
 
-def _frame_bytes(config: VocoderConfig) -> int:
-    """A mel frame in the flow's history, in float32: encoder and DiT, the latter with and without condition."""
+def _talker_row_bytes(config: TtsConfig, dtype: torch.dtype, is_paged: bool) -> int:
+    """Without a pool, the keys and values of a batch are copied beside each other."""
+    copied = 0 if is_paged else config.max_position_embeddings * config.num_hidden_layers * 2 * config.hidden_size
+    layer = PARTS * ROWS * (config.hidden_size + config.intermediate_size)
+    return (copied + layer) * dtype.itemsize + PARTS * config.num_audio_tokens * 4
+
+
+def _vocoder_batch_bytes(config: VocoderConfig, use: Use) -> int:
+    """The history of one Euler step is gathered; of what is resident, that of one layer. HiFT's widest layer is at the
+    full rate of its last stage."""
     flow = config.flow
-    dit = config.num_steps * flow.dit_depth * 2 * 2 * flow.dit_num_heads * flow.dit_head_dim
-    encoder = 2 * flow.input_size * (flow.encoder_num_up_blocks + flow.encoder_num_blocks // flow.up_stride)
-    return 4 * (dit + encoder)
+    new = flow.up_stride * WINDOW_CODES
+    step = _dit_frame_bytes(config) // config.num_steps * (VOICE_FRAMES + HISTORY_FRAMES + new)
+    wave = PARTS * 4 * SAMPLES // config.hift.istft_hop_len * config.hift.base_channels // 8
+    num_resident = min(use.batch, use.resident)
+    gathered = num_resident * step // flow.dit_depth + (use.batch - num_resident) * step
+    return gathered + use.batch * (wave + PARTS * 4 * 2 * new * 2 * flow.dit_hidden_size * 4)
+
+
+def _dit_frame_bytes(config: VocoderConfig) -> int:
+    """A mel frame in the history of the DiT, in float32, with and (where there is guidance) without condition."""
+    flow = config.flow
+    return 4 * config.num_steps * flow.dit_depth * 2 * _branches(config) * flow.dit_num_heads * flow.dit_head_dim
+
+
+def _encoder_frame_bytes(config: VocoderConfig) -> int:
+    flow = config.flow
+    blocks = flow.encoder_num_up_blocks * flow.up_stride + flow.encoder_num_blocks
+    return 4 * 2 * flow.input_size * blocks // flow.up_stride
+
+
+def _conv_bytes(config: VocoderConfig) -> int:
+    """What the convolutions remember of a turn, in float32."""
+    flow = config.flow
+    encoder = flow.input_size * (CONV_HISTORY + 2 * flow.up_stride)
+    dit = config.num_steps * flow.dit_depth * _branches(config) * 2 * flow.dit_hidden_size * CONV_HISTORY
+    return 4 * (encoder + dit)
+
+
+def _branches(config: VocoderConfig) -> int:
+    return 2 if config.flow.inference_cfg_rate > 0 else 1
