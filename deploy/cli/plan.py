@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from deploy.simulator.foresee import Foreseen
     from graph.costs import Profile
     from graph.spec import PipelineSpec
+    from model_shards.config import ModelConfig
 
 
 def plan(
@@ -25,7 +27,7 @@ def plan(
         typer.Option("--profile", metavar="FILE", help="What pipeline bench plan (or bench stages) measured."),
     ] = None,
     cameras: Annotated[
-        int | None, typer.Option("--cameras", help="How many to serve; without it: as many as fit.")
+        int | None, typer.Option("--cameras", min=1, help="How many to serve; without it: as many as fit.")
     ] = None,
     gpu: Annotated[
         str | None,
@@ -41,7 +43,6 @@ def plan(
     Times need --profile. Exits with 3 where something does not fit.
     """
     from deploy.run.checkpoints import config_of
-    from deploy.run.gpu_memory import gpu_plan
     from graph.costs import read_profile
 
     with clear_errors(), usage():
@@ -50,12 +51,13 @@ def plan(
         gpu_bytes = _gpu_bytes(spec, gpu)
         if measured is None and gpu_bytes is None:
             raise typer.BadParameter("nothing to plan with: give --profile, or stages GPUs and their memory by --gpu")
-    num_cameras, reckoned, foreseen = cameras or len(spec.cameras), None, list["Foreseen"]()
+    reckoned, foreseen = None, list["Foreseen"]()
     with clear_errors():
         if measured is not None:
+            if (hint := _gpu_hint(spec, measured)) is not None:
+                tell(hint)
             spec, reckoned, foreseen = _times(spec, measured, cameras)
-            num_cameras = reckoned.num_cameras
-        on_gpus = None if gpu_bytes is None else gpu_plan(spec, config_of(spec, tell), gpu_bytes, num_cameras)
+        on_gpus = None if gpu_bytes is None else _memory(spec, config_of(spec, tell), gpu_bytes, cameras, reckoned)
     _print(reckoned, foreseen, on_gpus, as_json)
     if (reckoned is not None and reckoned.problems) or (on_gpus is not None and on_gpus.problems):
         raise typer.Exit(EXIT_VIOLATED)
@@ -71,6 +73,34 @@ def _gpu_bytes(spec: PipelineSpec, gpu: str | None) -> int | None:
     if gpu_bytes is None:
         tell("memory is not reckoned: there is no GPU here; say which there will be: --gpu h200, or --gpu 80GiB")
     return gpu_bytes
+
+
+def _memory(
+    spec: PipelineSpec, config: ModelConfig, gpu_bytes: int, cameras: int | None, reckoned: Plan | None
+) -> GpuPlan | None:
+    """Of so many cameras; without a number, of those that have both time and room."""
+    from deploy.run.gpu_memory import gpu_plan
+
+    in_room = gpu_plan(spec, config, gpu_bytes, cameras)
+    if cameras is not None or in_room is None or reckoned is None:
+        return in_room
+    in_time = gpu_plan(spec, config, gpu_bytes, reckoned.num_cameras)
+    return min((in_room, in_time), key=lambda plan: plan.num_sessions if plan is not None else 0)
+
+
+def _gpu_hint(spec: PipelineSpec, profile: Profile) -> str | None:
+    """What to set, where a GPU was measured and no stage has one."""
+    from deploy.run.gpu_memory import has_gpus
+
+    gpu = profile.machine.get("gpu")
+    if not gpu or has_gpus(spec):
+        return None
+    stages = [name for name in spec.stages if name in profile.stages and spec.types[name].has_model]
+    share = f"{math.floor(100 / max(len(stages), 1)) / 100:g}"
+    settings = " ".join(f"--set stages.{name}.gpus={share}" for name in stages)
+    return (
+        f"the profile is of a machine with a GPU ({gpu}), but no stage here has one: cores are planned; add {settings}"
+    )
 
 
 def _times(spec: PipelineSpec, profile: Profile, cameras: int | None) -> tuple[PipelineSpec, Plan, list[Foreseen]]:

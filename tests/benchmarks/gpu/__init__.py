@@ -6,7 +6,7 @@ cut off leaves what it had.
 
     python -m tests.benchmarks.gpu --minutes 8 --json OUT       # on the machine with the GPU
     python -m tests.benchmarks.gpu --show OUT                   # as tables, anywhere
-    pipeline plan --profile OUT                                 # what one such GPU serves
+    pipeline plan --profile OUT --set stages.llm.gpus=0.2 …     # what one serves; a share of it for each stage
 
 Options of `pipeline bench gpu`: --minutes (8), --size full or tiny (tiny without a GPU), --device cuda or cpu; a file
 behind them takes everything that was measured. OMNI_BENCH_PARTS: some of machine,stages,pipeline,sequential.

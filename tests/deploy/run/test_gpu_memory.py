@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from deploy.run.gpu_memory import (
     lines_of,
 )
 from deploy.run.gpu_parts import CUDA_CONTEXT_BYTES, KV_PAGE_TOKENS, Pool
+from graph.costs import Profile, StageCost
 from graph.spec import PipelineSpec, default_spec_path
 from model_shards.config import RELEASED, ModelConfig, Quantization
 from model_shards.kv_cache import KvCache
@@ -282,3 +284,35 @@ def test_plan_tells_the_memory_of_a_gpu_that_is_elsewhere_without_a_profile() ->
 def test_plan_without_anything_to_plan_with_says_what_it_needs() -> None:
     code, told = run(overrides=[])
     assert code == EXIT_USAGE and "--profile" in told and "--gpu" in told
+
+
+@pytest.mark.parametrize("cameras", ["-3", "0"])
+def test_plan_takes_no_fewer_than_one_camera(cameras: str) -> None:
+    code, told = run("--gpu", "h200", "--cameras", cameras, overrides=[*sets(), RELEASE])
+    assert code == EXIT_USAGE and "--cameras" in told
+
+
+def test_plan_without_a_number_of_cameras_tells_how_many_fit() -> None:
+    code, told = run("--gpu", "h200", overrides=[*sets(), RELEASE, "stages.llm.kv_memory=60GiB"])
+    assert code == 0 and "with 16 sessions of a replica" in told and "so 16 sessions fit" in told
+
+
+def profile_of(path: Path, gpu: str | None) -> str:
+    costs = dict.fromkeys(model_stages(), StageCost(10**7, 10**6))
+    path.write_text(Profile("released", {"gpu": gpu}, 32, costs).as_json(), encoding="utf-8")
+    return str(path)
+
+
+def test_plan_with_a_gpus_profile_and_stages_without_one_says_what_to_set(tmp_path: Path) -> None:
+    asked = ("--profile", profile_of(tmp_path / "gpu.json", "H200"), "--cameras", "2")
+    code, told = run(*asked, overrides=[])
+    assert code == 0 and "no stage here has one" in told and "cores are busy" in told
+    suggested = re.findall(r"--set (\S+)", told)
+    assert sorted(suggested) == sorted(sets())
+    code, told = run(*asked, "--gpu", "h200", overrides=[*suggested, RELEASE, "stages.llm.kv_memory=8GiB"])
+    assert code == 0 and "1 GPUs, 2.0 sessions each" in told and "no stage here" not in told
+
+
+def test_plan_with_the_profile_of_a_machine_without_a_gpu_says_nothing_of_gpus(tmp_path: Path) -> None:
+    code, told = run("--profile", profile_of(tmp_path / "cpu.json", None), "--cameras", "2", overrides=[])
+    assert code == 0 and "GPU" not in told
