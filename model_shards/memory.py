@@ -15,6 +15,7 @@ from model_shards.checkpoint import Component, build_hollow
 from model_shards.config import AudioConfig, LlmConfig, ModelConfig, TtsConfig, VisionConfig, VocoderConfig
 from model_shards.flow import CONV_HISTORY, HISTORY_FRAMES, WINDOW_CODES
 from model_shards.kv_cache import KvShape
+from model_shards.tts_paged import shape_of
 
 LEAST_WORKSPACE: Final = 128 << 20  # libraries have buffers of their own
 VOICE_FRAMES: Final = 300  # of a reference voice of 6 seconds
@@ -28,12 +29,13 @@ PARTS: Final = 4  # inputs, outputs and two more are there at once of what a lay
 class Use:
     """How a stage uses its component. batch: sessions at once. unit_tokens: that a unit brings the LLM at most.
 
-    is_paged: the talker's keys and values are in a pool. resident: sessions with a place of their own on the device.
+    copied_tokens: of each session, whose keys and values a decode step copies, layer by layer (attention sdpa).
+    resident: sessions with a place of their own on the device.
     """
 
     batch: int
     unit_tokens: int = 0
-    is_paged: bool = False
+    copied_tokens: int = 0
     resident: int = 0
 
 
@@ -97,7 +99,8 @@ def _batch_bytes(
             logits = use.batch * part.vocab_size * 4
             # A quantised matrix is written out while it is computed with.
             matrix = part.hidden_size * part.intermediate_size if part.quantization is not None else 0
-            return PARTS * rows * width * dtype.itemsize + 2 * logits + matrix * dtype.itemsize
+            copied = use.batch * use.copied_tokens * kv_token_bytes(part, dtype) // part.num_hidden_layers
+            return PARTS * rows * width * dtype.itemsize + 2 * logits + matrix * dtype.itemsize + copied
         case VisionConfig():
             cells = min(use.batch * part.slices.max_slice_nums, part.vision_batch_size)
             return PARTS * cells * PATCHES * (part.hidden_size + part.intermediate_size) * dtype.itemsize
@@ -106,16 +109,11 @@ def _batch_bytes(
             stacked = 2 * use.batch * part.max_source_positions * part.d_model
             return (stacked + PARTS * use.batch * ROWS * (part.d_model + part.encoder_ffn_dim)) * dtype.itemsize
         case TtsConfig():
-            return use.batch * _talker_row_bytes(part, dtype, use.is_paged)
+            layer = PARTS * ROWS * (part.hidden_size + part.intermediate_size) * dtype.itemsize
+            copied = use.copied_tokens * shape_of(part).bytes_per_token(dtype) // part.num_hidden_layers
+            return use.batch * (layer + copied + PARTS * part.num_audio_tokens * 4)
         case VocoderConfig():
             return _vocoder_batch_bytes(part, use)
-
-
-def _talker_row_bytes(config: TtsConfig, dtype: torch.dtype, is_paged: bool) -> int:
-    """Without a pool, the keys and values of a batch are copied beside each other."""
-    copied = 0 if is_paged else config.max_position_embeddings * config.num_hidden_layers * 2 * config.hidden_size
-    layer = PARTS * ROWS * (config.hidden_size + config.intermediate_size)
-    return (copied + layer) * dtype.itemsize + PARTS * config.num_audio_tokens * 4
 
 
 def _vocoder_batch_bytes(config: VocoderConfig, use: Use) -> int:

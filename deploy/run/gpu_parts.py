@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 MIB: Final = 1024**2
 CUDA_CONTEXT_BYTES: Final = 500 * MIB  # of each process: driver, kernels and libraries; not measured here
-KV_PAGE_TOKENS: Final = 256
 PROMPT_TOKENS: Final = 400
 LARGE: Final = 100 * MIB  # what a setting has to save, to be named
 
@@ -38,13 +37,15 @@ LARGE: Final = 100 * MIB  # what a setting has to save, to be named
 class Pool:
     """Memory for the keys and values of a stage's sessions, in pages, of which one is nobody's.
 
-    session_pages: that a session may take; None: no bound, so no session is sure of its room.
+    session_pages: that a session may take; None: no bound, so no session is sure of its room. copied_tokens: that a
+    decode step copies of each session.
     """
 
     stage: str
     num_bytes: int
     page_bytes: int
     session_pages: int | None
+    copied_tokens: int = 0
 
     @property
     def setting(self) -> str:
@@ -136,7 +137,8 @@ def _part(
     has_codes = component == "llm" and config.llm.quantization is not None
     dtype = runtime("cuda", "bfloat16" if has_codes else stage.dtype).dtype
     config, pool = _as_set(config, stage), _pool(name, stage, config)
-    use = memory.Use(stage.batch, _unit_tokens(stage, config), pool is not None, _resident(stage))
+    copied_tokens = 0 if pool is None else pool.copied_tokens
+    use = memory.Use(stage.batch, _unit_tokens(stage, config), copied_tokens, _resident(stage))
     each = memory.session_bytes(component, config, dtype, memory.VOICE_FRAMES) if pool is None else 0
     savings = (
         *(() if pool is None else (_of_pool(pool, num_sessions),)),
@@ -198,28 +200,36 @@ def _unit_tokens(stage: StageOptions, config: ModelConfig) -> int:
 
 
 def _pool(name: str, stage: StageOptions, config: ModelConfig) -> Pool | None:
-    """What the stage takes for keys and values, in pages of the ragged kernels."""
+    """What the stage takes for keys and values."""
+    import torch
+
+    from model_shards.kv_cache import KvShape
     from model_shards.tts_paged import NUM_STEPS, shape_of
     from stages.tensors import runtime
 
+    dtype = runtime("cuda", stage.dtype).dtype
     if isinstance(stage, LlmOptions):
-        return _llm_pool(name, stage, config)
-    if isinstance(stage, TtsOptions) and stage.attention != "sdpa" and config.tts is not None:
-        token_bytes = shape_of(config.tts).bytes_per_token(runtime("cuda", stage.dtype).dtype)
-        pages = -(-(config.tts.max_position_embeddings + NUM_STEPS) // KV_PAGE_TOKENS)
-        return Pool(name, stage.kv_memory_bytes, KV_PAGE_TOKENS * token_bytes, pages)
+        kv_dtype = torch.float8_e4m3fn if stage.kv_dtype == "fp8" else dtype
+        return _pool_of(name, stage, KvShape.of(config.llm).bytes_per_token(kv_dtype), _session_tokens(stage, config))
+    if isinstance(stage, TtsOptions) and config.tts is not None:
+        most = config.tts.max_position_embeddings + NUM_STEPS
+        return _pool_of(name, stage, shape_of(config.tts).bytes_per_token(dtype), most)
     return None
 
 
-def _llm_pool(name: str, stage: LlmOptions, config: ModelConfig) -> Pool:
-    import torch
+def _pool_of(name: str, stage: LlmOptions | TtsOptions, token_bytes: int, session_tokens: int | None) -> Pool:
+    """In pages of a ragged kernel, unless it can only be sdpa: it is the one that copies."""
+    from model_shards.attention import PAGE_SIZES
 
+    is_sdpa = stage.attention == "sdpa" or (isinstance(stage, LlmOptions) and stage.kv_dtype == "fp8")
+    page_tokens = PAGE_SIZES["sdpa" if is_sdpa else "varlen"]
+    pages = None if session_tokens is None else -(-session_tokens // page_tokens)
+    copied_tokens = (pages or 0) * page_tokens if is_sdpa else 0
+    return Pool(name, stage.kv_memory_bytes, page_tokens * token_bytes, pages, copied_tokens)
+
+
+def _session_tokens(stage: LlmOptions, config: ModelConfig) -> int | None:
     from model_shards.duplex import max_session_tokens
-    from model_shards.memory import kv_token_bytes
     from stages.llm import duplex_config
-    from stages.tensors import runtime
 
-    tokens = max_session_tokens(duplex_config(stage, config.generation), PROMPT_TOKENS)
-    pages = None if tokens is None else -(-tokens // KV_PAGE_TOKENS)
-    kv_dtype = torch.float8_e4m3fn if stage.kv_dtype == "fp8" else runtime("cuda", stage.dtype).dtype
-    return Pool(name, stage.kv_memory_bytes, KV_PAGE_TOKENS * kv_token_bytes(config.llm, kv_dtype), pages)
+    return max_session_tokens(duplex_config(stage, config.generation), PROMPT_TOKENS)

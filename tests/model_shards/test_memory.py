@@ -117,10 +117,12 @@ def test_a_larger_batch_works_with_more(component: Component) -> None:
         assert workspace_bytes(component, nothing, BF16, Use(16)) <= one
 
 
-def test_the_talker_copies_keys_and_values_only_where_they_have_no_pool() -> None:
-    copied, paged = (workspace_bytes("tts", RELEASED, BF16, Use(16, is_paged=paged)) for paged in (False, True))
-    assert copied - paged == 16 * session_bytes("tts", RELEASED, BF16, 0)
+def test_keys_and_values_are_copied_layer_by_layer_and_only_where_the_attention_does_it() -> None:
+    copied, paged = (workspace_bytes("tts", RELEASED, BF16, Use(16, copied_tokens=tokens)) for tokens in (4096, 0))
+    assert copied - paged == 16 * session_bytes("tts", RELEASED, BF16, 0) // 20
     assert paged < LEAST_WORKSPACE + 100e6
+    llm = [workspace_bytes("llm", RELEASED, BF16, Use(16, copied_tokens=tokens)) for tokens in (1000, 0)]
+    assert llm[0] - llm[1] == 16 * 1000 * kv_token_bytes(RELEASED.llm, BF16) // 36
 
 
 def test_of_resident_turns_the_history_of_one_layer_is_gathered_at_once() -> None:
