@@ -20,12 +20,14 @@ import typer
 
 from deploy.cli.common import (
     EXIT_DEPENDENCY,
+    EXIT_USAGE,
     EXIT_VIOLATED,
     File,
     Json,
     Set,
     check_folder,
     clear_errors,
+    fail,
     load,
     silent,
     usage,
@@ -208,12 +210,16 @@ def bench(
     size: Annotated[str | None, typer.Option("--size", help="Of gpu: full or tiny weights.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Of gpu: cuda or cpu.")] = None,
 ) -> None:
-    """Run a benchmark beside its rival and print the ratios. --json: {machine, versions, rows: [{name, value, unit,
-    rival, rival_value, ratio, command}]}. Other options of a benchmark are variables: OMNI_BENCH_….
-    `bench gpu --minutes 8 --json FILE` keeps each number in the file as soon as it is there."""
-    from deploy.evaluate.bench import run_bench
+    """Run a benchmark beside its rival and print the ratios. --json prints them as JSON: {machine, versions, rows:
+    [{name, value, unit, rival, rival_value, ratio, command}]}; --json FILE writes that to the file. Of gpu the file
+    has all that is measured, each number as soon as it is there. Other options of a benchmark are variables:
+    OMNI_BENCH_…."""
+    from deploy.evaluate.bench import BenchUsageError, run_bench
 
     given = {"MINUTES": minutes, "SIZE": size, "DEVICE": device}
     os.environ |= {f"OMNI_BENCH_{option}": str(value) for option, value in given.items() if value is not None}
     with clear_errors():
-        run_bench(name, as_json, record)
+        try:
+            run_bench(name, as_json, record)
+        except BenchUsageError as error:
+            fail(str(error), EXIT_USAGE)

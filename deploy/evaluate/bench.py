@@ -20,8 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-import psutil
-
 from graph.errors import GraphError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +29,11 @@ COLUMNS = ("name", "value", "unit", "ratio", "rival_value", "rival")
 
 
 class BenchError(GraphError):
-    """There is no such benchmark, or none at all; says which there are."""
+    """A benchmark has failed, or there are none."""
+
+
+class BenchUsageError(BenchError):
+    """There is no such benchmark, or it can't be told that; says what there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +78,17 @@ def run_bench(name: str | None, as_json: bool, record: Path | None = None) -> No
     """Run a benchmark and print its rows; without a name, list the benchmarks.
 
     record: a file for the JSON, which then isn't printed; of a benchmark that keeps more, for all that it keeps.
-    Raises BenchError when there is none of that name, or when the repository isn't there.
+    Raises BenchUsageError when there is none of that name, or the file can't be written, and BenchError when the
+    repository isn't there.
     """
     benchmarks = find_benchmarks(FOLDER)
     if name is None:
         _print_list(benchmarks, as_json)
         return
     if name not in benchmarks:
-        raise BenchError(f"no benchmark {name!r}; there are: {', '.join(sorted(benchmarks))}")
+        raise BenchUsageError(f"no benchmark {name!r}; there are: {', '.join(sorted(benchmarks))}")
+    if record is not None:
+        check_record(record)
     surroundings: dict[str, Mapping[str, object]] = {"machine": describe_machine(), "versions": describe_versions()}
     keeps_more = record is not None and hasattr(benchmarks[name], "run_to")
     rows: list[Row] = benchmarks[name].run_to(record) if keeps_more else benchmarks[name].run()
@@ -100,6 +105,17 @@ def run_bench(name: str | None, as_json: bool, record: Path | None = None) -> No
     print_rows(rows)
 
 
+def check_record(record: Path) -> None:
+    """Raises BenchUsageError where what was measured can't be written to this file."""
+    folder = record.absolute().parent
+    if not folder.is_dir():
+        raise BenchUsageError(f"{record}: there is no folder {folder}")
+    if record.exists() and not record.is_file():
+        raise BenchUsageError(f"{record}: no file, but a folder or a device")
+    if not os.access(record if record.exists() else folder, os.W_OK) or not os.access(folder, os.W_OK):
+        raise BenchUsageError(f"{record}: may not be written")
+
+
 def find_benchmarks(folder: Path) -> dict[str, ModuleType]:
     """The benchmarks in a folder, by their names. Raises BenchError when the folder isn't there."""
     if not folder.is_dir():
@@ -114,6 +130,8 @@ def find_benchmarks(folder: Path) -> dict[str, ModuleType]:
 
 def describe_machine() -> Mapping[str, object]:
     """What the numbers were measured on, and how busy it was before."""
+    import psutil  # not on a borrowed machine, on which one benchmark runs by itself
+
     return {
         "cpu": _cpu_model(),
         "cores": psutil.cpu_count(),

@@ -8,22 +8,43 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
+import model_shards.attention
+import tests.benchmarks.gpu
+from deploy.cli.app import app
+from deploy.control.calls import CoordinatorError
 from deploy.control.capacity import Demand, reckon
+from deploy.evaluate import bench
 from graph.costs import read_profile
+from model_shards import memory
+from model_shards.attention import AttentionName
+from model_shards.config import RELEASED
 from model_shards.duplex import DuplexEngine, UnitInput
+from model_shards.errors import ModelError
+from model_shards.image import plan_slices, slice_image
 from model_shards.kv_cache import KvCache, KvShape
 from model_shards.programs import Captured
-from tests.benchmarks.gpu import parts, roofline, show, timing, weights, whole
-from tests.benchmarks.gpu.stages import TURN, Turns
+from stages.vision_encoder import WIDE
+from tests.benchmarks.gpu import OPTIONS, environment, machine, parts, roofline, show, timing, weights, whole
+from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu.stages import PICTURE, TURN, Turns
 from tests.support.made_part import MADE
 from tests.support.specs import load_spec
 
@@ -91,8 +112,24 @@ def test_with_a_borrowed_machines_packages_every_part_is_measured(record: dict[s
 def test_it_says_what_it_ran_on_and_which_features_are_missing(record: dict[str, Any]) -> None:
     assert record["machine"]["cores"] == os.cpu_count()
     assert record["versions"]["torch"] == torch.__version__
-    assert set(record["features"]) == {"varlen_attn", "flash_attn", "cuda_graphs", "fp8", "int4", "mps"}
+    kernels = {f"{name} attention" for name in get_args(AttentionName)}
+    assert set(record["features"]) == {*kernels, "cuda_graphs", "fp8", "int4", "mps"}
     assert not record["features"]["cuda_graphs"]["there"] and record["features"]["cuda_graphs"]["says"]
+
+
+def test_a_kernel_of_attention_is_there_where_the_stages_may_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(device: str, dtype: torch.dtype, wanted: str | None = None) -> str:
+        if wanted == "flash":
+            raise ModelError("attention: flash needs the package flash-attn")
+        return wanted or "varlen"
+
+    monkeypatch.setattr(model_shards.attention, "choose_attention", choose)
+    found = {name: machine._tried(machine.FEATURES[f"{name} attention"]) for name in get_args(AttentionName)}
+    assert found == {
+        "flash": {"there": False, "says": "ModelError: attention: flash needs the package flash-attn"},
+        "varlen": {"there": True, "says": "chosen"},
+        "sdpa": {"there": True, "says": "runs; varlen is chosen"},
+    }
 
 
 def test_each_stage_is_measured_by_batch_and_the_llm_by_context(record: dict[str, Any]) -> None:
@@ -146,6 +183,141 @@ def test_on_a_gpu_every_part_is_measured_in_small(tmp_path: Path) -> None:
     assert found["problems"] == []
     assert {row["stage"] for row in found["stages_measured"]} == MODEL_STAGES
     assert all(row["peak_gib"] is not None for row in found["stages_measured"])
+
+
+# ---- how it is started -----------------------------------------------------------------------------------------------
+
+WRONG = [
+    (["--parts", "stagez"], "parts: 'stagez' is none of machine, stages, pipeline, sequential"),
+    (["--parts", ","], "parts: none is named"),
+    (["--minutes", "0"], "minutes: 0"),
+    (["--minutes", "nan"], "minutes: nan"),
+    (["--minutes", "inf"], "minutes: inf"),
+    (["--minutes", "soon"], "minutes: soon"),
+    (["--size", "huge"], "size: 'huge' is none of full, tiny"),
+    (["--device", "tpu"], "device: 'tpu' is none of cuda, cpu"),
+    (["--json", "/nonexistent/x.json"], "/nonexistent/x.json: there is no folder /nonexistent"),
+    (["--json", "/dev/null"], "/dev/null: no file, but a folder or a device"),
+    (["--show", "/nonexistent/x.json"], "/nonexistent/x.json: No such file or directory"),
+    (["--show", __file__], "no JSON"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "problem"), WRONG)
+def test_what_can_not_be_is_refused_before_anything_is_measured(
+    arguments: list[str], problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_json_of_something_else_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text('{"benchmark": "bus"}', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--show", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "nothing that this benchmark has measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "problem"),
+    [
+        (["--size", "huge"], {}, "pipeline: size: 'huge' is none of full, tiny"),
+        (["--minutes", "nan"], {}, "pipeline: minutes: nan"),
+        (["--json", "/nonexistent/x.json"], {}, "pipeline: /nonexistent/x.json: there is no folder"),
+        ([], {"PARTS": "stagez"}, "pipeline: parts: 'stagez' is none of"),
+    ],
+)
+def test_pipeline_bench_refuses_the_same_as_usage(
+    arguments: list[str], variables: dict[str, str], problem: str, bench_gpu: BenchGpu
+) -> None:
+    result = bench_gpu(arguments, variables)
+    assert result.exit_code == 2 and problem in result.output
+
+
+def test_pipeline_bench_writes_to_the_file_behind_json(
+    tmp_path: Path, bench_gpu: BenchGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def run_to(record: Path) -> list[bench.Row]:
+        written.append(record)
+        return [bench.Row("a number", 1.0, "ms", "", None, None, "")]
+
+    monkeypatch.setattr(bench, "find_benchmarks", lambda folder: {"gpu": SimpleNamespace(run_to=run_to)})
+    result = bench_gpu(["--minutes", "8", "--json", str(tmp_path / "out.json")], {})
+    assert result.exit_code == 0 and written == [tmp_path / "out.json"] and "a number" in result.output
+
+
+BenchGpu = Callable[[list[str], dict[str, str]], Result]
+
+
+@pytest.fixture
+def bench_gpu(monkeypatch: pytest.MonkeyPatch) -> BenchGpu:
+    """`pipeline bench gpu`, with these variables."""
+
+    def run(arguments: list[str], variables: dict[str, str]) -> Result:
+        for name in OPTIONS:  # what the command sets goes with the test
+            monkeypatch.setenv(f"OMNI_BENCH_{name.upper()}", variables.get(name.upper(), ""))
+        return CliRunner().invoke(app, ["bench", "gpu", *arguments])
+
+    monkeypatch.setattr(bench, "find_benchmarks", lambda folder: {"gpu": tests.benchmarks.gpu})
+    monkeypatch.setattr(bench, "describe_machine", dict)
+    return run
+
+
+WITH_MADE = """
+import sys
+from tests.benchmarks.gpu import parts
+from tests.support.made_part import MADE
+parts.PARTS = (MADE,)
+parts.command_for = lambda told: [sys.executable, "-m", MADE.module, told]
+from tests.benchmarks.gpu.__main__ import main
+main()
+"""
+
+
+@contextmanager
+def hanging(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """The benchmark in a part that hangs, and a process that this part has started."""
+    record = tmp_path / "gpu.json"
+    command = [sys.executable, "-c", WITH_MADE, "--device", "cpu", "--json", str(record)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes) as process:  # type: ignore[call-overload]
+        while process.poll() is None and '"child"' not in (record.read_text() if record.is_file() else ""):
+            time.sleep(0.05)
+        try:
+            yield process, psutil.Process(json.loads(record.read_text())["child"])
+        finally:
+            process.kill()
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Killed, though whoever inherits it here may not have noticed."""
+    for _ in range(600):
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_an_interrupt_shows_what_was_measured_and_ends_all_that_runs(tmp_path: Path) -> None:
+    with hanging(tmp_path) as (process, child):
+        process.send_signal(signal.SIGINT)
+        shown, told = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in told and "interrupted" in told
+        assert shown.startswith("tiny weights on cpu") and is_over(child)
+
+
+def test_a_part_whose_parent_is_killed_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    with hanging(tmp_path) as (process, child):
+        process.kill()
+        process.wait()
+        assert is_over(child)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -217,6 +389,18 @@ def test_the_roofline_is_the_larger_of_bytes_and_operations(
     assert roofline.roofline_ms(num_bytes, operations, dtype) == pytest.approx(best_ms)
 
 
+def test_the_talkers_bytes_are_those_of_its_weights_and_folding_hides_none() -> None:
+    """755 MB of layers and 20 MB of head, as the released checkpoint has them; in float32."""
+    assert roofline.num_bytes("tts", RELEASED, torch.float32) == pytest.approx(775.4e6, rel=1e-3)
+    assert roofline.num_bytes("tts", RELEASED, torch.bfloat16) == pytest.approx(387.7e6, rel=1e-3)
+
+
+def test_what_the_vocoder_reads_is_without_what_is_computed_once() -> None:
+    """Of 706 MB, 153 make what a time makes of the layers, and 13 are the table of codes."""
+    assert roofline.num_bytes("vocoder", RELEASED, torch.float32) == pytest.approx(539.7e6, rel=1e-3)
+    assert roofline.num_bytes("vocoder", RELEASED, torch.float32, "flow.decoder") == pytest.approx(304.8e6, rel=1e-3)
+
+
 def test_a_record_that_has_just_begun_is_shown(tmp_path: Path) -> None:
     told = {"size": "full", "device": "cuda", "minutes": 8.0, "begun": "now"}
     assert next(iter(show.lines(parts.Record(tmp_path / "out.json", told).content))).startswith("full weights on cuda")
@@ -228,7 +412,91 @@ def test_the_special_tokens_have_the_released_ids() -> None:
     assert (special.turn_eos, special.chunk_eos, special.tts_pad) == (151717, 151718, 151722)
 
 
+# ---- how many sessions, and in which order ---------------------------------------------------------------------------
+
+FULL = parts.Request("pipeline", "full", "cuda", math.inf)
+
+
+@pytest.mark.parametrize(("free_gb", "most"), [(149, 64), (84, 32), (24, 0)])
+def test_a_device_is_given_as_many_sessions_as_it_has_room_for(free_gb: int, most: int) -> None:
+    assert min(whole.most_sessions(free_gb * 1e9), 64) == pytest.approx(most, abs=1)
+
+
+def test_what_the_stages_take_for_each_session_is_what_is_reckoned() -> None:
+    spec = whole.spec_of(FULL, 32, fifo=False)
+    options = {name: stage.model_dump() for name, stage in spec.stages.items()}
+    assert (options["audio_encoder"]["resident"], options["vocoder"]["resident"]) == (32, 32)
+    pools = sum(options[name]["kv_memory_bytes"] for name in ("llm", "tts"))
+    resident = 32 * memory.session_bytes("audio", RELEASED, torch.bfloat16, 150)
+    frames = 150 + 52  # of the drawn voice, and of a window with what it looks ahead; the turn's last 100 are fewer
+    resident += 32 * memory.session_bytes("vocoder", RELEASED, torch.float32, 150) * frames // (150 + 200)
+    assert 0.85 < (pools + resident) / (32 * whole.SESSION_BYTES) < 1
+
+
+def test_cells_with_more_sessions_than_fit_have_as_many_as_fit_and_come_once() -> None:
+    assert whole.fitting(((16, 0.25), (64, 0.25), (48, 0.25), (64, 0.5)), 40) == [(16, 0.25), (40, 0.25), (40, 0.5)]
+
+
+@dataclass
+class Started:
+    """A pipeline whose cells are its name and theirs."""
+
+    name: str
+    started_s: float = 30.0
+
+    def cells(self, cells: whole.Cells) -> Iterator[parts.Entry]:
+        for num_sessions, share in cells:
+            yield "cells[]", (self.name, num_sessions, share)
+
+
+def ordered(request: parts.Request, monkeypatch: pytest.MonkeyPatch, fit: int = 64, free: float = 1e12) -> list[Any]:
+    """The cells of a run, and what kept it from one. fit: sessions that really fit."""
+
+    @contextmanager
+    def running(name: str, request: parts.Request, folder: Path, cells: whole.Cells) -> Iterator[Started]:
+        if max(cells)[0] > fit:
+            raise CoordinatorError("llm.0: CUDA out of memory. Tried to allocate 2.00 GiB")
+        yield Started(name)
+
+    monkeypatch.setattr(whole.Pipeline, "running", running)
+    monkeypatch.setattr(whole, "_free_bytes", lambda request: free)
+    return [value for key, value in whole.measure(request) if key in ("cells[]", "problem")]
+
+
+def test_no_cell_is_left_out_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ordered(FULL, monkeypatch)
+    assert [cell[:2] for cell in found[6:8]] == [("fifo", 16), ("fifo", 32)]
+    assert [cell[1:] for cell in found[:6]] == list(whole.CELLS["full"])
+    assert [cell[1:] for cell in found[8:]] == list(whole.MORE_CELLS["full"]) and len(found) == 14
+
+
+def test_ours_goes_on_where_no_time_is_left_to_start_the_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ordered(replace(FULL, until_s=time.monotonic() + 30), monkeypatch)
+    assert found.pop(6) == {"at": "fifo", "problem": "no time was left to start it"}
+    assert len(found) == 12 and {cell[0] for cell in found} == {"batched"}
+
+
+def test_what_is_out_of_memory_at_load_is_tried_with_half_the_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, *found = ordered(FULL, monkeypatch, fit=40)
+    assert problem["at"] == "64 sessions" and "out of memory" in problem["problem"]
+    assert found[0] == {"at": "memory", "problem": "1000 GB: 32 sessions are the most"}
+    assert max(cell[1] for cell in found[1:]) == 32
+
+
+def test_a_device_that_is_too_small_for_the_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem,) = ordered(FULL, monkeypatch, free=24e9)
+    assert problem == {"at": "memory", "problem": "24 GB are too few for the model and a session"}
+
+
 # ---- what is imposed -------------------------------------------------------------------------------------------------
+
+
+def test_pictures_have_the_size_that_the_encoder_is_warmed_up_for_and_are_not_scaled() -> None:
+    vision = weights.MODELS["full"].vision
+    assert vision is not None
+    one = replace(vision.slices, max_slice_nums=1)
+    (picture,) = slice_image(np.zeros((*PICTURE, 3), np.uint8), one)
+    assert (picture.rows, picture.cols) == WIDE and plan_slices(PICTURE[1], PICTURE[0], one).source == PICTURE[::-1]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5])

@@ -8,14 +8,15 @@ cut off leaves what it had.
     python -m tests.benchmarks.gpu --show OUT                   # as tables, anywhere
     pipeline plan --profile OUT --set stages.llm.gpus=0.2 …     # what one serves; a share of it for each stage
 
-Options of `pipeline bench gpu`: --minutes (8), --size full or tiny (tiny without a GPU), --device cuda or cpu; a file
-behind them takes everything that was measured. OMNI_BENCH_PARTS: some of machine,stages,pipeline,sequential.
+`pipeline bench gpu` takes the same: --minutes (8), --size full or tiny (tiny without a GPU), --device cuda or cpu, and
+--json OUT for everything that was measured; for --parts, some of machine,stages,pipeline,sequential, OMNI_BENCH_PARTS.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,16 +53,30 @@ def run() -> list[Row]:
 
 def run_to(record: Path) -> list[Row]:
     """Measure, with everything in a file; the rows are the stages beside their roofline, then the pipeline beside its
-    rivals."""
+    rivals. Raises BenchUsageError where an option is wrong, before anything is measured."""
     from deploy.evaluate.bench import BenchError, option
+    from tests.benchmarks.gpu.options import check_options
 
     given = {name: option(name.upper(), "") for name in OPTIONS}
+    check_options(**given)
     told = [word for name, value in given.items() if value for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "tests.benchmarks.gpu", *told, "--json", str(record.absolute())]
-    if subprocess.run(command, cwd=ROOT, env=environment(), stdout=sys.stderr.fileno(), check=False).returncode:
+    if _ended(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=sys.stderr.fileno())):
         raise BenchError(f"{' '.join(command)} has failed")
     found = json.loads(record.read_text(encoding="utf-8"))
     return [*_stages(found), *_cells(found), *_served(found)]
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code. What interrupts us interrupts it, and it may say what it has measured."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)  # which it has from a terminal already, and takes once
+        process.wait()
+        raise
+    finally:
+        process.kill()  # where it was interrupted twice
 
 
 def _stages(record: dict[str, Any]) -> Iterator[Row]:

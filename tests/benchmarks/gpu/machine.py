@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -45,19 +46,16 @@ def measure(request: Request) -> Iterator[Entry]:
     yield "features", {name: _tried(look) for name, look in FEATURES.items()}
 
 
-def _varlen() -> str:
-    import inspect
+def _attention(name: str) -> str:
+    """Whether the LLM and the talker may have this kernel here, by the function that they ask. Raises ModelError."""
+    import torch
 
-    from torch.nn.attention.varlen import varlen_attn
+    from model_shards.attention import choose_attention
 
-    told = inspect.signature(varlen_attn).parameters
-    return ", ".join(name for name in ("block_table", "enable_gqa", "num_splits", "window_size") if name in told)
-
-
-def _flash() -> str:
-    import flash_attn
-
-    return str(flash_attn.__version__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    choose_attention(device, torch.bfloat16, name)
+    chosen = choose_attention(device, torch.bfloat16)
+    return "chosen" if name == chosen else f"runs; {chosen} is chosen"
 
 
 def _graphs() -> str:
@@ -100,8 +98,7 @@ def _mps() -> str:
 
 
 FEATURES: Final[dict[str, Callable[[], str]]] = {
-    "varlen_attn": _varlen,
-    "flash_attn": _flash,
+    **{f"{name} attention": partial(_attention, name) for name in ("flash", "varlen", "sdpa")},
     "cuda_graphs": _graphs,
     "fp8": _fp8,
     "int4": _int4,

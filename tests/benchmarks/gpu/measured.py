@@ -40,7 +40,7 @@ from stages.vision_encoder import VisionEncoder
 from tests.benchmarks.gpu import roofline, timing
 from tests.benchmarks.gpu.parts import Entry, Request
 from tests.benchmarks.gpu.quantiles import percentiles
-from tests.benchmarks.gpu.stages import TURN, room_for
+from tests.benchmarks.gpu.stages import PICTURE, TURN, room_for
 from tests.benchmarks.gpu.weights import DECISION, MODELS, OBEYED, WORDS, drawn_checkpoint, drawn_sound, fill
 
 BATCHES: Final = {"full": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 3)}
@@ -191,8 +191,9 @@ def _weights_of(model: Any) -> Tensor:
 
 def _vision(request: Request) -> Iterator[Entry]:
     stage = loaded(request, "vision_encoder")
-    weight, read = _weights_of(stage._model), roofline.num_bytes(stage._model)
-    noise = np.random.default_rng(0).integers(0, 256, (448, 448, 3), np.uint8)
+    weight = _weights_of(stage._model)
+    read = roofline.num_bytes("vision", MODELS[request.size], weight.dtype)
+    noise = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), np.uint8)
     for batch in BATCHES[request.size]:
         units = [
             _unit(f"s{n}", 0, Chunk(SessionId(f"s{n}"), FRAMES.name, 0, arrays={"image": noise})) for n in range(batch)
@@ -203,7 +204,8 @@ def _vision(request: Request) -> Iterator[Entry]:
 
 def _audio(request: Request) -> Iterator[Entry]:
     stage = loaded(request, "audio_encoder")
-    weight, read = _weights_of(stage._model), roofline.num_bytes(stage._model)
+    weight = _weights_of(stage._model)
+    read = roofline.num_bytes("audio", MODELS[request.size], weight.dtype)
     sound = drawn_sound(16_000).numpy()
     for batch in BATCHES[request.size]:
         names = [f"s{n}" for n in range(batch)]
@@ -252,7 +254,7 @@ def _tts(request: Request) -> Iterator[Entry]:
     config = MODELS[request.size].tts
     assert config is not None
     steps = 26  # the condition's rows, then 25 codes
-    read = steps * roofline.num_bytes(_module_of(model), without=("emb_text", "emb_code", "projector"))
+    read = steps * roofline.num_bytes("tts", MODELS[request.size], weight.dtype)
     ids = torch.tensor(list(WORDS.encode()), device=request.device)
     hidden = torch.randn(len(WORDS), config.llm_dim, device=request.device, dtype=weight.dtype)
     for batch in BATCHES[request.size]:
@@ -274,8 +276,8 @@ def _vocoder(request: Request) -> Iterator[Entry]:
     """A second of speech each, in mid-turn."""
     stage = loaded(request, "vocoder")
     model, weight = stage._model, _weights_of(stage._model)
-    euler = roofline.num_bytes(model.flow) - roofline.num_bytes(getattr(model.flow, "encoder", nn.Identity()))
-    read = roofline.num_bytes(model) + (model.config.num_steps - 1) * euler
+    once, step = (roofline.num_bytes("vocoder", MODELS[request.size], weight.dtype, of) for of in ("", "flow.decoder"))
+    read = once + (model.config.num_steps - 1) * step
     codes = [n * 37 % model.config.flow.vocab_size for n in range(25)]
     for batch in BATCHES[request.size]:
         states: list[VocoderState] = [opened(stage, number).vocoder for number in range(batch)]
@@ -348,7 +350,7 @@ def _llm(request: Request) -> Iterator[Entry]:
     window = {"mode": "basic", "high": high, "low": high - 100}  # so that none slides
     said = {"kv_memory": f"{(int(kv_bytes) >> 20) + 1}MiB", "context": window, "force_listen": 0}
     stage = loaded(request, "llm", **said)
-    weights = roofline.num_bytes(stage._engine._model, without=("embed_tokens",))
+    weights = roofline.num_bytes("llm", MODELS[request.size], _weights_of(stage._engine._model).dtype)
     yield "llm_runs_with", getattr(stage, "runs_with", "sdpa attention")
     for context in CONTEXTS[request.size]:
         for batch in BATCHES[request.size]:
@@ -400,7 +402,7 @@ def _llm_rows(
     """A prefill gives no logits: the head is not read for it."""
     model = stage._engine._model
     config, dtype = model.config, _weights_of(model).dtype
-    head = roofline.num_bytes(model.llm.lm_head)
+    head = roofline.num_bytes("llm", MODELS[request.size], dtype, "llm.lm_head")
     seen = talk.batch * talk.context
     attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * talk.context
     for what, times, tokens, unread in (

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 from typing import Any, Final
 
 from tests.benchmarks.gpu import ROOT, environment
@@ -126,17 +126,20 @@ def _run(record: Record, part: Part, request: Request) -> None:
 def _run_once(record: Record, request: Request) -> tuple[list[str], str]:
     """Returns what it has tried, and what ended it; "" where it came to its end."""
     tried: list[str] = []
-    process = subprocess.Popen(
-        command_for(json.dumps(asdict(request))),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    timer = Timer(max(request.left_s, 0.1), _kill, [process])
-    timer.start()
+    process: subprocess.Popen[bytes] | None = None
+    timer: Timer | None = None
     try:
+        process = subprocess.Popen(
+            command_for(json.dumps(asdict(request))),
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,  # where we are gone, it closes: see `_end_with_parent`
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        timer = Timer(max(request.left_s, 0.1), _kill, [process])
+        timer.start()
         for line in process.stdout:
             key, value = json.loads(line)
             if key == "at":
@@ -147,15 +150,17 @@ def _run_once(record: Record, request: Request) -> tuple[list[str], str]:
                 record.add(key, value)
         code = process.wait()
     finally:
-        timer.cancel()
-        _kill(process)
+        if timer is not None:
+            timer.cancel()
+        if process is not None:
+            _kill(process)
     if not code:
         return tried, ""
     return tried, "its time was over" if request.left_s <= 0.5 else f"its process ended with {code}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """And what it has started; actors end by themselves, when their parent has."""
+    """And what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -163,6 +168,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def serve(written: str) -> None:
     """In the part's process: measure, and say each entry as a line."""
+    Thread(target=_end_with_parent, name="dead man's end", daemon=True).start()
     told = json.loads(written)
     request = Request(**{**told, "skip": tuple(told["skip"])})
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -170,6 +176,15 @@ def serve(written: str) -> None:
     part = next(part for part in PARTS if part.name == request.part)
     for entry in _entries(part, request):
         print(json.dumps(entry), file=out, flush=True)
+
+
+def _end_with_parent() -> None:
+    """Where standard input closes, who asked is gone: so is this process at once, with all that it has started."""
+    while os.read(0, 1):
+        pass
+    with contextlib.suppress(ProcessLookupError):  # no group of ours: it was started by hand
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
 
 
 def _entries(part: Part, request: Request) -> Iterator[Entry]:

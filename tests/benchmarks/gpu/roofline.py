@@ -6,12 +6,14 @@ by torch as the call runs (matrix products, convolutions, attention); of the LLM
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import nn
+
+from model_shards.checkpoint import Component, build_hollow
+from model_shards.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,24 @@ def roofline_ms(num_bytes: float, num_operations: float, dtype: torch.dtype) -> 
     return 1000 * max(num_bytes / device.bandwidth, num_operations / peak)
 
 
-def num_bytes(module: nn.Module, without: tuple[str, ...] = ()) -> int:
-    """Of its weights. without: parts of names of tables, of which single rows are read."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return sum(tensor.nbytes for name, tensor in named if not any(part in name for part in without))
+UNREAD: Final[Mapping[Component, tuple[str, ...]]] = {
+    "llm": ("embed_tokens",),
+    "tts": ("emb_text", "emb_code", "projector"),
+    "vocoder": ("input_embedding", "adaLN"),
+    "vision": ("position_embedding",),
+    "audio": ("embed_positions",),
+}
+"""Parts of names of weights that a call does not read, or single rows of: tables, and what is computed once at load."""
+
+
+def num_bytes(component: Component, config: ModelConfig, dtype: torch.dtype, of: str = "") -> int:
+    """Of the weights that a call reads, as the checkpoint has them: a loaded module has folded some, and hides them.
+
+    of: how their names begin.
+    """
+    named = build_hollow(component, config).state_dict().items()
+    read = [each for name, each in named if name.startswith(of) and not any(part in name for part in UNREAD[component])]
+    return sum(each.numel() for each in read) * dtype.itemsize
 
 
 def num_operations(call: Callable[[], Any]) -> float:

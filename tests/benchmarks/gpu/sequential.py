@@ -8,6 +8,7 @@ second. How many sessions one GPU serves so is reckoned: as many as their window
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from tests.benchmarks.gpu import timing
 from tests.benchmarks.gpu.measured import loaded, opened
 from tests.benchmarks.gpu.parts import Entry, Request
 from tests.benchmarks.gpu.quantiles import percentiles
-from tests.benchmarks.gpu.stages import CONTEXT_TOKENS, TURN
+from tests.benchmarks.gpu.stages import CONTEXT_TOKENS, PICTURE, TURN
 from tests.benchmarks.gpu.weights import DECISION, OBEYED, drawn_sound, fill
 
 NUM_WINDOWS: Final = {"full": 24, "tiny": 14}
@@ -69,14 +70,14 @@ class Loop:
         self._vocoder, self._spoken = vocoder._model, opened(vocoder, 0).vocoder
         self._mel, self._heard = StreamingMel(), AudioState()
         self._sound = drawn_sound(16_000).numpy()
-        self._picture = np.random.default_rng(0).integers(0, 256, (448, 448, 3), np.uint8)
+        self._picture = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), np.uint8)
         self._session: DuplexSession = self._engine.new_session(0)
         self._engine.begin([(self._session, Prompt([0]))])
         fill(llm._cache, self._session, CONTEXT_TOKENS[request.size])
 
     def window(self, speaks: bool) -> int:
         """From the picture to the second of speech, where it speaks; returns how many samples that has."""
-        picture = self._vision.encode(slice_image(self._picture, self._vision.config.slices)[:1])
+        picture = self._vision.encode(slice_image(self._picture, replace(self._vision.config.slices, max_slice_nums=1)))
         (mel,) = self._mel.push(self._sound, max_chunks=1)
         (heard,) = self._audio.encode([(self._heard, mel)])
         heard = heard.clone()

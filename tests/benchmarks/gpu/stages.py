@@ -26,13 +26,16 @@ from stages.microphone import Microphone
 from stages.session import Session
 from stages.stage import Site
 from stages.tts import Tts
-from stages.vision_encoder import VisionEncoder
+from stages.vision_encoder import WIDE, VisionEncoder
 from stages.vocoder import Vocoder
 
 TURN: Final = 4  # windows that are spoken in one go
 CONTEXT_TOKENS: Final = {"full": 3500, "tiny": 300}
 """With which sessions begin, as if they had run for a while; windows slide from 4000 down to 3500."""
-TALKER_MIB: Final = 256  # keys and values of the longest turn, in bfloat16
+PICTURE: Final = tuple(14 * patches for patches in WIDE)
+"""Height and width of pictures: of the one size that the encoder is warmed up for, so that none is scaled."""
+TALKER_MIB: Final = 256  # of a session: keys and values of the longest turn, in bfloat16
+MOST_RESIDENT: Final = 64
 HERE: Final = "tests.benchmarks.gpu.stages"
 USES: Final = {
     "camera": f"{HERE}:MemoryCamera",
@@ -51,7 +54,7 @@ def room_for(name: str, num_sessions: int) -> dict[str, Any]:
     """What a stage is told so that it has room for so many sessions."""
     if name == "tts":
         return {"kv_memory": f"{num_sessions * TALKER_MIB + 64}MiB"}
-    return {"resident": min(num_sessions, 64)} if name in ("audio_encoder", "vocoder") else {}
+    return {"resident": min(num_sessions, MOST_RESIDENT)} if name in ("audio_encoder", "vocoder") else {}
 
 
 class Turns(NamedTuple):
@@ -84,7 +87,7 @@ class MemoryCamera(VirtualCamera):
 
     @classmethod
     def load(cls, options: Any, site: Site) -> MemoryCamera:
-        noise = np.random.default_rng(0).integers(0, 256, (8, 448, 448, 3), np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (8, *PICTURE, 3), np.uint8)
         return cls(Random(0), {}, lambda session, at_ns: noise[at_ns // NS_PER_S % len(noise)])
 
 

@@ -2,6 +2,9 @@
 
 For each number of sessions and share of them that speaks: how long windows take from their end to the listener, how
 long a turn's first sound takes, and how often speech runs out. `fifo` is the same with one session's window at a time.
+
+Rule: one pipeline at a time, with all pools as large as its sessions need. What a device has no room for is measured
+with as many sessions as it has room for. No cell is left out while there is time for it.
 """
 
 from __future__ import annotations
@@ -25,55 +28,89 @@ from stages.session import Media, Session
 from stages.stage import StageError
 from tests.benchmarks.gpu.parts import Entry, Request
 from tests.benchmarks.gpu.quantiles import percentiles
-from tests.benchmarks.gpu.stages import TALKER_MIB, USES, Turns, room_for
+from tests.benchmarks.gpu.stages import MOST_RESIDENT, TALKER_MIB, USES, Turns, room_for
 from tests.support.written import written_spec
 
 MODEL_STAGES: Final = ("vision_encoder", "audio_encoder", "llm", "tts", "vocoder")
 Cells = Sequence[tuple[int, float]]
 """Numbers of sessions, and the share of them that speaks."""
 CELLS: Final[Mapping[str, Cells]] = {
-    "full": (
-        *((16, 0.25), (32, 0.25), (64, 0.25), (48, 0.25)),
-        *((64, 0.5), (64, 0.05), (32, 0.5), (32, 0.05), (48, 0.5), (48, 0.05), (16, 0.5), (16, 0.05)),
-    ),
-    "tiny": ((2, 0.5), (1, 0.25)),
+    "full": ((16, 0.25), (32, 0.25), (64, 0.25), (48, 0.25), (64, 0.5), (64, 0.05)),
+    "tiny": ((2, 0.5),),
 }
 FIFO_CELLS: Final[Mapping[str, Cells]] = {"full": ((16, 0.25), (32, 0.25)), "tiny": ((2, 0.5),)}
-FIFO_AFTER: Final = {"full": 4, "tiny": 1}  # cells of ours
+MORE_CELLS: Final[Mapping[str, Cells]] = {
+    "full": ((32, 0.5), (32, 0.05), (48, 0.5), (48, 0.05), (16, 0.5), (16, 0.05)),
+    "tiny": ((1, 0.25),),
+}
+"""Of ours again."""
 MEASURED_S: Final = {"full": 12, "tiny": 4}
 NUM_WARM_UP: Final = {"full": 3, "tiny": 1}  # windows of each session
 DRAIN_S: Final = 3.0  # after the sources' end: what is being said is heard
 CELL_S: Final = {size: NUM_WARM_UP[size] + MEASURED_S[size] + DRAIN_S + 6.0 for size in CELLS}
 """What one takes, with opening, closing and reading."""
 KV_BYTES: Final = 5500 * 147_456  # of a session: 4000 tokens, and a unit, of keys and values in bfloat16
-SESSION_BYTES: Final = KV_BYTES + (TALKER_MIB << 20)
-BESIDE_BYTES: Final = 27e9  # weights of all stages, what computing takes, and five processes on a device
+RESIDENT_BYTES: Final = 150e6 + 235e6  # of a session in the audio encoder and in the vocoder, taken when they load
+SESSION_BYTES: Final = KV_BYTES + (TALKER_MIB << 20) + RESIDENT_BYTES
+BESIDE_BYTES: Final = 33e9  # 19.4 of weights, 2.5 of contexts; the rest is for computing and graphs, an estimate
+USABLE: Final = 0.97  # what is left when the allocator's blocks don't fit each other
 
 
 def measure(request: Request) -> Iterator[Entry]:
-    """The rival runs beside ours, which is idle then, as far as there is room for it; else in its place."""
-    cells, after = CELLS[request.size], FIFO_AFTER[request.size]
+    """With as many sessions as there is room for, and with half of them where that was too much after all."""
+    free = _free_bytes(request)
+    most = most_sessions(free)
+    while most:
+        if most < max(CELLS[request.size])[0]:
+            yield "problem", {"at": "memory", "problem": f"{free / 1e9:.0f} GB: {most} sessions are the most"}
+        try:
+            yield from _measured(request, most)
+            return
+        except (CoordinatorError, StageError) as error:
+            if "out of memory" not in str(error):
+                raise
+            yield "problem", {"at": f"{most} sessions", "problem": str(error)}
+            most //= 2
+    yield "problem", {"at": "memory", "problem": f"{free / 1e9:.0f} GB are too few for the model and a session"}
+
+
+def _measured(request: Request, most: int) -> Iterator[Entry]:
+    """Ours, the rival in its place, and ours again; ours goes on where no time is left to start another one."""
+    cells, fifo, more = (fitting(each[request.size], most) for each in (CELLS, FIFO_CELLS, MORE_CELLS))
+    more = [cell for cell in more if cell not in cells]
     with _folder() as folder, Pipeline.running("batched", request, folder, cells) as ours:
         yield "pipeline_started_s", round(ours.started_s, 1)
-        yield from ours.cells(cells[:after])
-        beside = [cell for cell in FIFO_CELLS[request.size] if _has_room(request, cell[0])]
-        if beside:
-            yield from _fifo(request, beside, ours.started_s)
-            yield from ours.cells(cells[after:])
-    if not beside:
-        yield from _fifo(request, FIFO_CELLS[request.size], ours.started_s)
-
-
-def _fifo(request: Request, cells: Cells, starts_s: float) -> Iterator[Entry]:
-    """The rival, if there is time. starts_s: what a start takes, about."""
-    if request.left_s < starts_s + CELL_S[request.size]:
-        yield "problem", {"at": "fifo", "problem": "no time was left to start it"}
-        return
+        yield from ours.cells(cells)
+        starts_s = ours.started_s
+        if not _can_start(request, starts_s):
+            yield "problem", {"at": "fifo", "problem": "no time was left to start it"}
+            yield from ours.cells(more)
+            return
     try:
-        with _folder() as folder, Pipeline.running("fifo", request, folder, cells) as fifo:
-            yield from fifo.cells(cells)
+        with _folder() as folder, Pipeline.running("fifo", request, folder, fifo) as rival:
+            yield from rival.cells(fifo)
     except CoordinatorError as error:
         yield "problem", {"at": "fifo", "problem": str(error)}
+    if more and _can_start(request, starts_s):
+        with _folder() as folder, Pipeline.running("batched", request, folder, more) as ours:
+            yield from ours.cells(more)
+    elif more:
+        yield "problem", {"at": "batched, other shares", "problem": "no time was left to start it again"}
+
+
+def _can_start(request: Request, starts_s: float) -> bool:
+    """Whether a start, which takes so long, and a cell fit into the time."""
+    return request.left_s >= starts_s + CELL_S[request.size]
+
+
+def most_sessions(free_bytes: float) -> int:
+    """That a device with so much memory has room for, full size."""
+    return max(int((USABLE * free_bytes - BESIDE_BYTES) / SESSION_BYTES), 0)
+
+
+def fitting(cells: Cells, most: int) -> list[tuple[int, float]]:
+    """The cells with `most` sessions where they have more; each once."""
+    return list(dict.fromkeys((min(num_sessions, most), share) for num_sessions, share in cells))
 
 
 @contextmanager
@@ -149,32 +186,21 @@ class Pipeline:
 
 
 def spec_of(request: Request, num_sessions: int, *, fifo: bool) -> PipelineSpec:
-    batch = {"batch": 1, "wait": "0s"} if fifo else {"batch": 64 if request.size == "full" else 4, "wait": "5ms"}
+    most = 4 if request.is_tiny else min(num_sessions, MOST_RESIDENT)
+    kv_memory = "256MiB" if request.is_tiny else f"{num_sessions * KV_BYTES >> 20}MiB"
+    batch = {"batch": 1, "wait": "0s"} if fifo else {"batch": most, "wait": "5ms"}
     where = {"device": request.device, "gpus": 1 / len(MODEL_STAGES) if request.device == "cuda" else 0.0}
     stages: dict[str, dict[str, Any]] = {name: {**where, **batch} for name in MODEL_STAGES}
-    stages["llm"] |= {"kv_memory": _kv_memory(request, num_sessions), "force_listen": 0}
+    stages["llm"] |= {"kv_memory": kv_memory, "force_listen": 0}
     for name in MODEL_STAGES if not request.is_tiny else ():
         stages[name] |= room_for(name, num_sessions)
     stages |= {name: {"process": "media"} for name in ("camera", "microphone")}
     return written_spec(USES, {"stages": stages, "shedding": {"ladder": []}})
 
 
-def _kv_memory(request: Request, num_sessions: int) -> str:
-    """For so many sessions, or for as many as this device has room for."""
-    if request.is_tiny:
-        return "256MiB"
-    most = max(_free_bytes(request) - BESIDE_BYTES - num_sessions * (TALKER_MIB << 20), 1e9)
-    return f"{int(min(num_sessions * KV_BYTES, most)) >> 20}MiB"
-
-
-def _has_room(request: Request, num_sessions: int) -> bool:
-    """For one pipeline more."""
-    return _free_bytes(request) > BESIDE_BYTES + num_sessions * SESSION_BYTES
-
-
 def _free_bytes(request: Request) -> float:
-    """Of the device; of a CPU nobody asks."""
-    if request.device != "cuda":
+    """Of the device; a CPU, and tiny weights, have room for all."""
+    if request.device != "cuda" or request.is_tiny:
         return 1e12
     import torch
 
