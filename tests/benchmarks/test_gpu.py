@@ -23,8 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import model_shards.attention
 import tests.benchmarks.gpu
@@ -41,7 +40,11 @@ from model_shards.errors import ModelError
 from model_shards.image import plan_slices, slice_image
 from model_shards.kv_cache import KvCache, KvShape
 from model_shards.programs import Captured
+from stages.audio_encoder import AudioOptions
+from stages.llm import LlmOptions
+from stages.tts import TtsOptions
 from stages.vision_encoder import WIDE
+from stages.vocoder import VocoderOptions
 from tests.benchmarks.gpu import OPTIONS, environment, machine, parts, roofline, show, timing, weights, whole
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.stages import PICTURE, TURN, Turns
@@ -424,9 +427,11 @@ def test_a_device_is_given_as_many_sessions_as_it_has_room_for(free_gb: int, mos
 
 def test_what_the_stages_take_for_each_session_is_what_is_reckoned() -> None:
     spec = whole.spec_of(FULL, 32, fifo=False)
-    options = {name: stage.model_dump() for name, stage in spec.stages.items()}
-    assert (options["audio_encoder"]["resident"], options["vocoder"]["resident"]) == (32, 32)
-    pools = sum(options[name]["kv_memory_bytes"] for name in ("llm", "tts"))
+    audio, vocoder, llm, tts = (spec.stages[name] for name in ("audio_encoder", "vocoder", "llm", "tts"))
+    assert isinstance(audio, AudioOptions) and isinstance(vocoder, VocoderOptions)
+    assert isinstance(llm, LlmOptions) and isinstance(tts, TtsOptions)
+    assert (audio.resident, vocoder.resident) == (32, 32)
+    pools = llm.kv_memory_bytes + tts.kv_memory_bytes
     resident = 32 * memory.session_bytes("audio", RELEASED, torch.bfloat16, 150)
     frames = 150 + 52  # of the drawn voice, and of a window with what it looks ahead; the turn's last 100 are fewer
     resident += 32 * memory.session_bytes("vocoder", RELEASED, torch.float32, 150) * frames // (150 + 200)

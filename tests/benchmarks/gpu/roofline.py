@@ -76,7 +76,8 @@ def num_bytes(component: Component, config: ModelConfig, dtype: torch.dtype, of:
     """
     named = build_hollow(component, config).state_dict().items()
     read = [each for name, each in named if name.startswith(of) and not any(part in name for part in UNREAD[component])]
-    return sum(each.numel() for each in read) * dtype.itemsize
+    num_elements: int = sum(each.numel() for each in read)
+    return num_elements * dtype.itemsize
 
 
 def num_operations(call: Callable[[], Any]) -> float:

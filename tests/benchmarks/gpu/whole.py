@@ -58,10 +58,10 @@ USABLE: Final = 0.97  # what is left when the allocator's blocks don't fit each 
 
 def measure(request: Request) -> Iterator[Entry]:
     """With as many sessions as there is room for, and with half of them where that was too much after all."""
-    free = _free_bytes(request)
-    most = most_sessions(free)
+    free, asked = _free_bytes(request), max(CELLS[request.size])[0]
+    most = min(most_sessions(free), asked)
     while most:
-        if most < max(CELLS[request.size])[0]:
+        if most < asked:
             yield "problem", {"at": "memory", "problem": f"{free / 1e9:.0f} GB: {most} sessions are the most"}
         try:
             yield from _measured(request, most)
