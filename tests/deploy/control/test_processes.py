@@ -136,7 +136,8 @@ def test_an_actor_that_hangs_holds_up_nobody_and_is_killed_at_the_end(folder: Pa
         for _ in range(5):
             coordinator.poll()
         assert set(coordinator.actors) == {"ticker.0", "counter.0", "io.0"}
-    assert not psutil.Process().children()
+        actors = [psutil.Process(address.pid) for address in coordinator.actors.values()]
+    assert not any(actor.is_running() for actor in actors)
 
 
 def test_actors_die_with_their_parent(folder: Path) -> None:
