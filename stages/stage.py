@@ -222,6 +222,10 @@ class _Making:
     is_over: bool = False
     removed: tuple[str, ...] = ()
 
+    @property
+    def is_past(self) -> bool:
+        return self.end_ns is not None and self.made_ns >= self.end_ns
+
 
 class Source(Stage):
     """Base of a stage to which nothing comes: `make` is asked for each window, at its end.
@@ -247,23 +251,25 @@ class Source(Stage):
     def advance(self, session: SessionId, now_ns: int) -> list[Chunk]:
         state = self._making[session]
         end_ns = state.made_ns + state.session.window_ns
-        if state.is_over or (state.session.paced and now_ns < end_ns):
+        if state.is_over or (state.session.paced and not state.is_past and now_ns < end_ns):
             return []
         gone, state.removed = state.removed, ()
         ports = [port for port in outputs_of(type(self)) if port.many]
         ended = [port.end(session, state.made_ns, view=view, removed=True) for view in gone for port in ports]
-        is_past = state.end_ns is not None and state.made_ns >= state.end_ns
-        made = None if is_past else self.make(state.session, state.made_ns, end_ns)
+        made = None if state.is_past else self.make(state.session, state.made_ns, end_ns)
+        if made is not None:
+            state.made_ns = end_ns
+        state.is_over = made is None or state.is_past
         streams = self._streams(state)
-        if made is None:
-            state.is_over = True
-            return [*ended, *(port.end(session, state.made_ns, view=view) for port, view in streams)]
-        state.made_ns = end_ns
-        return [*ended, *made, *(port.watermark(session, end_ns, view=view) for port, view in streams)]
+        watermarks = [port.watermark(session, end_ns, view=view) for port, view in streams] if made is not None else []
+        ends = [port.end(session, state.made_ns, view=view) for port, view in streams] if state.is_over else []
+        return [*ended, *(made or []), *watermarks, *ends]
 
     def due_in_ns(self, session: SessionId, now_ns: int) -> int:
         state = self._making[session]
-        return max(state.made_ns + state.session.window_ns - now_ns, 0) if state.session.paced else 0
+        if state.is_past or not state.session.paced:
+            return 0
+        return max(state.made_ns + state.session.window_ns - now_ns, 0)
 
     def add_view(self, session: Session, view: View, now_ns: int) -> None:
         self._making[session.id].session = session

@@ -18,6 +18,7 @@ from stages.wav import OutputEvent, WavOutput
 from tests.support.media import Clip, times
 from tests.support.media_script import DOOR, Door, FakeMedia, FakeReader, data, frame, progress, seconds, sound, source
 from tests.support.reading import frames_of, read_all, starts_s
+from tests.support.ticking import Ticker
 from tests.support.units import of_kind, session, speech, unit
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -67,6 +68,26 @@ def test_a_source_of_ones_own_makes_the_windows_that_are_left():
     while not meter.finished(DOOR):
         meter.advance(DOOR, 0)
     assert asked == [7, 8]
+
+
+def test_a_source_of_ones_own_says_its_end_with_its_last_window():
+    """A window later a reader's clock would have passed the next one, which nobody fills."""
+    meter = Ticker()
+    meter.open_session(session("door", duration_ns=2 * NS_PER_S))
+    assert [chunk.type for chunk in meter.advance(DOOR, NS_PER_S)] == [ChunkType.DATA, ChunkType.WATERMARK]
+    last = meter.advance(DOOR, 2 * NS_PER_S)
+    assert [chunk.type for chunk in last] == [ChunkType.DATA, ChunkType.WATERMARK, ChunkType.END]
+    assert last[-1].start_ns == 2 * NS_PER_S and meter.finished(DOOR)
+    assert meter.advance(DOOR, 3 * NS_PER_S) == []
+
+
+def test_a_source_of_ones_own_that_is_told_to_end_between_two_windows_does_not_wait_for_the_next():
+    meter = Ticker()
+    meter.open_session(session("door"))
+    meter.advance(DOOR, NS_PER_S)
+    meter.end(DOOR, NS_PER_S)
+    assert meter.due_in_ns(DOOR, NS_PER_S) == 0
+    assert [chunk.type for chunk in meter.advance(DOOR, NS_PER_S)] == [ChunkType.END]
 
 
 @pytest.fixture(scope="module")

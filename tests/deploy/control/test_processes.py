@@ -31,7 +31,7 @@ USES = {
     "counter": "tests.support.ticking:Counter",
     "events": "stages.events:Events",
 }
-SAID = {"window": {"length": "100ms"}, "stages": {name: {"wait": "0s"} for name in USES}}
+SAID = {"window": {"length": "100ms", "lateness": "10s"}, "stages": {name: {"wait": "0s"} for name in USES}}
 PATIENCE_S = 60.0
 
 
