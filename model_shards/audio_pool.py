@@ -39,7 +39,7 @@ class ResidentAudio:
         self._keys, self._values = weight.new_zeros(shape), weight.new_zeros(shape)
         self._free = list(range(1, num_sessions + 1))
         self.ladder = ladder_to(min(num_sessions, ladder[-1]), ladder)  # batch sizes of the programs
-        self._run = ByShape(self._encode, lambda mel, _: mel.shape[2] == WINDOW_FRAMES, self.ladder)
+        self._run = ByShape(self._encode, lambda _, mel, __: mel.shape[2] == WINDOW_FRAMES, self.ladder)
 
     def begin(self) -> AudioState | None:
         """Room for a session; None where there is none."""

@@ -228,7 +228,7 @@ class CausalHiftGenerator(HiftDecoder):
 
     def use_programs(self, num_frames: int, ladder: Sequence[int]) -> None:
         """Chunks of so many frames are computed by programs of fixed shapes from now on."""
-        self._continue = ByShape(self._continued, lambda mel, *_: mel.shape[2] == num_frames, ladder)
+        self._continue = ByShape(self._continued, lambda _, mel, *__: mel.shape[2] == num_frames, ladder)
 
     def _continued(
         self, place: _Place, mel: Tensor, noise: Tensor, old_mel: Tensor, old_source: Tensor, phase: Tensor

@@ -22,7 +22,7 @@ class ByShape:
         self, function: Callable[..., tuple[Tensor, ...]], is_common: Callable[..., bool], ladder: Sequence[int]
     ) -> None:
         """function: of a constant, which is part of the shape, and of tensors, as `Captured` takes it.
-        is_common: of the same tensors. ladder: batch sizes; a batch larger than the last is no common shape.
+        is_common: of the same. ladder: batch sizes; a batch larger than the last is no common shape.
         """
         self._function = function
         self._is_common = is_common
@@ -30,7 +30,7 @@ class ByShape:
         self._programs: dict[Key, Captured] = {}
 
     def __call__(self, constant: Hashable, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if len(inputs[0]) > self._ladder[-1] or not self._is_common(*inputs):
+        if len(inputs[0]) > self._ladder[-1] or not self._is_common(constant, *inputs):
             return self._function(constant, *inputs)
         key = constant, tuple(tensor.shape[1:] for tensor in inputs)
         program = self._programs.get(key)

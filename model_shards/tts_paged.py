@@ -39,6 +39,7 @@ from model_shards.tts import (
 
 NUM_STEPS: Final = 5  # of a launch; of a unit's 26 codes the condition gives the first, five launches the others
 _DRAW: Final = 4  # numbers of a draw before the history: seed, draws before it, whether it is greedy, steps without EOS
+APART: Final = 0x74616C6B6572  # of a seed, so that the language model draws other numbers with the same one
 _FED: Final = 2  # code and length, before the pages
 
 
@@ -110,7 +111,7 @@ class PagedTalker:
     def new_state(self, seed: int | None) -> PagedState:
         """Of a session; None takes the likeliest code each time. With up to `max_sessions` of them the cache has room
         for all, however long their turns get."""
-        return PagedState(cache=self._cache, seed=seed)
+        return PagedState(cache=self._cache, seed=None if seed is None else seed ^ APART)
 
     def generate(self, batch: Sequence[tuple[TalkerState, TalkerInput]]) -> list[list[int]]:
         """As `Talker.generate`, of states of this talker. Raises KvCacheFull."""

@@ -54,21 +54,22 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.vpm = VisionTower(config)
         self.resampler = Resampler(config)
-        self._sizes: set[int] | None = None  # numbers of patches for which there are programs
+        self._has_programs = False
         self._run: Callable[..., tuple[Tensor, ...]] = self._encode
 
     def use_programs(self, ladder: Sequence[int] = LADDER) -> None:
         """Pictures of the first NUM_SIZES sizes that come are encoded by programs of fixed shapes from now on, as a GPU
         wants them; each is made when its size comes first. Batches are then of one size each.
         """
-        sizes: set[int] = set()
+        sizes: set[tuple[int, int]] = set()
 
-        def is_usual(pixels: Tensor, *_: Tensor) -> bool:
+        def is_usual(longest: int, pixels: Tensor, *_: Tensor) -> bool:
+            size = pixels.shape[1], longest
             if len(sizes) < NUM_SIZES:
-                sizes.add(pixels.shape[1])
-            return pixels.shape[1] in sizes
+                sizes.add(size)
+            return size in sizes
 
-        self._sizes = sizes
+        self._has_programs = True
         self._run = ByShape(self._encode, is_usual, ladder_to(self.config.vision_batch_size, ladder))
 
     def warm_up(self, rows: int, cols: int) -> None:
@@ -106,7 +107,7 @@ class VisionEncoder(nn.Module):
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Neighbours in length share a batch: least padding. None at all where there are programs."""
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        groups = [order] if self._sizes is None else [list(g) for _, g in groupby(order, key=lengths.__getitem__)]
+        groups = [list(g) for _, g in groupby(order, key=lengths.__getitem__)] if self._has_programs else [order]
         for group in groups:
             for start in range(0, len(group), self.config.vision_batch_size):
                 yield group[start : start + self.config.vision_batch_size]

@@ -10,11 +10,11 @@ from deploy.simulator.world import World
 
 
 class Cores:
-    """speed: of each, where something else has a part of it: below 1. rivals: threads of others that always have work,
+    """num_cores: without what something else has of them at all times. rivals: threads of others that always have work,
     on average."""
 
-    def __init__(self, world: World, num_cores: float, speed: float = 1.0, rivals: float = 0.0) -> None:
-        self._world, self._num_cores, self._speed, self._rivals = world, num_cores, speed, rivals
+    def __init__(self, world: World, num_cores: float, rivals: float = 0.0) -> None:
+        self._world, self._num_cores, self._rivals = world, num_cores, rivals
         self._left: dict[Thread, float] = {}  # work of each thread that has some, as of `_at_ns`
         self._at_ns = 0.0
 
@@ -28,7 +28,7 @@ class Cores:
 
     def extend(self, thread: Thread, work_ns: int) -> int:
         """The same of a thread that has just come to the end of what it had to do."""
-        self._left[thread] = self._left.get(thread, 0.0) + work_ns / self._speed
+        self._left[thread] = self._left.get(thread, 0.0) + work_ns
         at_ns, done = self._at_ns, 0.0
         for rank, left in enumerate(sorted(self._left.values())):
             at_ns += (left - done) / self._share(len(self._left) - rank)

@@ -28,6 +28,7 @@ class Costly(Stage):
         self._next: dict[SessionId, int | None] = {}  # None: any
         self.slow_down = 1.0
         self.spoils = 0.0  # how likely a unit is one at which it raises
+        self.worked_ns = 0  # on the device
         self.unsaid: list[SessionId] = []  # sessions that were closed with something left to say
 
     def open_session(self, session: Session) -> None:
@@ -52,8 +53,12 @@ class Costly(Stage):
         made = [chunk for unit in units for chunk in self.make(unit)]
         if num_items := self.num_items(units, made):
             cost_ns = self._cost.batch_ns(num_items) + self._cost.aged_ns(unit.index for unit in units)
-            self.device.work(round(cost_ns * self._ratio() * self.slow_down))
+            self._work(round(cost_ns * self._ratio() * self.slow_down))
         return made
+
+    def _work(self, cost_ns: int) -> None:
+        self.device.work(cost_ns)
+        self.worked_ns += cost_ns
 
     def _ratio(self) -> float:
         if self._cost.ratios:

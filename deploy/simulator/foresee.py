@@ -2,12 +2,13 @@
 was measured.
 
 Rule: stages, and what processes do beside them, share the cores of the machine; stages with a GPU share that. What
-idle processes, cameras and all else take is taken off the cores' speed.
+idle processes, cameras and all else take is taken off the cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -31,7 +32,7 @@ from stages.stage import Stage
 NUM_WINDOWS: Final = 40
 NUM_WARM_UP: Final = 5  # windows of each session that do not count
 MAX_SESSIONS: Final = 256  # more take minutes
-LEAST_SPEED: Final = 0.01
+LEAST_CORES: Final = 0.01
 GRADES: Final = (0.99, 0.9)
 """Shares of the windows that are on time, for which `served` looks."""
 
@@ -77,6 +78,7 @@ class Foresight(Simulation):
         self._taken = 0.0  # of GPUs, by the actors that were placed
         self.threads: dict[str, Thread] = {}  # by peer
         self.num_arrivals: dict[str, int] = {}  # chunks, by peer
+        self._computing: dict[str, list[Costly]] = defaultdict(list)  # replicas, by stage
         self.stage_thread: Thread | None = None  # of the actor that is built
         self.num_sessions = num_sessions
         scenario = replace(SCENARIOS["steady"], num_sessions=num_sessions, num_windows=num_windows)
@@ -100,9 +102,8 @@ class Foresight(Simulation):
 
     def _make_actor(self, process: Process, plan: ActorPlan, load_ns: int) -> VirtualActor:
         if self._cores is None:
-            num_cores = self._profile.num_cores
-            speed = max(1 - self.background / num_cores, LEAST_SPEED)
-            self._cores = Cores(self.world, num_cores, speed, self._rivals)
+            num_cores = max(self._profile.num_cores - self.background, LEAST_CORES)
+            self._cores = Cores(self.world, num_cores, self._rivals)
         actor = super()._make_actor(process, plan, load_ns)
         self.threads[plan.peer] = self._cores.thread()
         self.num_arrivals[plan.peer] = 0
@@ -130,6 +131,7 @@ class Foresight(Simulation):
     def make_stage(self, name: str) -> Stage:
         stage = super().make_stage(name)
         if isinstance(stage, Costly):
+            self._computing[name].append(stage)
             assert self.stage_thread is not None
             stage.device = self.stage_thread
         if isinstance(stage, VirtualLlm | VirtualTts):
@@ -141,6 +143,11 @@ class Foresight(Simulation):
         """How much longer what actors do takes than it would if nobody else were on the cores."""
         threads = self.threads.values()
         return sum(thread.took_ns for thread in threads) / max(sum(thread.busy_ns for thread in threads), 1)
+
+    @property
+    def worked(self) -> Mapping[str, float]:
+        """Seconds that stages computed in each second, by stage."""
+        return {name: sum(each.worked_ns for each in stages) / self.run_ns for name, stages in self._computing.items()}
 
     def seen(self) -> Iterator[tuple[float, bool]]:
         """Of each window that counts, its latency (s), and whether it was on time; once it was run."""

@@ -98,9 +98,9 @@ class VirtualLlm(Costly):
     def process(self, units: list[Unit]) -> list[Chunk]:
         made = super().process(units)
         if nums := [len(pictures) for unit in units if (pictures := unit.of(Llm.image))]:
-            self.device.work(sum(nums) * self._picture_ns + (sum(nums) - len(nums)) * self._cost.picture_ns)
+            self._work(sum(nums) * self._picture_ns + (sum(nums) - len(nums)) * self._cost.picture_ns)
         token_ns = self._token_ns + self._cost.token_ns
-        self.device.work(max((len(c.arrays["token_ids"]) for c in made), default=0) * token_ns)
+        self._work(max((len(c.arrays["token_ids"]) for c in made), default=0) * token_ns)
         return made
 
     def _turn(self, rng: Random) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """What `pipeline plan` foresees for so many sessions, beside what they measure when they run.
 
 First a profile is measured: what batches cost (as `pipeline bench stages` does), then, in a pipeline that runs, what
-its processes take while they are idle, and what they take beside their stages with some sessions. Then, for each number
+its processes take while they are idle; how much more or less its stages take with some sessions than they did by
+themselves, and what processes take beside them. Then, for each number
 of sessions, they run, and beside that is what was foreseen: windows on time, latency p50 and p99, cores that are busy.
 Where others are on the cores, how much longer batches took than they computed is known to whoever foresees: as many
 rivals are assumed as explain it, none on a machine of one's own. Ratios are foreseen over measured.
@@ -23,10 +24,12 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -64,25 +67,28 @@ NUM_STEPS = 7  # until as many rivals are found
 class Taken:
     """Seconds of cores that were used: by each actor, by the decoders, by all else of a run; and when it was looked.
 
-    batches_s: from the beginning of each batch to its end; worked_s: what of it was its stage's own work.
+    batches_s: from the beginning of each batch to its end; stages: what of it was their own work, by stage.
     """
 
     at_s: float
     actors: Mapping[str, float]
+    stages: Mapping[str, float]
     decoders: float
     beside: float
     batches_s: float
-    worked_s: float
 
     def since(self, begin: Taken) -> Taken:
         """The same per second since then."""
         span_s = self.at_s - begin.at_s
-        actors = {name: (used_s - begin.actors[name]) / span_s for name, used_s in self.actors.items()}
-        decoders, beside, batches, worked = (
-            max(getattr(self, what) - getattr(begin, what), 0.0) / span_s
-            for what in ("decoders", "beside", "batches_s", "worked_s")
+        actors, stages = (
+            {name: (used_s - earlier.get(name, 0.0)) / span_s for name, used_s in now.items()}
+            for now, earlier in ((self.actors, begin.actors), (self.stages, begin.stages))
         )
-        return Taken(self.at_s, actors, decoders, beside, batches, worked)
+        decoders, beside, batches = (
+            max(getattr(self, what) - getattr(begin, what), 0.0) / span_s
+            for what in ("decoders", "beside", "batches_s")
+        )
+        return Taken(self.at_s, actors, stages, decoders, beside, batches)
 
     @property
     def cores(self) -> float:
@@ -91,15 +97,16 @@ class Taken:
     @property
     def stretch(self) -> float:
         """How much longer batches took than they computed."""
-        return self.batches_s / self.worked_s if self.worked_s else 1.0
+        worked_s = sum(self.stages.values())
+        return self.batches_s / worked_s if worked_s else 1.0
 
 
 def run() -> list[Row]:
     """Four rows per number of sessions, once of those that run and once of those in virtual time."""
     measured_s = float(option("SECONDS", MEASURED_S))
-    profile, _ = find_benchmarks(FOLDER)["stages"].measure(with_views=False)
+    alone, _ = find_benchmarks(FOLDER)["stages"].measure(with_views=False)
     with _pipeline() as pipeline:
-        profile = _calibrated(pipeline, profile, int(option("CALIBRATED", CALIBRATED)), measured_s)
+        profile = _calibrated(pipeline, alone, int(option("CALIBRATED", CALIBRATED)), measured_s)
         measured = {
             count: (pipeline.serve(count, NUM_WARM_UP, measured_s), pipeline.taken())
             for count in _counts("SESSIONS", NUM_SESSIONS)
@@ -114,7 +121,7 @@ def run() -> list[Row]:
         rows += _rows(foreseen, _served(count, served, taken), RIVAL, f", beside {rivals:.1f} rivals")
     for count in _counts("SIMULATED", SIMULATED):
         _tell(f"virtual time: {count} session(s)")
-        wide = replace(profile, num_cores=max(profile.num_cores, count // SESSIONS_PER_CORE))
+        wide = replace(alone, overheads=profile.overheads, num_cores=max(profile.num_cores, count // SESSIONS_PER_CORE))
         spec = _with_replicas(pipeline.spec, -(-count // SESSIONS_PER_REPLICA))
         virtual = _in_virtual_time()(spec, wide, count, num_windows, pipeline.checkpoint)
         virtual.run()
@@ -172,26 +179,45 @@ def _row(name: str, foreseen: float, measured: float, unit: str, rival: str) -> 
 
 
 def _calibrated(pipeline: Any, profile: Profile, num_sessions: int, measured_s: float) -> Profile:
-    """The profile with what processes take beside their stages."""
+    """The profile with what stages take in a run, and processes beside them."""
     _tell("idle")
     begin = pipeline.look()
     time.sleep(IDLE_S)
     idle = pipeline.look().since(begin)
     pipeline.serve(num_sessions, NUM_WARM_UP, measured_s)
     taken = pipeline.taken()
-    # The same run without overheads: what stages take by themselves is subtracted from what was measured.
-    run = Foresight(pipeline.spec, profile, num_sessions, round(measured_s) + NUM_WARM_UP)
-    run.run()
-    costs, sources_s = {}, taken.decoders
+    num_windows = round(measured_s) + NUM_WARM_UP
+    alone = _runs(pipeline.spec, profile, num_sessions, num_windows)
+    factors = {
+        name: taken.stages[name] / max(fmean(run.worked[name] for run in alone), 1e-9)
+        for name in profile.stages
+        if not pipeline.spec.stages[name].gpus  # where a device computes, the processor's time says nothing
+    }
+    _tell("in a run stages take " + ", ".join(f"{name} x {factor:.2f}" for name, factor in factors.items()))
+    costs = {name: cost.times(factors.get(name, 1.0)) for name, cost in profile.stages.items()}
+    profile = replace(profile, stages=costs)
+    # The same run without overheads: what stages take is subtracted from what was measured.
+    runs = _runs(pipeline.spec, profile, num_sessions, num_windows)
+    actors, sources_s = {}, taken.decoders
     for process in processes_of(pipeline.spec):
         name = process.name
-        beside_s = max(taken.actors[name] - idle.actors[name] - run.threads[name].busy_ns / run.run_ns, 0.0)
+        worked_s = sum(taken.stages.get(stage, 0.0) for stage in process.stages.keys() & profile.stages.keys())
+        beside_s = max(taken.actors[name] - idle.actors[name] - worked_s, 0.0)
         if process.stages.keys() & set(pipeline.spec.wiring.sources):  # what it takes depends on no chunk that comes
             sources_s, beside_s = sources_s + beside_s, 0.0
-        chunk_ns = beside_s * run.run_ns / max(run.num_arrivals[name], 1)
-        costs[process.group] = ActorCost(round(idle.actors[name] * NS_PER_S), round(chunk_ns))
+        arrivals = fmean(run.num_arrivals[name] * NS_PER_S / run.run_ns for run in runs)
+        actors[process.group] = ActorCost(
+            round(idle.actors[name] * NS_PER_S), round(beside_s * NS_PER_S / max(arrivals, 1e-9))
+        )
     source_ns = round(sources_s * NS_PER_S / num_sessions)
-    return replace(profile, overheads=Overheads(costs, source_ns, round(taken.beside * NS_PER_S)))
+    return replace(profile, overheads=Overheads(actors, source_ns, round(taken.beside * NS_PER_S)))
+
+
+def _runs(spec: PipelineSpec, profile: Profile, num_sessions: int, num_windows: int) -> list[Foresight]:
+    runs = [Foresight(spec, profile, num_sessions, num_windows, seed=seed) for seed in range(NUM_SEEDS)]
+    for run in runs:
+        run.run()
+    return runs
 
 
 @contextmanager
@@ -230,17 +256,20 @@ def _observed() -> type[Any]:
 
         def look(self) -> Taken:
             """What was taken so far."""
-            actors, decoders, batches_s, worked_s = dict[str, float](), 0.0, 0.0, 0.0
+            actors, stages = dict[str, float](), defaultdict[str, float](float)
+            decoders = batches_s = 0.0
             for name, address in self.coordinator.actors.items():
                 actor = psutil.Process(address.pid)
                 actors[name] = _cpu_s([actor])
                 decoders += _cpu_s(actor.children(recursive=True))
                 metrics = _metrics(f"http://{address.node_ip}:{address.metrics_port}/metrics")
                 batches_s += sum(value for name, labels, value in metrics if _is_of_batches(name, labels))
-                worked_s += sum(value for name, _, value in metrics if name == "omni_stage_cpu_seconds_total")
+                for metric, labels, value in metrics:
+                    if metric == "omni_stage_cpu_seconds_total":
+                        stages[labels["stage"]] += value
             here = psutil.Process()
             beside = _cpu_s([here, *here.children(recursive=True)]) - sum(actors.values()) - decoders
-            return Taken(time.monotonic(), actors, decoders, beside, batches_s, worked_s)
+            return Taken(time.monotonic(), actors, stages, decoders, beside, batches_s)
 
         def _cpu_s(self) -> float:
             self._looks.append(self.look())

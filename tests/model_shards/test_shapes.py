@@ -13,7 +13,7 @@ def test_common_shapes_are_programs_and_others_are_called_as_they_are() -> None:
         seen.append((factor, len(x)))
         return x * factor, x.sum(dim=1) + y
 
-    by_shape = ByShape(function, lambda x, y: x.shape[1] == 3, ladder=(2, 4))
+    by_shape = ByShape(function, lambda _, x, y: x.shape[1] == 3, ladder=(2, 4))
     for factor, num_rows, num_columns in ((2, 1, 3), (2, 3, 3), (5, 1, 3), (2, 1, 7), (2, 5, 3)):
         x, y = torch.randn(num_rows, num_columns), torch.randn(num_rows)
         scaled, summed = by_shape(factor, x, y)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from model_shards.config import VisionConfig
 from model_shards.image import ImagePatches
+from model_shards.shapes import ByShape
 from model_shards.vision import VisionEncoder, gather_patches, grid_embedding, position_buckets
 from tests.support import plain
 from tests.support.capturing import checked
@@ -78,7 +80,9 @@ def test_programs_give_the_embeddings_of_a_padded_batch(
     for chosen in (list(range(9)), [0], [3, 6, 2], [7, 8]):
         embeds = fast.encode([pictures[index] for index in chosen])
         torch.testing.assert_close(embeds.cpu(), expected[chosen], rtol=1e-4, atol=1e-4)
-    assert fast._sizes == {24, 4, 5, 7}  # 25 came when there were four
+    programs = cast(ByShape, fast._run)._programs
+    sides = {(shapes[0][0], longest) for longest, shapes in programs}
+    assert sides == {(24, 6), (4, 2), (5, 5), (7, 7)}  # 24 in a row of 8, and 25, came when there were four
 
 
 def test_no_picture_gives_no_embedding(encoder: VisionEncoder) -> None:

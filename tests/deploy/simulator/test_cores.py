@@ -54,9 +54,14 @@ def test_two_pieces_of_one_turn_take_as_long_as_one() -> None:
     assert ends[0] == ends[1]
 
 
-def test_rivals_take_their_share_and_a_slower_core_takes_longer() -> None:
-    beside, slow = Cores(World(), 1, rivals=1.0), Cores(World(), 1, speed=0.5)
-    assert [at(cores._world, 0, cores.thread()) for cores in (beside, slow)] == [2000, 2000]
+def test_rivals_take_their_share_and_half_a_core_takes_twice_as_long() -> None:
+    beside, half = Cores(World(), 1, rivals=1.0), Cores(World(), 0.5)
+    assert [at(cores._world, 0, cores.thread()) for cores in (beside, half)] == [2000, 2000]
+
+
+def test_what_others_have_of_a_machine_slows_nobody_down_as_long_as_there_is_room_beside_it() -> None:
+    cores = Cores(world := World(), 1.5)
+    assert [at(world, 0, cores.thread()) for _ in range(2)] == [1000, 1000 + 1000 // 3]
 
 
 @given(
