@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 SCRAPE_TIMEOUT_S = 0.3
 NUM_HANGING = 10
 PATIENCE_S = 60.0
+get = partial(httpx.get, timeout=PATIENCE_S)
 
 
 class FakePipeline:
@@ -111,7 +113,7 @@ def page(body: str) -> bytes:
 def until_served(url: str) -> httpx.Response:
     """The first answer that isn't 503, the last one after a minute."""
     deadline = time.monotonic() + PATIENCE_S
-    while (answer := httpx.get(url)).status_code == 503 and time.monotonic() < deadline:
+    while (answer := get(url)).status_code == 503 and time.monotonic() < deadline:
         time.sleep(0.02)
     return answer
 
@@ -272,12 +274,12 @@ def test_a_request_with_a_body_is_refused(gateway: TestClient, body: bytes | Ite
 def test_the_server_takes_a_free_port_and_frees_it(pipeline: FakePipeline) -> None:
     server = GatewayServer(build_gateway(pipeline), port=0)
     server.start()
-    answer = httpx.get(f"{server.url}/readyz")
+    answer = get(f"{server.url}/readyz")
     server.stop()
     assert answer.status_code == 200
     assert server.host == "127.0.0.1"
     with pytest.raises(httpx.ConnectError):
-        httpx.get(server.url)
+        get(server.url)
 
 
 def test_a_busy_port_says_which_setting_to_change(pipeline: FakePipeline) -> None:
@@ -323,9 +325,9 @@ def crowd(stack: ExitStack, server: GatewayServer, size: int, said: bytes) -> No
 )
 def test_no_crowd_keeps_a_probe_out(server: GatewayServer, stack: ExitStack, said: bytes) -> None:
     crowd(stack, server, 64, said)
-    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert get(f"{server.url}/healthz").status_code == 200
     crowd(stack, server, 2 * MAX_CONNECTIONS, said)
-    assert [httpx.get(f"{server.url}{path}").status_code for path in ("/healthz", "/readyz", "/metrics")] == [200] * 3
+    assert [get(f"{server.url}{path}").status_code for path in ("/healthz", "/readyz", "/metrics")] == [200] * 3
 
 
 def test_many_that_scrape_at_once_get_one_page(server: GatewayServer) -> None:
