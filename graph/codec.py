@@ -114,8 +114,8 @@ def _check_address(header: Sequence[Any]) -> None:
         raise CodecError("name", f"view {view!r:.200} is {_NO_NAME}")
     for number in (seq, epoch, duration_ns, incarnation, start_ns):
         if type(number) is not int or not _LEAST <= number <= _MOST:
-            told = f"{number!r:.50} is too large" if type(number) is int else f"not a {_type_of(number)}: use int(…)"
-            raise CodecError("number", f"times in nanoseconds, seq and epoch are integers of 64 bits; {told}")
+            reason = f"{number!r:.50} is too large" if type(number) is int else f"not a {_type_of(number)}: use int(…)"
+            raise CodecError("number", f"times in nanoseconds, seq and epoch are integers of 64 bits; {reason}")
     if seq < 0 or epoch < 0 or duration_ns < 0 or incarnation < 0:
         raise CodecError("number", f"seq, epoch or duration below zero: {(seq, epoch, duration_ns)!r}")
 

@@ -156,37 +156,37 @@ class Profile:
             | ({"ratios": list(cost.ratios)} if cost.ratios else {})
             for name, cost in self.stages.items()
         }
-        told = {"version": VERSION, "model": self.model, "machine": dict(self.machine), "num_cores": self.num_cores}
+        header = {"version": VERSION, "model": self.model, "machine": dict(self.machine), "num_cores": self.num_cores}
         measured = {"speaking": self.speaking, "overheads": self.overheads}
         beside = {name: asdict(each) for name, each in measured.items() if each is not None}
-        return json.dumps(told | {"stages": stages} | beside, indent=2)
+        return json.dumps(header | {"stages": stages} | beside, indent=2)
 
 
 def read_profile(path: Path) -> Profile:
     """What `pipeline bench stages --json` wrote. Raises ProfileError."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ProfileError(f"{path}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path}: not JSON: {clipped(str(error))}") from None
-    told = told.get("profile", told) if isinstance(told, dict) else told
-    if not isinstance(told, dict) or told.get("version") != VERSION or not isinstance(told.get("stages"), dict):
+    raw = raw.get("profile", raw) if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or raw.get("version") != VERSION or not isinstance(raw.get("stages"), dict):
         raise ProfileError(f"{path}: no profile of version {VERSION}; make one: pipeline bench stages --json > {path}")
-    stages = {name: _cost(path, name, entry) for name, entry in told["stages"].items()}
-    num_cores, machine = told.get("num_cores"), told.get("machine") or {}
+    stages = {name: _cost(path, name, entry) for name, entry in raw["stages"].items()}
+    num_cores, machine = raw.get("num_cores"), raw.get("machine") or {}
     if type(num_cores) is not int or not 1 <= num_cores <= MAX_CORES:  # `true` is an int, too
         raise ProfileError(f"{path}: num_cores must be a whole number from 1 to {MAX_CORES}")
     if not isinstance(machine, dict):
         raise ProfileError(f"{path}: machine must be a mapping")
-    speaking = _speaking(path, told["speaking"]) if "speaking" in told else None
-    overheads = _overheads(path, told["overheads"]) if "overheads" in told else None
-    return Profile(str(told.get("model", "")), machine, num_cores, stages, speaking, overheads)
+    speaking = _speaking(path, raw["speaking"]) if "speaking" in raw else None
+    overheads = _overheads(path, raw["overheads"]) if "overheads" in raw else None
+    return Profile(str(raw.get("model", "")), machine, num_cores, stages, speaking, overheads)
 
 
 def _cost(path: Path, stage: str, entry: Any) -> StageCost:
     """A day is longer than any batch takes."""
-    told = (
+    fields = (
         {"picture_ns": 0, "age_ns": 0, "most_age": 0, "token_ns": 0, "ratios": [], **entry}
         if isinstance(entry, dict)
         else {}
@@ -196,8 +196,8 @@ def _cost(path: Path, stage: str, entry: Any) -> StageCost:
         f"{where}: fixed_ns, each_ns and spread must be numbers from 0 on, and so must the others where they are given"
     )
     names = ("fixed_ns", "each_ns", "spread", "picture_ns", "age_ns", "most_age", "token_ns")
-    fixed_ns, each_ns, spread, *more = _numbers(must, map(told.get, names))
-    ratios = told["ratios"] if isinstance(told["ratios"], list) else [None]
+    fixed_ns, each_ns, spread, *more = _numbers(must, map(fields.get, names))
+    ratios = fields["ratios"] if isinstance(fields["ratios"], list) else [None]
     ratios = _numbers(f"{where}: ratios must be a list of numbers from 0 on", ratios)
     picture_ns, age_ns, most_age, token_ns = map(round, more)
     return StageCost(
@@ -206,28 +206,28 @@ def _cost(path: Path, stage: str, entry: Any) -> StageCost:
 
 
 def _speaking(path: Path, entry: Any) -> Speaking:
-    told = entry if isinstance(entry, dict) else {}
+    fields = entry if isinstance(entry, dict) else {}
     must = f"{path}: speaking: begins, windows, tokens and token_ns must be numbers from 0 on"
-    begins, windows, tokens, token_ns = _numbers(must, map(told.get, ("begins", "windows", "tokens", "token_ns")))
+    begins, windows, tokens, token_ns = _numbers(must, map(fields.get, ("begins", "windows", "tokens", "token_ns")))
     return Speaking(begins, windows, tokens, round(token_ns))
 
 
 def _overheads(path: Path, entry: Any) -> Overheads:
-    told = entry if isinstance(entry, dict) else {}
+    fields = entry if isinstance(entry, dict) else {}
     must = f"{path}: overheads: source_ns, other_ns and, of each of the actors, idle_ns and chunk_ns must be numbers"
-    actors = told.get("actors", {})
+    actors = fields.get("actors", {})
     if not isinstance(actors, dict) or not all(isinstance(actor, dict) for actor in actors.values()):
         raise ProfileError(must)
-    source_ns, other_ns = _numbers(must, map(told.get, ("source_ns", "other_ns")))
+    source_ns, other_ns = _numbers(must, map(fields.get, ("source_ns", "other_ns")))
     costs = {name: _numbers(must, map(actor.get, ("idle_ns", "chunk_ns"))) for name, actor in actors.items()}
-    found = {name: ActorCost(round(idle_ns), round(chunk_ns)) for name, (idle_ns, chunk_ns) in costs.items()}
-    return Overheads(found, round(source_ns), round(other_ns))
+    actor_costs = {name: ActorCost(round(idle_ns), round(chunk_ns)) for name, (idle_ns, chunk_ns) in costs.items()}
+    return Overheads(actor_costs, round(source_ns), round(other_ns))
 
 
 def _numbers(must: str, values: Iterable[Any]) -> list[float]:
     """Raises ProfileError, which says `must`, where one is no number from 0 on, or more than a day is long."""
-    told = list(values)
-    numbers = [value for value in told if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) < len(told) or not all(0 <= number < 86_400 * NS_PER_S for number in numbers):
+    raw = list(values)
+    numbers = [value for value in raw if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(raw) or not all(0 <= number < 86_400 * NS_PER_S for number in numbers):
         raise ProfileError(must)
     return list(map(float, numbers))

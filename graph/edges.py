@@ -51,7 +51,7 @@ class EdgeSpec:
 
 
 class Edges:
-    """The edges of a description, `found`; `findings`: what is wrong with them."""
+    """The edges of a description, `all`; `findings`: what is wrong with them."""
 
     def __init__(self, file: FileSpec, types: Mapping[str, StageType], lost: Collection[str] = ()) -> None:
         """types: of all stages, by name. lost: names of others, of which nobody knows what they take and make."""
@@ -67,7 +67,7 @@ class Edges:
         self._places: dict[str, KeyPath] = {}  # by edge, where its input is written
         self.findings: list[Finding] = []
         policies = dict(self._policies())
-        self.found = tuple(self._edge(*ends, policies.get(_id(*ends[:2]))) for ends in self._ends())
+        self.all = tuple(self._edge(*ends, policies.get(_id(*ends[:2]))) for ends in self._ends())
         self._check_policies(policies)
         self._check_circles()
         if not lost:
@@ -197,7 +197,7 @@ class Edges:
         return f"edges[{index}].{end}: {self._unknown(written, what)}"
 
     def _check_policies(self, policies: Mapping[str, WrittenEdge]) -> None:
-        there = {edge.id: edge for edge in self.found}
+        there = {edge.id: edge for edge in self.all}
         for index, written in enumerate(self._file.edges):
             id_ = f"{written.source}->{written.target}"
             if policies.get(id_) is not written:
@@ -222,14 +222,14 @@ class Edges:
         return Finding(("edges", index), f"{message}; write {_how(target, source)}")
 
     def _check_circles(self) -> None:
-        if circle := _circle(self.found):
-            last = next(e for e in self.found if (e.source.stage, e.target.stage) == circle[-2:])
+        if circle := _circle(self.all):
+            last = next(e for e in self.all if (e.source.stage, e.target.stage) == circle[-2:])
             path = self._places.get(last.id, ("stages",))
             self.findings.append(Finding(path, f"stages feed each other in a circle: {' -> '.join(circle)}"))
 
     def _check_fed(self) -> None:
         """A stage all of whose inputs are optional needs one of them."""
-        fed = {edge.target.stage for edge in self.found if not edge.target.is_feedback}
+        fed = {edge.target.stage for edge in self.all if not edge.target.is_feedback}
         for stage in self._types.keys() - fed:
             inputs = [port for port in self._types[stage].inputs.values() if not port.is_feedback]
             if inputs and all(port.optional for port in inputs) and self._written[stage].replicas:

@@ -106,12 +106,12 @@ class Level:
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self._told_ns = -1
+        self._as_of_ns = -1
 
-    def told(self, at_ns: int, num_steps: int) -> None:
+    def update(self, at_ns: int, num_steps: int) -> None:
         """num_steps: that were taken as of event time `at_ns`."""
-        if at_ns >= self._told_ns:
-            self._told_ns, self.num_steps = at_ns, num_steps
+        if at_ns >= self._as_of_ns:
+            self._as_of_ns, self.num_steps = at_ns, num_steps
 
 
 def sheds_picture(taken: Sequence[Step], session: SessionId, seq: int) -> bool:

@@ -154,8 +154,8 @@ def _sources(value: object) -> tuple[str, ...]:
 def class_path(value: object) -> str:
     """A stage's class as it may be written. Raises ValueError."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*|[a-z0-9_-]{1,32}", value):
-        told = f"must be module:Class or a stage's name, not {shown(value)}"
-        raise ValueError(told + (_meant(value) if isinstance(value, str) else ""))
+        problem = f"must be module:Class or a stage's name, not {shown(value)}"
+        raise ValueError(problem + (_meant(value) if isinstance(value, str) else ""))
     return value
 
 

@@ -259,7 +259,7 @@ def _check(
         document.problems.append((document.place(finding.path), mask_urls(finding.message)))
     for finding in source_findings(file, catalog.source_problem):
         document.problems.append((document.place(finding.path), finding.message))  # masked; it may speak of '@'
-    return file, edges.found
+    return file, edges.all
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _together_findings(
     off = {name for name, stage in stages.items() if stage.replicas == 0}
     if off - can_be_off(types) or any(finding.path[0] == "stages" for finding in edges.findings):
         return
-    wiring = wiring_of(types, edges.found)
+    wiring = wiring_of(types, edges.all)
     off = wiring.idle(off, needed_among(types))
     if off.issuperset(wiring.sources):
         yield Finding(("stages",), no_senses(wiring))
@@ -181,7 +181,7 @@ def _shared_findings(
     for what, names in reading.items():
         places = {stages[name].process for name in names}
         if len(names) > 1 and (len(places) > 1 or None in places):
-            told = ", ".join(f"stages.{name}.process" for name in names)
+            keys = ", ".join(f"stages.{name}.process" for name in names)
             processes = " and ".join(shown(stages[name].process) for name in names)
             message = f"they read one {what} and share a named process, not {processes}"
-            yield Finding(("stages", names[-1], "process"), f"{told}: {message}")
+            yield Finding(("stages", names[-1], "process"), f"{keys}: {message}")

@@ -306,8 +306,8 @@ def _check_times(use: str, port: In) -> None:
     ):
         if value is not None and not (type(value) is int and least_ns <= value <= MAX_WINDOW_NS):
             least = format_duration(least_ns)
-            told = f"{use}: {port.name}: {what} is {value!r}; it is in whole nanoseconds, of {least} to 60s"
-            raise StageTypeError(f"{told}: write {what}={example}")
+            problem = f"{use}: {port.name}: {what} is {value!r}; it is in whole nanoseconds, of {least} to 60s"
+            raise StageTypeError(f"{problem}: write {what}={example}")
     if port.late is not None and port.late not in get_args(Late):
         raise StageTypeError(f"{use}: {port.name}: late is {port.late!r}; it must be 'drop' or 'carry'")
 

@@ -142,7 +142,7 @@ class TextBudget:
         # (tokens, ns of speech) up to the last moment when all text was spoken
         self._settled = (0, playback.latest.received_ns)
         self._window_ns = window_ns
-        self._asked_ns = 0  # end of the window that is being decided
+        self._window_end_ns = 0  # end of the window that is being decided
         self._last_received_ns = 0
         self._quiet_since_ns = 0  # neither text nor speech in any window that ends later, as far as is known
         self.ns_per_token = FIRST_NS_PER_TOKEN
@@ -157,7 +157,7 @@ class TextBudget:
             return 0
         ack = self._playback.as_of(now_ns)
         unheard_ns = ack.received_ns - ack.heard_at(now_ns)
-        self._asked_ns = now_ns
+        self._window_end_ns = now_ns
         if self._all_spoken(ack, unheard_ns):
             self._settle(ack)
         left_ns = self._allowed_ns - unheard_ns - self._estimate_ns(ack)
@@ -166,7 +166,7 @@ class TextBudget:
     def generated(self, num_tokens: int, *, end_of_turn: bool) -> None:
         """Account for a speaking unit's text."""
         if num_tokens:
-            self._quiet_since_ns = max(self._quiet_since_ns, self._asked_ns)
+            self._quiet_since_ns = max(self._quiet_since_ns, self._window_end_ns)
         self._num_tokens += num_tokens
         self._turn_open = not end_of_turn
         self._num_turns += end_of_turn

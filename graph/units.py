@@ -53,14 +53,14 @@ def format_bytes(num_bytes: int) -> str:
     return _format(num_bytes, _BYTES_PER, "B")
 
 
-def _parse(text: str, factors: Mapping[str, int], wanted: str) -> int:
+def _parse(text: str, factors: Mapping[str, int], expected: str) -> int:
     match = _QUANTITY.fullmatch(text)
     factor = match and factors.get(match[2])
     if not match or not factor:
-        raise ValueError(f"must be {wanted}, not {text!r}")
+        raise ValueError(f"must be {expected}, not {text!r}")
     amount = Decimal(match[1]) * factor
     if amount != int(amount):
-        raise ValueError(f"must be {wanted}, a whole number of {list(factors)[-1]}, not {text!r}")
+        raise ValueError(f"must be {expected}, a whole number of {list(factors)[-1]}, not {text!r}")
     return int(amount)
 
 

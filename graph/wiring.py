@@ -74,8 +74,8 @@ class Wiring:
         """These stages, and all that would have nothing to do without them: nothing comes to them any more, or nobody
         takes what they make. needed: those that are of use by themselves."""
         gone, others = set(off), set(self._stages) - set(needed)
-        while found := {stage for stage in others - gone if self._has_nothing_to_do(stage, gone)}:
-            gone |= found
+        while newly_idle := {stage for stage in others - gone if self._has_nothing_to_do(stage, gone)}:
+            gone |= newly_idle
         return gone
 
     def _has_nothing_to_do(self, stage: str, gone: set[str]) -> bool:
@@ -84,11 +84,13 @@ class Wiring:
 
     def _longest(self, costs: Mapping[str, int]) -> dict[str, int]:
         """Per stage, what the most expensive way costs that ends there."""
-        found: dict[str, int] = {}
+        longest: dict[str, int] = {}
         for stage in self.upstream_first:
             if stage in costs:
-                found[stage] = costs[stage] + max((found.get(source, 0) for source in self._fed_by[stage]), default=0)
-        return found
+                longest[stage] = costs[stage] + max(
+                    (longest.get(source, 0) for source in self._fed_by[stage]), default=0
+                )
+        return longest
 
     def _ordered(self) -> tuple[str, ...]:
         order: list[str] = []
@@ -98,7 +100,7 @@ class Wiring:
 
 
 def _neighbours(stages: Iterable[str], pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {stage: set() for stage in stages}
+    neighbours: dict[str, set[str]] = {stage: set() for stage in stages}
     for stage, other in pairs:
-        found[stage].add(other)
-    return found
+        neighbours[stage].add(other)
+    return neighbours

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_WANTED: Final[Mapping[str, str]] = {
+_EXPECTED: Final[Mapping[str, str]] = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
@@ -46,8 +46,8 @@ def check_document(document: Document, model: type[Model]) -> tuple[Model, list[
     details = _details(document.tree, model)
     document.problems += [problem for detail in details for problem in _problem(document, model, detail)]
     rest = copy.deepcopy(document.tree)
-    while found := _details(rest, model):  # ends: each round takes something away
-        _remove(rest, found)
+    while remaining := _details(rest, model):  # ends: each round takes something away
+        _remove(rest, remaining)
     return model.model_validate(rest), [_path(detail) for detail in details]
 
 
@@ -110,8 +110,8 @@ def _wrong_value(detail: ErrorDetails, value: object) -> str:
         return str(context["error"])
     if isinstance(value, Secret):
         return "takes no ${env:…} or ${file:…}: those are for secrets, and this would be printed"
-    wanted = _WANTED[detail["type"]].format(**context) if detail["type"] in _WANTED else detail["msg"]
-    return f"{wanted}, not {shown(value)}"
+    expected = _EXPECTED[detail["type"]].format(**context) if detail["type"] in _EXPECTED else detail["msg"]
+    return f"{expected}, not {shown(value)}"
 
 
 def _known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:

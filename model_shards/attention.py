@@ -340,22 +340,22 @@ class Plan:
 
 
 def choose_attention(
-    device: str, dtype: torch.dtype, wanted: str | None = None, kv_dtype: torch.dtype | None = None
+    device: str, dtype: torch.dtype, requested: str | None = None, kv_dtype: torch.dtype | None = None
 ) -> AttentionName:
-    """`wanted`, or else the fastest that runs there: flash, varlen, sdpa in this order.
+    """`requested`, or else the fastest that runs there: flash, varlen, sdpa in this order.
 
     dtype: of the queries. kv_dtype: of keys and values; None: the same.
-    Raises ModelError where the one that is wanted can't run there, saying why.
+    Raises ModelError where the one that is requested can't run there, saying why.
     """
     names: tuple[AttentionName, ...] = get_args(AttentionName)
-    if wanted is not None and wanted not in names:
-        raise ModelError(f"attention: {wanted!r} is none of {', '.join(names)}")
+    if requested is not None and requested not in names:
+        raise ModelError(f"attention: {requested!r} is none of {', '.join(names)}")
     lacks = {name: _lack(name, torch.device(device), dtype, kv_dtype or dtype) for name in names}
-    for name in names if wanted else ("flash", "varlen", "sdpa"):
-        if name == wanted and lacks[name]:
+    for name in names if requested else ("flash", "varlen", "sdpa"):
+        if name == requested and lacks[name]:
             others = ", ".join(other for other in names if not lacks[other])
             raise ModelError(f"attention: {name} {lacks[name]}; here there is {others}")
-        if (wanted is None or name == wanted) and not lacks[name]:
+        if (requested is None or name == requested) and not lacks[name]:
             return name
     raise AssertionError("sdpa runs everywhere")
 

@@ -77,7 +77,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 _WEIGHT_NORM_NAMES = MappingProxyType(
     {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".parametrizations.weight.original1"}
 )
-_MAX_NAMES_TOLD = 8
+_MAX_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,8 +379,8 @@ def tell_names(what: str, names: list[str]) -> str:
     """`2 missing: a, b.`; nothing where there are none, and some where there are many."""
     if not names:
         return ""
-    rest = f" and {len(names) - _MAX_NAMES_TOLD} more" if len(names) > _MAX_NAMES_TOLD else ""
-    return f"{len(names)} {what}: {', '.join(names[:_MAX_NAMES_TOLD])}{rest}."
+    rest = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
+    return f"{len(names)} {what}: {', '.join(names[:_MAX_NAMES_SHOWN])}{rest}."
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:

@@ -228,7 +228,7 @@ class ModelConfig:
 RELEASED = ModelConfig(vision=VisionConfig(slices=SliceConfig(max_slice_nums=9)), official=True)
 """The released checkpoint: reference/minicpmo-4.5.md §1."""
 
-_NOT_TOLD = frozenset(
+_NOT_COMPARED = frozenset(
     {
         # §12: the released values could not be read.
         *("tts.attention_type", "tts.window_size", "tts.recomputed_chunks", "tts.sliding_window_tokens"),
@@ -310,7 +310,7 @@ def differences(config: ModelConfig) -> list[str]:
 def _differences(config: Any, released: Any, prefix: str) -> Iterator[str]:
     for part in dataclasses.fields(released):
         name, ours, theirs = prefix + part.name, getattr(config, part.name), getattr(released, part.name)
-        if name in _NOT_TOLD or ours == theirs:
+        if name in _NOT_COMPARED or ours == theirs:
             continue
         if ours is None:
             yield f"{name} is off, released: on"
@@ -322,13 +322,13 @@ def _differences(config: Any, released: Any, prefix: str) -> Iterator[str]:
 
 def _foreign(raw: Mapping[str, Any]) -> list[str]:
     """What a config says that our modules would not obey."""
-    told = {**raw, **_rope(raw)}
+    settings = {**raw, **_rope(raw)}
     for section in ("vision_config", "audio_config", "tts_config"):
-        told |= {f"{section}.{key}": value for key, value in (raw.get(section) or {}).items()}
+        settings |= {f"{section}.{key}": value for key, value in (raw.get(section) or {}).items()}
     return [
-        f"{name} is {told[name]!r}, expected {allowed[0]!r}"
+        f"{name} is {settings[name]!r}, expected {allowed[0]!r}"
         for name, allowed in _BUILT_IN.items()
-        if name in told and told[name] not in allowed
+        if name in settings and settings[name] not in allowed
     ]
 
 
@@ -350,11 +350,11 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_llm(raw: Mapping[str, Any]) -> LlmConfig:
     sizes = {key: value for key, value in raw.items() if key != "quantization"}
-    if told := raw.get("quantization"):
-        bits = int(told["bits"])
+    if quantization := raw.get("quantization"):
+        bits = int(quantization["bits"])
         if bits not in (8, 4):
             raise ValueError(f"quantization.bits is {bits}, expected 8 or 4")
-        sizes["quantization"] = Quantization(bits, int(told["group_size"]))
+        sizes["quantization"] = Quantization(bits, int(quantization["group_size"]))
     return _pick(LlmConfig, sizes)
 
 

@@ -97,10 +97,10 @@ class ResidentFlow:
 
     def begin(self, voice: FlowHistory) -> ResidentTurn | None:
         """Room for a turn in this voice; None where there is none, or the voice is not resident."""
-        found = self._voices.get(id(voice))
-        if found is None or not self._free_slots:
+        resident = self._voices.get(id(voice))
+        if resident is None or not self._free_slots:
             return None
-        return ResidentTurn(found, FlowCache(found.places, _as_history([[], [], []]), 0), self._free_slots.pop())
+        return ResidentTurn(resident, FlowCache(resident.places, _as_history([[], [], []]), 0), self._free_slots.pop())
 
     def end(self, turn: ResidentTurn) -> None:
         """Its room is free again. Call it once."""

@@ -102,12 +102,12 @@ def placeholder(plan: SlicePlan, query_num: int, *, image_id: int | None = None,
 
 def _choose_grid(width: int, height: int, config: SliceConfig) -> tuple[int, int] | None:
     """Find the (cols, rows) nearest to the picture's own aspect; None when one cell is enough."""
-    wanted = min(math.ceil(width * height / config.scale_resolution**2), config.max_slice_nums)
-    if wanted <= 1:
+    num_cells = min(math.ceil(width * height / config.scale_resolution**2), config.max_slice_nums)
+    if num_cells <= 1:
         return None
     candidates = [
         (cols, count // cols)
-        for count in (wanted - 1, wanted, wanted + 1)
+        for count in (num_cells - 1, num_cells, num_cells + 1)
         if 1 < count <= config.max_slice_nums
         for cols in range(1, count + 1)
         if count % cols == 0

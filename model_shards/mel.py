@@ -230,15 +230,15 @@ class StreamingMel:
         """Scaled mel from `first_frame` (of the stream) to the end of the buffer, and the frame where it starts."""
         state = self._state
         total = num_frames(len(state.buffer))
-        wanted = min(max(0, first_frame - state.base_frame), total)
+        start = min(max(0, first_frame - state.base_frame), total)
         if len(state.buffer) < N_FFT:
-            return torch.zeros(N_MELS, 0), state.base_frame + wanted
-        first = min(wanted, len(state.peaks))
+            return torch.zeros(N_MELS, 0), state.base_frame + start
+        first = min(start, len(state.peaks))
         raw = log_mel(state.buffer, self._filters, first)
         peaks = np.concatenate([state.peaks[:first], raw.amax(dim=0).numpy()])
         self._state = replace(self._state, peaks=peaks[: _num_stable(len(state.buffer))])
         peak = float(peaks.max()) if len(state.buffer) >= DYNAMIC_FROM_SAMPLES else None
-        return scale_mel(raw[:, wanted - first :], peak), state.base_frame + wanted
+        return scale_mel(raw[:, start - first :], peak), state.base_frame + start
 
     def _slide(self) -> None:
         """Forget the oldest 10 s once there are 30, and reflect the new left edge.

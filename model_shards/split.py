@@ -86,11 +86,11 @@ Change = Callable[[Component, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def split_checkpoint(
-    checkpoint: Path, out: Path, change: Change = lambda _, tensors: tensors, told: Mapping[str, Any] = _NOTHING
+    checkpoint: Path, out: Path, change: Change = lambda _, tensors: tensors, settings: Mapping[str, Any] = _NOTHING
 ) -> Manifest:
     """Write `checkpoint` as a split folder; it appears whole or not at all.
 
-    change: the weights on their way. told: what config.json says of it.
+    change: the weights on their way. settings: what config.json says of it.
     Raises ModelError when the checkpoint is damaged, holds tensors that are no component's, or `out` exists and is not
     an empty folder.
     """
@@ -108,8 +108,8 @@ def split_checkpoint(
             (folder / VOCODER_FOLDER).mkdir(parents=True, exist_ok=True)
             (folder / _VOCODER_CONFIG).write_text(json.dumps(vocoder_sizes(config.vocoder), indent=1), encoding="utf-8")
             manifest[_VOCODER_CONFIG] = _record(folder / _VOCODER_CONFIG)
-        if told:
-            raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) | told
+        if settings:
+            raw = json.loads((folder / _CONFIG).read_text(encoding="utf-8")) | settings
             (folder / _CONFIG).write_text(json.dumps(raw, indent=1), encoding="utf-8")
             manifest[_CONFIG] = _record(folder / _CONFIG)
         _write_manifest(folder, manifest)
@@ -122,11 +122,11 @@ def verify_split(folder: Path) -> Manifest:
     Raises ModelError, which names every file and every tensor that is missing, extra, cut off or changed.
     """
     manifest = read_manifest(folder)
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     problems = [
-        tell_names("files missing", [name for name in manifest if name not in found]),
-        tell_names("files extra", sorted(found - manifest.keys() - {MANIFEST_FILE})),
-        *(_compare(folder / name, record) for name, record in manifest.items() if name in found),
+        tell_names("files missing", [name for name in manifest if name not in present]),
+        tell_names("files extra", sorted(present - manifest.keys() - {MANIFEST_FILE})),
+        *(_compare(folder / name, record) for name, record in manifest.items() if name in present),
     ]
     if any(problems):
         raise ModelError(f"{folder}: is not what its {MANIFEST_FILE} tells. " + " ".join(filter(None, problems)))
@@ -245,8 +245,8 @@ def _tensor_json(tensor: TensorRecord) -> dict[str, Any]:
 
 def _parse_record(raw: Mapping[str, Any]) -> FileRecord:
     tensors = {
-        str(name): TensorRecord(str(told["dtype"]), tuple(map(int, told["shape"])), str(told["sha256"]))
-        for name, told in raw.get("tensors", {}).items()
+        str(name): TensorRecord(str(entry["dtype"]), tuple(map(int, entry["shape"])), str(entry["sha256"]))
+        for name, entry in raw.get("tensors", {}).items()
     }
     return FileRecord(int(raw["bytes"]), str(raw["sha256"]), tensors)
 
@@ -294,12 +294,12 @@ def _read_entries(opened: BinaryIO) -> dict[str, _Entry]:
     content = parse_json(opened.read(length))
     data = 8 + length
     entries = {}
-    for name, told in content.items():
+    for name, entry in content.items():
         if name != "__metadata__":
-            start, end = map(int, told["data_offsets"])
+            start, end = map(int, entry["data_offsets"])
             if not 0 <= start <= end:
                 raise ValueError(f"{name} at {start} to {end}")
-            entries[name] = _Entry(str(told["dtype"]), tuple(map(int, told["shape"])), data + start, data + end)
+            entries[name] = _Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])), data + start, data + end)
     return entries
 
 

@@ -58,8 +58,8 @@ def speech_codes(tokenizer: Any, speech: Tensor) -> Tensor:
     """Codes of speech, 25 a second: (N,) int32. tokenizer: an onnxruntime session of the speech tokenizer."""
     raw = log_mel(speech.numpy(), mel_filters(_TOKENIZER_MELS))
     mel = scale_mel(raw, float(raw.max()))[None]
-    found = _run(tokenizer, mel.numpy(), np.array([mel.shape[2]], dtype=np.int32))
-    return torch.from_numpy(found.astype(np.int32).reshape(-1))
+    codes = _run(tokenizer, mel.numpy(), np.array([mel.shape[2]], dtype=np.int32))
+    return torch.from_numpy(codes.astype(np.int32).reshape(-1))
 
 
 def speaker_embedding(speaker: Any, speech: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class StageCatalog:
             for folder in self.modules:
                 look_beside(folder)
         cls = stage_class(path)
-        found = stage_type_of(cls, path)
+        stage_type = stage_type_of(cls, path)
         needed = [each.name for each in signature(cls).parameters.values() if _is_needed(each)]
         if needed and "load" not in {name for base in cls.__mro__ if base is not Stage for name in vars(base)}:
             what = f"{path}: __init__ takes {', '.join(needed)}, but a stage is made without arguments"
@@ -65,7 +65,7 @@ class StageCatalog:
         if cls.process is Stage.process and cls.advance is Stage.advance:
             written = [name for name in vars(cls) if not name.startswith("_")]
             raise StageTypeError(f"{path} has no process(){suggest('process', written, alone=False)}")
-        return found
+        return stage_type
 
     def source_problem(self, source: str) -> str:
         """Why a camera's source can be read nowhere, secrets masked; "" where it depends on the machine, or can."""
@@ -83,14 +83,14 @@ def stage_class(path: str) -> type[Stage]:
     if not colon:
         raise StageTypeError(f"there is no stage {path!r}{suggest(path, [*BUILT_IN, *CATALOG.installed])}")
     module = _module(module_name, path)
-    found = getattr(module, name, None)
-    if found is None:
+    cls = getattr(module, name, None)
+    if cls is None:
         classes = [key for key, value in vars(module).items() if _is_stage(value) and value.__module__ == module_name]
-        told = f"module {module_name} has no {name!r}{suggest(name, classes) if classes else ''}"
-        raise StageTypeError(told + _shadowed(module))
-    if not _is_stage(found):
+        problem = f"module {module_name} has no {name!r}{suggest(name, classes) if classes else ''}"
+        raise StageTypeError(problem + _shadowed(module))
+    if not _is_stage(cls):
         raise StageTypeError(f"{path} is no Stage; derive it from stages.api.Stage")
-    return found  # type: ignore[no-any-return]
+    return cls  # type: ignore[no-any-return]
 
 
 def _is_needed(parameter: Parameter) -> bool:

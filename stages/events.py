@@ -187,5 +187,5 @@ def _spoken_line(chunk: Chunk) -> str:
 
 def _json_line(session: SessionId, row: Mapping[str, object]) -> str:
     """JSON has no NaN and no infinity: they are null."""
-    told = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    return json.dumps({"session": session, **told}, ensure_ascii=False, allow_nan=False) + "\n"
+    fields = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps({"session": session, **fields}, ensure_ascii=False, allow_nan=False) + "\n"

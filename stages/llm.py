@@ -228,9 +228,9 @@ class Llm(Stage):
                 raise
             self._start_anew(moved)
             raise BatchLost(str(error)) from error
-        told = [chunk for unit in units for chunk in self._tell_skipped(unit)]
+        skipped = [chunk for unit in units for chunk in self._tell_skipped(unit)]
         said = [chunk for (unit, _), output in zip(going, outputs, strict=True) for chunk in self._say(unit, output)]
-        return told + said
+        return skipped + said
 
     def _start_anew(self, sessions: list[SessionId]) -> None:
         """Nobody knows what of a unit is in their context: it is forgotten, and they begin with the system prompt."""

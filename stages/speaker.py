@@ -204,7 +204,7 @@ class Speaker(Stage):
             chunks += self._act(state, action)
         chunks += self._hear(state, now_ns)
         for output in state.outputs:
-            chunks += _told(state, now_ns, output.advance(now_ns))
+            chunks += _event_chunks(state, now_ns, output.advance(now_ns))
         has_heard_all = had_to_hear and not state.player.unheard_ns
         if has_heard_all or now_ns >= state.next_ack_ns:
             chunks.append(_ack(state))
@@ -218,7 +218,7 @@ class Speaker(Stage):
             first = heard.offset_ns * SPEECH_RATE_HZ // NS_PER_S
             last = (heard.offset_ns + heard.duration_ns) * SPEECH_RATE_HZ // NS_PER_S
             for output in state.outputs:
-                chunks += _told(state, heard.at_ns, output.write(heard.at_ns, piece.samples[first:last]))
+                chunks += _event_chunks(state, heard.at_ns, output.write(heard.at_ns, piece.samples[first:last]))
             if not piece.started:
                 piece.started = True
                 if piece.text:
@@ -275,7 +275,7 @@ def _ack(state: _Open) -> Chunk:
     return ack_chunk(state.session.id, state.player.ack(), state.session.level.num_steps)
 
 
-def _told(state: _Open, at_ns: int, events: list[OutputEvent]) -> list[Chunk]:
+def _event_chunks(state: _Open, at_ns: int, events: list[OutputEvent]) -> list[Chunk]:
     return [_event(state, at_ns, event.kind, **event.attrs) for event in events]
 
 

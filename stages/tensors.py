@@ -42,10 +42,10 @@ def cpu_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if dtype == BFLOAT16 else torch.float32
 
 
-def attention_for(site: Site, where: Runtime, wanted: str | None, kv_dtype: torch.dtype) -> AttentionName:
+def attention_for(site: Site, where: Runtime, requested: str | None, kv_dtype: torch.dtype) -> AttentionName:
     """Which attention a stage's model has. Raises StageError where the one that is wanted can't run there."""
     try:
-        return choose_attention(where.device, where.dtype, wanted, kv_dtype)
+        return choose_attention(where.device, where.dtype, requested, kv_dtype)
     except ModelError as error:
         raise StageError(f"{site.name}: stages.{site.name}.{error}") from error
 

@@ -162,9 +162,9 @@ class QueuedOutput:
         """
         self._disk, self._path, self._lossless = disk, path, lossless
         self._opened: list[WavOutput] = []  # the thread's
-        self._told: deque[OutputEvent] = deque()
+        self._events: deque[OutputEvent] = deque()
         self._lost_samples = 0
-        self._has_told = False
+        self._loss_reported = False
         self._advanced_s = 0  # silence is written by whole seconds
         try:
             disk.call(lambda: self._opened.append(WavOutput(path, begin_ns=begin_ns)))
@@ -173,14 +173,14 @@ class QueuedOutput:
             raise
 
     def write(self, at_ns: int, samples: np.ndarray) -> list[OutputEvent]:
-        if not self._put(lambda output: self._told.extend(output.write(at_ns, samples)), samples.nbytes):
+        if not self._put(lambda output: self._events.extend(output.write(at_ns, samples)), samples.nbytes):
             self._lost_samples += len(samples)
         return self._news()
 
     def advance(self, now_ns: int) -> list[OutputEvent]:
         if now_ns // NS_PER_S > self._advanced_s:
             self._advanced_s = now_ns // NS_PER_S
-            self._put(lambda output: self._told.extend(output.advance(now_ns)))
+            self._put(lambda output: self._events.extend(output.advance(now_ns)))
         return self._news()
 
     def close(self, end_ns: int) -> None:
@@ -195,10 +195,10 @@ class QueuedOutput:
 
     def _news(self) -> list[OutputEvent]:
         news: list[OutputEvent] = []
-        while self._told:
-            news.append(self._told.popleft())
-        if self._lost_samples and not self._has_told:
-            self._has_told = True
+        while self._events:
+            news.append(self._events.popleft())
+        if self._lost_samples and not self._loss_reported:
+            self._loss_reported = True
             seconds = self._lost_samples / SPEECH_RATE_HZ
             news.append(OutputEvent("recording_lost", {"file": self._path.name, "seconds": seconds}))
         return news

@@ -32,13 +32,13 @@ class Accounts:
     """What every actor has told of its edges last. An actor is known by its name on the bus."""
 
     def __init__(self) -> None:
-        self._told: dict[str, Mapping[str, EdgeEnds]] = {}
+        self._reported: dict[str, Mapping[str, EdgeEnds]] = {}
         self._dead: set[str] = set()
         self._buried: set[tuple[str, str]] = set()  # (by whom, who)
 
-    def told(self, actor: str, ends: Mapping[str, EdgeEnds]) -> None:
+    def reported(self, actor: str, ends: Mapping[str, EdgeEnds]) -> None:
         """ends: by edge."""
-        self._told[actor] = ends
+        self._reported[actor] = ends
 
     def died(self, actor: str, buried_by: Iterable[str]) -> None:
         """buried_by: the actors that sent to it and live; what they tell from now on has it that it is dead."""
@@ -48,8 +48,8 @@ class Accounts:
     def of(self, edges: Iterable[str]) -> dict[str, Account]:
         """The accounts of these edges."""
         ends: dict[str, list[Account]] = {edge: [] for edge in edges}
-        for actor in self._told.keys() - self._dead:
-            for edge, each in self._told[actor].items():
+        for actor in self._reported.keys() - self._dead:
+            for edge, each in self._reported[actor].items():
                 ends[edge] += [account for account in (each.sent, each.received) if account is not NOTHING]
         for edge, accounts in ends.items():
             for actor in self._dead:
@@ -60,7 +60,7 @@ class Accounts:
         """What had left it and has not come anywhere is lost; what has come and it had not told of yet was accepted."""
         sent = self._ends(actor, edge).sent
         unburied = self._arrived(actor, edge, [dead for dead in self._dead if (actor, dead) not in self._buried])
-        seen = unburied + self._arrived(actor, edge, self._told.keys() - self._dead)
+        seen = unburied + self._arrived(actor, edge, self._reported.keys() - self._dead)
         left = sent.in_flight - seen
         dropped: dict[Reason, int] = {**sent.dropped, "crash": sent.dropped.get("crash", 0) + max(left, 0)}
         return Account(sent.accepted + max(-left, 0), sent.delivered + unburied, dropped)
@@ -69,7 +69,7 @@ class Accounts:
         return sum(self._ends(receiver, edge).arrived.get(sender, 0) for receiver in receivers)
 
     def _ends(self, actor: str, edge: str) -> EdgeEnds:
-        return self._told.get(actor, {}).get(edge, NO_ENDS)
+        return self._reported.get(actor, {}).get(edge, NO_ENDS)
 
 
 def _named(received: Account) -> Account:

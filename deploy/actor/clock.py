@@ -23,7 +23,7 @@ def clock_ahead_ns(ask: Callable[[], int], now_ns: Callable[[], int] = time.mono
     """
     answers: list[tuple[int, int]] = []
     for _ in range(num_questions):
-        asked_ns = now_ns()
+        sent_ns = now_ns()
         try:
             theirs_ns = ask()
         except TimeoutError:
@@ -31,7 +31,7 @@ def clock_ahead_ns(ask: Callable[[], int], now_ns: Callable[[], int] = time.mono
                 raise
             break
         answered_ns = now_ns()
-        answers.append((answered_ns - asked_ns, theirs_ns - (asked_ns + answered_ns) // 2))
+        answers.append((answered_ns - sent_ns, theirs_ns - (sent_ns + answered_ns) // 2))
     return min(answers)[1]
 
 

@@ -103,7 +103,7 @@ class Inbox:
     def _hear(self, state: OpenSession, chunk: Chunk) -> None:
         """News of the listener. In real time they wake nothing: a stage reads the newest when it decides."""
         state.session.playback.hear(chunk)
-        state.session.level.told(chunk.start_ns, int(chunk.attrs.get("level") or 0))
+        state.session.level.update(chunk.start_ns, int(chunk.attrs.get("level") or 0))
         if not state.session.paced:
             self._replica.schedule.touch(chunk.session)
 

@@ -46,8 +46,8 @@ def breaks_process(error: BaseException | None) -> bool:
 def reason_of(error: BaseException) -> str:
     """One line: what was raised, and its first words."""
     cause = error.__cause__ if isinstance(error, BatchLost) and error.__cause__ is not None else error
-    told = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-    return " ".join(told.split())[:MAX_REASON_CHARS].encode(errors="replace").decode()
+    text = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+    return " ".join(text.split())[:MAX_REASON_CHARS].encode(errors="replace").decode()
 
 
 # ---- a batch ---------------------------------------------------------------------------------------------------------
@@ -106,11 +106,11 @@ def _made(stage: Stage, units: Iterable[Unit], sessions: Collection[SessionId]) 
         if not isinstance(chunk, Chunk):
             raise BatchLost("process() is to return chunks") from TypeError(f"it returned a {type(chunk).__name__}")
         if not isinstance(chunk.session, str):
-            told = f"a chunk whose session is a {type(chunk.session).__name__}; give its id, such as unit.session"
-            raise BatchLost("a chunk of no session") from TypeError(told)
+            problem = f"a chunk whose session is a {type(chunk.session).__name__}; give its id, such as unit.session"
+            raise BatchLost("a chunk of no session") from TypeError(problem)
         if chunk.session not in answered and chunk.session not in sessions:
-            told = f"a chunk of session {chunk.session!r}, which {_not_there(answered, sessions)}"
-            raise BatchLost("a chunk of no session of the batch") from ValueError(told)
+            problem = f"a chunk of session {chunk.session!r}, which {_not_there(answered, sessions)}"
+            raise BatchLost("a chunk of no session of the batch") from ValueError(problem)
     return chunks
 
 
@@ -136,7 +136,7 @@ class Faults:
         self._in_a_row: dict[str, int] = {}
         self._untold: dict[str, Failure] = {}  # by reason, in order: a thousand of one kind are told as one
         self._guards: dict[str, _Guard] = {}  # by hook
-        self._end_is_told = False
+        self._end_is_reported = False
         self.given_up = ""
 
     @property
@@ -177,8 +177,8 @@ class Faults:
         """Not told in an event before? That the stage is not asked any more is told once, and not for each window."""
         if failure.reason != self.given_up:
             return True
-        was_told, self._end_is_told = self._end_is_told, True
-        return not was_told
+        was_reported, self._end_is_reported = self._end_is_reported, True
+        return not was_reported
 
 
 class _Guard:

@@ -69,7 +69,7 @@ class Lives:
         others = [state.session for state in self._replica.open.values() if state.ladder is not None]
         level = plan.resume_from.level if plan.resume_from else usual_level(session, others) if has_ladder else 0
         ladder = Ladder(session.ladder, session.window_ns, level) if has_ladder else None
-        session.level.told(0, level)
+        session.level.update(0, level)
         faults = Faults(self._replica.name, lambda error, where: self._replica.meter.failed(session, error, where))
         faults.given_up = plan.given_up
         state = OpenSession(plan, _join_of(plan), lanes, queues, self._replica.clock, ladder, faults)
@@ -176,10 +176,10 @@ class Lives:
         except BaseException as error:
             if breaks_process(error):
                 raise
-            name, is_told = self._replica.name, isinstance(error, StageError)
-            if is_told and str(error).startswith(f"{name}: "):
+            name, is_stage_error = self._replica.name, isinstance(error, StageError)
+            if is_stage_error and str(error).startswith(f"{name}: "):
                 raise
-            reason = one_line(str(error)) if is_told else reason_of(error)
+            reason = one_line(str(error)) if is_stage_error else reason_of(error)
             raise StageError(f"{name}: session {session.id!r} can't be opened: {reason}") from error
 
     def _resume(self, state: OpenSession, listener: Listener) -> None:

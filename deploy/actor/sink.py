@@ -41,15 +41,15 @@ class WindowEnd:
 
     def done(self, unit: Unit, received_ns: int, trace: Trace, now_ns: int, num_sessions: int) -> list[Chunk]:
         """A window is through, which had come here at `received_ns`. num_sessions: that share what there is."""
-        told = [e for f in trace.failures for e in self._event(now_ns, _failed(unit, f.stage, f.reason))]
+        chunks = [e for f in trace.failures for e in self._event(now_ns, _failed(unit, f.stage, f.reason))]
         self._is_over |= trace.digest == AFTERWORD
         if self._is_over:  # no window of the camera, nor is a later one that was given up before its trace came
-            return told
+            return chunks
         latency_ns = max(received_ns - unit.end_ns, 0)
-        told += self._event(unit.start_ns, self._row(unit, received_ns, latency_ns, trace))
+        chunks += self._event(unit.start_ns, self._row(unit, received_ns, latency_ns, trace))
         if self._ladder is not None and self._ladder.window(now_ns, latency_ns, num_sessions):
-            told += self._moved(self._ladder, now_ns)
-        return told
+            chunks += self._moved(self._ladder, now_ns)
+        return chunks
 
     def _row(self, unit: Unit, received_ns: int, latency_ns: int, trace: Trace) -> dict[str, Scalar]:
         session = self._session
@@ -82,7 +82,7 @@ class WindowEnd:
         """A step of the ladder was taken, or given back: the other stages hear of it with the listener's news."""
         session = self._session
         before, level = session.level.num_steps, ladder.level
-        session.level.told(now_ns, level)
+        session.level.update(now_ns, level)
         self._meter.moved(session, level)
         attrs: dict[str, Scalar] = {
             "type": "shed" if level > before else "restored",

@@ -50,7 +50,7 @@ class Cameras(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Change:
     """Something to be done by the pipeline's thread. camera: as it is to be then; None: remove it. view: only that."""
 
     name: str
@@ -92,15 +92,15 @@ class LiveCameras:
         self._coming: dict[str, CameraSpec] = {}  # a view by the name of both, with its source only
         self._open = dict(spec.cameras)
         self._used = set(spec.cameras)
-        self._asked: deque[_Asked] = deque()
-        self._opening: list[tuple[_Asked, Reply[None]]] = []  # by the pipeline's thread, which alone touches it
+        self._pending: deque[_Change] = deque()
+        self._opening: list[tuple[_Change, Reply[None]]] = []  # by the pipeline's thread, which alone touches it
         self._until_s: float | None = None  # when the sources end, on the monotonic clock
         self._is_over = threading.Event()
         self._closed = "the pipeline is starting"  # why nothing is answered; "" when it is
 
     # ---- who asks ----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, wanted: Mapping[str, object]) -> Added:
+    def add(self, name: str, config: Mapping[str, object]) -> Added:
         """Add a camera, described as in `cameras:`; returns once its session is open.
 
         A name like `porch/back` adds a view to a camera that is watched.
@@ -110,26 +110,26 @@ class LiveCameras:
         """
         camera_name, slash, view = name.partition("/")
         if slash:
-            return self._add_view(camera_name, view, wanted)
-        camera = self._checks.camera(name, wanted)
-        warnings = self._open_checked(_Asked(name, camera), name, camera)
+            return self._add_view(camera_name, view, config)
+        camera = self._checks.camera(name, config)
+        warnings = self._open_checked(_Change(name, camera), name, camera)
         return Added(name, shown_sources(camera.shown_sources), warnings)
 
-    def _add_view(self, name: str, view: str, wanted: Mapping[str, object]) -> Added:
+    def _add_view(self, name: str, view: str, config: Mapping[str, object]) -> Added:
         whole = mask_urls(f"{name}/{view}")
-        check_only_source(whole, wanted)
+        check_only_source(whole, config)
         with self._lock:
             before = camera_of(self._open, name, whole)
-        camera = self._checks.with_view(before, name, view, wanted)
-        warnings = self._open_checked(_Asked(name, camera, view), whole, camera.apart[view])
+        camera = self._checks.with_view(before, name, view, config)
+        warnings = self._open_checked(_Change(name, camera, view), whole, camera.apart[view])
         return Added(whole, camera.views[view].masked, warnings)
 
-    def _open_checked(self, asked: _Asked, name: str, coming: CameraSpec) -> tuple[str, ...]:
+    def _open_checked(self, change: _Change, name: str, coming: CameraSpec) -> tuple[str, ...]:
         """Look at what comes, and let it be opened; returns warnings. name: with its view, where only one comes."""
         self._reserve(name, coming)
         try:
             warnings = look_at({name: coming}, self._is_over.is_set)
-            self._ask(asked)
+            self._ask(change)
         finally:
             with self._lock:
                 self._coming.pop(name, None)
@@ -146,7 +146,7 @@ class LiveCameras:
             camera = camera_of(self._open, camera_name, whole)
         if slash:
             check_spare(whole, view, camera)
-        self._ask(_Asked(camera_name, None, view))
+        self._ask(_Change(camera_name, None, view))
 
     def _reserve(self, name: str, coming: CameraSpec) -> None:
         is_camera = "/" not in name
@@ -164,18 +164,18 @@ class LiveCameras:
             self._checks.admit(cameras, self._retry_after_s())
             self._coming[name] = coming
 
-    def _ask(self, asked: _Asked) -> None:
+    def _ask(self, change: _Change) -> None:
         with self._lock:
             self._refuse_if_closed()
-            self._asked.append(asked)
+            self._pending.append(change)
         self._wake.set()
         try:
-            asked.done.result(ANSWER_S)
+            change.done.result(ANSWER_S)
         except FutureTimeout:
-            if asked.done.cancel():
-                told = f"{asked}: the pipeline has not answered within {ANSWER_S:g} s"
-                raise Refused(504, told) from None
-            asked.done.result()  # it has begun, and its own calls have an end
+            if change.done.cancel():
+                problem = f"{change}: the pipeline has not answered within {ANSWER_S:g} s"
+                raise Refused(504, problem) from None
+            change.done.result()  # it has begun, and its own calls have an end
 
     def _refuse_if_closed(self) -> None:
         if self._until_s is not None and time.monotonic() >= self._until_s:
@@ -203,8 +203,8 @@ class LiveCameras:
     def answer(self, cameras: Cameras) -> None:
         """Begin what was asked for since, and answer what is done by now."""
         with self._lock:
-            asked, self._asked = list(self._asked), deque()
-        for each in asked:
+            pending, self._pending = list(self._pending), deque()
+        for each in pending:
             if not each.done.set_running_or_notify_cancel():
                 continue
             try:
@@ -221,18 +221,18 @@ class LiveCameras:
             else:
                 each.done.set_exception(each.refusal(reply.error, self._retry_after_s()))
 
-    def _done(self, asked: _Asked) -> None:
+    def _done(self, change: _Change) -> None:
         """Take it down. Of a camera that is removed it is over with `ended`."""
-        name, camera = asked.name, self._open.get(asked.name)
+        name, camera = change.name, self._open.get(change.name)
         with self._lock:
-            if asked.camera is not None and not asked.view:
-                self._open[name] = asked.camera
+            if change.camera is not None and not change.view:
+                self._open[name] = change.camera
                 if self._keeps_files:
                     self._used.add(name)
-            elif camera is not None and asked.view:
-                views = {view: source for view, source in camera.views.items() if view != asked.view}
-                if asked.camera is not None:
-                    views[asked.view] = asked.camera.views[asked.view]
+            elif camera is not None and change.view:
+                views = {view: source for view, source in camera.views.items() if view != change.view}
+                if change.camera is not None:
+                    views[change.view] = change.camera.views[change.view]
                 self._open[name] = camera.model_copy(update={"views": views})
 
     def ended(self, name: str) -> None:
@@ -245,10 +245,10 @@ class LiveCameras:
         with self._lock:
             self._closed = ENDING
             self._is_over.set()
-            left, self._asked = list(self._asked), deque()
+            left, self._pending = list(self._pending), deque()
         opening, self._opening = self._opening, []
-        for asked, _ in opening:
-            asked.done.set_exception(Refused(503, ENDING))
-        for asked in left:
-            if asked.done.set_running_or_notify_cancel():
-                asked.done.set_exception(Refused(503, ENDING))
+        for change, _ in opening:
+            change.done.set_exception(Refused(503, ENDING))
+        for change in left:
+            if change.done.set_running_or_notify_cancel():
+                change.done.set_exception(Refused(503, ENDING))

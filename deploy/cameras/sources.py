@@ -204,12 +204,12 @@ def probe_all(
 
     pool = ThreadPoolExecutor(min(len(live), MAX_LIVE_AT_ONCE) + MAX_FILES_AT_ONCE)
     try:
-        asked = {name: pool.submit(ask, cameras[name], is_over) for name in live}
-        asked |= {name: pool.submit(ask, cameras[name], interrupted.is_set) for name in files}
-        wait(asked.values(), timeout=SLOW_S)
-        if silent := [name for name, future in asked.items() if not future.done()]:
+        probes = {name: pool.submit(ask, cameras[name], is_over) for name in live}
+        probes |= {name: pool.submit(ask, cameras[name], interrupted.is_set) for name in files}
+        wait(probes.values(), timeout=SLOW_S)
+        if silent := [name for name, future in probes.items() if not future.done()]:
             say(silent)
-        return {name: asked[name].result() for name in cameras}
+        return {name: probes[name].result() for name in cameras}
     finally:
         interrupted.set()
         pool.shutdown(cancel_futures=True)
@@ -238,8 +238,8 @@ def parse_cameras(texts: Sequence[str], option: str = "--camera ") -> dict[str, 
     for text in texts:
         name, equals, source = text.partition("=")
         if not equals or not name or not source:
-            told = f"{option}{mask_urls(text)}: expected name=source"
-            raise SourceError(f"{told}, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
+            problem = f"{option}{mask_urls(text)}: expected name=source"
+            raise SourceError(f"{problem}, like door=clip.mp4 or yard=rtsp://10.0.0.7/live")
         if not is_text(text):
             what = f"{NOT_UTF_8}: rename the file, or make a link to it with another name (ln -s)"
             raise SourceError(f"{option}{mask_urls(text)}: {what}")

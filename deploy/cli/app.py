@@ -190,12 +190,12 @@ def simulate(
         return
     with clear_errors(), usage():
         spec, numbers = load(file, overrides or []), parse_seeds(seeds)
-        found = find_scenario(scenario).sized(sessions, windows)
+        selected = find_scenario(scenario).sized(sessions, windows)
         if profile is not None:
-            found = found.priced(read_profile(profile), spec)
+            selected = selected.priced(read_profile(profile), spec)
     with clear_errors(), silent():  # what stages warn of is what the scenario does to them
-        report: Report = run_scenario(spec, found, numbers)
-    shortest = shrink(spec, found, report.violations[0]) if report.violations else None
+        report: Report = run_scenario(spec, selected, numbers)
+    shortest = shrink(spec, selected, report.violations[0]) if report.violations else None
     print_report(report, shortest, as_json)
     if report.violations:
         raise typer.Exit(EXIT_VIOLATED)

@@ -27,11 +27,11 @@ def stages(file: File = None, overrides: Set = None, as_json: Json = False) -> N
     camera), options, scope, component, is_local, can_be_off}}.
     """
     with clear_errors(), usage():
-        found = _described(file, overrides or [])
+        described = _described(file, overrides or [])
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(described, indent=2))
         return
-    for name, stage in found.items():
+    for name, stage in described.items():
         print("\n".join(_block(name, stage)), end="\n\n")
 
 
@@ -40,14 +40,14 @@ def _block(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}  {stage['class']}{'  (does not run here)' if stage['runs'] is False else ''}"
     if stage["about"]:
         yield f"    {stage['about']}"
-    told = {
+    rows = {
         "inputs": ", ".join(_input(port, each) for port, each in stage["inputs"].items()),
         "outputs": ", ".join(_output(port, kind, stage["many"]) for port, kind in stage["outputs"].items()),
         "options": ", ".join(
             f"{option}: {json.dumps(value, ensure_ascii=False)}" for option, value in stage["options"].items()
         ),
     }
-    yield from (f"    {f'{key}:':<9}{text}" for key, text in told.items() if text)
+    yield from (f"    {f'{key}:':<9}{text}" for key, text in rows.items() if text)
 
 
 def _input(port: str, each: Mapping[str, Any]) -> str:
@@ -83,7 +83,7 @@ def graph(
         print("\n".join(mermaid(spec)))
     else:
         table(
-            [row | {"to": _target(row), "credit": _told(row["credit"])} for row in _rows(spec)],
+            [row | {"to": _target(row), "credit": _credit_text(row["credit"])} for row in _rows(spec)],
             ("from", "to", "kind", "credit", "when_full", "late"),
         )
 
@@ -126,7 +126,7 @@ def _seconds(time_ns: int | None) -> float | None:
     return None if time_ns is None else time_ns / NS_PER_S
 
 
-def _told(credit: dict[str, Any]) -> str:
+def _credit_text(credit: dict[str, Any]) -> str:
     return f"{credit['chunks']} chunks" + (f", {credit['time_s']:g} s" if credit["time_s"] else "")
 
 

@@ -131,13 +131,13 @@ def _print(reckoned: Plan | None, foreseen: list[Foreseen], on_gpus: GpuPlan | N
     from deploy.simulator.foresee import GRADES, lines, most_served
 
     if as_json:
-        told = {} if reckoned is None else reckoned.as_dict()
+        document = {} if reckoned is None else reckoned.as_dict()
         if foreseen:
-            told["foreseen"] = [each.as_dict() for each in foreseen]
-            told["served"] = {f"{grade:g}": most_served(foreseen, grade) for grade in GRADES}
+            document["foreseen"] = [each.as_dict() for each in foreseen]
+            document["served"] = {f"{grade:g}": most_served(foreseen, grade) for grade in GRADES}
         if on_gpus is not None:
-            told["memory"] = on_gpus.as_dict()
-        print(json.dumps(told, indent=2))
+            document["memory"] = on_gpus.as_dict()
+        print(json.dumps(document, indent=2))
         return
     if reckoned is not None:
         from deploy.control.capacity import print_plan

@@ -115,9 +115,9 @@ def camera_add(
         resolved = resolve(written, os.environ)
     source = resolved if isinstance(resolved, Secret) else Secret(resolved)
     given = {"source": source.reveal(), "masked_source": source.masked, "fps": fps, "microphone": microphone}
-    wanted = {"name": name, **given}
-    asked = {key: value for key, value in wanted.items() if value is not None}
-    added = _ask_gateway("POST", "/api/v1/cameras", asked)
+    fields = {"name": name, **given}
+    body = {key: value for key, value in fields.items() if value is not None}
+    added = _ask_gateway("POST", "/api/v1/cameras", body)
     if as_json:
         print(json.dumps(added, indent=2))
         return
@@ -156,7 +156,7 @@ def _ask_gateway(method: str, path: str, body: dict[str, Any] | None = None) -> 
         with _directly(request, timeout_s=180) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        message = _told_in(error.read()) or f"{running.url} answers {error.code} to {method} {path}"
+        message = _error_in(error.read()) or f"{running.url} answers {error.code} to {method} {path}"
         if (retry_after_s := error.headers.get("Retry-After")) is not None:
             message += f"; try again in {retry_after_s} s"
         return fail(message, EXIT_USAGE if error.code in (400, 404, 409, 422) else EXIT_RUNTIME)
@@ -164,7 +164,7 @@ def _ask_gateway(method: str, path: str, body: dict[str, Any] | None = None) -> 
         return fail(f"{running.url} does not answer: {error}", EXIT_RUNTIME)
 
 
-def _told_in(answer: bytes) -> str:
+def _error_in(answer: bytes) -> str:
     """What an answer says of its error; "" when it is none of ours."""
     import json
 

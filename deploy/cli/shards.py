@@ -93,8 +93,8 @@ def shards_quantize(
         for timing in compare_speed(done.largest, done.quantization):
             before_ms, after_ms = timing.before_s * 1e3, timing.after_s * 1e3
             ratio = before_ms / after_ms
-            told = f"{before_ms:.3g} ms in bfloat16, {after_ms:.3g} ms in {bits} bits ({ratio:.2g} times as fast)"
-            tell(f"  {shape} with {timing.num_rows} row(s) on this CPU: {told}")
+            comparison = f"{before_ms:.3g} ms in bfloat16, {after_ms:.3g} ms in {bits} bits ({ratio:.2g} times as fast)"
+            tell(f"  {shape} with {timing.num_rows} row(s) on this CPU: {comparison}")
 
 
 @shards.command("verify")

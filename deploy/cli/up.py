@@ -135,25 +135,25 @@ def _with_cameras(spec: PipelineSpec, sources: dict[str, str]) -> PipelineSpec:
 def _summary(outcome: Outcome, *, every_edge: bool = False) -> Iterator[str]:
     """every_edge: also of edges on which all that was accepted has been delivered."""
     if outcome.ledger:
-        yield _told_of_all(outcome.ledger)
+        yield _ledger_line(outcome.ledger)
     for edge, account in outcome.ledger.items():
         if every_edge or account.accepted != account.delivered:
-            yield f"  {edge:<38} {_told(account)}"
+            yield f"  {edge:<38} {_account_text(account)}"
     if outcome.out is not None:
         left = ", ".join(_left_in(outcome.out))
         yield f"left in {outcome.out}: {left}" if left else f"nothing is left in {outcome.out}: its files were removed"
 
 
-def _told_of_all(ledger: Mapping[str, Account]) -> str:
+def _ledger_line(ledger: Mapping[str, Account]) -> str:
     """One line: whether every chunk is accounted for."""
     from graph.ledger import merge
 
     num_open = sum(account.in_flight != 0 for account in ledger.values())
     how = f"not exact on {num_open} of {len(ledger)} edges" if num_open else f"exact on all {len(ledger)} edges"
-    return f"ledger {how}: {_told(merge(ledger.values())).lstrip()}"
+    return f"ledger {how}: {_account_text(merge(ledger.values())).lstrip()}"
 
 
-def _told(account: Account) -> str:
+def _account_text(account: Account) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items() if count)
     dropped = f"{sum(account.dropped.values())} dropped" + (f" ({reasons})" if reasons else "")
     return f"{account.accepted:>6} accepted = {account.delivered} delivered + {dropped} + {account.in_flight} in flight"

@@ -126,17 +126,17 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """Why this does not work; empty when it does."""
-        found = [
+        problems = [
             f"{name} would be busy {100 * stage.load:.0f} % of the time, {100 * MAX_LOAD:.0f} % is the most"
             for name, stage in self.stages.items()
             if stage.load > MAX_LOAD
         ]
         if self.latency_p99_ns > self.window_ns - RESERVE_NS:
             takes_s, most_s = self.latency_p99_ns / NS_PER_S, (self.window_ns - RESERVE_NS) / NS_PER_S
-            found.append(f"a window would take {takes_s:.2f} s at p99, {most_s:.2f} s is the most")
+            problems.append(f"a window would take {takes_s:.2f} s at p99, {most_s:.2f} s is the most")
         if self.cores > MAX_LOAD * self.num_cores:
-            found.append(f"{self.cores:.1f} cores would be busy, {MAX_LOAD * self.num_cores:.1f} is the most")
-        return found
+            problems.append(f"{self.cores:.1f} cores would be busy, {MAX_LOAD * self.num_cores:.1f} is the most")
+        return problems
 
     def applied_to(self, spec: PipelineSpec) -> PipelineSpec:
         """The pipeline with as many replicas as planned."""

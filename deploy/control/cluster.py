@@ -142,9 +142,9 @@ class Cluster:
         self.groups.append(group)
         if not group.wait(PLACEMENT_TIMEOUT_S):
             free = ray.available_resources()  # type: ignore[no-untyped-call]
-            told = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU"))
+            amounts = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU"))
             raise PlacementError(
-                f"the cluster could hold the pipeline, but its resources are taken: {told} free; "
+                f"the cluster could hold the pipeline, but its resources are taken: {amounts} free; "
                 "stop something, or wait and try again"
             )
         return group  # type: ignore[no-any-return]

@@ -60,7 +60,7 @@ def ledger_of(tools: Tools) -> dict[str, Account]:
 def take_reports(tools: Tools) -> None:
     """Those that have come, into the accounts."""
     for peer, ends in tools.fleet.take_reports().items():
-        tools.accounts.told(peer, ends)
+        tools.accounts.reported(peer, ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,9 @@ def _give_up(tools: Tools, silent: Sequence[Living]) -> list[_Burial]:
 
 
 def _silent(tools: Tools) -> list[Living]:
-    return [each for each in tools.fleet.living.values() if each.asked is not None or each.line.error is not None]
+    return [
+        each for each in tools.fleet.living.values() if each.pending_report is not None or each.line.error is not None
+    ]
 
 
 def _ask_twice(tools: Tools, burials: Sequence[_Burial], deadline: Deadline) -> None:

@@ -36,15 +36,15 @@ class Cluster(Transport, Protocol):
 class Living:
     """An actor that runs. peer: its name on the bus.
 
-    asked: a report that has not come yet; asked_at, reported_at: the numbers of that one and of the last that came.
+    pending_report: that has not come yet; requested_at, reported_at: the numbers of it and of the last that came.
     """
 
     process: Process
     line: Line
     peer: str
     address: Address
-    asked: Reply[Report] | None = None
-    asked_at: int = 0
+    pending_report: Reply[Report] | None = None
+    requested_at: int = 0
     reported_at: int = 0
 
 
@@ -115,23 +115,23 @@ class Fleet:
         """Of all; who has not answered the last time is not asked again. Returns all that are to come."""
         self._num_reports += 1
         for living in self.living.values():
-            if living.asked is None:
-                living.asked, living.asked_at = living.line.post("report"), self._num_reports
-        return [living.asked for living in self.living.values() if living.asked is not None]
+            if living.pending_report is None:
+                living.pending_report, living.requested_at = living.line.post("report"), self._num_reports
+        return [living.pending_report for living in self.living.values() if living.pending_report is not None]
 
     def take_reports(self) -> Mapping[str, Mapping[str, EdgeEnds]]:
         """Those that have come: the accounts in them, by the actor's name on the bus."""
         ends: dict[str, Mapping[str, EdgeEnds]] = {}
         for living in self.living.values():
-            if living.asked is not None and living.asked.is_done:
-                if living.asked.error is None:
-                    report = living.asked.result()
+            if living.pending_report is not None and living.pending_report.is_done:
+                if living.pending_report.error is None:
+                    report = living.pending_report.result()
                     self.snapshots[living.process.name] = report.stages
-                    living.reported_at = living.asked_at
+                    living.reported_at = living.requested_at
                     ends[living.peer] = report.ends
                 else:  # it can't say any more what it does
-                    living.line.fail(CoordinatorError(str(living.asked.error)))
-                living.asked = None
+                    living.line.fail(CoordinatorError(str(living.pending_report.error)))
+                living.pending_report = None
         return ends
 
     def at_end(self, living: Living, placement: Placement) -> SessionSnapshot:

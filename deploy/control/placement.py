@@ -79,7 +79,9 @@ def check_fits(processes: Iterable[Process], nodes: Iterable[Resources]) -> None
     for process in sorted(processes, key=lambda p: -sum(p.resources.values())):
         node = next((node for node in free if _fits(process.resources, node)), None)
         if node is None:
-            problems.append(f"{process.name} asks for {_told(process.resources)}; {_missing(process.resources, free)}")
+            problems.append(
+                f"{process.name} asks for {_amounts(process.resources)}; {_missing(process.resources, free)}"
+            )
             continue
         for resource, amount in process.resources.items():
             node[resource] -= amount
@@ -95,25 +97,25 @@ def num_cpus_for(processes: Iterable[Process], available: int) -> int:
 def _resources(stages: Iterable[StageOptions]) -> Resources:
     total: dict[str, float] = {}
     for stage in stages:
-        asked = {"CPU": stage.cpus, "GPU": stage.gpus, **stage.resources}
-        for resource, amount in asked.items():
+        required = {"CPU": stage.cpus, "GPU": stage.gpus, **stage.resources}
+        for resource, amount in required.items():
             total[resource] = total.get(resource, 0.0) + amount
     return {resource: round(amount, 4) for resource, amount in total.items() if amount}
 
 
-def _fits(asked: Resources, node: Resources) -> bool:
-    return all(node.get(resource, 0.0) + 1e-6 >= amount for resource, amount in asked.items())
+def _fits(required: Resources, node: Resources) -> bool:
+    return all(node.get(resource, 0.0) + 1e-6 >= amount for resource, amount in required.items())
 
 
-def _missing(asked: Resources, free: list[dict[str, float]]) -> str:
+def _missing(required: Resources, free: list[dict[str, float]]) -> str:
     """What keeps a process from every node: a resource which none has enough of, or their combination."""
     short = [
         f"{resource}: no node has more than {max((node.get(resource, 0.0) for node in free), default=0.0):g} left"
-        for resource, amount in asked.items()
+        for resource, amount in required.items()
         if not any(node.get(resource, 0.0) + 1e-6 >= amount for node in free)
     ]
     return "; ".join(short) or "no node has all of it left"
 
 
-def _told(resources: Resources) -> str:
+def _amounts(resources: Resources) -> str:
     return ", ".join(f"{amount:g} {resource}" for resource, amount in resources.items())

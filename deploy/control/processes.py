@@ -53,7 +53,7 @@ class Child:
     connection: Connection
     outbox: SimpleQueue[object] = field(default_factory=SimpleQueue)
     under_way: dict[int, Question] = field(default_factory=dict)
-    num_asked: int = 0
+    num_questions: int = 0
     is_gone: bool = False
     failure: str = ""
 
@@ -121,9 +121,9 @@ class Processes:
 
     def stop(self, handles: Iterable[Child], timeout_s: float) -> None:
         """Let actors close what they hold, all at once; who takes longer is left to `kill`."""
-        asked = [self._ask(handle, "stop") for handle in handles]
+        questions = [self._ask(handle, "stop") for handle in handles]
         with self._changed:
-            self._changed.wait_for(lambda: all(each.is_done for each in asked), timeout_s)
+            self._changed.wait_for(lambda: all(each.is_done for each in questions), timeout_s)
 
     def kill(self, handle: Child) -> None:
         """Whether it lives or not."""
@@ -142,11 +142,11 @@ class Processes:
     def _ask(self, handle: Child, method: str, *arguments: object) -> Question:
         question = Question(handle)
         with self._changed:
-            handle.num_asked += 1
+            handle.num_questions += 1
             question.is_done = question.is_lost = handle.is_gone
             if not handle.is_gone:
-                handle.under_way[handle.num_asked] = question
-                handle.outbox.put((handle.num_asked, method, arguments))
+                handle.under_way[handle.num_questions] = question
+                handle.outbox.put((handle.num_questions, method, arguments))
         return question
 
     def _read(self, child: Child) -> None:

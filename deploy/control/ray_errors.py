@@ -53,8 +53,8 @@ _BY_KIND: Final[tuple[tuple[type[Exception], str], ...]] = (
 def ray_reason(error: BaseException) -> str:
     """Why a call failed, an actor died or Ray did not start: one line without secrets, of at most `MAX_REASON`."""
     text = _COLOURS.sub("", str(error))
-    for told in (_out_of_memory, _lost_gcs, _timed_out_at_start, _worker_exit):
-        if reason := told(text):
+    for explain in (_out_of_memory, _lost_gcs, _timed_out_at_start, _worker_exit):
+        if reason := explain(text):
             return reason
     if isinstance(error, RayTaskError) and error.cause is not None:
         return ray_reason(error.cause)

@@ -162,11 +162,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def _print_list(benchmarks: dict[str, ModuleType], as_json: bool) -> None:
-    told = {name: (module.__doc__ or "").strip().splitlines()[0] for name, module in benchmarks.items()}
+    descriptions = {name: (module.__doc__ or "").strip().splitlines()[0] for name, module in benchmarks.items()}
     if as_json:
-        print(json.dumps([{"name": name, "about": about} for name, about in told.items()], indent=2))
+        print(json.dumps([{"name": name, "about": about} for name, about in descriptions.items()], indent=2))
         return
-    for name, about in told.items():
+    for name, about in descriptions.items():
         print(f"{name:<12} {about}")
 
 

@@ -101,10 +101,10 @@ class Result:
 
     def measures(self) -> dict[str, object]:
         """The keys of `--json`."""
-        found = summary(self.scores)
-        by_kind = found.pop("by_kind")
+        results = summary(self.scores)
+        by_kind = results.pop("by_kind")
         rates = {"wer": self.words.rate, "teacher_wer": self.words.teacher_rate}
-        return {**found, **rates, "unheard_max_s": self.unheard_max_s, "by_kind": by_kind}
+        return {**results, **rates, "unheard_max_s": self.unheard_max_s, "by_kind": by_kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,8 @@ def measure(episodes: Sequence[Episode], ablation: Ablation, settings: Sequence[
 def _run(episodes: Iterable[Episode], ablation: Ablation, settings: Sequence[str], out: Path) -> None:
     """`pipeline up --speed max --for 60s --out …` over these rooms, with the defaults for all the rest."""
     cameras = {episode.name: {"source": episode.source(ablation), "fps": ablation.fps} for episode in episodes}
-    asked = {"version": 1, "model": NANO, "cameras": cameras, "console": {"listen": "127.0.0.1:0"}}
-    spec = parse_spec(json.dumps(asked), "nano eval", CATALOG, [*GREEDY, *ablation.settings, *settings])
+    config = {"version": 1, "model": NANO, "cameras": cameras, "console": {"listen": "127.0.0.1:0"}}
+    spec = parse_spec(json.dumps(config), "nano eval", CATALOG, [*GREEDY, *ablation.settings, *settings])
     options = UpOptions(EPISODE_S * NS_PER_S, out, paced=False, state=StateFolder(Path.cwd() / "nano eval"))
     if run_up(spec, options, _tell).interrupted:
         raise KeyboardInterrupt  # half an episode can't be judged
@@ -235,13 +235,13 @@ def _kind_lines(results: Mapping[str, Result]) -> list[str]:
 
 def _mistake_lines(scores: Iterable[Score], most: int = 40) -> list[str]:
     """What went wrong, the most frequent first."""
-    counts = Counter(_told(mistake) for one in scores for mistake in one.mistakes)
+    counts = Counter(_cells_of(mistake) for one in scores for mistake in one.mistakes)
     rows = [["times", "kind", "what", "expected", "said instead"]]
-    rows += [[str(count), *told] for told, count in counts.most_common(most)]
+    rows += [[str(count), *cells] for cells, count in counts.most_common(most)]
     return ["", *_aligned(rows)] if counts else []
 
 
-def _told(mistake: Mistake) -> tuple[str, str, str, str]:
+def _cells_of(mistake: Mistake) -> tuple[str, str, str, str]:
     return mistake.kind, mistake.name, mistake.expected or "-", mistake.said or "-"
 
 

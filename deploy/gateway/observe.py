@@ -139,15 +139,15 @@ class _CameraDesk:
             return refused
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                wanted = json.loads(await request.body())
-            name = wanted.pop("name")
+                config = json.loads(await request.body())
+            name = config.pop("name")
             if not isinstance(name, str):
                 raise TypeError
         except TimeoutError:
             return _error(408, "the request has no end")
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError, ClientDisconnect):
             return _error(400, 'expected JSON like {"name": "yard", "source": "rtsp://10.0.0.7/live"}')
-        return await _answered(201, lambda: asdict(self._there().add(name, wanted)))
+        return await _answered(201, lambda: asdict(self._there().add(name, config)))
 
     async def remove(self, request: Request) -> Response:
         """To 202: the session runs to its end by itself, and a view to that of its window."""
@@ -250,5 +250,5 @@ class _RefuseBodies:
         if length.isdecimal() and int(length) <= most and "transfer-encoding" not in headers:
             await self._app(scope, receive, send)
         else:
-            told = f"at most {most} bytes are taken here" if most else "no body is taken here"
-            await _error(413, told)(scope, receive, send)
+            problem = f"at most {most} bytes are taken here" if most else "no body is taken here"
+            await _error(413, problem)(scope, receive, send)

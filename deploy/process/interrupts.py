@@ -104,14 +104,14 @@ class Interrupts:
             self.ignore()
             raise Interrupted(self._first)
 
-    def _on_swallowed(self, told: sys.UnraisableHookArgs) -> None:
+    def _on_swallowed(self, unraisable: sys.UnraisableHookArgs) -> None:
         """What was raised where nothing may be, such as in the callback of a weak reference, comes once more."""
-        if not isinstance(told.exc_value, Interrupted):
-            self._hook_before(told)
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._hook_before(unraisable)
             return
         self.count -= 1
         self.listen()
-        _send_again(told.exc_value.number)
+        _send_again(unraisable.exc_value.number)
 
 
 def _send_again(number: int) -> None:

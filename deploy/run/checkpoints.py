@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from model_shards.checkpoint import ComponentInfo
     from model_shards.config import ModelConfig
 
-MAX_DIFFERENCES_TOLD = 10
+MAX_DIFFERENCES_SHOWN = 10
 UNTRAINED = "UNTRAINED: random weights, for trying the machinery; what it says means nothing"
 OF_THE_ROOM = "trained on a synthetic room (synthetic://room); it knows nothing else"
 
@@ -149,11 +149,11 @@ def tell_differences(config: ModelConfig, tell: Callable[[str], None]) -> None:
     """Say where a checkpoint that says it is the released one has other sizes; nothing is refused for that."""
     from model_shards.config import differences
 
-    found = differences(config) if config.official else []
-    for difference in found[:MAX_DIFFERENCES_TOLD]:
+    deviations = differences(config) if config.official else []
+    for difference in deviations[:MAX_DIFFERENCES_SHOWN]:
         tell(f"not as released: {difference}")
-    if len(found) > MAX_DIFFERENCES_TOLD:
-        tell(f"not as released: {len(found) - MAX_DIFFERENCES_TOLD} more")
+    if len(deviations) > MAX_DIFFERENCES_SHOWN:
+        tell(f"not as released: {len(deviations) - MAX_DIFFERENCES_SHOWN} more")
 
 
 def cache_folder() -> Path:
@@ -167,8 +167,8 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "omni-pipeline"
     except RuntimeError:
-        told = f"HOME is not set, and user {os.getuid()} has no home; set XDG_CACHE_HOME to a folder for checkpoints"
-        raise CheckpointError(told) from None
+        problem = f"HOME is not set, and user {os.getuid()} has no home; set XDG_CACHE_HOME to a folder for checkpoints"
+        raise CheckpointError(problem) from None
 
 
 def shipped() -> Path:

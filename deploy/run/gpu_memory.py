@@ -77,35 +77,35 @@ class GpuPlan:
     @property
     def problems(self) -> list[str]:
         """Why this does not fit, and what to change; empty when it does."""
-        found = []
+        problems = []
         for number, parts in enumerate(self.gpus):
             needed = sum(part.total(self.num_sessions) for part in parts)
             if needed > self.usable:
                 names = ", ".join(f"{part.process} {_gb(part.total(self.num_sessions))}" for part in parts)
-                found.append(
+                problems.append(
                     f"GPU {number} would hold {_gb(needed)}, and an otherwise empty GPU has {_gb(self.usable)} for it "
                     f"({names}); {self._instead(parts, needed - self.usable)}"
                 )
-        found += [
+        problems += [
             f"the KV cache of {pool.stage} has room for {pool.num_sessions} sessions, not {self.num_sessions}; "
             f"set {pool.setting} to {format_bytes(pool.bytes_for(self.num_sessions))}{pool.lowered_by}"
             for pool in self.pools.values()
             if pool.num_sessions < self.num_sessions
         ]
-        return found
+        return problems
 
     def _instead(self, parts: Iterable[Part], too_much: int) -> str:
         """What saves most, as far as it is needed; pools that are too small have to grow besides."""
         on_it = list(parts)
         pools = _pools(on_it)
         missing = too_much + sum(max(pool.bytes_for(self.num_sessions) - pool.num_bytes, 0) for pool in pools)
-        told = []
+        changes = []
         savings = Counter(saving for part in on_it for saving in part.savings)
         for saving, times in sorted(savings.items(), key=lambda item: -item[0].num_bytes * item[1]):
             if missing > 0:
-                told.append(saving.to_save(-(-missing // times)))
+                changes.append(saving.to_save(-(-missing // times)))
                 missing -= times * saving.num_bytes
-        settings = [f"set {', '.join(told)}"] if told else []
+        settings = [f"set {', '.join(changes)}"] if changes else []
         if missing <= 0:
             return settings[0]
         if any(part.has_16_bits for part in on_it):
@@ -179,14 +179,14 @@ def has_gpus(spec: PipelineSpec) -> bool:
     return any(device_of(stage) == "cuda" for stage in spec.stages.values())
 
 
-def gpu_bytes_of(told: str) -> int:
+def gpu_bytes_of(text: str) -> int:
     """`h200`, or a size such as 141GiB. Raises GpuMemoryError."""
-    if told.lower() in GPUS:
-        return GPUS[told.lower()]
+    if text.lower() in GPUS:
+        return GPUS[text.lower()]
     try:
-        return parse_bytes(told)
+        return parse_bytes(text)
     except ValueError as error:
-        raise GpuMemoryError(f"no such GPU or size of memory: {told!r}; known: {', '.join(GPUS)}; {error}") from None
+        raise GpuMemoryError(f"no such GPU or size of memory: {text!r}; known: {', '.join(GPUS)}; {error}") from None
 
 
 def gpu_bytes_here() -> int | None:
@@ -224,17 +224,19 @@ def lines_of(plan: GpuPlan) -> list[str]:
             for part in parts
         ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    told = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for number, parts in enumerate(plan.gpus):
         needed = sum(part.total(plan.num_sessions) for part in parts)
-        told.append(f"GPU {number}: {_gb(needed)} of {_gb(plan.usable)} with {plan.num_sessions} sessions of a replica")
-    told += [
+        lines.append(
+            f"GPU {number}: {_gb(needed)} of {_gb(plan.usable)} with {plan.num_sessions} sessions of a replica"
+        )
+    lines += [
         f"the KV cache of {stage} has room for {pool.num_sessions} sessions, {_gb(pool.session_bytes, 2)} each at most"
         for stage, pool in plan.pools.items()
     ]
     if plan.most_sessions is not None:
-        told.append(f"so {plan.most_sessions} sessions fit")
-    return told
+        lines.append(f"so {plan.most_sessions} sessions fit")
+    return lines
 
 
 def _gb(num_bytes: int, digits: int = 1) -> str:

@@ -154,16 +154,16 @@ def _lacking(hub_id: HubId, folder: Path) -> list[str]:
         listed = [file.path for file in get_cached_repo_tree(hub_id.repo, revision=hub_id.revision)]
     except CachedRepoTreeNotFoundError:
         return missing_files(folder)
-    wanted = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in ALLOWED)]
-    return [name for name in wanted if not (folder / name).is_file()] or missing_files(folder)
+    required = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in ALLOWED)]
+    return [name for name in required if not (folder / name).is_file()] or missing_files(folder)
 
 
 def missing_files(folder: Path) -> list[str]:
     """What a checkpoint folder lacks, by name. Raises ModelError when its config.json is damaged."""
-    wanted = dict(_MODEL_FILES)
+    required = dict(_MODEL_FILES)
     if not (folder / "config.json").is_file() or load_config(folder).vocoder is not None:
-        wanted |= _VOCODER_FILES
-    missing = [told for told, files in wanted.items() if not any((folder / file).is_file() for file in files)]
+        required |= _VOCODER_FILES
+    missing = [label for label, files in required.items() if not any((folder / file).is_file() for file in files)]
     return missing + [name for name in _indexed_files(folder / _INDEX) if not (folder / name).is_file()]
 
 

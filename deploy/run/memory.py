@@ -127,8 +127,8 @@ class Needed:
             "decoders of the cameras": self.decoders,
             "Ray": self.ray,
         }
-        told = ", ".join(f"{name} {_gb(num_bytes)}" for name, num_bytes in parts.items() if num_bytes >= 50e6)
-        return f"{_gb(self.num_bytes)} of memory ({told})"
+        breakdown = ", ".join(f"{name} {_gb(num_bytes)}" for name, num_bytes in parts.items() if num_bytes >= 50e6)
+        return f"{_gb(self.num_bytes)} of memory ({breakdown})"
 
     def kv_memory_that_fits(self, available: Available) -> str | None:
         """What to set stages.llm.kv_memory to at most; None where a smaller one helps nothing."""

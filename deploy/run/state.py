@@ -213,5 +213,5 @@ def _own(folder: Path) -> None:
 
 def _is_own(folder: Path) -> bool:
     """Anybody may make a folder in /tmp."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077

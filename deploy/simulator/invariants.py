@@ -71,7 +71,7 @@ class Invariants:
 
     def sent(self, link: SendEnd, chunk: Chunk) -> None:
         if self._traced:
-            self.note(f"{link.rule.id}: {chunk.session} sends {_told(chunk)}")
+            self.note(f"{link.rule.id}: {chunk.session} sends {_chunk_text(chunk)}")
         if not chunk.is_control:
             under_way = self._under_way.setdefault(_way(link, chunk), [])
             under_way.append(chunk)
@@ -80,7 +80,7 @@ class Invariants:
     def settled(self, link: SendEnd, arrival: Arrival) -> None:
         chunk = arrival.chunk
         if self._traced:
-            self.note(f"{arrival.edge}: {chunk.session} has done with {_told(chunk)}")
+            self.note(f"{arrival.edge}: {chunk.session} has done with {_chunk_text(chunk)}")
         way = _way(link, chunk)
         under_way = self._under_way.get(way, [])
         left = [other for other in under_way if other is not chunk]
@@ -99,7 +99,7 @@ class Invariants:
     def died(self, actor: VirtualActor) -> None:
         """Its last word is known here, other than to the coordinator."""
         self.note(f"{actor.peer} dies")
-        self._accounts.told(actor.peer, actor.ends.accounts())
+        self._accounts.reported(actor.peer, actor.ends.accounts())
         self._accounts.died(actor.peer, ())
 
     def called(self, actor: VirtualActor, call: Call) -> None:
@@ -111,15 +111,15 @@ class Invariants:
         spent_ns, limit_ns = sum([chunk.duration_ns for chunk in under_way]), rule.limit.duration_ns
         is_too_long = limit_ns is not None and spent_ns > limit_ns and len(under_way) > 1
         if len(under_way) > rule.limit.chunks or is_too_long:
-            told = f"{len(under_way)} chunks, {spent_ns / NS_PER_S:.3f} s"
-            self.violated("credit", f"{rule.id}, {under_way[0].session}: {told} are under way")
+            amount = f"{len(under_way)} chunks, {spent_ns / NS_PER_S:.3f} s"
+            self.violated("credit", f"{rule.id}, {under_way[0].session}: {amount} are under way")
 
     # ---- now and then ------------------------------------------------------------------------------------------------
 
     def accounts(self, actors: Iterable[VirtualActor]) -> dict[str, Account]:
         """Of every edge, the ends of dead actors included. actors: that live."""
         for actor in actors:
-            self._accounts.told(actor.peer, actor.ends.accounts())
+            self._accounts.reported(actor.peer, actor.ends.accounts())
         return self._accounts.of(self._edges)
 
     def check(self, actors: Sequence[VirtualActor]) -> None:
@@ -156,6 +156,6 @@ def _session_in(argument: object) -> str:
     return argument.session.id if isinstance(argument, SessionPlan) else str(argument)
 
 
-def _told(chunk: Chunk) -> str:
+def _chunk_text(chunk: Chunk) -> str:
     what = chunk.type.name.lower() if chunk.is_control else f"chunk {chunk.seq}"
     return f"{what} of {chunk.stream} at {chunk.start_ns / NS_PER_S:g} s, epoch {chunk.epoch}"

@@ -37,8 +37,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """For a person: how it went."""
-        told = {key: value for key, value in self.as_dict().items() if key != "violations"}
-        return [f"{key:<28} {_shown(key, value)}" for key, value in told.items()]
+        summary = {key: value for key, value in self.as_dict().items() if key != "violations"}
+        return [f"{key:<28} {_shown(key, value)}" for key, value in summary.items()]
 
     @property
     def verdict(self) -> str:
@@ -79,10 +79,10 @@ def parse_seeds(text: str) -> range:
 
 def print_scenarios(as_json: bool) -> None:
     """What there is."""
-    told = {scenario.name: scenario.about for scenario in SCENARIOS.values()}
+    descriptions = {scenario.name: scenario.about for scenario in SCENARIOS.values()}
     if as_json:
-        print(json.dumps([{"name": name, "about": about} for name, about in told.items()], indent=2))
+        print(json.dumps([{"name": name, "about": about} for name, about in descriptions.items()], indent=2))
         return
-    width = max(map(len, told))
-    for name, about in told.items():
+    width = max(map(len, descriptions))
+    for name, about in descriptions.items():
         print(f"{name:<{width}}  {about}")

@@ -65,16 +65,16 @@ def shrink(spec: PipelineSpec, scenario: Scenario, violation: Violation) -> Shor
         if _violation(Simulation(spec, candidate, violation.seed), violation.rule) is not None:
             simplest, candidates = candidate, _simpler(candidate)
     simulation = Simulation(spec, simplest, violation.seed, traced=True)
-    found = _violation(simulation, violation.rule)
-    assert found is not None, "a seed happens the same each time"
-    return Shortest(simplest, found, tuple(simulation.trace[-LAST_LINES:]))
+    reproduced = _violation(simulation, violation.rule)
+    assert reproduced is not None, "a seed happens the same each time"
+    return Shortest(simplest, reproduced, tuple(simulation.trace[-LAST_LINES:]))
 
 
 def print_report(report: Report, shortest: Shortest | None, as_json: bool) -> None:
     """For a script, or for a person."""
-    told = report.as_dict() | ({} if shortest is None else {"shortest": shortest.as_dict()})
+    document = report.as_dict() | ({} if shortest is None else {"shortest": shortest.as_dict()})
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(document, indent=2))
         return
     for line in report.lines():
         print(line)

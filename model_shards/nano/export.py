@@ -139,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model_shards.nano.export", description=__doc__)
     parser.add_argument("trainings", type=Path)
     parser.add_argument("out", type=Path)
-    asked = parser.parse_args()
-    export(asked.trainings, asked.out)
+    args = parser.parse_args()
+    export(args.trainings, args.out)
 
 
 if __name__ == "__main__":

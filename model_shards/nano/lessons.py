@@ -52,7 +52,7 @@ class Lesson:
     def units(self) -> list[Unit]:
         units = self.lived or [(label, label) for label in self.labels]
         rows = zip(self.embedded.images.float(), self.embedded.audio.float(), units, strict=True)
-        return [Unit(image, audio, said, wanted) for image, audio, (said, wanted) in rows]
+        return [Unit(image, audio, said, expected) for image, audio, (said, expected) in rows]
 
 
 SEEN: Final = (*attribute_classes(), *(2 for _ in COLOURS))

@@ -108,8 +108,8 @@ class Painter:
             left = look.door_x - DOOR_SIZE[0] / 2 - DOOR_REACH - 2
             top = look.horizon + 3 - DOOR_SIZE[1] - 6
             self._put(canvas, self._open_door(left, top), (left + shake[0], top + shake[1]))
-        for who in sorted(scene.people, key=lambda who: who.fallen):
-            sprite, (x, bottom) = self._person(who, t_ns)
+        for figure in sorted(scene.people, key=lambda figure: figure.fallen):
+            sprite, (x, bottom) = self._person(figure, t_ns)
             self._stand(canvas, sprite, x + shake[0], bottom + shake[1])
         for kind, place in (("dog", scene.dog), ("cat", scene.cat), ("parcel", scene.parcel)):
             if place is not None:
@@ -131,20 +131,20 @@ class Painter:
         mask = sprite if sprite.mode == "RGBA" else None
         canvas.paste(sprite, (self._pixels(corner[0]), self._pixels(corner[1])), mask)
 
-    def _person(self, who: Person, t_ns: int) -> tuple[Image.Image, tuple[float, float]]:
+    def _person(self, figure: Person, t_ns: int) -> tuple[Image.Image, tuple[float, float]]:
         """The sprite, and where its feet are."""
-        place = (self.look.columns[who.place] + self._offset(who.colour, 3), self.look.back_row)
-        pose = self._pose(who.colour, t_ns)
-        if who.fallen:
-            return self._lying(who.colour, pose), (place[0], place[1] + 6)
+        place = (self.look.columns[figure.place] + self._offset(figure.colour, 3), self.look.back_row)
+        pose = self._pose(figure.colour, t_ns)
+        if figure.fallen:
+            return self._lying(figure.colour, pose), (place[0], place[1] + 6)
         sway = Random(self.look.seed + t_ns // POSE_NS).uniform(-0.8, 0.8)
-        return self._standing(who.colour, pose), (place[0] + sway, place[1])
+        return self._standing(figure.colour, pose), (place[0] + sway, place[1])
 
-    def _pose(self, who: str, t_ns: int) -> int:
-        return Random(f"{self.look.seed} {who} {t_ns // POSE_NS}").randrange(NUM_POSES)
+    def _pose(self, colour: str, t_ns: int) -> int:
+        return Random(f"{self.look.seed} {colour} {t_ns // POSE_NS}").randrange(NUM_POSES)
 
-    def _offset(self, who: str, most: float) -> float:
-        return Random(f"{self.look.seed} {who}").uniform(-most, most)
+    def _offset(self, colour: str, most: float) -> float:
+        return Random(f"{self.look.seed} {colour}").uniform(-most, most)
 
     # --- sprites --------------------------------------------------------------------------------------------------
 

@@ -143,8 +143,8 @@ def changes_between(before: Scene, after: Scene) -> list[Change]:
     """
     if before.lens_covered != after.lens_covered:
         return [Change("lens_covered" if after.lens_covered else "lens_clear")]
-    found = [*_changes_of_people(before, after), *_changes_of_spots(before, after), *_changes_of_flags(before, after)]
-    return sorted(found, key=lambda change: SCENE_EVENTS.index(change.event))
+    changes = [*_changes_of_people(before, after), *_changes_of_spots(before, after), *_changes_of_flags(before, after)]
+    return sorted(changes, key=lambda change: SCENE_EVENTS.index(change.event))
 
 
 def _changes_of_people(before: Scene, after: Scene) -> Iterator[Change]:

@@ -189,8 +189,8 @@ def live(model: LanguageModel, tokenizer: Tokenizer, lessons: Sequence[Lesson], 
     for index, unit_outputs in enumerate(outputs):
         for row, output in enumerate(unit_outputs):
             label = oracles[row].step(lessons[row].windows[index], before[row])
-            wanted = () if oracles[row].is_lost else to_tokens(label, tokenizer)
-            lived[row].append((_said(output, tokenizer), wanted))
+            expected = () if oracles[row].is_lost else to_tokens(label, tokenizer)
+            lived[row].append((_said(output, tokenizer), expected))
             before[row] = from_tokens(output.is_listen, output.token_ids, output.end_of_turn, tokenizer)
     return [replace(lesson, lived=tuple(units)) for lesson, units in zip(lessons, lived, strict=True)]
 

@@ -31,7 +31,7 @@ Cause = tuple[Kind, str]
 """Kind and name of a due."""
 
 EVENT_KINDS: Final[tuple[Kind, ...]] = ("scene", "sound", "standing")
-ASKED_KINDS: Final[tuple[Kind, ...]] = ("question", "okay")
+REQUESTED_KINDS: Final[tuple[Kind, ...]] = ("question", "okay")
 NS_PER_S: Final = 1_000_000_000
 _ANSWERS: Final = frozenset(answers())
 
@@ -203,7 +203,7 @@ class _Judge:
             (self._met if text in due.sentences else self._half_met).append((due, utterance))
         elif cut and (due := self._first(utterance, lambda due: due.begins_with(text))):
             pass  # let go
-        elif text in _ANSWERS and (due := self._first(utterance, lambda due: due.kind in ASKED_KINDS)):
+        elif text in _ANSWERS and (due := self._first(utterance, lambda due: due.kind in REQUESTED_KINDS)):
             self._wrong.append((due, utterance))
         else:
             self._false.append(utterance)
@@ -217,8 +217,8 @@ class _Judge:
 
     def _first(self, utterance: Utterance, fits: Callable[[Due], bool]) -> Due | None:
         """Of the open dues that fit, the one that ends first."""
-        found = [due for due in self._open if due.is_open(utterance.first_window) and fits(due)]
-        return min(found, key=lambda due: due.last_window, default=None)
+        matches = [due for due in self._open if due.is_open(utterance.first_window) and fits(due)]
+        return min(matches, key=lambda due: due.last_window, default=None)
 
     def _score(self) -> Score:
         missed = [due for due in self._open if due.last_window < self._truth.num_windows]

@@ -29,20 +29,20 @@ SYSTEM_PROMPT = "Streaming Omni Conversation."
 class Unit:
     """One window. image: [queries, dim] or None where the camera gave nothing; audio: [tokens, dim] or None.
 
-    said: the sampled tokens, from <|listen|> or <|speak|> to the one that ends the unit. wanted: what should have been
-    sampled, where that is something else; it is learnt up to the first token that differs.
+    said: the sampled tokens, from <|listen|> or <|speak|> to the one that ends the unit. expected: what should have
+    been sampled, where that is something else; it is learnt up to the first token that differs.
     """
 
     image: Tensor | None
     audio: Tensor | None
     said: Sequence[int]
-    wanted: Sequence[int] | None = None
+    expected: Sequence[int] | None = None
 
     def targets(self) -> list[int]:
         """As many as `said`: the token that is learnt at each place."""
-        wanted = self.said if self.wanted is None else self.wanted
-        same = next((i for i, pair in enumerate(zip(self.said, wanted, strict=False)) if pair[0] != pair[1]), None)
-        learnt = list(wanted[: len(self.said) if same is None else same + 1])
+        expected = self.said if self.expected is None else self.expected
+        same = next((i for i, pair in enumerate(zip(self.said, expected, strict=False)) if pair[0] != pair[1]), None)
+        learnt = list(expected[: len(self.said) if same is None else same + 1])
         return learnt + [NO_TARGET] * (len(self.said) - len(learnt))
 
 

@@ -54,12 +54,12 @@ def nano_silence(num_frames: int) -> Tensor:
 def held_out_sentences() -> list[str]:
     """Sentences which nano never says and no link ever learns: real ones with one or two words swapped."""
     random, real = Random(_HELD_OUT_SEED), sentences()
-    found: dict[str, None] = {}
-    while len(found) < NUM_HELD_OUT:
+    chosen: dict[str, None] = {}
+    while len(chosen) < NUM_HELD_OUT:
         sentence = _swapped(random, real)
         if sentence not in real:
-            found[sentence] = None
-    return list(found)
+            chosen[sentence] = None
+    return list(chosen)
 
 
 def corpus_sentences(count: int, seed: int = _CORPUS_SEED) -> list[str]:

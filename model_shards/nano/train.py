@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--folder", type=Path, help="where the training stands; default ../nano-training/STAGE")
     parser.add_argument("--minutes", type=float, default=60.0, help="of computing, over all resumptions")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that helpers end, too
-    folder = asked.folder or Path("../nano-training") / asked.stage
-    load_stage(asked.stage)(folder, asked.minutes)
+    folder = args.folder or Path("../nano-training") / args.stage
+    load_stage(args.stage)(folder, args.minutes)
 
 
 if __name__ == "__main__":

@@ -411,11 +411,11 @@ def train_bank(folder: Path, clips_per_request: int = 420, num_decoys: int = 260
         texts = {request: [REQUEST_WORDING[request]] * clips_per_request for request in REQUESTS}
         others = [*sentences(), *remarks(), *_DECOYS * 6]
         said = {**texts, "decoy": [str(rng.choice(others)) for _ in range(num_decoys)]}
-        _write_bank(file, {kind: [say(_who(rng, kind), text) for text in spoken] for kind, spoken in said.items()})
+        _write_bank(file, {kind: [say(_voice_of(rng, kind), text) for text in spoken] for kind, spoken in said.items()})
     return _read_bank(file)
 
 
-def _who(rng: np.random.Generator, kind: str) -> Voice:
+def _voice_of(rng: np.random.Generator, kind: str) -> Voice:
     """Every fifth decoy is nano's own voice, which its microphone may hear."""
     return Voice("en-us", "f3", 150) if kind == "decoy" and rng.random() < 0.2 else trained(rng)
 

@@ -101,8 +101,8 @@ def loss_of(model: Behaving, batch: Batch, hints: Tensor, weight: float) -> tupl
         seen = said[happened].float().mean() if happened.any() else torch.tensor(0.0)
         whom, whose = (table[:, len(SCENE_EVENTS) : -NUM_AWAITED] for table in (flags, hints[:, len(CHOICES) :]))
         met = (whom > 0)[whose.bool()].float().mean() if whose.any() else torch.tensor(0.0)
-    told = {"words": words, "hints": hinted, "flags": true, "right": right, "events": seen, "whom": met}
-    return words + weight * hinted, {name: float(value.detach()) for name, value in told.items()}
+    measures = {"words": words, "hints": hinted, "flags": true, "right": right, "events": seen, "whom": met}
+    return words + weight * hinted, {name: float(value.detach()) for name, value in measures.items()}
 
 
 def _choice_loss(known: Sequence[Tensor], hints: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def train(folder: Path, minutes: float) -> None:
 
     def evaluate(averaged: nn.Module) -> Mapping[str, float]:
         assert isinstance(averaged, Behaving)
-        told = summary([judge(averaged.llm, tokenizer, lessons)])
-        return {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
+        scores = summary([judge(averaged.llm, tokenizer, lessons)])
+        return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
 
     try:
         training.run(loss, evaluate)

@@ -162,9 +162,9 @@ def talker_loss(talker: Talker, batch: RowBatch, wrong: torch.Generator | None) 
     """wrong: draws codes that are fed in place of the right ones, so that the talker learns to go on after its own
     mistakes; None feeds the right ones."""
     logits = talker_logits(talker, batch, wrong)
-    wanted = batch.targets != _NO_TARGET
-    loss = F.cross_entropy(logits[wanted], batch.targets[wanted])
-    right = (logits[wanted].argmax(-1) == batch.targets[wanted]).float().mean()
+    is_target = batch.targets != _NO_TARGET
+    loss = F.cross_entropy(logits[is_target], batch.targets[is_target])
+    right = (logits[is_target].argmax(-1) == batch.targets[is_target]).float().mean()
     return loss, {"loss": float(loss.detach()), "right": float(right)}
 
 

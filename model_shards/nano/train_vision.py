@@ -77,8 +77,8 @@ def describe(scene: Scene) -> list[int]:
         seen[f"at_{place}"] = 0 if person is None else COLOURS.index(person.colour) + 1
         seen[f"fallen_{place}"] = int(person is not None and person.fallen)
     for colour in COLOURS:
-        who = scene.person_in(colour)
-        seen[f"where_{colour}"] = 0 if who is None else PLACES.index(who.place) + 1
+        person = scene.person_in(colour)
+        seen[f"where_{colour}"] = 0 if person is None else PLACES.index(person.place) + 1
     for spot, place in (("dog", scene.dog), ("cat", scene.cat), ("parcel", scene.parcel), ("fire", scene.fire)):
         seen[spot] = 0 if place is None else PLACES.index(place) + 1
     if scene.lens_covered:

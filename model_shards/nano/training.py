@@ -81,15 +81,15 @@ class Training:
 
     def run(self, loss: Loss, evaluate: Evaluate | None = None) -> nn.Module:
         """Train until the schedule's time is over; returns the averaged module, which `state.pt` has too."""
-        told_s = saved_s = time.monotonic()
+        reported_s = saved_s = time.monotonic()
         evaluated_s = self.spent_s
         while self.passed < 1.0:
             begin_s = time.process_time()
             numbers = self._take_step(loss)
             self.spent_s += time.process_time() - begin_s
             now_s = time.monotonic()
-            if now_s - told_s >= TELL_EVERY_S:
-                told_s = now_s
+            if now_s - reported_s >= TELL_EVERY_S:
+                reported_s = now_s
                 self._tell(numbers)
             if evaluate and self.spent_s - evaluated_s >= 60 * self.schedule.eval_every_minutes:
                 evaluated_s = self.spent_s
@@ -122,8 +122,10 @@ class Training:
 
     def _tell(self, numbers: Mapping[str, float], what: str = "train") -> None:
         left_min = self.schedule.minutes - self.spent_s / 60
-        told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        print(f"{what:5}  step {self.step}  {self.spent_s / 60:.1f} min  {told}  ETA {left_min:.0f} min", flush=True)
+        measures = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        print(
+            f"{what:5}  step {self.step}  {self.spent_s / 60:.1f} min  {measures}  ETA {left_min:.0f} min", flush=True
+        )
         row = {"what": what, "step": self.step, "minutes": round(self.spent_s / 60, 2), **numbers}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -145,9 +147,9 @@ class Training:
         self.module.load_state_dict(state["module"])
         self.averaged.load_state_dict(state["averaged"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            told = [(group["scale"], group["weight_decay"]) for group in optimizer.param_groups]
+            settings = [(group["scale"], group["weight_decay"]) for group in optimizer.param_groups]
             optimizer.load_state_dict(stored)
-            for group, (scale, decay) in zip(optimizer.param_groups, told, strict=True):
+            for group, (scale, decay) in zip(optimizer.param_groups, settings, strict=True):
                 group["scale"], group["weight_decay"] = scale, decay  # what the code says now, not what was stored
         self.step, self.spent_s = int(state["step"]), float(state["spent_s"])
 

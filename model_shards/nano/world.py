@@ -285,7 +285,10 @@ class _Planner:
             return "stop"
         standing = self._mix.standing
         return self._weighted(
-            {asked: weight * (standing if asked in AWAITED else 1.0) for asked, weight in _QUESTION_WEIGHTS.items()}
+            {
+                request: weight * (standing if request in AWAITED else 1.0)
+                for request, weight in _QUESTION_WEIGHTS.items()
+            }
         )
 
     def _weighted(self, weights: dict[Item, float]) -> Item:
@@ -361,7 +364,7 @@ class _Planner:
     def _follow_promise(self, request: Happens, index: int) -> None:
         """What was asked for happens, after something else that wasn't."""
         gap = self._rng.randint(3, 20)
-        awaited = next(event for asked, event in _AWAITED_EVENT.items() if asked == request)
+        awaited = next(event for each, event in _AWAITED_EVENT.items() if each == request)
         self._dues.append(_Due(index + gap, awaited))
         if gap > 6 and self._rng.random() < self._mix.decoy:
             others = [event for event in _AWAITED_EVENT.values() if event != awaited]
@@ -399,16 +402,16 @@ def expected(episode: Episode) -> list[Expected]:
     """What nano should say in this episode, in the order of the causes."""
     windows = episode.windows()
     oracle = Oracle()
-    found: dict[Utterance, tuple[int | None, bool]] = {}
+    said: dict[Utterance, tuple[int | None, bool]] = {}
     for window in windows:
         label = oracle.step(window)
         for utterance in oracle.waiting:
-            found.setdefault(utterance, (None, False))
+            said.setdefault(utterance, (None, False))
         if oracle.saying is not None:
-            first, _ = found.get(oracle.saying, (None, False))
+            first, _ = said.get(oracle.saying, (None, False))
             is_cut = label == BREAK_OFF and "stop" in window.requests
-            found[oracle.saying] = (window.index if first is None else first, is_cut)
-    utterances = sorted(found.items(), key=lambda item: item[0].window)
+            said[oracle.saying] = (window.index if first is None else first, is_cut)
+    utterances = sorted(said.items(), key=lambda item: item[0].window)
     return [_expect(episode, windows, utterance, first, is_cut) for utterance, (first, is_cut) in utterances]
 
 

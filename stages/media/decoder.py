@@ -151,14 +151,14 @@ def open_all(order: Order, warner: Warner) -> list[InputContainer]:
     """One connection for live sources. Files are opened once per stream: so each is read as far as the other one,
     however badly they are interleaved, at the cost of a second index and not of the memory of a whole video."""
     source = order.request.source
-    num_wanted = order.request.want_video + order.request.want_audio
+    num_streams = order.request.want_video + order.request.want_audio
     match order.kind:
         case "file":
-            return open_file(order, num_wanted)
+            return open_file(order, num_streams)
         case "http":
             options = _file_options(_PROTOCOLS[urlsplit(source).scheme.lower()])
             with explaining(order):
-                return [open_container(order, source, None, options) for _ in range(num_wanted)]
+                return [open_container(order, source, None, options) for _ in range(num_streams)]
         case "rtsp":
             with explaining(order):
                 return [open_camera(order, partial(open_container, order, source, "rtsp"), warner)]
@@ -170,7 +170,7 @@ def open_all(order: Order, warner: Warner) -> list[InputContainer]:
             raise AssertionError(f"a {order.kind} has no container")
 
 
-def open_file(order: Order, num_wanted: int) -> list[InputContainer]:
+def open_file(order: Order, num_streams: int) -> list[InputContainer]:
     """A file, once per stream; MediaError "unreadable" for what is no film and has a name."""
     source = order.request.source
     head = read_head(Path(source))
@@ -178,7 +178,7 @@ def open_file(order: Order, num_wanted: int) -> list[InputContainer]:
         raise MediaError("unreadable", foreign)
     format_name = "mjpeg" if is_jpeg_film(head) else None  # libav takes it for one JPEG
     try:
-        return [open_container(order, source, format_name, _file_options("file")) for _ in range(num_wanted)]
+        return [open_container(order, source, format_name, _file_options("file")) for _ in range(num_streams)]
     except (av.error.InvalidDataError, av.error.ArgumentError, BlockingIOError):
         if named := unreadable_type(Path(source)):
             raise MediaError("unreadable", named) from None
@@ -306,7 +306,7 @@ def run_streams(order: Order, outlet: Outlet) -> MediaItem:
         decodings = [decoding for _, by_index in feeds for decoding in by_index.values()]
         tracks = [decoding.track for decoding in decodings]
         if not tracks:
-            raise MediaError("unreadable", f"has no {_wanted(order.request)} stream")
+            raise MediaError("unreadable", f"has no {_streams_of(order.request)} stream")
         if not any(isinstance(track, SoundTrack) for track in tracks):
             check_duration(order.request)
         teller = Teller(order.request, [decoding.lane for decoding in decodings], outlet.put)
@@ -392,7 +392,7 @@ def sample_ns(index: int) -> int:
     return -(-index * NS_PER_S // SOUND_RATE_HZ)
 
 
-def _wanted(request: MediaRequest) -> str:
+def _streams_of(request: MediaRequest) -> str:
     return " or ".join(["video"] * request.want_video + ["audio"] * request.want_audio)
 
 

@@ -127,14 +127,14 @@ class _Running:
         with contextlib.ExitStack() as stack:
             order, stdin = _pipe(stack)
             stdout, items = _pipe(stack)
-            reports, told = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
+            reports, reporter = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
             with contextlib.suppress(PermissionError):  # this user's pipes take much memory: then it stays small
                 fcntl.fcntl(items, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             self._requests.settimeout(timeout_s)
             reports.settimeout(timeout_s)
             try:
-                socket.send_fds(self._requests, [FORK], [order.fileno(), items.fileno(), told.fileno()])
-                for end in (order, items, told):  # so that the end of theirs is an end
+                socket.send_fds(self._requests, [FORK], [order.fileno(), items.fileno(), reporter.fileno()])
+                for end in (order, items, reporter):  # so that the end of theirs is an end
                     end.close()
                 pid, pidfd = _first_report(reports)
             except TimeoutError:

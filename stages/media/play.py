@@ -254,15 +254,15 @@ class Teller:
         self._lanes = lanes
         self._put = put
         self._clock = clock
-        self._told: tuple[int, int] | None = None
-        self._told_at_ns = 0
+        self._reported: tuple[int, int] | None = None
+        self._reported_at_ns = 0
 
     def tell(self) -> None:
         video_ns, audio_ns = self._position_ns(VideoTrack), self._position_ns(SoundTrack)
         pieces = (video_ns // self._piece_ns, audio_ns // self._piece_ns)
         now_ns = self._clock()
-        if pieces != self._told or now_ns - self._told_at_ns >= SIGN_OF_LIFE_NS:
-            self._told, self._told_at_ns = pieces, now_ns
+        if pieces != self._reported or now_ns - self._reported_at_ns >= SIGN_OF_LIFE_NS:
+            self._reported, self._reported_at_ns = pieces, now_ns
             num_gaps = sum(lane.track.num_gaps for lane in self._lanes)
             self._put(Progress(video_ns, audio_ns, num_gaps, self._num_bad(VideoTrack), self._num_bad(SoundTrack)))
 

@@ -132,7 +132,7 @@ def test_a_ladder_without_steps_stays_where_it_is() -> None:
 def test_of_the_words_of_the_sink_the_newest_counts_in_any_order() -> None:
     level = Level()
     for at_ns, num_steps in ((2 * T, 1), (T, 0), (2 * T, 1)):
-        level.told(at_ns, num_steps)
+        level.update(at_ns, num_steps)
     assert level.num_steps == 1
 
 

@@ -250,7 +250,7 @@ def test_merged_windows_are_decided_upon_together(tiny: Tiny, num_steps: int):
     stage = tiny.llm(model=recorder)
     opened = session(ladder=STEPS)
     stage.open_session(opened)
-    opened.level.told(0, num_steps)
+    opened.level.update(0, num_steps)
     indices = range(10, 19)  # nobody is heard of, and nothing is said
     forwards = []
     for index in indices:
@@ -303,7 +303,7 @@ def test_listening_only_begins_no_turn_and_ends_the_one_that_is_open(tiny: Tiny)
     while not (said := words(stage.process([window("door", index)]))) or said[-1].attrs["end_of_turn"]:
         index += 1
         opened.playback.ack(ack(index + 1, 100, 100, index + 1, num_turns=100))
-    opened.level.told(0, len(STEPS))
+    opened.level.update(0, len(STEPS))
     said = []
     for later in range(index + 1, index + 60):
         opened.playback.ack(ack(later + 1, 100, 100, later + 1, num_turns=100))

@@ -35,7 +35,7 @@ def written_spec(uses: Mapping[str, str], said: Mapping[str, Any]) -> PipelineSp
         cameras={},
         stages=file.stages.by_name(),
         types=types,
-        edges=edges.found,
+        edges=edges.all,
         admission=file.admission,
         shedding=file.shedding,
         console=file.console,

@@ -81,7 +81,7 @@ class Pipeline(RuleBasedStateMachine):
     @rule()
     def tell(self) -> None:
         for name, actor in (*self.sources.items(), *self.sinks.items()):
-            self.accounts.told(name, {EDGE: actor.ends()})
+            self.accounts.reported(name, {EDGE: actor.ends()})
 
     @precondition(lambda self: self.num_born < 6)
     @rule(pick=picks)
@@ -114,7 +114,7 @@ class Pipeline(RuleBasedStateMachine):
         """When all have told, what is in flight is what the living hold, and what is under way between them."""
         accounts = deepcopy(self.accounts)
         for name, actor in (*self.sources.items(), *self.sinks.items()):
-            accounts.told(name, {EDGE: actor.ends()})
+            accounts.reported(name, {EDGE: actor.ends()})
         waiting = sum(source.waiting for source in self.sources.values())
         held = sum(sink.held for sink in self.sinks.values())
         under_way = sum(
@@ -136,7 +136,7 @@ def test_who_has_died_before_it_told_anything_is_known_by_what_has_come_from_it(
     sink = Ledger()
     sink.deliver(2)
     accounts.died("llm.0", ())
-    accounts.told("tts.0", {EDGE: EdgeEnds(received=sink.account(), arrived={"llm.0": 3})})
+    accounts.reported("tts.0", {EDGE: EdgeEnds(received=sink.account(), arrived={"llm.0": 3})})
     account = accounts.of([EDGE])[EDGE]
     assert (account.accepted, account.delivered, account.in_flight) == (3, 2, 1)
 
@@ -145,8 +145,8 @@ def test_what_a_dead_one_was_known_to_have_sent_and_nobody_got_is_lost() -> None
     accounts = Accounts()
     source = Ledger()
     source.accept(5)
-    accounts.told("llm.0", {EDGE: EdgeEnds(sent=source.account())})
-    accounts.told("tts.0", {EDGE: EdgeEnds(arrived={"llm.0": 3})})
+    accounts.reported("llm.0", {EDGE: EdgeEnds(sent=source.account())})
+    accounts.reported("tts.0", {EDGE: EdgeEnds(arrived={"llm.0": 3})})
     accounts.died("llm.0", ())
     account = accounts.of([EDGE])[EDGE]
     assert (account.accepted, account.dropped["crash"], account.in_flight) == (5, 2, 3)
@@ -157,8 +157,8 @@ def test_what_a_dead_one_had_dropped_keeps_its_name() -> None:
     source, sink = Ledger(), Ledger()
     source.accept(4), source.deliver(3), source.drop("crash")  # as its sender has it, which buried it
     sink.deliver(), sink.drop("stale", 2)
-    accounts.told("tts.0", {EDGE: EdgeEnds(received=sink.account(), arrived={"llm.0": 4})})
+    accounts.reported("tts.0", {EDGE: EdgeEnds(received=sink.account(), arrived={"llm.0": 4})})
     accounts.died("tts.0", ["llm.0"])
-    accounts.told("llm.0", {EDGE: EdgeEnds(sent=source.account())})
+    accounts.reported("llm.0", {EDGE: EdgeEnds(sent=source.account())})
     account = accounts.of([EDGE])[EDGE]
     assert (account.delivered, account.dropped["stale"], account.dropped["crash"], account.in_flight) == (1, 2, 1, 0)

@@ -59,7 +59,7 @@ def test_stages_of_one_process_know_of_a_session_what_each_was_told(commands: Co
     door = session("door")
     commands.perform([Call("open_sessions", (stage, [SessionPlan(door)])) for stage in ("speaker", "camera")])
     speaker, camera = stages["speaker"].session, stages["camera"].session  # type: ignore[attr-defined]
-    speaker.level.told(0, 3)
+    speaker.level.update(0, 3)
     assert (speaker.level.num_steps, camera.level.num_steps, door.level.num_steps) == (3, 0, 0)
     assert speaker.playback is not camera.playback
 

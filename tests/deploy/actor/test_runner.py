@@ -472,7 +472,7 @@ def test_a_camera_hears_of_the_level_when_it_changes_and_once_per_window(build, 
     runner.step()
     for now_s, level in ((0.3, 0), (0.6, 1), (0.7, 1), (1.2, 1), (1.7, 1)):
         clock.now_ns = round(now_s * NS_PER_S)
-        session.level.told(clock.now_ns, level)
+        session.level.update(clock.now_ns, level)
         runner.replica.out.send_all(runner.replica.open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
     assert [chunk.attrs["level"] for chunk in told.chunks] == [1, 1]
     assert [chunk.start_ns for chunk in told.chunks] == [600_000_000, 1_700_000_000]
@@ -482,7 +482,7 @@ def test_pictures_that_are_shed_are_accounted_for(build, clock: ManualClock):
     house = build({"camera": Shutter(), "vision_encoder": Echo()}, (SEEN,), limit=Limit(32))
     session = house.open("door", paced=True, ladder=STEPS)
     for at_ns, num_steps, accepted, shed in ((0, 0, 4, 0), (1, 1, 8, 2), (2, 2, 12, 6), (3, 0, 16, 6)):
-        session.level.told(at_ns, num_steps)
+        session.level.update(at_ns, num_steps)
         for _ in range(4):
             clock.advance(1.0)
             house.runners["camera"].step()
@@ -493,7 +493,7 @@ def test_pictures_that_are_shed_are_accounted_for(build, clock: ManualClock):
 def test_a_new_session_begins_where_the_others_are(build):
     house = build({"speaker": Ear()}, (SPOKEN, PLAYED))
     first = house.open("door", paced=True, ladder=STEPS)
-    first.level.told(NS_PER_S, 3)
+    first.level.update(NS_PER_S, 3)
     second = house.open("yard", paced=True, ladder=(*STEPS[:1], *STEPS[2:]))
     assert second.taken == ("fewer_frames", "merged_windows")
     assert house.registry.get_sample_value("omni_shedding_level", {"camera": "yard"}) == 2

@@ -321,7 +321,7 @@ def test_before_the_pipeline_runs_and_when_it_ends_nothing_is_added(start):
     waiting = threading.Thread(target=lambda: answers.append(refusal(lambda: live.add("yard", PATTERN))))
     answers: list[Refused] = []
     waiting.start()
-    while not live._asked:
+    while not live._pending:
         time.sleep(0.01)
     live.close()
     waiting.join()
@@ -348,7 +348,7 @@ def test_a_camera_that_is_about_to_come_is_not_removed_yet(start):
     live.begin(None)
     coming = threading.Thread(target=lambda: live.add("yard", PATTERN))
     coming.start()
-    while not live._asked:
+    while not live._pending:
         time.sleep(0.01)
     assert refusal(lambda: live.remove("yard")).status == 404
     assert refusal(lambda: live.add("yard", PATTERN)).status == 409
@@ -467,7 +467,7 @@ def test_a_view_that_is_about_to_come_has_its_place(start, two_pictures: Path):
     live.begin(None)
     coming = threading.Thread(target=lambda: live.add("door/back", PATTERN))
     coming.start()
-    while not live._asked:
+    while not live._pending:
         time.sleep(0.01)
     assert refusal(lambda: live.add("yard", PATTERN)).status == 503
     live.answer(Pipeline(live))

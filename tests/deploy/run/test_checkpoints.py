@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.run.checkpoints import (
-    MAX_DIFFERENCES_TOLD,
+    MAX_DIFFERENCES_SHOWN,
     OF_THE_ROOM,
     UNTRAINED,
     Checkpoint,
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_claims_to_be_the_released_one_is_compared_with_it(tin
         f"not as released: llm.vocab_size is {TINY.llm.vocab_size}, released: 151748",
         "not as released: llm.hidden_size is 128, released: 4096",
     ]
-    assert len(told) == 1 + MAX_DIFFERENCES_TOLD + 1
+    assert len(told) == 1 + MAX_DIFFERENCES_SHOWN + 1
     assert re.fullmatch(r"not as released: \d+ more", told[-1])
 
 

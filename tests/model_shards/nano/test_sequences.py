@@ -81,6 +81,6 @@ def test_targets_are_the_sampled_tokens_and_each_unit_is_decided_at_its_last_sou
 
 def test_what_should_have_been_said_is_learnt_up_to_the_first_token_that_differs():
     listen, speak, end = SPECIAL.listen, SPECIAL.speak, SPECIAL.chunk_eos
-    assert Unit(None, None, [speak, 1, 2, end], wanted=[speak, 1, 3, 4, end]).targets() == [speak, 1, 3, NO_TARGET]
-    assert Unit(None, None, [listen], wanted=[speak, 1, end]).targets() == [speak]
-    assert Unit(None, None, [speak, 1, end], wanted=[listen]).targets() == [listen, NO_TARGET, NO_TARGET]
+    assert Unit(None, None, [speak, 1, 2, end], expected=[speak, 1, 3, 4, end]).targets() == [speak, 1, 3, NO_TARGET]
+    assert Unit(None, None, [listen], expected=[speak, 1, end]).targets() == [speak]
+    assert Unit(None, None, [speak, 1, end], expected=[listen]).targets() == [listen, NO_TARGET, NO_TARGET]
