@@ -30,6 +30,7 @@ REPORT: Final = struct.Struct(
 )  # first the process id, with a pidfd, or minus errno of a fork; then the exit status
 UNKNOWN_STATUS: Final = 255  # of a decoder that ended after its fork server
 PIPE_BYTES: Final = 1 << 18  # a kernel buffer which holds 4 s of sound, or 40 % of a 448x448 frame
+START_S: Final = 60.0  # for a fork server to import what decoders need, on a busy machine; no source is at fault for that
 END_S: Final = 5.0  # for a fork server to end with all that it has forked
 
 
@@ -121,6 +122,7 @@ class _Running:
             self.process = _start(theirs)
         self._waiting = threading.Thread(target=self.process.wait, name="fork-server", daemon=True)
         self._waiting.start()
+        self._has_answered = False
 
     def fork(self, timeout_s: float) -> DecoderProcess:
         """ConnectionError when the fork server has ended, TimeoutError when it does not answer."""
@@ -130,13 +132,15 @@ class _Running:
             reports, reporter = (stack.enter_context(end) for end in socket.socketpair(type=socket.SOCK_SEQPACKET))
             with contextlib.suppress(PermissionError):  # this user's pipes take much memory: then it stays small
                 fcntl.fcntl(items, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            self._requests.settimeout(timeout_s)
-            reports.settimeout(timeout_s)
+            patience_s = timeout_s if self._has_answered else max(timeout_s, START_S)
+            self._requests.settimeout(patience_s)
+            reports.settimeout(patience_s)
             try:
                 socket.send_fds(self._requests, [FORK], [order.fileno(), items.fileno(), reporter.fileno()])
                 for end in (order, items, reporter):  # so that the end of theirs is an end
                     end.close()
                 pid, pidfd = _first_report(reports)
+                self._has_answered = True
             except TimeoutError:
                 raise TimeoutError(errno.ETIMEDOUT, "its fork server does not answer") from None
             stack.pop_all()

@@ -156,6 +156,11 @@ def test_a_fork_server_that_hangs_is_given_up_and_the_next_decoder_gets_another(
             read_frame(next_one)
 
 
+def test_a_fork_server_may_take_its_time_to_start(server):
+    """It imports FFmpeg, which takes seconds on a busy machine: the source that waits for it is not slow."""
+    server.fork(timeout_s=0.001).kill()
+
+
 def test_a_source_says_so_when_no_decoder_could_be_forked(server):
     reader = MediaReader(request("test://pattern"), fork_server=server, open_timeout_s=0.05)
     with reader_of(server):
