@@ -71,5 +71,5 @@ def _simulate(ladder: str | None, seed: int) -> Overloaded:
 
 def _on_time(runs: Iterable[Overloaded], load: str) -> float:
     begin_s, end_s = LOADS[load]
-    told = [bool(window["on_time"]) for run in runs for at_s, window in run.windows if begin_s <= at_s < end_s]
-    return 100 * sum(told) / len(told)
+    on_time = [bool(window["on_time"]) for run in runs for at_s, window in run.windows if begin_s <= at_s < end_s]
+    return 100 * sum(on_time) / len(on_time)

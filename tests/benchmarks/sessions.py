@@ -207,17 +207,17 @@ def _sequential(most: int) -> dict[int, list[bool]]:
     """By number of sessions, whether each window was on time; up to the first number that is not even nearly served."""
     spec = load_spec(ROOT / "pipeline.yaml", [*_settings(), *UNBATCHED])
     checkpoint = open_checkpoint(spec, _tell)
-    found: dict[int, list[bool]] = {}
+    on_time: dict[int, list[bool]] = {}
     for n in range(1, most + 1):
         _tell(f"sequential: {n} session(s)")
         scenario = Scenario("sequential", "", n, int(option("WINDOWS", NUM_WINDOWS)), devices={"cpu": 1})
         rooms = _one_after_the_other()(checkpoint.fit(spec), scenario, checkpoint.path)
         rooms.watch()
         windows = [window for _, window in rooms.windows() if int(window["index"] or 0) >= NUM_WARM_UP_OF_ONE]
-        found[n] = [bool(window["on_time"]) for window in windows]
-        if sum(found[n]) < NEARLY * len(found[n]):
+        on_time[n] = [bool(window["on_time"]) for window in windows]
+        if sum(on_time[n]) < NEARLY * len(on_time[n]):
             break
-    return found
+    return on_time
 
 
 def _one_after_the_other() -> type[Any]:

@@ -73,13 +73,13 @@ Samples = dict[str, list[Batch]]
 
 def run() -> list[Row]:
     """A row per model stage."""
-    profile, samples = measure(bool(path := option("PROFILE", "")))
+    profile, samples = label(bool(path := option("PROFILE", "")))
     if path:
         Path(path).write_text(profile.as_json() + "\n", encoding="utf-8")
     return [_row(name, measured) for name, measured in samples.items()]
 
 
-def measure(with_views: bool) -> tuple[Profile, Samples]:
+def label(with_views: bool) -> tuple[Profile, Samples]:
     """with_views: what more pictures cost the LLM, too."""
     sizes = sorted(int(size) for size in option("SIZES", SIZES).split(","))
     model = option("MODEL", "nano")
@@ -147,8 +147,8 @@ def _row(name: str, batches: list[Batch]) -> Row:
     alone, together = (
         median([ns for size, ns in samples if size == n]) / n / NS_PER_MS for n in (_least(samples), most)
     )
-    told = f"{name}: a unit's share of a batch of {most}"
-    return less_is_better(told, together, "ms", RIVAL, alone, command_of(NAME))
+    label = f"{name}: a unit's share of a batch of {most}"
+    return less_is_better(label, together, "ms", RIVAL, alone, command_of(NAME))
 
 
 def _least(samples: list[tuple[int, int]]) -> int:

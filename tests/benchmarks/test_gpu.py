@@ -121,14 +121,14 @@ def test_it_says_what_it_ran_on_and_which_features_are_missing(record: dict[str,
 
 
 def test_a_kernel_of_attention_is_there_where_the_stages_may_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(device: str, dtype: torch.dtype, wanted: str | None = None) -> str:
-        if wanted == "flash":
+    def choose(device: str, dtype: torch.dtype, requested: str | None = None) -> str:
+        if requested == "flash":
             raise ModelError("attention: flash needs the package flash-attn")
-        return wanted or "varlen"
+        return requested or "varlen"
 
     monkeypatch.setattr(model_shards.attention, "choose_attention", choose)
-    found = {name: machine._tried(machine.FEATURES[f"{name} attention"]) for name in get_args(AttentionName)}
-    assert found == {
+    features = {name: machine._tried(machine.FEATURES[f"{name} attention"]) for name in get_args(AttentionName)}
+    assert features == {
         "flash": {"there": False, "says": "ModelError: attention: flash needs the package flash-attn"},
         "varlen": {"there": True, "says": "chosen"},
         "sdpa": {"there": True, "says": "runs; varlen is chosen"},
@@ -166,26 +166,26 @@ def test_the_pipeline_speaks_as_much_as_it_is_to_and_fifo_stands_beside_it(recor
 
 
 def test_the_sequential_loop_speaks_and_listens(record: dict[str, Any]) -> None:
-    found = record["sequential"]
-    assert found["speaking_ms"]["p50"] > found["listening_ms"]["p50"]  # by 25 codes and a second of sound
-    assert found["seconds_spoken"] > TURN and set(found["sessions_served"]) == {"0.05", "0.25", "0.5"}
+    figures = record["sequential"]
+    assert figures["speaking_ms"]["p50"] > figures["listening_ms"]["p50"]  # by 25 codes and a second of sound
+    assert figures["seconds_spoken"] > TURN and set(figures["sessions_served"]) == {"0.05", "0.25", "0.5"}
 
 
 def test_a_record_is_shown_as_tables(measured: Path) -> None:
     result = bare("-m", "tests.benchmarks.gpu", "--show", str(measured))
     assert result.returncode == 0, result.stderr
-    for told in ("tiny weights on cpu", "decode step", "batched", "fifo", "sequential, one piece after the other"):
-        assert told in result.stdout
+    for text in ("tiny weights on cpu", "decode step", "batched", "fifo", "sequential, one piece after the other"):
+        assert text in result.stdout
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_part_is_measured_in_small(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--size", "tiny", "--device", "cuda", "--minutes", "8"]
     subprocess.run([*command, "--json", str(tmp_path / "gpu.json")], cwd=ROOT, check=True, timeout=600)
-    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert found["problems"] == []
-    assert {row["stage"] for row in found["stages_measured"]} == MODEL_STAGES
-    assert all(row["peak_gib"] is not None for row in found["stages_measured"])
+    record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert record["problems"] == []
+    assert {row["stage"] for row in record["stages_measured"]} == MODEL_STAGES
+    assert all(row["peak_gib"] is not None for row in record["stages_measured"])
 
 
 # ---- how it is started -----------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ import sys
 from tests.benchmarks.gpu import parts
 from tests.support.made_part import MADE
 parts.PARTS = (MADE,)
-parts.command_for = lambda told: [sys.executable, "-m", MADE.module, told]
+parts.command_for = lambda written: [sys.executable, "-m", MADE.module, written]
 from tests.benchmarks.gpu.__main__ import main
 main()
 """
@@ -311,8 +311,8 @@ def is_over(process: psutil.Process) -> bool:
 def test_an_interrupt_shows_what_was_measured_and_ends_all_that_runs(tmp_path: Path) -> None:
     with hanging(tmp_path) as (process, child):
         process.send_signal(signal.SIGINT)
-        shown, told = process.communicate(timeout=60)
-        assert process.returncode == 130 and "Traceback" not in told and "interrupted" in told
+        shown, log = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in log and "interrupted" in log
         assert shown.startswith("tiny weights on cpu") and is_over(child)
 
 
@@ -328,7 +328,7 @@ def test_a_part_whose_parent_is_killed_ends_with_all_that_it_has_started(tmp_pat
 
 def run_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, minutes: float) -> dict[str, Any]:
     monkeypatch.setattr(parts, "PARTS", (MADE,))
-    monkeypatch.setattr(parts, "command_for", lambda told: [sys.executable, "-m", MADE.module, told])
+    monkeypatch.setattr(parts, "command_for", lambda written: [sys.executable, "-m", MADE.module, written])
     record = parts.Record(tmp_path / "out.json", {})
     parts.run_parts(record, size, "cpu", minutes, ["made"])
     content: dict[str, Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
@@ -338,18 +338,18 @@ def run_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, minutes
 def test_a_part_that_hangs_is_ended_in_time_with_all_that_it_has_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run_part(tmp_path, monkeypatch, "hangs", 0.15)
-    assert found["first"] == 1 and "third" not in found
-    assert found["problems"] == [{"part": "made", "at": "second", "problem": "its time was over"}]
-    assert not psutil.pid_exists(found["child"]) or psutil.Process(found["child"]).status() == psutil.STATUS_ZOMBIE
+    record = run_part(tmp_path, monkeypatch, "hangs", 0.15)
+    assert record["first"] == 1 and "third" not in record
+    assert record["problems"] == [{"part": "made", "at": "second", "problem": "its time was over"}]
+    assert not psutil.pid_exists(record["child"]) or psutil.Process(record["child"]).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_part_whose_process_dies_goes_on_without_what_it_died_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run_part(tmp_path, monkeypatch, "dies", 5.0)
-    assert found["problems"] == [{"part": "made", "at": "second", "problem": "its process ended with 9"}]
-    assert found["third"] == 3
+    record = run_part(tmp_path, monkeypatch, "dies", 5.0)
+    assert record["problems"] == [{"part": "made", "at": "second", "problem": "its process ended with 9"}]
+    assert record["third"] == 3
 
 
 def test_parts_for_which_no_time_is_left_say_so(tmp_path: Path) -> None:
@@ -405,8 +405,10 @@ def test_what_the_vocoder_reads_is_without_what_is_computed_once() -> None:
 
 
 def test_a_record_that_has_just_begun_is_shown(tmp_path: Path) -> None:
-    told = {"size": "full", "device": "cuda", "minutes": 8.0, "begun": "now"}
-    assert next(iter(show.lines(parts.Record(tmp_path / "out.json", told).content))).startswith("full weights on cuda")
+    header = {"size": "full", "device": "cuda", "minutes": 8.0, "begun": "now"}
+    assert next(iter(show.lines(parts.Record(tmp_path / "out.json", header).content))).startswith(
+        "full weights on cuda"
+    )
 
 
 def test_the_special_tokens_have_the_released_ids() -> None:
@@ -469,23 +471,23 @@ def ordered(request: parts.Request, monkeypatch: pytest.MonkeyPatch, fit: int = 
 
 
 def test_no_cell_is_left_out_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ordered(FULL, monkeypatch)
-    assert [cell[:2] for cell in found[6:8]] == [("fifo", 16), ("fifo", 32)]
-    assert [cell[1:] for cell in found[:6]] == list(whole.CELLS["full"])
-    assert [cell[1:] for cell in found[8:]] == list(whole.MORE_CELLS["full"]) and len(found) == 14
+    cells = ordered(FULL, monkeypatch)
+    assert [cell[:2] for cell in cells[6:8]] == [("fifo", 16), ("fifo", 32)]
+    assert [cell[1:] for cell in cells[:6]] == list(whole.CELLS["full"])
+    assert [cell[1:] for cell in cells[8:]] == list(whole.MORE_CELLS["full"]) and len(cells) == 14
 
 
 def test_ours_goes_on_where_no_time_is_left_to_start_the_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ordered(replace(FULL, until_s=time.monotonic() + 30), monkeypatch)
-    assert found.pop(6) == {"at": "fifo", "problem": "no time was left to start it"}
-    assert len(found) == 12 and {cell[0] for cell in found} == {"batched"}
+    cells = ordered(replace(FULL, until_s=time.monotonic() + 30), monkeypatch)
+    assert cells.pop(6) == {"at": "fifo", "problem": "no time was left to start it"}
+    assert len(cells) == 12 and {cell[0] for cell in cells} == {"batched"}
 
 
 def test_what_is_out_of_memory_at_load_is_tried_with_half_the_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, *found = ordered(FULL, monkeypatch, fit=40)
+    problem, *cells = ordered(FULL, monkeypatch, fit=40)
     assert problem["at"] == "64 sessions" and "out of memory" in problem["problem"]
-    assert found[0] == {"at": "memory", "problem": "1000 GB: 32 sessions are the most"}
-    assert max(cell[1] for cell in found[1:]) == 32
+    assert cells[0] == {"at": "memory", "problem": "1000 GB: 32 sessions are the most"}
+    assert max(cell[1] for cell in cells[1:]) == 32
 
 
 def test_a_device_that_is_too_small_for_the_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,6 +555,8 @@ def test_figures_count_windows_after_the_warm_up_and_turns_at_their_first_window
     underrun = {"session": "a", "type": "underrun", "window": 3, "seconds": 0.25}
     for name, lines in (("windows", rows), ("events", [*said, underrun])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    found = whole.figures(tmp_path, warm_up=1)
-    assert (found["windows"], found["on_time"], found["turns"], found["underruns"]) == (3, 0.6667, 1, 1)
-    assert found["first_audio_ms"]["p50"] == 200.0 and found["spoken_share"] == 0.667 and found["underrun_s"] == 0.25
+    figures = whole.figures(tmp_path, warm_up=1)
+    assert (figures["windows"], figures["on_time"], figures["turns"], figures["underruns"]) == (3, 0.6667, 1, 1)
+    assert (
+        figures["first_audio_ms"]["p50"] == 200.0 and figures["spoken_share"] == 0.667 and figures["underrun_s"] == 0.25
+    )

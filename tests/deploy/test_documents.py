@@ -119,10 +119,10 @@ def types_made(path: Path) -> set[str]:
 
 def test_every_type_of_event_is_in_the_table_of_events():
     table = text_of("deploy/README.md").partition("### Events\n")[2].partition("\n### ")[0]
-    told = set(re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)))) - {"type"}
+    listed = set(re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)))) - {"type"}
     files = [*(ROOT / "stages").rglob("*.py"), *(ROOT / "deploy" / "actor").rglob("*.py")]
     files += (ROOT / "deploy" / "control").rglob("*.py")
-    assert told - {"listener_pause", "listener_resume"} == set().union(*map(types_made, files)) - {
+    assert listed - {"listener_pause", "listener_resume"} == set().union(*map(types_made, files)) - {
         "window",
         "listener_",
     }
@@ -149,7 +149,7 @@ def described_options(command: list[str]) -> list[str]:
 @pytest.mark.parametrize(("command", "options"), listed_commands(), ids=" ".join)
 def test_every_command_is_listed_with_all_its_options(command: list[str], options: list[str]):
     described = [re.match(r"  (?:(-[a-z]), )?(--[a-z-]+)", line) for line in described_options(command)]
-    assert sorted([*options, "--help"]) == sorted(found[1] or found[2] for found in described if found)
+    assert sorted([*options, "--help"]) == sorted(match[1] or match[2] for match in described if match)
 
 
 @pytest.mark.parametrize("command", [command for command, _ in listed_commands()], ids=" ".join)

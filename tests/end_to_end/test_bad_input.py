@@ -47,7 +47,7 @@ def up(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["up", *ANY_PORT, *arguments])
 
 
-def told(result: Result) -> list[str]:
+def error_lines(result: Result) -> list[str]:
     """The lines of the error message."""
     assert "Traceback" not in result.output
     return [line.removeprefix("pipeline: ") for line in result.output.splitlines() if line.startswith("pipeline: ")]
@@ -81,7 +81,7 @@ def told(result: Result) -> list[str]:
 def test_a_wrong_command_is_told_in_one_line_and_exits_with_2(arguments: list[str], message: str) -> None:
     result = up(*arguments)
     assert result.exit_code == 2
-    (line,) = told(result)
+    (line,) = error_lines(result)
     assert message in line
 
 
@@ -111,7 +111,7 @@ def test_every_mistake_of_a_description_is_told_at_once_with_line_and_column(pro
     )
     result = up("-f", "p.yaml")
     assert result.exit_code == 2
-    lines = told(result)
+    lines = error_lines(result)
     assert [line.split(": ")[0] for line in lines] == [
         "p.yaml:2:1",
         "p.yaml:3:18",
@@ -130,7 +130,7 @@ def test_a_missing_file_is_told_with_the_likely_one(project: Path) -> None:
     (project / "clip.mp4").write_bytes(b"")
     result = up("--camera", "door=clp.mp4")
     assert result.exit_code == 1
-    assert told(result) == ["camera door: clp.mp4: No such file or directory. Did you mean 'clip.mp4'?"]
+    assert error_lines(result) == ["camera door: clp.mp4: No such file or directory. Did you mean 'clip.mp4'?"]
 
 
 def test_all_unreadable_files_are_told_together(project: Path) -> None:
@@ -140,7 +140,7 @@ def test_all_unreadable_files_are_told_together(project: Path) -> None:
     (project / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     result = up(*(f"--camera={name}={name}.mp4" for name in ("whole", "empty", "noise", "cut")))
     assert result.exit_code == 1
-    empty, noise, cut = told(result)
+    empty, noise, cut = error_lines(result)
     assert empty == "camera empty: empty.mp4: the file is empty"
     assert noise.startswith("camera noise:") and "not a media file which can be read" in noise
     assert cut.startswith("camera cut:") and "not a media file which can be read" in cut
@@ -149,7 +149,7 @@ def test_all_unreadable_files_are_told_together(project: Path) -> None:
 def test_cameras_that_must_be_there_and_do_not_answer_are_an_error() -> None:
     result = up("--camera", "door=rtsp://127.0.0.1:9/live", "--wait-for-cameras", "0s")
     assert result.exit_code == 1
-    (line,) = told(result)
+    (line,) = error_lines(result)
     assert "refused the connection" in line
 
 
@@ -162,7 +162,7 @@ def test_a_run_that_ends_before_the_first_picture_is_told(project: Path) -> None
     Clip(project / "mute.mp4").video(times(3)).write()
     result = up("--camera=door=mute.mp4", "--for=0.5s")
     assert result.exit_code == 1
-    (line,) = told(result)
+    (line,) = error_lines(result)
     assert line.endswith(
         "is to run for 0.5 s, but its first picture is taken at 0.8 s (fps 1): let it run longer, or raise its fps"
     )
@@ -172,7 +172,7 @@ def test_a_second_pipeline_of_a_folder_is_refused_while_the_first_one_starts(pro
     with StateFolder(project).hold():
         result = up(*PATTERN)
     assert result.exit_code == 1
-    assert told(result) == [f"a pipeline of this folder is starting or running already (pid {os.getpid()})"]
+    assert error_lines(result) == [f"a pipeline of this folder is starting or running already (pid {os.getpid()})"]
 
 
 def test_a_source_that_vanishes_while_the_pipeline_starts_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +217,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_by_their_names(
     save_file(tensors, project / "model/model.safetensors", metadata={"format": "pt"})
     result = up(*PATTERN, "--set", "model=model")
     assert result.exit_code == 1
-    assert told(result) == [f"model: llm: tensors don't fit the config. {message.format(name=name)}"]
+    assert error_lines(result) == [f"model: llm: tensors don't fit the config. {message.format(name=name)}"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_truncated_file_of_a_checkpoint_is_named(
     (project / "model" / file).write_bytes(whole[:num_bytes])
     result = up(*PATTERN, "--set", "model=model")
     assert result.exit_code == 1
-    (line,) = told(result)
+    (line,) = error_lines(result)
     assert line.startswith(f"model/{file}: ") and message in line
 
 
@@ -251,7 +251,7 @@ def test_more_cameras_than_are_served_on_time_are_refused_before_anything_starts
     cameras = [text for k in range(9) for text in ("--camera", f"c{k}=test://pattern?seed={k}")]
     result = up(*cameras, "--set", f"admission.profile={profile}")
     assert result.exit_code == 1
-    assert "9 cameras can't be served on time, 2 can" in told(result)[-1]
+    assert "9 cameras can't be served on time, 2 can" in error_lines(result)[-1]
 
 
 def test_a_busy_port_is_told_before_anything_starts() -> None:
@@ -259,14 +259,14 @@ def test_a_busy_port_is_told_before_anything_starts() -> None:
         port = other.getsockname()[1]
         result = up(*PATTERN, "--set", f"console.listen=127.0.0.1:{port}")
     assert result.exit_code == 1
-    assert told(result) == [f"port {port} on 127.0.0.1 is busy; set console.listen to another address"]
+    assert error_lines(result) == [f"port {port} on 127.0.0.1 is busy; set console.listen to another address"]
 
 
 def test_too_little_memory_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.run.memory._machine_bytes", lambda root: 500_000_000)
     result = up(*PATTERN)
     assert result.exit_code == 1
-    (line,) = told(result)
+    (line,) = error_lines(result)
     assert "of memory" in line and "and 0.5 GB are free" in line
 
 
@@ -274,7 +274,7 @@ def test_a_folder_that_cant_be_written_to_is_told(project: Path) -> None:
     (project / "file").write_text("")
     result = up(*PATTERN, "--out", "file/run")
     assert result.exit_code == 1
-    (line,) = told(result)
+    (line,) = error_lines(result)
     assert line.startswith("--out file/run: can't be written to")
 
 
@@ -282,4 +282,4 @@ def test_what_needs_a_running_pipeline_says_that_there_is_none() -> None:
     for command in ("ps", "down", "logs"):
         result = CliRunner().invoke(app, [command])
         assert result.exit_code == 1
-        assert len(told(result)) == 1
+        assert len(error_lines(result)) == 1

@@ -109,11 +109,11 @@ def split(place: Place) -> Iterator[SplitRun]:
 def connections(names: dict[int, str]) -> set[tuple[str, str]]:
     """TCP connections between these processes, as (who connected, who listens)."""
     of = {name: psutil.Process(pid).net_connections("tcp") for pid, name in names.items()}
-    listening = {c.laddr.port: name for name, found in of.items() for c in found if c.status == psutil.CONN_LISTEN}
+    listening = {c.laddr.port: name for name, own in of.items() for c in own if c.status == psutil.CONN_LISTEN}
     return {
         (name, listening[c.raddr.port])
-        for name, found in of.items()
-        for c in found
+        for name, own in of.items()
+        for c in own
         if c.status == psutil.CONN_ESTABLISHED and c.raddr.port in listening and c.laddr.port not in listening
     }
 

@@ -211,9 +211,9 @@ def pieces_in(*texts: bytes) -> list[bytes]:
 
 
 def test_no_command_says_a_password(place: Place, secretive: list[Run]) -> None:
-    told = [*secretive, place.run("ps"), place.run("ps", "--json"), place.run("logs")]
-    assert not pieces_in(*(f"{run.stdout}{run.stderr}".encode() for run in told))
-    assert "${env:GATE_PASSWORD}" in told[3].stdout
+    runs = [*secretive, place.run("ps"), place.run("ps", "--json"), place.run("logs")]
+    assert not pieces_in(*(f"{run.stdout}{run.stderr}".encode() for run in runs))
+    assert "${env:GATE_PASSWORD}" in runs[3].stdout
 
 
 def test_no_answer_of_the_gateway_holds_a_password(url: str, secretive: list[Run]) -> None:
@@ -225,7 +225,7 @@ def test_no_process_shows_a_password_and_none_inherits_it(place: Place, secretiv
     children = place.watch(pid)
     assert len(children) >= len(PROCESSES)
     shown = [process.cmdline() for process in [psutil.Process(pid), *children]]
-    assert not pieces_in(*(str(told).encode() for told in [*shown, *(child.environ() for child in children)]))
+    assert not pieces_in(*(str(text).encode() for text in [*shown, *(child.environ() for child in children)]))
 
 
 def test_no_file_holds_a_password(place: Place, secretive: list[Run]) -> None:

@@ -222,8 +222,8 @@ def kinds_after(place: Place, kind: str, count: int) -> list[str]:
     """The kinds of the events so far behind the `count`-th of this kind."""
     lines = (place.folder / "run" / "events.jsonl").read_text().splitlines(keepends=True)
     kinds = [json.loads(line)["type"] for line in lines if line.endswith("\n")]
-    found = [index for index, other in enumerate(kinds) if other == kind]
-    return kinds[found[count - 1] :] if len(found) >= count else []
+    places = [index for index, other in enumerate(kinds) if other == kind]
+    return kinds[places[count - 1] :] if len(places) >= count else []
 
 
 def problem(place: Place) -> str:

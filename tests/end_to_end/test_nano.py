@@ -75,8 +75,8 @@ def test_an_evaluation_stays_above_its_floors(measured: dict[str, float]) -> Non
 
 
 def test_an_evaluation_stays_below_its_ceilings(measured: dict[str, float | None]) -> None:
-    found = {name: measured[name] for name in MOST}
-    assert {name: value for name, value in found.items() if value is not None and value > MOST[name]} == {}
+    values = {name: measured[name] for name in MOST}
+    assert {name: value for name, value in values.items() if value is not None and value > MOST[name]} == {}
 
 
 def _sessions(run: Run) -> set[str]:
@@ -89,10 +89,10 @@ def _spoken(run: Run) -> set[str]:
 
 def _said(run: Run, session: str) -> list[str]:
     """Whole sentences; the end of the run may cut the last one off."""
-    sentence, found = "", []
+    sentence, sentences = "", []
     for row in run.events(session, "said"):
         sentence += row["text"]
         if row["end_of_turn"]:
-            found.append(sentence.strip())
+            sentences.append(sentence.strip())
             sentence = ""
-    return found
+    return sentences

@@ -44,10 +44,10 @@ class Outside:
 
 @pytest.fixture(scope="module")
 def outside(place: Place) -> Iterator[Outside]:
-    found = blocks()
-    (place.folder / "motion.py").write_text(found["python"])
+    examples = blocks()
+    (place.folder / "motion.py").write_text(examples["python"])
     cameras = "\n".join(f'  {name}: {{source: "test://pattern?seed={i}"}}' for i, name in enumerate(SESSIONS))
-    description = f"version: 1\ncameras:\n{cameras}\n{found['yaml'].rstrip()}{OUTSIDE}"
+    description = f"version: 1\ncameras:\n{cameras}\n{examples['yaml'].rstrip()}{OUTSIDE}"
     (place.folder / "pipeline.yaml").write_text(description)
     run = place.run("up", "--for", f"{NUM_WINDOWS}s", "--out", "run")
     yield Outside(run, json.loads(place.run("stages", "--json").stdout))

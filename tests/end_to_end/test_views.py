@@ -44,8 +44,8 @@ class Porch:
         return [row["index"] for row in self.run.windows("porch") if f"camera/porch/{view}" in row["missing"]]
 
     def seen(self, view: str) -> list[int]:
-        told = self.run.events("porch", "views")
-        return [event["window"] for event in told if view in event["views"].split(",")]
+        events = self.run.events("porch", "views")
+        return [event["window"] for event in events if view in event["views"].split(",")]
 
     def at(self, kind: str, view: str) -> int:
         """The window in which something happened to a view first."""
@@ -93,9 +93,9 @@ def test_a_view_that_is_added_is_seen_from_then_on_until_it_is_taken_away(porch:
 
 
 def test_an_outside_stage_is_given_the_pictures_of_a_window_by_time_and_view(porch: Porch) -> None:
-    told = {event["window"]: event for event in porch.run.events("porch", "views")}
-    assert told[2]["views"] in ("back,front", "front,back")
-    assert told[EARLY_END]["lately"] == "back,front", "from the two seconds before"
+    events = {event["window"]: event for event in porch.run.events("porch", "views")}
+    assert events[2]["views"] in ("back,front", "front,back")
+    assert events[EARLY_END]["lately"] == "back,front", "from the two seconds before"
     assert {event["views"] for event in porch.run.events("door", "views")} <= {"", ","}, "one view has no name"
 
 

@@ -63,7 +63,7 @@ WHOLE = {"version": 1, "model": "nano", "machine": {}, "num_cores": 2, "stages":
 
 
 @pytest.mark.parametrize(
-    ("told", "problem"),
+    ("content", "problem"),
     [
         ([], "no profile of version 1"),
         (WHOLE | {"version": 2}, "no profile of version 1"),
@@ -77,9 +77,9 @@ WHOLE = {"version": 1, "model": "nano", "machine": {}, "num_cores": 2, "stages":
         ),
     ],
 )
-def test_a_file_that_is_no_profile_is_told(tmp_path: Path, told: object, problem: str):
+def test_a_file_that_is_no_profile_is_told(tmp_path: Path, content: object, problem: str):
     path = tmp_path / "p.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(content))
     with pytest.raises(ProfileError, match=problem):
         read_profile(path)
 
@@ -145,6 +145,6 @@ def test_a_window_costs_more_for_those_before_it_up_to_the_most():
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=200))
 def test_quantiles_stand_for_all(ratios: list[float]):
-    found = quantiles(ratios)
-    assert list(found) == sorted(found)
-    assert min(ratios) - 0.001 <= found[0] <= found[-1] <= max(ratios) + 0.001
+    few = quantiles(ratios)
+    assert list(few) == sorted(few)
+    assert min(ratios) - 0.001 <= few[0] <= few[-1] <= max(ratios) + 0.001

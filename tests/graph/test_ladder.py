@@ -16,14 +16,14 @@ LATE, CLOSE, CALM = 2 * T, 9 * T // 10, T // 4
 latencies = st.lists(st.sampled_from([CALM, T // 2, CLOSE, LATE]), max_size=200)
 
 
-def levels(told: list[int], ladder: Ladder | None = None) -> list[int]:
+def levels(latencies_ns: list[int], ladder: Ladder | None = None) -> list[int]:
     """The level after each of these windows, one per second."""
     ladder = ladder or Ladder(STEPS, T)
-    found = []
-    for index, latency_ns in enumerate(told):
+    after = []
+    for index, latency_ns in enumerate(latencies_ns):
         ladder.window((index + 1) * T, latency_ns, 8)
-        found.append(ladder.level)
-    return found
+        after.append(ladder.level)
+    return after
 
 
 def test_windows_that_are_on_time_shed_nothing() -> None:
@@ -45,27 +45,27 @@ def test_windows_that_take_longer_and_longer_take_the_first_step_before_one_is_l
 
 
 def test_it_goes_down_a_step_each_five_seconds_and_no_deeper_than_there_are_steps() -> None:
-    found = levels([CLOSE] * 40)
-    assert [found.index(level) for level in (1, 2, 3, 4)] == [1, 6, 11, 16]
-    assert max(found) == len(STEPS)
+    after = levels([CLOSE] * 40)
+    assert [after.index(level) for level in (1, 2, 3, 4)] == [1, 6, 11, 16]
+    assert max(after) == len(STEPS)
 
 
 def test_it_comes_back_a_step_each_ten_seconds() -> None:
-    found = levels([CLOSE] * 17 + [CALM] * 40)
-    assert [found.index(level, 17) for level in (3, 2, 1, 0)] == [26, 36, 46, 56]
+    after = levels([CLOSE] * 17 + [CALM] * 40)
+    assert [after.index(level, 17) for level in (3, 2, 1, 0)] == [26, 36, 46, 56]
 
 
 def test_where_windows_are_neither_late_nor_early_a_step_is_tried_now_and_then() -> None:
-    found = levels([CLOSE] * 7 + [T // 2] * 200)
-    assert [found.index(level, 6) for level in (2, 1, 0)] == [6, 86, 166]
+    after = levels([CLOSE] * 7 + [T // 2] * 200)
+    assert [after.index(level, 6) for level in (2, 1, 0)] == [6, 86, 166]
 
 
 def test_a_step_that_was_given_back_too_early_is_given_back_later_the_next_time() -> None:
     ladder = Ladder(STEPS, T)
-    found, level_changes = 0, []
+    num_moves, level_changes = 0, []
     for index in range(300):
         latency_ns = CLOSE if ladder.level == 0 else CALM  # level 1 is what there is room for
-        found += ladder.window(index * T, latency_ns, 8)
+        num_moves += ladder.window(index * T, latency_ns, 8)
         level_changes.append(ladder.level)
     times_back = [i for i in range(1, 300) if level_changes[i] < level_changes[i - 1]]
     gaps = [b - a for a, b in itertools.pairwise(times_back)]
@@ -76,11 +76,11 @@ def test_a_step_that_was_given_back_too_early_is_given_back_later_the_next_time(
 def test_when_most_sessions_have_gone_everything_comes_back_at_once() -> None:
     ladder = Ladder(STEPS, T)
     assert levels([CLOSE] * 17, ladder)[-1] == 4
-    found = []
+    after = []
     for index in range(17, 30):
         ladder.window((index + 1) * T, CALM, 2)
-        found.append(ladder.level)
-    assert found == [4, 4, 4, 4] + [0] * 9  # 5 s after the last move
+        after.append(ladder.level)
+    assert after == [4, 4, 4, 4] + [0] * 9  # 5 s after the last move
 
 
 def test_when_some_sessions_have_gone_what_was_enough_for_so_many_comes_back() -> None:
@@ -93,16 +93,16 @@ def test_when_some_sessions_have_gone_what_was_enough_for_so_many_comes_back() -
 
 
 def test_a_session_that_begins_below_comes_back_like_any_other() -> None:
-    found = levels([CALM] * 60, Ladder(STEPS, T, level=2))
-    assert [found.index(level) for level in (2, 1, 0)] == [0, 5, 15]
+    after = levels([CALM] * 60, Ladder(STEPS, T, level=2))
+    assert [after.index(level) for level in (2, 1, 0)] == [0, 5, 15]
 
 
 @given(latencies)
-def test_moves_are_single_steps_and_five_seconds_apart(told: list[int]) -> None:
+def test_moves_are_single_steps_and_five_seconds_apart(latencies_ns: list[int]) -> None:
     ladder = Ladder(STEPS, T)
     moved_ns: list[int] = []
     now_ns = level = 0
-    for latency_ns in told:
+    for latency_ns in latencies_ns:
         now_ns += T
         if ladder.window(now_ns, latency_ns, 8):
             assert abs(ladder.level - level) == 1
@@ -115,10 +115,10 @@ def test_moves_are_single_steps_and_five_seconds_apart(told: list[int]) -> None:
 
 
 @given(latencies)
-def test_whatever_was_before_calm_gives_everything_back(told: list[int]) -> None:
+def test_whatever_was_before_calm_gives_everything_back(latencies_ns: list[int]) -> None:
     ladder = Ladder(STEPS, T)
-    levels(told, ladder)
-    before_ns = (len(told) + 1) * T
+    levels(latencies_ns, ladder)
+    before_ns = (len(latencies_ns) + 1) * T
     most = len(STEPS) * (MOST_PATIENCE_NS // T)
     for index in range(most):
         ladder.window(before_ns + index * T, CALM, 8)

@@ -17,11 +17,11 @@ def test_thousands_of_storms_break_nothing_that_must_hold() -> None:
     processes = [_simulate(first, first + each) for first in range(0, NUM_SEEDS, each)]
     reports = [(*process.communicate(), process.returncode) for process in processes]
     assert [code for _, _, code in reports] == [0] * NUM_PROCESSES, reports
-    told = [json.loads(stdout) for stdout, _, _ in reports]
-    assert [report["violations"] for report in told] == [[]] * NUM_PROCESSES
-    assert sum(report["windows"] for report in told) >= NUM_SEEDS * 2 * 5
+    results = [json.loads(stdout) for stdout, _, _ in reports]
+    assert [report["violations"] for report in results] == [[]] * NUM_PROCESSES
+    assert sum(report["windows"] for report in results) >= NUM_SEEDS * 2 * 5
     for reason in ("stale", "late", "shed", "closed", "crash"):  # the faults were there
-        assert all(report["drops"][reason] > 0 for report in told), reason
+        assert all(report["drops"][reason] > 0 for report in results), reason
 
 
 def _simulate(first: int, last: int) -> "subprocess.Popen[str]":

@@ -72,9 +72,9 @@ def test_a_bad_unit_fails_alone_and_the_others_go_on_as_without_it(tiny: Tiny, n
         assert set(outcome.failed) == ({"door"} if index == 1 else set()), outcome.failed
         ours, theirs = of("yard", outcome.chunks), of("yard", expected.chunks)
         assert [stream for stream, _ in ours] == [stream for stream, _ in theirs]
-        for (_, got), (_, wanted) in zip(ours, theirs, strict=True):
-            for key in wanted:
-                np.testing.assert_allclose(got[key], wanted[key], atol=1e-4)
+        for (_, got), (_, reference) in zip(ours, theirs, strict=True):
+            for key in reference:
+                np.testing.assert_allclose(got[key], reference[key], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["audio_encoder", "llm", "tts", "vocoder"])

@@ -53,10 +53,10 @@ def declared(*lines: str) -> str:
 
 def test_a_class_beside_the_description_is_found(folder: Path):
     (folder / "zoo.py").write_text(IMPORTS + GATE)
-    found = StageCatalog(folder).find("zoo:Gate")
-    assert (found.use, found.about) == ("zoo:Gate", "Lets a picture through.")
-    assert list(found.inputs) == ["frames"] and list(found.outputs) == ["moving"]
-    assert found.options(threshold=0.5).batch == 4, "an option of every stage may have another default"
+    stage_type = StageCatalog(folder).find("zoo:Gate")
+    assert (stage_type.use, stage_type.about) == ("zoo:Gate", "Lets a picture through.")
+    assert list(stage_type.inputs) == ["frames"] and list(stage_type.outputs) == ["moving"]
+    assert stage_type.options(threshold=0.5).batch == 4, "an option of every stage may have another default"
 
 
 def test_an_installed_module_goes_before_one_beside_the_description(folder: Path):

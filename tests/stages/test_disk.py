@@ -92,11 +92,11 @@ def test_a_disk_that_hangs_holds_up_no_listener_and_what_is_lost_of_the_recordin
     speaker = Speaker(disk=disk)
     speaker.open_session(session("door", out=tmp_path, paced=True))
     hung(disk)
-    told = speaker.advance(DOOR, NS_PER_S)
-    told += speaker.process([unit("door", 0, speech("door", 0, np.zeros(SPEECH_RATE_HZ, np.float32), "word"))])
-    told += speaker.advance(DOOR, 3 * NS_PER_S)
-    told += speaker.advance(DOOR, 4 * NS_PER_S)
-    kinds = [chunk.attrs.get("type") for chunk in told if not chunk.is_control]
+    chunks = speaker.advance(DOOR, NS_PER_S)
+    chunks += speaker.process([unit("door", 0, speech("door", 0, np.zeros(SPEECH_RATE_HZ, np.float32), "word"))])
+    chunks += speaker.advance(DOOR, 3 * NS_PER_S)
+    chunks += speaker.advance(DOOR, 4 * NS_PER_S)
+    kinds = [chunk.attrs.get("type") for chunk in chunks if not chunk.is_control]
     assert sorted(kinds) == ["heard", "recording_lost"]
 
 

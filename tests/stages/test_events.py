@@ -20,8 +20,8 @@ def event(at_s: float, kind: str, name: str = "door", **attrs: object) -> Chunk:
 
 
 def window(index: int, name: str = "door", **attrs: object) -> Chunk:
-    told = {"index": index, "missing": "", "digest": "ab", "stages": "{}", **attrs}
-    return event(float(index), "window", name, **told)
+    fields = {"index": index, "missing": "", "digest": "ab", "stages": "{}", **attrs}
+    return event(float(index), "window", name, **fields)
 
 
 def record(stage: Events, *chunks: Chunk) -> None:
@@ -61,15 +61,15 @@ def test_a_number_that_json_does_not_have_is_null(stage: Events, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("kind", "attrs", "told"),
+    ("kind", "attrs", "problem"),
     [
         ("window", {}, "an event of type 'window' is a row of windows.jsonl"),
         ("mine", {"time_s": 1.0}, "event 'mine': each event has time_s already; give your field another name"),
         ("mine", {"session": "x", "type": "y"}, "event 'mine': each event has session, type already"),
     ],
 )
-def test_an_event_takes_the_place_of_no_row_and_no_field(kind: str, attrs: dict[str, Any], told: str):
-    with pytest.raises(ValueError, match=told):
+def test_an_event_takes_the_place_of_no_row_and_no_field(kind: str, attrs: dict[str, Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
         Llm.events.event(DOOR, 0, kind, **attrs)
 
 

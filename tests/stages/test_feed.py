@@ -47,7 +47,7 @@ def feed(*script: FakeReader | MediaError, **fields: object) -> Feed:
     return Feed(session(**fields), FakeMedia(*script))
 
 
-def told(subject: Feed) -> list[str]:
+def notices_of(subject: Feed) -> list[str]:
     return [notice.type for notice in subject.take_notices()]
 
 
@@ -142,7 +142,7 @@ def test_a_source_ends_where_its_last_picture_or_sample_was():
     subject.take_frames(9 * NS_PER_S), subject.take_sound(9 * NS_PER_S)
     subject.pump(0)
     assert (subject.times.are_over, subject.times.end_ns) == (True, 2 * NS_PER_S)
-    assert told(subject) == ["camera_up", "camera_ended"]
+    assert notices_of(subject) == ["camera_up", "camera_ended"]
 
 
 def test_a_live_camera_that_breaks_off_is_looked_for_ever_less_often():
@@ -154,7 +154,7 @@ def test_a_live_camera_that_breaks_off_is_looked_for_ever_less_often():
         subject.pump(tenth * NS_PER_S // 10)
         tried_s += [tenth / 10] * (len(media.requests) - before)
     assert tried_s == [0.0, 1.0, 3.0, 7.0]
-    assert told(subject) == ["camera_lost"] * 4
+    assert notices_of(subject) == ["camera_lost"] * 4
 
 
 def test_a_camera_that_delivers_again_is_tried_at_once_when_it_is_lost_next():
@@ -167,7 +167,7 @@ def test_a_camera_that_delivers_again_is_tried_at_once_when_it_is_lost_next():
     subject.pump(4 * NS_PER_S)
     subject.pump(5 * NS_PER_S)
     assert len(media.requests) == 4
-    assert told(subject) == ["camera_lost", "camera_lost", "camera_up", "camera_lost"]
+    assert notices_of(subject) == ["camera_lost", "camera_lost", "camera_up", "camera_lost"]
 
 
 def test_a_camera_that_came_back_is_told_the_time_and_goes_on_from_there():
@@ -219,7 +219,7 @@ def test_a_device_that_was_pulled_out_is_a_lost_camera_and_no_error():
 def test_a_file_that_can_not_be_opened_is_a_lost_camera():
     subject = feed(MediaError("missing", "clip.mp4: not there"), duration_ns=5 * NS_PER_S)
     subject.pump(0)
-    assert (subject.times.end_ns, told(subject)) == (5 * NS_PER_S, ["camera_lost"])
+    assert (subject.times.end_ns, notices_of(subject)) == (5 * NS_PER_S, ["camera_lost"])
 
 
 def test_a_file_that_breaks_is_not_opened_again_and_owes_its_windows():
@@ -482,7 +482,7 @@ def test_a_source_on_a_dead_disk_costs_nobody_else_anything_and_is_told():
     assert [(n.type, n.reason) for n in subject.take_notices()] == [("camera_lost", "timeout")]
     openings.let()
     subject.pump(20 * NS_PER_S)
-    assert told(subject) == ["camera_up"]
+    assert notices_of(subject) == ["camera_up"]
 
 
 def test_a_source_that_is_closed_while_it_opens_leaves_no_reader_behind():

@@ -80,13 +80,13 @@ SOUND, PICTURES = {"sound"}, {CAMERA}
 def test_a_file_whose_track_has_nothing_for_long_ends_by_itself_with_a_window_per_second(
     tmp_path, pictures_s, sound, missing
 ):
-    found = Pair(Clip(tmp_path / "clip.mkv").video(pictures_s).sound(**sound).write()).run()
-    assert len(found) == len(missing)
+    windows = Pair(Clip(tmp_path / "clip.mkv").video(pictures_s).sound(**sound).write()).run()
+    assert len(windows) == len(missing)
     # Sound ends a packet before its second does, so that a window at an edge may have some, or none.
-    assert [index for index, lacks in enumerate(found) if lacks != missing[index]] in ([], [len(missing) - 1])
+    assert [index for index, lacks in enumerate(windows) if lacks != missing[index]] in ([], [len(missing) - 1])
 
 
 def test_sound_that_can_not_be_decoded_holds_no_picture_up(tmp_path):
     whole = Clip(tmp_path / "ok.mp4").video(times(30, 10)).sound(30).write()
-    found = Pair(damaged(whole, tmp_path / "bad.mp4", lambda kind, _: kind == "audio")).run()
-    assert found == [SOUND] * 30
+    windows = Pair(damaged(whole, tmp_path / "bad.mp4", lambda kind, _: kind == "audio")).run()
+    assert windows == [SOUND] * 30

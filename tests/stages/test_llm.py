@@ -60,11 +60,11 @@ class Recorder:
 
     def names(self, index: int, known: dict[str, torch.Tensor]) -> list[str]:
         """What was fed in forward `index`, row by row; rows in succession with one name are told once."""
-        told: list[str] = []
+        distinct: list[str] = []
         for row in self.fed[index]:
             name = next((name for name, rows in known.items() if (rows == row).all(-1).any()), "?")
-            told += [name] if told[-1:] != [name] else []
-        return told
+            distinct += [name] if distinct[-1:] != [name] else []
+        return distinct
 
 
 def test_sessions_decide_the_same_alone_and_in_any_batch(tiny: Tiny):
@@ -148,8 +148,8 @@ def test_the_voice_goes_into_the_system_prompt_and_is_not_heard(tiny: Tiny):
     marks = {"<|im_start|>": special.im_start, "<|audio_start|>": special.audio_start}
     marks |= {"<|audio_end|>": special.audio_end, "<|im_end|>": special.im_end, "<unit>": special.unit}
     prompt |= {name: recorder.embed(torch.tensor([token])) for name, token in marks.items()}
-    told = recorder.names(0, prompt)
-    assert (told[0], told[-4:]) == ("<|im_start|>", ["<|audio_start|>", "voice", "<|audio_end|>", "<|im_end|>"])
+    fed = recorder.names(0, prompt)
+    assert (fed[0], fed[-4:]) == ("<|im_start|>", ["<|audio_start|>", "voice", "<|audio_end|>", "<|im_end|>"])
     assert recorder.names(1, prompt) == ["<unit>", "sound"]
 
 
@@ -383,8 +383,8 @@ def test_pictures_for_which_a_unit_has_no_room_are_skipped_and_told(tiny: Tiny):
     recorder = Recorder(tiny)
     stage = tiny.llm(model=recorder)
     stage.open_session(session())
-    told = [chunk for chunk in stage.process([window("door", 3, pictures=5)]) if chunk.stream == EVENTS]
-    assert [dict(chunk.attrs) for chunk in told] == [{"type": "pictures_skipped", "window": 3, "num_pictures": 3}]
+    events = [chunk for chunk in stage.process([window("door", 3, pictures=5)]) if chunk.stream == EVENTS]
+    assert [dict(chunk.attrs) for chunk in events] == [{"type": "pictures_skipped", "window": 3, "num_pictures": 3}]
     assert len(recorder.fed[1]) == 1 + 2 * 66 + 10
     newest = torch.from_numpy(window("door", 3, pictures=5).chunks.get("image", ())[-1].arrays["embeds"][0])
     assert torch.equal(recorder.fed[1][-75:-11], newest)  # before its mark and the sound

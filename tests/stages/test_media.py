@@ -48,8 +48,8 @@ RATE_HZ = 16_000
 
 
 def request(source: object, **changes: Any) -> MediaRequest:
-    wanted = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
-    return MediaRequest(str(source), **(wanted | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
+    defaults = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
+    return MediaRequest(str(source), **(defaults | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
@@ -117,15 +117,15 @@ def test_two_runs_give_the_same_bytes_at_any_pace(tmp_path):
     path = Clip(tmp_path / "clip.mp4").video(times(4)).sound(4).write()
 
     def digest(pause_s: float) -> list[tuple[int, bytes]]:
-        found = []
+        pieces = []
         with MediaReader(request(path)) as reader:
             while not isinstance(item := reader.read(5.0), (Ended, Failed)):
                 threading.Event().wait(pause_s)
                 if isinstance(item, Frame):
-                    found.append((item.start_ns, item.image.tobytes()))
+                    pieces.append((item.start_ns, item.image.tobytes()))
                 if isinstance(item, Sound):
-                    found.append((item.first_sample, item.samples.tobytes()))
-        return found
+                    pieces.append((item.first_sample, item.samples.tobytes()))
+        return pieces
 
     fast = digest(0.0)
     assert len(fast) >= 7
@@ -291,21 +291,21 @@ def test_seeds_make_different_patterns_and_the_same_seed_the_same():
     assert first(1) == first(1) != first(2)
 
 
-@pytest.mark.parametrize("asked", [{"fps": 0.01}, {"fps": 30}, {"max_pixels": 64 * 64}, {"max_pixels": 1 << 24}])
-def test_what_a_description_may_ask_of_a_camera_its_decoder_does(asked):
-    spec = CameraSpec(source="test://pattern", **asked)
+@pytest.mark.parametrize("settings", [{"fps": 0.01}, {"fps": 30}, {"max_pixels": 64 * 64}, {"max_pixels": 1 << 24}])
+def test_what_a_description_may_ask_of_a_camera_its_decoder_does(settings):
+    spec = CameraSpec(source="test://pattern", **settings)
     assert request("test://pattern", fps=spec.fps, max_pixels=spec.max_pixels)
 
 
 def test_a_decoder_which_has_nothing_to_send_gives_a_sign_of_life_every_second():
-    told = []
+    items = []
     quarters = iter(range(0, 4 * NS_PER_S, NS_PER_S // 4))
-    wanted = request("test://pattern", want_video=False)
-    lane = Lane(SoundTrack(wanted, FileAxis(None), told.append), deque())
-    teller = Teller(wanted, [lane], told.append, lambda: next(quarters))
+    media_request = request("test://pattern", want_video=False)
+    lane = Lane(SoundTrack(media_request, FileAxis(None), items.append), deque())
+    teller = Teller(media_request, [lane], items.append, lambda: next(quarters))
     for _ in range(13):
         teller.tell()
-    assert told == [Progress(FOREVER_NS, 0)] * 4
+    assert items == [Progress(FOREVER_NS, 0)] * 4
 
 
 @pytest.mark.parametrize("fps", [0.5, 1.0, 5.0, 12.0])
@@ -335,12 +335,12 @@ def test_the_same_address_is_the_same_room():
     assert read("synthetic://room?seed=4&events=busy") != once
 
 
-@pytest.mark.parametrize("asked", [{"want_audio": False}, {"want_video": False}, {"fps": 0.5}, {"fps": 10.0}])
-def test_the_synthetic_room_gives_what_is_wanted(asked):
-    items = read_all("synthetic://room", duration_ns=4 * NS_PER_S, **asked)
-    assert len(frames_of(items)) == 4 * asked.get("fps", 1.0) * asked.get("want_video", True)
+@pytest.mark.parametrize("settings", [{"want_audio": False}, {"want_video": False}, {"fps": 0.5}, {"fps": 10.0}])
+def test_the_synthetic_room_gives_what_is_wanted(settings):
+    items = read_all("synthetic://room", duration_ns=4 * NS_PER_S, **settings)
+    assert len(frames_of(items)) == 4 * settings.get("fps", 1.0) * settings.get("want_video", True)
     num_samples = sum(item.samples.size for item in items if isinstance(item, Sound))
-    assert num_samples == 4 * RATE_HZ * asked.get("want_audio", True)
+    assert num_samples == 4 * RATE_HZ * settings.get("want_audio", True)
 
 
 def test_the_synthetic_room_is_drawn_as_small_as_is_asked():
@@ -456,8 +456,8 @@ def test_a_camera_has_one_frame_in_every_window_whenever_it_is_opened(start_ns, 
     # Given: 30 pictures per second, the first so long after the camera was opened, until a window begins.
     codec: Any = SimpleNamespace(sample_aspect_ratio=None)
     fake: Any = SimpleNamespace(average_rate=Fraction(30), sample_aspect_ratio=None, codec_context=codec)
-    wanted, frames = request("rtsp://door", duration_ns=20 * NS_PER_S, want_audio=False), []
-    track = VideoTrack(fake, wanted, LiveAxis(), frames.append, start_ns, live=True)
+    media_request, frames = request("rtsp://door", duration_ns=20 * NS_PER_S, want_audio=False), []
+    track = VideoTrack(fake, media_request, LiveAxis(), frames.append, start_ns, live=True)
     first_ns = start_ns + delay_ms * NS_PER_MS
     num_pictures = (-first_ns % NS_PER_S + 3 * NS_PER_S) * 30 // NS_PER_S
     for index in range(num_pictures):
@@ -472,8 +472,8 @@ def test_a_camera_has_one_frame_in_every_window_whenever_it_is_opened(start_ns, 
 
 
 def test_a_cameras_sound_is_numbered_from_the_sessions_beginning():
-    wanted, sounds = request("rtsp://door", duration_ns=20 * NS_PER_S, piece_ns=NS_PER_S // 20), []
-    track = SoundTrack(wanted, LiveAxis(), sounds.append, 5 * NS_PER_S + NS_PER_S // 3)
+    media_request, sounds = request("rtsp://door", duration_ns=20 * NS_PER_S, piece_ns=NS_PER_S // 20), []
+    track = SoundTrack(media_request, LiveAxis(), sounds.append, 5 * NS_PER_S + NS_PER_S // 3)
     first_ns = 5 * NS_PER_S + NS_PER_S // 2
     for index in range(50):
         piece = av.AudioFrame.from_ndarray(np.full((1, 320), 0.5, np.float32), "fltp", "mono")

@@ -32,8 +32,8 @@ Hit = Callable[[str, int], bool]
 
 
 def request(source: object, **changes: Any) -> MediaRequest:
-    wanted = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
-    return MediaRequest(str(source), **(wanted | {"piece_ns": NS_PER_S // 20, "duration_ns": None} | changes))
+    defaults = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
+    return MediaRequest(str(source), **(defaults | {"piece_ns": NS_PER_S // 20, "duration_ns": None} | changes))
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
@@ -239,8 +239,10 @@ class FakePacket:
 def video(sent: list[MediaItem]) -> Decoding:
     codec: Any = SimpleNamespace(sample_aspect_ratio=None)
     stream: Any = SimpleNamespace(average_rate=Fraction(25), sample_aspect_ratio=None, codec_context=codec)
-    asked = request("rtsp://user:canary@door/live")
-    return Decoding(Lane(VideoTrack(stream, asked, FileAxis(0), sent.append)), asked.masked, Warner(sent.append))
+    media_request = request("rtsp://user:canary@door/live")
+    return Decoding(
+        Lane(VideoTrack(stream, media_request, FileAxis(0), sent.append)), media_request.masked, Warner(sent.append)
+    )
 
 
 def audio(sent: list[MediaItem]) -> Decoding:
@@ -444,6 +446,6 @@ def test_a_file_which_fails_for_ever_ends(error, over_holes, num_reads):
 
 
 def test_a_demuxers_want_of_data_is_not_told_as_a_want_of_resources():
-    order = Order("file", request("clip.ts"), 10, 4, 0)
-    failed = explain(av.error.BlockingIOError(11, "Resource temporarily unavailable"), order)
+    media_request = Order("file", request("clip.ts"), 10, 4, 0)
+    failed = explain(av.error.BlockingIOError(11, "Resource temporarily unavailable"), media_request)
     assert failed == Failed("unreadable", "clip.ts is not a media file which can be read: damaged, or of another type")

@@ -43,8 +43,8 @@ MIB = 1 << 20
 
 
 def request(source: object, **changes: Any) -> MediaRequest:
-    wanted = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
-    return MediaRequest(str(source), **(wanted | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
+    defaults = {"fps": 1.0, "max_pixels": 448 * 448, "want_video": True, "want_audio": True}
+    return MediaRequest(str(source), **(defaults | {"piece_ns": NS_PER_S, "duration_ns": None} | changes))
 
 
 def read_all(source: object, **changes: Any) -> list[MediaItem]:
@@ -154,11 +154,11 @@ def test_a_link_to_nothing_says_where_it_leads_and_does_not_suggest_itself(tmp_p
 @pytest.mark.parametrize("source", ["rtsp://camera/live", "http://server/film.mp4"])
 @pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
 def test_what_a_server_answers_is_not_told_in_the_words_of_a_file_system(source, error):
-    asked = request(source)
-    order = Order(check_source(source, ["http"]), asked, 10.0, 4.0, origin_ns=0)
-    told = explain(error(1, "Operation not permitted"), order)
-    assert told.kind in ("refused", "missing")
-    assert "permi" not in told.message.lower() and told.message.startswith(source)
+    media_request = request(source)
+    order = Order(check_source(source, ["http"]), media_request, 10.0, 4.0, origin_ns=0)
+    explained = explain(error(1, "Operation not permitted"), order)
+    assert explained.kind in ("refused", "missing")
+    assert "permi" not in explained.message.lower() and explained.message.startswith(source)
 
 
 def test_an_empty_file_a_pipe_and_a_socket_are_refused(tmp_path):

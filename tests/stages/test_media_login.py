@@ -29,11 +29,11 @@ def refusal(source: str | Secret) -> str:
 def test_the_camera_sees_the_password_that_is_referred_to(password: str) -> None:
     with LoginCamera() as camera:
         source = resolve(f"rtsp://me:${{env:PW}}@127.0.0.1:{camera.port}/live", {"PW": password})
-        told = refusal(source)
+        message = refusal(source)
     assert set(camera.logins) == {f"me:{password}"}
     assert set(camera.urls) == {f"rtsp://127.0.0.1:{camera.port}/live"}
-    assert password not in told
-    assert "${env:PW}" in told
+    assert password not in message
+    assert "${env:PW}" in message
 
 
 def test_the_camera_sees_the_password_of_a_file_without_its_line_end(tmp_path: Path) -> None:
@@ -51,9 +51,9 @@ def test_the_camera_sees_a_password_that_was_percent_encoded_by_hand() -> None:
 
 def test_a_secret_in_the_path_is_sent_and_not_told() -> None:
     with LoginCamera() as camera:
-        told = refusal(resolve(f"rtsp://127.0.0.1:{camera.port}/${{env:KEY}}/live", {"KEY": "Hunter2"}))
+        message = refusal(resolve(f"rtsp://127.0.0.1:{camera.port}/${{env:KEY}}/live", {"KEY": "Hunter2"}))
     assert set(camera.urls) == {f"rtsp://127.0.0.1:{camera.port}/Hunter2/live"}
-    assert "Hunter2" not in told
+    assert "Hunter2" not in message
 
 
 @pytest.mark.parametrize("separator", ["/", "#", "?", "["])

@@ -45,8 +45,8 @@ def read_all(
     duration_ns = None if seconds is None else int(seconds * NS_PER_S)
     items: list[MediaItem] = []
     start = time.monotonic()
-    wanted: dict[str, Any] = {"want_video": True, "want_audio": True, "piece_ns": NS_PER_S // 20}
-    reader = MediaReader(MediaRequest(source, 1.0, 448 * 448, duration_ns=duration_ns, **wanted), **timeouts)
+    fields: dict[str, Any] = {"want_video": True, "want_audio": True, "piece_ns": NS_PER_S // 20}
+    reader = MediaReader(MediaRequest(source, 1.0, 448 * 448, duration_ns=duration_ns, **fields), **timeouts)
     assert reader.is_live
     with contextlib.closing(reader):
         reader.start(now_ns)
@@ -169,10 +169,10 @@ def test_a_camera_which_freezes_is_noticed():
 
 
 def test_a_pause_of_the_reader_is_no_silence_of_the_camera():
-    wanted = MediaRequest("", 10.0, 448 * 448, True, True, NS_PER_S, None)
+    template = MediaRequest("", 10.0, 448 * 448, True, True, NS_PER_S, None)
     with (
         camera("camera") as url,
-        MediaReader(dataclasses.replace(wanted, source=url), silence_timeout_s=0.5) as reader,
+        MediaReader(dataclasses.replace(template, source=url), silence_timeout_s=0.5) as reader,
     ):
         while not isinstance(reader.read(1.0), Frame):
             pass
@@ -182,10 +182,10 @@ def test_a_pause_of_the_reader_is_no_silence_of_the_camera():
 
 
 def test_a_camera_of_few_pictures_and_no_sound_is_not_taken_for_dead():
-    wanted = MediaRequest("", 0.1, 448 * 448, True, False, NS_PER_S, None)
+    template = MediaRequest("", 0.1, 448 * 448, True, False, NS_PER_S, None)
     with (
         camera("camera") as url,
-        MediaReader(dataclasses.replace(wanted, source=url), silence_timeout_s=0.5) as reader,
+        MediaReader(dataclasses.replace(template, source=url), silence_timeout_s=0.5) as reader,
     ):
         start = time.monotonic()
         while time.monotonic() - start < 4.0:  # the watchdog barks after 2.5 s
@@ -205,8 +205,8 @@ def test_a_camera_which_is_switched_off_refuses():
 def read_until(url: str, code: str, **timeouts: float) -> list[MediaItem]:
     """Everything a camera gives until it is warned of this, or ends."""
     items: list[MediaItem] = []
-    wanted: dict[str, Any] = {"want_video": True, "want_audio": True, "piece_ns": NS_PER_S // 20}
-    with MediaReader(MediaRequest(url, 1.0, 448 * 448, duration_ns=60 * NS_PER_S, **wanted), **timeouts) as reader:
+    fields: dict[str, Any] = {"want_video": True, "want_audio": True, "piece_ns": NS_PER_S // 20}
+    with MediaReader(MediaRequest(url, 1.0, 448 * 448, duration_ns=60 * NS_PER_S, **fields), **timeouts) as reader:
         while not items or not (isinstance(items[-1], (Ended, Failed)) or is_warning(items[-1], code)):
             items += [item] if (item := reader.read(1.0)) is not None else []
     return items
@@ -290,9 +290,9 @@ class LoginDesk:
                 connection.sendall(self._answer)
 
     def challenges(self) -> list[str]:
-        found = list(read_challenges("127.0.0.1", self.port))
+        received = list(read_challenges("127.0.0.1", self.port))
         self._thread.join(10)
-        return found
+        return received
 
 
 @pytest.mark.parametrize(
@@ -326,9 +326,9 @@ def test_a_camera_that_can_not_be_asked_offers_nothing():
 
 @pytest.fixture(scope="module")
 def gstreamer() -> None:
-    found = subprocess.run([SYSTEM_PYTHON, "-c", HAS_GSTREAMER], capture_output=True, check=False)
-    if found.returncode:
-        pytest.skip(f"GStreamer's RTSP server is absent: {found.stderr.decode().strip().splitlines()[-1]}")
+    probe = subprocess.run([SYSTEM_PYTHON, "-c", HAS_GSTREAMER], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"GStreamer's RTSP server is absent: {probe.stderr.decode().strip().splitlines()[-1]}")
 
 
 def read_gst(*arguments: str, path: str = "/live") -> list[MediaItem]:
@@ -382,10 +382,10 @@ def test_a_camera_that_takes_no_tcp_is_read_over_udp_which_is_told():
 
 @pytest.mark.usefixtures("gstreamer")
 def test_packets_over_udp_are_taken_at_the_address_that_leads_to_the_camera():
-    wanted = MediaRequest("", 1.0, 448 * 448, True, True, NS_PER_S, None)
+    template = MediaRequest("", 1.0, 448 * 448, True, True, NS_PER_S, None)
     with (
         camera("gst", "h264", "aac", "udp", python=SYSTEM_PYTHON) as url,
-        MediaReader(dataclasses.replace(wanted, source=url)) as reader,
+        MediaReader(dataclasses.replace(template, source=url)) as reader,
     ):
         while not isinstance(item := reader.read(5.0), Frame):
             assert not isinstance(item, (Ended, Failed)), item

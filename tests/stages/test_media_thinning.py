@@ -109,9 +109,9 @@ class Viewer:
         self.items: deque[MediaItem] = deque()
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
-        wanted = request("rtsp://camera/live", want_audio=False)
-        self.track = VideoTrack(self._stream, wanted, LiveAxis(), self.items.append, live=True)
-        self.decoder = LiveDecoder(self._stream, self.track, wanted.fps)
+        media_request = request("rtsp://camera/live", want_audio=False)
+        self.track = VideoTrack(self._stream, media_request, LiveAxis(), self.items.append, live=True)
+        self.decoder = LiveDecoder(self._stream, self.track, media_request.fps)
         self.num_decoded = 0
 
     def packets(self) -> Iterator[av.Packet]:

@@ -56,18 +56,18 @@ def test_a_file_that_had_ended_before_ends_again_and_is_no_lost_camera():
 
 
 def test_a_source_of_ones_own_makes_the_windows_that_are_left():
-    asked: list[int] = []
+    made_s: list[int] = []
 
     class Meter(Source):
         def make(self, session: Session, start_ns: int, end_ns: int) -> list:
-            asked.append(start_ns // NS_PER_S)
+            made_s.append(start_ns // NS_PER_S)
             return []
 
     meter = Meter()
     meter.open_session(session("door", paced=False, resume_ns=7 * NS_PER_S + 1, duration_ns=9 * NS_PER_S))
     while not meter.finished(DOOR):
         meter.advance(DOOR, 0)
-    assert asked == [7, 8]
+    assert made_s == [7, 8]
 
 
 def test_a_source_of_ones_own_says_its_end_with_its_last_window():
@@ -165,15 +165,15 @@ def test_the_totals_of_a_listener_go_on_and_what_he_had_not_heard_is_gone():
 
 
 def test_all_who_speak_begin_anew_in_an_epoch_that_none_of_them_has_seen():
-    told = resumed_speaker().cut_off(DOOR, 10 * NS_PER_S)
-    assert [chunk.epoch for chunk in told if chunk.type is ChunkType.BARGE_IN] == [4]
+    chunks = resumed_speaker().cut_off(DOOR, 10 * NS_PER_S)
+    assert [chunk.epoch for chunk in chunks if chunk.type is ChunkType.BARGE_IN] == [4]
 
 
 def test_what_the_listener_did_before_is_not_done_again_but_he_may_be_gone():
     actions = (ListenerAction(2 * NS_PER_S, "barge_in"), ListenerAction(3 * NS_PER_S, "pause"))
     speaker = resumed_speaker(listener=actions)
-    told = speaker.advance(DOOR, 11 * NS_PER_S)
-    assert not [chunk for chunk in told if chunk.type is ChunkType.BARGE_IN]
+    chunks = speaker.advance(DOOR, 11 * NS_PER_S)
+    assert not [chunk for chunk in chunks if chunk.type is ChunkType.BARGE_IN]
     speaker.process([unit("door", 10, speech("door", 10, np.zeros(SPEECH_RATE_HZ)))])
     speaker.advance(DOOR, 15 * NS_PER_S)
     assert acks(speaker.drain(DOOR))[-1].heard_ns == 4 * NS_PER_S
@@ -184,10 +184,10 @@ def test_a_recording_that_was_cut_off_is_kept_and_goes_on_in_a_part_beside_it(tm
     before.write(0, np.full(SPEECH_RATE_HZ, 0.5))
     kept = (tmp_path / "door.wav").read_bytes()
     again = WavOutput(tmp_path / "door.wav", begin_ns=10 * NS_PER_S)
-    told = again.advance(10 * NS_PER_S)
+    events = again.advance(10 * NS_PER_S)
     again.write(11 * NS_PER_S, np.full(SPEECH_RATE_HZ, 0.25))
     again.close(12 * NS_PER_S)
-    assert told == [OutputEvent("recording_continues", {"file": "door.2.wav", "seconds": 10.0})]
+    assert events == [OutputEvent("recording_continues", {"file": "door.2.wav", "seconds": 10.0})]
     assert (tmp_path / "door.wav").read_bytes() == kept
     assert (tmp_path / "door.2.wav").stat().st_size == 44 + 2 * 2 * SPEECH_RATE_HZ
 

@@ -62,9 +62,9 @@ def test_what_the_device_has_no_room_for_is_dropped(stream: FakeStream):
 def test_a_device_that_is_pulled_out_is_told_of_once(stream: FakeStream):
     device = SoundDevice()
     stream.gone = True
-    told = [event for at_ns in range(3) for event in device.write(at_ns, np.zeros(240))]
+    events = [event for at_ns in range(3) for event in device.write(at_ns, np.zeros(240))]
     device.close(3)
-    assert told == [OutputEvent("speaker_lost", {"reason": "Device unavailable"})]
+    assert events == [OutputEvent("speaker_lost", {"reason": "Device unavailable"})]
     assert stream.closed.wait(10)
 
 

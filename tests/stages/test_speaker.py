@@ -35,28 +35,28 @@ class Room:
         self.speaker.open_session(session(**({"paced": True} | fields)))
         self.tick_ns = tick_ns
         self.now_ns = 0
-        self.told: list[Chunk] = []
+        self.chunks: list[Chunk] = []
 
     def to(self, at_s: float) -> "Room":
         while self.now_ns < round(at_s * NS_PER_S):
             self.now_ns = min(self.now_ns + self.tick_ns, round(at_s * NS_PER_S))
-            self.told += self.speaker.advance(DOOR, self.now_ns)
+            self.chunks += self.speaker.advance(DOOR, self.now_ns)
         return self
 
     def hear(self, index: int, *pieces: Chunk) -> "Room":
         """Window `index` comes in, now."""
-        self.told += self.speaker.process([unit("door", index, *pieces)])
+        self.chunks += self.speaker.process([unit("door", index, *pieces)])
         return self
 
     def acks(self) -> list[Ack]:
-        return [ack_of(chunk) for chunk in of_kind(self.told, ChunkType.PLAYBACK)]
+        return [ack_of(chunk) for chunk in of_kind(self.chunks, ChunkType.PLAYBACK)]
 
     def events(self, kind: str) -> list[tuple[float, dict[str, object]]]:
-        data = of_kind(self.told, ChunkType.DATA)
+        data = of_kind(self.chunks, ChunkType.DATA)
         return [(c.start_ns / NS_PER_S, dict(c.attrs)) for c in data if c.attrs["type"] == kind]
 
     def close(self) -> None:
-        self.told += self.speaker.drain(DOOR)
+        self.chunks += self.speaker.drain(DOOR)
         self.speaker.close_session(DOOR)
 
 
@@ -82,24 +82,24 @@ def test_who_has_nothing_to_hear_is_heard_of_every_second():
 
 def test_who_hears_is_heard_of_every_100_ms_and_when_all_has_been_heard():
     room = Room().to(1.0).hear(0, speech("door", 0, voice(0.34)))
-    room.told.clear()
+    room.chunks.clear()
     at_ms = [ack.at_ns // NS_PER_MS for ack in room.to(1.9).acks()]
     assert at_ms == [1100, 1200, 1300, 1400, 1500, 1600, 1640]
 
 
 def test_who_looks_only_when_it_is_due_hears_all_that_a_steady_look_hears():
-    def told(room: Room, step_ns: Callable[[Room], int]) -> list[tuple[object, ...]]:
+    def rows_of(room: Room, step_ns: Callable[[Room], int]) -> list[tuple[object, ...]]:
         for index, seconds in enumerate((1.0, 0.4, 0.0, 1.0)):
             room.hear(index, *([speech("door", index, voice(seconds), "word")] if seconds else []))
             while room.now_ns < (index + 2) * NS_PER_S:
                 room.now_ns = min(room.now_ns + step_ns(room), (index + 2) * NS_PER_S)
-                room.told += room.speaker.advance(DOOR, room.now_ns)
-        return [(c.type, c.start_ns, dict(c.attrs)) for c in room.told]
+                room.chunks += room.speaker.advance(DOOR, room.now_ns)
+        return [(c.type, c.start_ns, dict(c.attrs)) for c in room.chunks]
 
     actions = (action(1.75, "pause"), action(2.45, "resume"), action(3.33, "barge_in"))
-    steady = told(Room(listener=actions), lambda room: NS_PER_MS)
-    when_due = told(Room(listener=actions), lambda room: room.speaker.due_in_ns(DOOR, room.now_ns) + 1)
-    acks = [told for told in when_due if told[0] is ChunkType.PLAYBACK]
+    steady = rows_of(Room(listener=actions), lambda room: NS_PER_MS)
+    when_due = rows_of(Room(listener=actions), lambda room: room.speaker.due_in_ns(DOOR, room.now_ns) + 1)
+    acks = [row for row in when_due if row[0] is ChunkType.PLAYBACK]
     assert [t for t in when_due if t[0] is not ChunkType.PLAYBACK] == [
         t for t in steady if t[0] is not ChunkType.PLAYBACK
     ]
@@ -151,7 +151,7 @@ def test_barge_in_drops_what_was_not_heard_and_raises_the_epoch(tmp_path: Path):
     room.hear(0, speech("door", 0, voice(1.0))).to(3.0)
     latest = room.acks()[-1]
     assert (latest.heard_ns, latest.received_ns, latest.epoch) == (NS_PER_S // 2, NS_PER_S // 2, 1)
-    assert [(c.start_ns, c.epoch) for c in of_kind(room.told, ChunkType.BARGE_IN)] == [(1800 * NS_PER_MS, 1)]
+    assert [(c.start_ns, c.epoch) for c in of_kind(room.chunks, ChunkType.BARGE_IN)] == [(1800 * NS_PER_MS, 1)]
     assert room.events("barge_in") == [(1.8, {"type": "barge_in", "seconds": 0.5, "epoch": 1})]
     room.close()
     assert sounding(read(tmp_path / "door.wav")) == [(1.3, 1.8)]
@@ -159,23 +159,23 @@ def test_barge_in_drops_what_was_not_heard_and_raises_the_epoch(tmp_path: Path):
 
 def test_whoever_is_interrupted_has_been_told_before_what_was_heard():
     room = Room(listener=(action(1.8, "barge_in"),)).to(1.0).hear(0, speech("door", 0, voice(1.0))).to(3.0)
-    index = room.told.index(of_kind(room.told, ChunkType.BARGE_IN)[0])
-    before = [chunk for chunk in room.told[:index] if chunk.type is ChunkType.PLAYBACK][-1]
+    index = room.chunks.index(of_kind(room.chunks, ChunkType.BARGE_IN)[0])
+    before = [chunk for chunk in room.chunks[:index] if chunk.type is ChunkType.PLAYBACK][-1]
     assert (before.epoch, before.start_ns) == (1, 1800 * NS_PER_MS)
 
 
 def test_what_is_cut_off_is_dropped_and_raises_the_epoch():
     room = Room().to(1.0).hear(0, speech("door", 0, voice(1.0))).to(1.8)
-    room.told += room.speaker.cut_off(DOOR, 1_900_000_000)
+    room.chunks += room.speaker.cut_off(DOOR, 1_900_000_000)
     assert room.events("cut_off") == [(1.9, {"type": "cut_off", "seconds": 0.4, "epoch": 1})]
-    (control,) = of_kind(room.told, ChunkType.BARGE_IN)
+    (control,) = of_kind(room.chunks, ChunkType.BARGE_IN)
     assert (control.epoch, control.start_ns) == (1, 1_900_000_000)
     assert room.acks()[-1].heard_ns == room.to(4.0).acks()[-1].heard_ns == 600_000_000
 
 
 def test_each_barge_in_has_an_epoch_of_its_own():
     room = Room(listener=(action(0.5, "barge_in"), action(0.7, "barge_in"))).to(1.0)
-    assert [chunk.epoch for chunk in of_kind(room.told, ChunkType.BARGE_IN)] == [1, 2]
+    assert [chunk.epoch for chunk in of_kind(room.chunks, ChunkType.BARGE_IN)] == [1, 2]
 
 
 def test_a_piece_that_comes_too_late_inside_a_turn_is_an_underrun():
@@ -199,8 +199,8 @@ def test_after_a_barge_in_a_new_turn_begins():
 def test_a_word_is_told_when_it_begins_to_sound():
     room = Room().to(1.0).hear(0, speech("door", 0, voice(1.0), "one")).to(2.0)
     room.hear(1, speech("door", 1, voice(0.5), "two")).to(4.0)
-    told = [(at, event["text"], event["seconds"]) for at, event in room.events("heard")]
-    assert told == [(1.3, "one", 1.0), (2.3, "two", 0.5)]
+    words = [(at, event["text"], event["seconds"]) for at, event in room.events("heard")]
+    assert words == [(1.3, "one", 1.0), (2.3, "two", 0.5)]
 
 
 def test_a_word_that_was_flushed_is_never_told():
@@ -324,9 +324,9 @@ def test_a_full_disk_ends_the_recording_and_not_the_session(tmp_path: Path):
     room = Room(out=tmp_path).to(1.0).hear(0, speech("door", 0, voice(1.0), "one")).to(3.0)
     written(room)
     room.to(4.0).close()
-    [(_, told)] = room.events("recording_failed")
-    assert told["file"] == "door.wav"
-    assert "No space left" in str(told["reason"])
+    [(_, attrs)] = room.events("recording_failed")
+    assert attrs["file"] == "door.wav"
+    assert "No space left" in str(attrs["reason"])
     assert room.acks()[-1].heard_ns == NS_PER_S
 
 

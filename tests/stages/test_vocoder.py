@@ -135,20 +135,20 @@ def test_no_piece_is_longer_than_was_asked_for(tiny: Tiny, num_codes: int):
 @pytest.mark.parametrize("num_held", [1, 2, 3, 4])
 def test_codes_that_an_earlier_window_left_count_in_what_the_last_one_sounds_for(tiny: Tiny, num_held: int):
     plain = tiny.vocoder(seed=4)
-    asked_ns: list[int] = []
+    longest_ns: list[int] = []
 
-    class Asked(Free):
+    class Watched(Free):
         def _next_codes(self, unit):
             state = self._open[unit.session]
             for chunk in unit.chunks["codes"]:
-                asked_ns.append(_longest_ns(state.vocoder.codes, chunk))
+                longest_ns.append(_longest_ns(state.vocoder.codes, chunk))
             return super()._next_codes(unit)
 
-    stage = Asked(plain._model, plain._voice, 4)
+    stage = Watched(plain._model, plain._voice, 4)
     opened(stage)
     stage.process([unit("door", 0, voice("door", 0, num_held))])
     (last,) = stage.process([unit("door", 1, voice("door", 1, 25, end=True))])
-    assert last.duration_ns <= asked_ns[-1]
+    assert last.duration_ns <= longest_ns[-1]
 
 
 def resident(tiny: Tiny, num_turns: int) -> Vocoder:

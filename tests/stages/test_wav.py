@@ -36,13 +36,13 @@ def test_a_long_silence_is_written_in_small_blocks(tmp_path: Path):
 def test_a_recording_goes_on_in_the_next_file_where_the_last_ended(tmp_path: Path):
     output = WavOutput(tmp_path / "front.door.wav", max_part_s=2)
     spoken = np.arange(1, 5 * SPEECH_RATE_HZ + 1) % 30_000
-    told = output.write(NS_PER_S, spoken / 32767.0)
+    events = output.write(NS_PER_S, spoken / 32767.0)
     output.close(6 * NS_PER_S)
     names = ["front.door.wav", "front.door.2.wav", "front.door.3.wav"]
     parts = [samples(tmp_path / name) for name in names]
     assert [len(part) for part in parts] == [2 * SPEECH_RATE_HZ] * 3
     assert np.abs(np.concatenate(parts)[SPEECH_RATE_HZ:] - spoken).max() <= 1
-    assert told == [
+    assert events == [
         OutputEvent("recording_continues", {"file": names[1], "seconds": 2.0}),
         OutputEvent("recording_continues", {"file": names[2], "seconds": 4.0}),
     ]
@@ -58,12 +58,12 @@ def test_no_file_is_begun_before_there_is_something_to_write(tmp_path: Path):
 def test_a_recording_that_is_removed_is_told_of_made_anew_and_goes_on(tmp_path: Path):
     out = tmp_path / "run"
     output = WavOutput(out / "door.wav")
-    told = output.advance(2 * NS_PER_S)
+    events = output.advance(2 * NS_PER_S)
     shutil.rmtree(out)
-    told += output.advance(3 * NS_PER_S)
-    told += output.advance(4 * NS_PER_S)
+    events += output.advance(3 * NS_PER_S)
+    events += output.advance(4 * NS_PER_S)
     output.close(5 * NS_PER_S)
-    assert told == [
+    assert events == [
         OutputEvent("recording_lost", {"file": "door.wav", "seconds": 2.0, "reason": "was removed"}),
         OutputEvent("recording_continues", {"file": "door.wav", "seconds": 2.0}),
     ]
@@ -74,9 +74,9 @@ def test_a_later_part_that_is_removed_is_made_anew_by_its_name(tmp_path: Path):
     output = WavOutput(tmp_path / "door.wav", max_part_s=2)
     output.advance(3 * NS_PER_S)
     (tmp_path / "door.2.wav").unlink()
-    told = output.advance(5 * NS_PER_S)
+    events = output.advance(5 * NS_PER_S)
     output.close(5 * NS_PER_S)
-    assert [(event.kind, event.attrs["file"], event.attrs["seconds"]) for event in told] == [
+    assert [(event.kind, event.attrs["file"], event.attrs["seconds"]) for event in events] == [
         ("recording_lost", "door.2.wav", 1.0),
         ("recording_continues", "door.2.wav", 3.0),
     ]
@@ -92,9 +92,9 @@ def test_a_recording_closed_before_it_began_leaves_nothing(tmp_path: Path):
 def test_a_disk_that_is_full_is_told_of_once(tmp_path: Path):
     (tmp_path / "door.2.wav").symlink_to("/dev/full")
     output = WavOutput(tmp_path / "door.wav", max_part_s=1)
-    told = [event for at_s in range(1, 5) for event in output.advance(at_s * NS_PER_S)]
+    events = [event for at_s in range(1, 5) for event in output.advance(at_s * NS_PER_S)]
     output.close(5 * NS_PER_S)
-    assert [(event.kind, event.attrs["file"]) for event in told] == [("recording_failed", "door.2.wav")]
+    assert [(event.kind, event.attrs["file"]) for event in events] == [("recording_failed", "door.2.wav")]
     assert len(samples(tmp_path / "door.wav")) == SPEECH_RATE_HZ
 
 

@@ -189,10 +189,10 @@ class FakeCluster:
         handle.is_dead = True
 
 
-def started(cluster: FakeCluster, folder: Path, *overrides: str, told: list[str] | None = None) -> Coordinator:
-    """A coordinator whose actors run. told: gets the lines for the user."""
+def started(cluster: FakeCluster, folder: Path, *overrides: str, lines: list[str] | None = None) -> Coordinator:
+    """A coordinator whose actors run. lines: gets the lines for the user."""
     spec = load_spec(default_spec_path(), overrides)
-    lines = told if told is not None else []
+    lines = lines if lines is not None else []
     (folder / "bus").mkdir(exist_ok=True)
     subject = Coordinator(spec, folder, folder, cluster, lines.append, cluster.clock)
     subject.start()

@@ -129,10 +129,10 @@ class Tensors(Mapping[str, Tensor]):
 
     def numbered(self, prefix: str) -> list[Tensor]:
         """`prefix0`, `prefix1`, … as far as there are."""
-        found = []
-        while f"{prefix}{len(found)}" in self._keys:
-            found.append(self[f"{prefix}{len(found)}"])
-        return found
+        tensors = []
+        while f"{prefix}{len(tensors)}" in self._keys:
+            tensors.append(self[f"{prefix}{len(tensors)}"])
+        return tensors
 
 
 @functools.cache

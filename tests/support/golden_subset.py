@@ -143,9 +143,9 @@ def num_patches(case: dict[str, Any], rows: list[int]) -> int:
 def cut_mel(kept: Cut) -> None:
     """The stream whose first chunks need the least sound, and the shortest clip."""
     table, arrays = kept.read_json("mel.json"), kept.read_arrays("mel.safetensors")
-    streams = {name: pieces_of(told["infos"]) for name, told in table.items() if "infos" in told}
+    streams = {name: pieces_of(entry["infos"]) for name, entry in table.items() if "infos" in entry}
     stream = min(streams, key=lambda name: num_samples(streams[name]))
-    clips = {name: told["n_samples"] for name, told in table.items() if "lens" in told and "n_samples" in told}
+    clips = {name: entry["n_samples"] for name, entry in table.items() if "lens" in entry and "n_samples" in entry}
     clip = min(clips, key=lambda name: clips[name])
     heard = max(num_samples(streams[stream]), clips[clip])
     kept.json["mel.json"] = {stream: table[stream] | {"infos": streams[stream]}, clip: table[clip]}
@@ -168,10 +168,10 @@ def num_samples(infos: Iterable[dict[str, Any]]) -> int:
 
 def cut_audio(kept: Cut) -> None:
     """The first chunks of the stream, and the shortest clip."""
-    told, arrays = kept.read_json("audio.json"), kept.read_arrays("audio.safetensors")
-    lens = [length for batch in told["off_lens"] for length in batch]
+    table, arrays = kept.read_json("audio.json"), kept.read_arrays("audio.safetensors")
+    lens = [length for batch in table["off_lens"] for length in batch]
     clip = lens.index(min(lens))
-    rows = [row for row in told["rows"] if row.get("chunk", NUM_UNITS) < NUM_UNITS]
+    rows = [row for row in table["rows"] if row.get("chunk", NUM_UNITS) < NUM_UNITS]
     kept.json["audio.json"] = {"off_lens": [[lens[clip]]], "rows": rows}
     new = {
         f"stream.{what}.{row['chunk']}": arrays[f"stream.{what}.{row['chunk']}"]
@@ -191,7 +191,7 @@ def cut_audio(kept: Cut) -> None:
 
 def cut_llm(kept: Cut) -> None:
     """The first rows of the prefill, which see no later ones; the first units of every run; every decision."""
-    told, arrays = kept.read_json("llm.json"), kept.read_arrays("llm.safetensors")
+    table, arrays = kept.read_json("llm.json"), kept.read_arrays("llm.safetensors")
     new: Arrays = {}
     for key, value in arrays.items():
         if re.fullmatch(r"(prefill|offset\d+)\.[kv]\.\d+", key):
@@ -200,14 +200,14 @@ def cut_llm(kept: Cut) -> None:
             new[key] = value[:, :NUM_PREFILL_ROWS]
         elif key.startswith("decode_rule.") or is_unit(key):
             new[key] = value
-    runs = {name: run | {"rows": run["rows"][:NUM_UNITS]} for name, run in told.items() if "window" in run}
-    kept.json["llm.json"] = told | runs | {"prefill": told["prefill"] | {"len": NUM_PREFILL_ROWS}}
+    runs = {name: run | {"rows": run["rows"][:NUM_UNITS]} for name, run in table.items() if "window" in run}
+    kept.json["llm.json"] = table | runs | {"prefill": table["prefill"] | {"len": NUM_PREFILL_ROWS}}
     kept.keep("llm.safetensors", new)
 
 
 def is_unit(key: str) -> bool:
-    found = re.fullmatch(r"[^.]+\.unit(\d+)\..+", key)
-    return found is not None and int(found[1]) < NUM_UNITS
+    match = re.fullmatch(r"[^.]+\.unit(\d+)\..+", key)
+    return match is not None and int(match[1]) < NUM_UNITS
 
 
 def cut_duplex(kept: Cut) -> None:
@@ -254,20 +254,22 @@ def cut_trace(trace: dict[str, Any]) -> dict[str, Any]:
 
 def cut_tts(kept: Cut) -> None:
     """Of the turns the smallest of each kind, and all the rest."""
-    told, arrays = kept.read_json("tts.json"), kept.read_arrays("tts.safetensors")
-    turns = {key: [name for name, case in told.items() if isinstance(case, dict) and key in case] for key in TURN_KEYS}
+    table, arrays = kept.read_json("tts.json"), kept.read_arrays("tts.safetensors")
+    turns = {key: [name for name, case in table.items() if isinstance(case, dict) and key in case] for key in TURN_KEYS}
     dropped = {name for names in turns.values() for name in names}
     for names in turns.values():
         dropped.remove(min(names, key=lambda n: sum(a.nbytes for k, a in arrays.items() if k.startswith(f"{n}."))))
-    kept.json["tts.json"] = {name: case for name, case in told.items() if name not in dropped}
+    kept.json["tts.json"] = {name: case for name, case in table.items() if name not in dropped}
     kept.keep("tts.safetensors", {k: value for k, value in arrays.items() if k.partition(".")[0] not in dropped})
 
 
 def cut_vocoder(kept: Cut) -> None:
     """Its sizes, and the pitch of a mel: flow and generator are too large."""
-    told, arrays = kept.read_json("token2wav.json"), kept.read_arrays("token2wav.safetensors")
-    streams = {name for name, value in told.items() if isinstance(value, dict) and "rows" in value}
-    kept.json["token2wav.json"] = {key: value for key, value in told.items() if key not in streams} | {"hift_draws": []}
+    table, arrays = kept.read_json("token2wav.json"), kept.read_arrays("token2wav.safetensors")
+    streams = {name for name, value in table.items() if isinstance(value, dict) and "rows" in value}
+    kept.json["token2wav.json"] = {key: value for key, value in table.items() if key not in streams} | {
+        "hift_draws": []
+    }
     kept.keep("token2wav.safetensors", {key: arrays[key] for key in ("off.mel", "off.f0")})
     weights = kept.read_arrays("token2wav_weights.safetensors")
     kept.keep(
@@ -277,8 +279,8 @@ def cut_vocoder(kept: Cut) -> None:
 
 def cut_causal(kept: Cut) -> None:
     """The same of the causal vocoder."""
-    told, arrays = kept.read_json("cv3.json"), kept.read_arrays("cv3.safetensors")
-    kept.json["cv3.json"] = told | {"rows": []}
+    table, arrays = kept.read_json("cv3.json"), kept.read_arrays("cv3.safetensors")
+    kept.json["cv3.json"] = table | {"rows": []}
     kept.keep(
         "cv3.safetensors",
         {k: v for k, v in arrays.items() if k.startswith(f"cv3.weight.{F0}") or k in ("cv3.mel", "cv3.f0_full")},
@@ -323,18 +325,18 @@ def fed_ids(value: Any) -> Iterable[int]:
 
 def positions(kept: Cut) -> set[int]:
     """Where the patches of the kept pictures lie, on the grid of learned positions."""
-    found: set[int] = set()
+    places: set[int] = set()
     for key, value in kept.arrays["vision.safetensors"].items():
         if ".position_ids." in key:
-            found |= {int(place) for place in value.flatten()}
+            places |= {int(place) for place in value.flatten()}
     vision = load_config(kept.source).vision
     assert vision is not None
     side = vision.image_size // vision.patch_size
     for image in kept.arrays["duplex_images.npz"].values():
         for cell in slice_image(image, vision.slices):
             rows, cols = (position_buckets(num, side).tolist() for num in (cell.rows, cell.cols))
-            found |= {row * side + col for row in rows for col in cols}
-    return found
+            places |= {row * side + col for row in rows for col in cols}
+    return places
 
 
 # --- the folder ---
@@ -353,7 +355,7 @@ def write(kept: Cut, out: Path) -> None:
 
 def listing(manifest: dict[str, Any]) -> str:
     """A line per file."""
-    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(told)}" for name, told in manifest.items()) + "\n}\n"
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest.items()) + "\n}\n"
 
 
 def content_of(kept: Cut, name: str) -> bytes:
@@ -368,15 +370,15 @@ def content_of(kept: Cut, name: str) -> bytes:
 
 def entry(kept: Cut, name: str, whole: dict[str, Any]) -> dict[str, Any]:
     content = content_of(kept, name)
-    told: dict[str, Any] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    fields: dict[str, Any] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     kind = next((kind for kind in ("tensors", "arrays") if kind in whole), None)
     if kind is not None:
         types = {key: whole[kind][key][0] for key in kept.arrays[name] if key in whole[kind]}
-        told[kind] = {
+        fields[kind] = {
             key: [types.get(key, spelled(value, kind)), *value.shape] for key, value in kept.arrays[name].items()
         }
     num = {"tensors": len(whole[kind])} if kind else {"records": num_records(kept.read_json(name))}
-    return told | {"whole": {"bytes": whole["bytes"], "sha256": whole["sha256"], **num}}
+    return fields | {"whole": {"bytes": whole["bytes"], "sha256": whole["sha256"], **num}}
 
 
 def spelled(array: Array, kind: str) -> str:

@@ -188,7 +188,7 @@ class Notes(Stage):
         self.chunks += [chunk for unit in units for chunks in unit.chunks.values() for chunk in chunks]
         return []
 
-    def told(self, kind: str) -> list[dict[str, object]]:
+    def events(self, kind: str) -> list[dict[str, object]]:
         return [dict(chunk.attrs) for chunk in self.chunks if chunk.attrs["type"] == kind]
 
 
@@ -315,8 +315,8 @@ class House:
         """Turn until every session has ended everywhere."""
         deadline_s = monotonic() + PATIENCE_S
         while any(runner.snapshot().sessions for runner in self.runners.values()):
-            told = [runner.snapshot() for runner in self.runners.values()]
-            assert monotonic() < deadline_s, f"still open: {told}"
+            snapshots = [runner.snapshot() for runner in self.runners.values()]
+            assert monotonic() < deadline_s, f"still open: {snapshots}"
             self.turn()
 
     def account(self, edge: str) -> Account:

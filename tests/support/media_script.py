@@ -124,11 +124,11 @@ def data(chunks: Sequence[Chunk], stream: str) -> list[Chunk]:
 
 def ends(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
     """When each stream has ended, in ns; a list, as it shall be told once."""
-    told: dict[str, list[int]] = {}
+    ends_ns: dict[str, list[int]] = {}
     for chunk in chunks:
         if chunk.type is ChunkType.END:
-            told.setdefault(chunk.stream, []).append(chunk.start_ns)
-    return told
+            ends_ns.setdefault(chunk.stream, []).append(chunk.start_ns)
+    return ends_ns
 
 
 def watermarks(chunks: Sequence[Chunk], stream: str) -> list[int]:

@@ -172,9 +172,9 @@ class Place:
     def leftovers(self, patience_s: float = 20.0) -> list[str]:
         """Processes, sockets, shared memory and Ray's files that outlived the run; kernels take a moment to bury."""
         deadline_s = time.monotonic() + patience_s
-        while (found := self._leftovers()) and time.monotonic() < deadline_s:
+        while (leftovers := self._leftovers()) and time.monotonic() < deadline_s:
             time.sleep(0.2)
-        return found
+        return leftovers
 
     def close(self) -> None:
         """End whatever a failed test left, and remove the temporary folder."""
@@ -184,7 +184,7 @@ class Place:
 
     def _leftovers(self) -> list[str]:
         return [
-            *(f"process {process.pid}: {_told(process)}" for process in self.processes()),
+            *(f"process {process.pid}: {_command_line(process)}" for process in self.processes()),
             *(f"socket {path}" for path in self.tmp.rglob("*") if path.is_socket()),
             *(f"file {path}" for path in self.tmp.glob("omni-*/*/*") if path.name != "logs"),
             *(f"shared memory {name}" for name in _unheld(_shared_memory() - self.shared_memory)),
@@ -228,9 +228,9 @@ def _json_of(path: Path) -> Any:
 def _completed(arguments: tuple[object, ...]) -> tuple[object, ...]:
     if arguments[:1] != ("up",):
         return arguments
-    told = " ".join(map(str, arguments))
+    written = " ".join(map(str, arguments))
     defaults = {"console.listen=": "127.0.0.1:0", "model=": "tiny", "window.lateness=": "20s", "shedding.": "ladder=[]"}
-    settings = [name + value for name, value in defaults.items() if name not in told]
+    settings = [name + value for name, value in defaults.items() if name not in written]
     return (*arguments, *(word for setting in settings for word in ("--set", setting)))
 
 
@@ -260,7 +260,7 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _told(process: psutil.Process) -> str:
+def _command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())[:120]
     except psutil.Error:

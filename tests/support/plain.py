@@ -52,10 +52,10 @@ def slicing(width: int, height: int, limit: int, scale: int = 448, patch: int = 
         return whole(w, patch), whole(h, patch)
 
     grid = None
-    wanted = min(math.ceil(width * height / (scale * scale)), limit)
-    if wanted > 1:
+    num_cells = min(math.ceil(width * height / (scale * scale)), limit)
+    if num_cells > 1:
         smallest = math.inf
-        for count in (wanted - 1, wanted, wanted + 1):
+        for count in (num_cells - 1, num_cells, num_cells + 1):
             for cols in range(1, count + 1):
                 if count == 1 or count > limit or count % cols:
                     continue
@@ -118,11 +118,11 @@ def pixel_values(patch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 def buckets(num_patches: int, side: int) -> list[set[int]]:
     """The learned positions that each of `num_patches` along one side may take (§2.2): how many of the boundaries
     k / side lie at or below its fraction. One that lies on a boundary may be rounded below it, in float32."""
-    found = []
+    places = []
     for i in range(num_patches):
         bucket, rest = divmod(i * side, num_patches)
-        found.append({bucket} if rest or bucket == 0 else {bucket, bucket - 1})
-    return found
+        places.append({bucket} if rest or bucket == 0 else {bucket, bucket - 1})
+    return places
 
 
 def grid_place(row: int, col: int, width: int) -> list[float]:

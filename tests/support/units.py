@@ -26,7 +26,7 @@ def unit(name: str, index: int, *chunks: Chunk) -> Unit:
     by_stream: dict[str, list[Chunk]] = defaultdict(list)
     for chunk in chunks:
         by_stream[chunk.stream].append(chunk)
-    streams = {stream: tuple(found) for stream, found in by_stream.items()}
+    streams = {stream: tuple(own) for stream, own in by_stream.items()}
     closed_by = next(iter(streams), "text")
     start_ns, taken = index * NS_PER_S, inputs(*streams)
     return Unit(SessionId(name), index, start_ns, start_ns + NS_PER_S, streams, closed_by=closed_by, inputs=taken)

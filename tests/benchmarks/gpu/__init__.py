@@ -59,12 +59,12 @@ def run_to(record: Path) -> list[Row]:
 
     given = {name: option(name.upper(), "") for name in OPTIONS}
     check_options(**given)
-    told = [word for name, value in given.items() if value for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "tests.benchmarks.gpu", *told, "--json", str(record.absolute())]
+    arguments = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", *arguments, "--json", str(record.absolute())]
     if _ended(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=sys.stderr.fileno())):
         raise BenchError(f"{' '.join(command)} has failed")
-    found = json.loads(record.read_text(encoding="utf-8"))
-    return [*_stages(found), *_cells(found), *_served(found)]
+    content = json.loads(record.read_text(encoding="utf-8"))
+    return [*_stages(content), *_cells(content), *_served(content)]
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:

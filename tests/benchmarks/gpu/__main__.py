@@ -62,8 +62,8 @@ def _measure(given: argparse.Namespace) -> None:
     try:
         device = given.device or _device()
         size, minutes = given.size or ("full" if device == "cuda" else "tiny"), float(given.minutes)
-        told = {"benchmark": "gpu", "size": size, "device": device, "minutes": minutes}
-        record = parts.Record(given.json, {**told, "begun": time.strftime("%Y-%m-%d %H:%M:%S %z")})
+        header = {"benchmark": "gpu", "size": size, "device": device, "minutes": minutes}
+        record = parts.Record(given.json, {**header, "begun": time.strftime("%Y-%m-%d %H:%M:%S %z")})
         parts.run_parts(record, size, device, minutes, given.parts.split(","))
         show.show(record.content)
     except KeyboardInterrupt:
@@ -81,8 +81,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _device() -> str:
     """torch is asked in the parts' processes; this one stays small and holds no device."""
-    asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    command = [sys.executable, "-c", asked]
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    command = [sys.executable, "-c", program]
     return "cpu" if subprocess.run(command, check=False, start_new_session=True).returncode else "cuda"
 
 

@@ -103,12 +103,12 @@ def _profile(request: Request, samples: Samples, picture_ns: int) -> dict[str, A
     """Of the stages that were measured so far, in the form that graph/costs.py reads."""
     import json
 
-    costs: dict[str, StageCost] = {name: fit(found) for name, found in samples.items()}
+    costs: dict[str, StageCost] = {name: fit(pairs) for name, pairs in samples.items()}
     if "llm" in costs:
         costs["llm"] = replace(costs["llm"], picture_ns=picture_ns)
     machine: dict[str, object] = {"gpu": torch.cuda.get_device_name() if request.device == "cuda" else None}
-    told: dict[str, Any] = json.loads(Profile(request.size, machine, os.cpu_count() or 1, costs).as_json())
-    return told
+    document: dict[str, Any] = json.loads(Profile(request.size, machine, os.cpu_count() or 1, costs).as_json())
+    return document
 
 
 # ---- one measurement -------------------------------------------------------------------------------------------------
@@ -138,9 +138,9 @@ def _measured(request: Request, work: Work, call: Callable[[], Any]) -> Iterator
         yield "sample", (work.batch, round(ms * NS_PER_MS))
 
 
-def _row(work: Work, how: str, found: list[float], operations: float, device: str) -> dict[str, Any]:
+def _row(work: Work, how: str, times_ms: list[float], operations: float, device: str) -> dict[str, Any]:
     best_ms = roofline.roofline_ms(work.num_bytes, operations, work.dtype)
-    p50 = float(np.median(found))
+    p50 = float(np.median(times_ms))
     return {
         "stage": work.stage,
         "what": work.what,
@@ -148,8 +148,8 @@ def _row(work: Work, how: str, found: list[float], operations: float, device: st
         "batch": work.batch,
         "context": work.context,
         "dtype": str(work.dtype).removeprefix("torch."),
-        "ms": percentiles(found),
-        "calls": len(found),
+        "ms": percentiles(times_ms),
+        "calls": len(times_ms),
         "gbytes": round(work.num_bytes / 1e9, 3),
         "tflop": round(operations / 1e12, 4),
         "roofline_ms": None if best_ms is None else round(best_ms, 4),
@@ -239,8 +239,8 @@ def _within(request: Request, work: Work, call: Callable[[], Any]) -> Iterator[E
     try:
         yield from _measured(request, work, call)
     except torch.cuda.OutOfMemoryError as error:
-        told = f"{work.what}, batch {work.batch}: out of memory: {str(error).splitlines()[0]}"
-        yield "problem", {"at": work.stage, "problem": told}
+        problem = f"{work.what}, batch {work.batch}: out of memory: {str(error).splitlines()[0]}"
+        yield "problem", {"at": work.stage, "problem": problem}
         torch.cuda.empty_cache()
 
 
@@ -355,8 +355,8 @@ def _llm(request: Request) -> Iterator[Entry]:
     for context in CONTEXTS[request.size]:
         for batch in BATCHES[request.size]:
             if batch * stage._cache.pages_for(context + ROOM) > stage._cache.num_pages:
-                told = f"{batch} sessions of {context} tokens don't fit into {int(kv_bytes) >> 30} GiB"
-                yield "problem", {"at": "llm", "problem": told}
+                problem = f"{batch} sessions of {context} tokens don't fit into {int(kv_bytes) >> 30} GiB"
+                yield "problem", {"at": "llm", "problem": problem}
             elif request.left_s > 2 * LIMIT_S[request.size]:
                 talk = Talk(stage, batch, context, request.device)
                 yield from _spared(
@@ -397,7 +397,7 @@ def _llm_at(request: Request, stage: Any, talk: Talk, weights: int, per_token: i
 
 
 def _llm_rows(
-    request: Request, stage: Any, talk: Talk, how: str, found: Spoken, weights: int, per_token: int
+    request: Request, stage: Any, talk: Talk, how: str, spoken: Spoken, weights: int, per_token: int
 ) -> Iterator[Entry]:
     """A prefill gives no logits: the head is not read for it."""
     model = stage._engine._model
@@ -406,8 +406,8 @@ def _llm_rows(
     seen = talk.batch * talk.context
     attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * talk.context
     for what, times, tokens, unread in (
-        ("prefill of a unit", found.prefills, UNIT_ROWS, head),
-        ("decode step", found.decodes, 1, 0),
+        ("prefill of a unit", spoken.prefills, UNIT_ROWS, head),
+        ("decode step", spoken.decodes, 1, 0),
     ):
         read, products = weights - unread + seen * per_token, 2 * (weights - unread) / dtype.itemsize
         work = Work("llm", what, talk.batch, dtype, read, tokens * talk.batch, talk.context)
@@ -426,7 +426,7 @@ class Spoken:
 def _units(request: Request, talk: Talk) -> Spoken:
     """The first unit warms up."""
     timing.forget_peak(request.device)
-    found, units = Spoken([], [], []), list[OpenUnit]()
+    spoken, units = Spoken([], [], []), list[OpenUnit]()
     until_s = time.monotonic() + LIMIT_S[request.size]
     for turn in range(1 + NUM_UNITS):
 
@@ -438,12 +438,12 @@ def _units(request: Request, talk: Talk) -> Spoken:
         while all(unit.ending is None for unit in units):
             took.append(timing.timed_ms(partial(talk.decode, units), request.device))
         if turn:
-            found.prefills.append(took[0])
-            found.decodes += took[1:]
-            found.wholes.append(sum(took))
+            spoken.prefills.append(took[0])
+            spoken.decodes += took[1:]
+            spoken.wholes.append(sum(took))
         if turn and time.monotonic() > until_s:
             break
-    return found
+    return spoken
 
 
 def _pictures(request: Request, stage: Any) -> Iterator[Entry]:

@@ -72,9 +72,9 @@ PARTS: Final = (
 class Record:
     """What was measured, in a file that is whole at any time."""
 
-    def __init__(self, path: Path, told: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
-        self.content: dict[str, Any] = {**told, "stages_measured": [], "cells": [], "problems": []}
+        self.content: dict[str, Any] = {**header, "stages_measured": [], "cells": [], "problems": []}
         self.save()
 
     def add(self, key: str, value: Any) -> None:
@@ -169,8 +169,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def serve(written: str) -> None:
     """In the part's process: measure, and say each entry as a line."""
     Thread(target=_end_with_parent, name="dead man's end", daemon=True).start()
-    told = json.loads(written)
-    request = Request(**{**told, "skip": tuple(told["skip"])})
+    fields = json.loads(written)
+    request = Request(**{**fields, "skip": tuple(fields["skip"])})
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no entry
     part = next(part for part in PARTS if part.name == request.part)

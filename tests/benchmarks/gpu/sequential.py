@@ -110,12 +110,12 @@ def measure(request: Request) -> Iterator[Entry]:
             if request.left_s < 2:
                 break
     if listened and spoken:
-        yield "sequential", _found(listened, spoken) | {"seconds_spoken": round(sum(made) / 24_000, 1)}
+        yield "sequential", _figures(listened, spoken) | {"seconds_spoken": round(sum(made) / 24_000, 1)}
     else:
         yield "problem", {"problem": "no time was left for a window of each sort"}
 
 
-def _found(listened: list[float], spoken: list[float]) -> dict[str, Any]:
+def _figures(listened: list[float], spoken: list[float]) -> dict[str, Any]:
     listen_ms, speak_ms = float(np.median(listened)), float(np.median(spoken))
     served = {str(share): int(1000 // (share * speak_ms + (1 - share) * listen_ms)) for share in SHARES}
     return {

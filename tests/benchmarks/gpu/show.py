@@ -64,13 +64,13 @@ def _cells(cells: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield from _table(head, table)
 
 
-def _sequential(found: dict[str, Any] | None) -> Iterable[str]:
-    if found is None:
+def _sequential(figures: dict[str, Any] | None) -> Iterable[str]:
+    if figures is None:
         return
     yield ""
-    served = ", ".join(f"{most} at {100 * float(share):.0f} %" for share, most in found["sessions_served"].items())
+    served = ", ".join(f"{most} at {100 * float(share):.0f} %" for share, most in figures["sessions_served"].items())
     windows = (
-        f"{found['listening_ms']['p50']} ms a window that listens, {found['speaking_ms']['p50']} ms one that speaks"
+        f"{figures['listening_ms']['p50']} ms a window that listens, {figures['speaking_ms']['p50']} ms one that speaks"
     )
     yield f"sequential, one piece after the other, eager: {windows}; sessions in real time: {served}"
 

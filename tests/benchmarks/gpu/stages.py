@@ -146,16 +146,16 @@ class DrawnAudio(_Drawn, AudioEncoder):
 
     def process(self, units: list[Unit]) -> list[Chunk]:
         speaks = {unit.session: self._turns[unit.session].speaks(unit.index) for unit in units}
-        return [_told(chunk, speaks[chunk.session]) for chunk in super().process(units)]
+        return [_with_decision(chunk, speaks[chunk.session]) for chunk in super().process(units)]
 
 
-def _told(chunk: Chunk, speaks: bool) -> Chunk:
+def _with_decision(chunk: Chunk, speaks: bool) -> Chunk:
     """With the decision in it, where it is a window's."""
     from tests.benchmarks.gpu.weights import DECISION, OBEYED
 
-    told = AUDIO.read(chunk)
-    if told.role != VOICE_ROLE:
+    content = AUDIO.read(chunk)
+    if content.role != VOICE_ROLE:
         value = np.float32(OBEYED if speaks else -OBEYED)
         embeds = chunk.arrays["embeds"]
-        embeds[:, DECISION] = value if told.dtype is None else value.view(np.uint32) >> 16  # bfloat16's half of it
+        embeds[:, DECISION] = value if content.dtype is None else value.view(np.uint32) >> 16  # bfloat16's half of it
     return chunk

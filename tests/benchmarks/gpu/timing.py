@@ -37,10 +37,10 @@ def times_ms(call: Call, device: str, limit_s: float, num_calls: int = NUM_CALLS
     until_s = time.monotonic() + limit_s
     for _ in range(NUM_WARM_UP):
         call()
-    found: list[float] = []
-    while not found or (len(found) < num_calls and time.monotonic() < until_s):
-        found.append(timed_ms(call, device))
-    return found
+    durations_ms: list[float] = []
+    while not durations_ms or (len(durations_ms) < num_calls and time.monotonic() < until_s):
+        durations_ms.append(timed_ms(call, device))
+    return durations_ms
 
 
 @contextmanager

@@ -58,10 +58,10 @@ USABLE: Final = 0.97  # what is left when the allocator's blocks don't fit each 
 
 def measure(request: Request) -> Iterator[Entry]:
     """With as many sessions as there is room for, and with half of them where that was too much after all."""
-    free, asked = _free_bytes(request), max(CELLS[request.size])[0]
-    most = min(most_sessions(free), asked)
+    free, requested = _free_bytes(request), max(CELLS[request.size])[0]
+    most = min(most_sessions(free), requested)
     while most:
-        if most < asked:
+        if most < requested:
             yield "problem", {"at": "memory", "problem": f"{free / 1e9:.0f} GB: {most} sessions are the most"}
         try:
             yield from _measured(request, most)
@@ -128,20 +128,20 @@ class Pipeline:
     request: Request
     folder: Path
     coordinator: Coordinator
-    told: list[str]
+    lines: list[str]
     started_s: float = 0.0
 
     @classmethod
     @contextmanager
     def running(cls, name: str, request: Request, folder: Path, cells: Cells) -> Iterator[Pipeline]:
         """With room for the sessions of these cells."""
-        told: list[str] = []
+        lines: list[str] = []
         processes, begun_s = Processes(), time.monotonic()
         spec = spec_of(request, max(cells)[0], fifo=name == "fifo")
-        coordinator = Coordinator(spec, Path(request.size), folder, processes, told.append)
+        coordinator = Coordinator(spec, Path(request.size), folder, processes, lines.append)
         try:
             coordinator.start()
-            yield cls(name, request, folder, coordinator, told, time.monotonic() - begun_s)
+            yield cls(name, request, folder, coordinator, lines, time.monotonic() - begun_s)
         finally:
             coordinator.stop()
             processes.close()
@@ -164,7 +164,7 @@ class Pipeline:
         warm_up, measured_s = NUM_WARM_UP[self.request.size], MEASURED_S[self.request.size]
         num_windows = warm_up + measured_s
         out = self.folder / f"{num_sessions}-{share}"
-        self.told.clear()
+        self.lines.clear()
         turns = [Turns(number, num_sessions, share) for number in range(num_sessions)]
         self.coordinator.open_sessions([_session(each, num_windows, out) for each in turns])
         deadline_s = time.monotonic() + num_windows + DRAIN_S
@@ -175,8 +175,8 @@ class Pipeline:
             time.sleep(0.1)
         self._close_all()
         deaths = dict(self.coordinator.num_deaths)
-        found = figures(out, warm_up)
-        return found | {"gpu_gib": round(most_gib, 1) or None, "deaths": deaths, "told": self.told[:5]}
+        cell = figures(out, warm_up)
+        return cell | {"gpu_gib": round(most_gib, 1) or None, "deaths": deaths, "told": self.lines[:5]}
 
     def _close_all(self) -> None:
         for session in self.coordinator.sessions:
@@ -253,17 +253,17 @@ def figures(out: Path, warm_up: int) -> dict[str, Any]:
 
 
 def _of(windows: Mapping[tuple[str, int], dict[str, Any]], keys: Any) -> dict[str, float] | None:
-    found = [1000 * windows[key]["latency_s"] for key in keys if key in windows]
-    return percentiles(found, digits=1) if found else None
+    latencies_ms = [1000 * windows[key]["latency_s"] for key in keys if key in windows]
+    return percentiles(latencies_ms, digits=1) if latencies_ms else None
 
 
 def _of_stages(windows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How long the batch took that a window was in, by stage."""
-    found: dict[str, list[float]] = defaultdict(list)
+    durations_ms: dict[str, list[float]] = defaultdict(list)
     for row in windows:
         for stage, seconds in row["compute"].items():
-            found[stage].append(1000 * seconds)
-    return {stage: percentiles(ms, digits=1) for stage, ms in found.items() if stage in MODEL_STAGES}
+            durations_ms[stage].append(1000 * seconds)
+    return {stage: percentiles(ms, digits=1) for stage, ms in durations_ms.items() if stage in MODEL_STAGES}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -42,17 +42,19 @@ class Choosing(Keeping):
     runs_with = "cuda bfloat16"
 
 
-@pytest.mark.parametrize(("kinds", "told"), [([Keeping, Choosing], "cuda bfloat16"), ([Keeping, Keeping], "")])
-def test_what_the_stages_compute_with_is_told_when_they_are_loaded_and_in_reports(kinds: list[type[Stage]], told: str):
+@pytest.mark.parametrize(("kinds", "runs_with"), [([Keeping, Choosing], "cuda bfloat16"), ([Keeping, Keeping], "")])
+def test_what_the_stages_compute_with_is_told_when_they_are_loaded_and_in_reports(
+    kinds: list[type[Stage]], runs_with: str
+):
     stages = {"camera": kinds[0](), "speaker": kinds[1]()}
     with House(stages, ()) as house:
         plan = ActorPlan("io.0", "io.0", 0, {}, (), tuple(stages), Path(), Path(), Path())
         ends = Ends(plan, house.bus, "", lambda edge: SilentObserver())
         subject = Commands(Address("here", "127.0.0.1", 1, 2), ends, lambda: list(house.runners.values()))
         loaded, report = subject.perform([Call("load", ()), Call("report", ())])
-    assert loaded.value == told
+    assert loaded.value == runs_with
     stages_seen = report.value.stages  # type: ignore[attr-defined]
-    assert [stages_seen[name].runs_with for name in stages] == ["", told]
+    assert [stages_seen[name].runs_with for name in stages] == ["", runs_with]
 
 
 def test_stages_of_one_process_know_of_a_session_what_each_was_told(commands: Commands, stages: dict[str, Stage]):

@@ -33,7 +33,7 @@ from tests.support.units import session as session_of
 DOOR, YARD = SessionId("door"), SessionId("yard")
 COUNTED = "microphone.sound->counter.sound"
 ASIDE = "counter.events->events.events"
-PAGED, TOLD = "speaker.events->pager.events", "pager.events->events.events"
+PAGED, REPORTED = "speaker.events->pager.events", "pager.events->events.events"
 
 
 class Picky(Echo):
@@ -129,9 +129,9 @@ def test_what_lies_behind_an_error_breaks_it_too():
 
 
 def test_a_reason_is_one_short_line():
-    told = reason_of(ValueError("no\nsuch " + "x" * 1000 + "\ud800"))
-    assert told.startswith("ValueError: no such xx")
-    assert (len(told), "\n" in told) == (MAX_REASON_CHARS, False)
+    reason = reason_of(ValueError("no\nsuch " + "x" * 1000 + "\ud800"))
+    assert reason.startswith("ValueError: no such xx")
+    assert (len(reason), "\n" in reason) == (MAX_REASON_CHARS, False)
 
 
 # ---- a batch ---------------------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ def test_one_bad_unit_is_a_failed_window_of_its_session_and_of_no_other(build):
     house.run()
     assert [row["failed"] for row in rows(house, "window")] == ["", "", "llm", "", "", ""]
     assert [row["failed"] for row in rows(house, "window", "yard")] == [""] * 6
-    told = {"type": "unit_failed", "window": 2, "stage": "llm", "reason": "ValueError: no such picture: 2"}
-    assert rows(house, "unit_failed") == [told]
+    event = {"type": "unit_failed", "window": 2, "stage": "llm", "reason": "ValueError: no such picture: 2"}
+    assert rows(house, "unit_failed") == [event]
     account = house.account(SOUND)
     assert (account.accepted, account.delivered, account.dropped["failed"], account.in_flight) == (12, 11, 1, 0)
 
@@ -265,14 +265,14 @@ def test_what_a_stage_refuses_itself_is_told_with_its_name_and_the_session(build
             raise StageError(self.said)
 
     house = build({"llm": (full := Full())}, (SOUND,))
-    for said, told in (
+    for said, message in (
         ("no room\nfor it", "llm: session 'door' can't be opened: no room for it"),
         ("llm: no room for session 'door'", "llm: no room for session 'door'"),
     ):
         full.said = said
         with pytest.raises(StageError) as caught:
             house.open("door")
-        assert str(caught.value) == told
+        assert str(caught.value) == message
 
 
 class Panic(BaseException):
@@ -377,8 +377,8 @@ def aside(build, counter: Stage, num_windows: int) -> House:
 
 def test_a_stage_on_a_side_branch_reports_itself_what_fails_there(build, clock: ManualClock):
     house = aside(build, Picky("door", at=1, until=2), num_windows=3)
-    told = {"type": "unit_failed", "window": 1, "stage": "counter", "reason": "ValueError: no such picture: 1"}
-    assert rows(house, "unit_failed") == [told]
+    event = {"type": "unit_failed", "window": 1, "stage": "counter", "reason": "ValueError: no such picture: 1"}
+    assert rows(house, "unit_failed") == [event]
 
 
 def test_that_a_side_branch_goes_on_without_a_camera_is_told_once(build, clock: ManualClock):
@@ -411,20 +411,20 @@ class Returns(Echo):
         return self._make(units[0])
 
 
-def told_of(session: object) -> Chunk:
+def event_of(session: object) -> Chunk:
     return Chunk(session, "events", 0, attrs={"type": "x"})
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda unit: told_of(DOOR), "TypeError: process() returned a Chunk; return a list of chunks"),
+        (lambda unit: event_of(DOOR), "TypeError: process() returned a Chunk; return a list of chunks"),
         (
-            lambda unit: [told_of(YARD)],
+            lambda unit: [event_of(YARD)],
             "ValueError: a chunk of session 'yard', which is none of its units'; they are of: door",
         ),
         (
-            lambda unit: [told_of(unit)],
+            lambda unit: [event_of(unit)],
             "TypeError: a chunk whose session is a Unit; give its id, such as unit.session",
         ),
         (
@@ -444,12 +444,12 @@ def told_of(session: object) -> Chunk:
     ],
 )
 def test_what_a_stage_without_windows_returns_is_checked_as_well(build, make, reason: str):
-    house = build({"pager": Returns(make), "events": Notes()}, (PAGED, TOLD))
+    house = build({"pager": Returns(make), "events": Notes()}, (PAGED, REPORTED))
     runner = house.runners["pager"]
     runner.open_session(house.plan("pager", session_of("door", paced=True), ends_windows=False, is_aside=True))
     runner.begin_session(DOOR, 0)
     for _ in range(3):
-        house.take(told_of(DOOR), PAGED)
+        house.take(event_of(DOOR), PAGED)
     (given_up,) = runner.snapshot().given_up_aside.values()
     assert given_up.startswith(f"stage pager failed three times in a row: {reason}")
     assert house.account(PAGED).dropped["failed"] == 3

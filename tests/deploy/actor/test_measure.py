@@ -77,7 +77,7 @@ class Meter:
     def made(self, stream: str, **arrays: np.ndarray) -> None:
         self.meter.made(self.session, Chunk(DOOR, stream, 0, arrays=arrays), kind_of(stream))
 
-    def told(self, kind: str, **attrs: object) -> None:
+    def event(self, kind: str, **attrs: object) -> None:
         self.meter.made(self.session, Chunk(DOOR, EVENTS, 0, attrs={"type": kind, **attrs}), kinds.EVENTS)
 
 
@@ -109,7 +109,7 @@ def test_a_camera_is_up_while_it_delivers():
     meter = Meter("camera")
     states = [meter.of_door("omni_camera_up")]
     for kind in ("camera_up", "camera_lost", "camera_up", "camera_ended", "camera_up", "view_removed"):
-        meter.told(kind, reason="closed")
+        meter.event(kind, reason="closed")
         states.append(meter.of_door("omni_camera_up"))
     assert states == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
@@ -117,7 +117,7 @@ def test_a_camera_is_up_while_it_delivers():
 @pytest.mark.parametrize(("reason", "counted"), [("closed", "closed"), ("timeout", "timeout"), ("odd", "other")])
 def test_a_lost_camera_is_counted_by_its_reason(reason: str, counted: str):
     meter = Meter("camera")
-    meter.told("camera_lost", reason=reason)
+    meter.event("camera_lost", reason=reason)
     assert meter.of_door("omni_camera_reconnects_total", reason=counted) == 1
 
 
@@ -132,7 +132,7 @@ def test_pictures_are_counted_as_they_come():
 def test_what_is_damaged_within_a_camera_is_counted_by_track():
     meter = Meter("camera", FakeCamera(Totals(1, 0, 7), Totals(1, 2, 7), Totals(3, 2, 9)))
     for _ in range(3):
-        meter.told("camera_warning", reason="damaged")
+        meter.event("camera_warning", reason="damaged")
     assert meter.of_door("omni_camera_gaps_total") == 3
     assert meter.of_door("omni_camera_bad_total", track="video") == 2
     assert meter.of_door("omni_camera_bad_total", track="audio") == 9
@@ -142,14 +142,14 @@ def test_what_is_damaged_within_a_camera_is_counted_by_track():
 def test_a_track_that_does_not_come_is_down_while_the_other_is_up():
     meter = Meter("camera", FakeCamera(Totals()))
     before = [meter.of_door("omni_camera_track_up", track=track) for track in ("video", "audio")]
-    meter.told("camera_warning", reason="track_frozen")
+    meter.event("camera_warning", reason="track_frozen")
     after = [meter.of_door("omni_camera_track_up", track=track) for track in ("video", "audio")]
     assert (before, after) == ([0, 0], [1, 0])
 
 
 def test_a_session_that_closed_leaves_no_series():
     meter = Meter("camera")
-    meter.told("camera_up")
+    meter.event("camera_up")
     meter.meter.closed(meter.session)
     meter.meter.closed(meter.session)
     assert meter.of_door("omni_camera_up") is None
@@ -178,7 +178,7 @@ def test_of_cameras_that_come_and_go_nothing_is_left():
 
 def test_a_camera_with_the_name_of_one_that_ended_counts_from_zero():
     meter = Meter("speaker")
-    meter.told("barge_in")
+    meter.event("barge_in")
     meter.meter.closed(meter.session)
     meter.meter.opened(meter.session, UPSTREAM)
     assert meter.of_door("omni_speech_interrupted_total") == 0
@@ -240,9 +240,9 @@ def test_what_was_heard_and_what_is_ahead_is_told_by_the_acks():
 
 def test_underruns_and_interruptions_are_counted():
     meter = Meter("speaker")
-    meter.told("underrun", seconds=0.5)
-    meter.told("underrun", seconds=0.25)
-    meter.told("barge_in", seconds=1.0, epoch=1)
+    meter.event("underrun", seconds=0.5)
+    meter.event("underrun", seconds=0.25)
+    meter.event("barge_in", seconds=1.0, epoch=1)
     assert meter.of_door("omni_playback_underruns_total") == 2
     assert meter.of_door("omni_playback_underrun_seconds_total") == 0.75
     assert meter.of_door("omni_speech_interrupted_total") == 1
@@ -267,7 +267,7 @@ def test_where_nothing_speaks_windows_end_at_the_llm():
 
 def test_a_stage_exports_nothing_of_what_it_does_not_do():
     meter = Meter("tts")
-    meter.told("camera_up")
+    meter.event("camera_up")
     meter.meter.unit_done(meter.session, NS_PER_S)
     meter.meter.played(meter.session, 0, 0)
     meter.meter.window(meter.session, 0.5, "", ())

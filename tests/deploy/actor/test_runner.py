@@ -307,10 +307,10 @@ def test_a_window_that_was_given_up_names_what_was_awaited_and_of_whom(build, cl
     house.runners["speaker"].step()
     clock.advance(0.001)
     house.settle()
-    (window,) = house.runners["events"].stage.told("window")
-    told = {name: window[name] for name in ("missing", "digest", "on_time", "late_stage", "stages")}
+    (window,) = house.runners["events"].stage.events("window")
+    fields = {name: window[name] for name in ("missing", "digest", "on_time", "late_stage", "stages")}
     stages = '{"llm.queue": 1.15}'
-    assert told == {"missing": "text", "digest": "", "on_time": False, "late_stage": "llm", "stages": stages}
+    assert fields == {"missing": "text", "digest": "", "on_time": False, "late_stage": "llm", "stages": stages}
 
 
 # ---- a replica that has died -----------------------------------------------------------------------------------------
@@ -451,9 +451,9 @@ def test_windows_that_come_late_take_a_step_of_the_ladder_which_is_told(build, c
         house.settle()
         clock.advance(-0.9)
     assert session.taken == STEPS[:1]
-    told = house.runners["events"].stage.told("shed")
-    assert [(event["step"], event["level"]) for event in told] == [("fewer_frames", 1)]
-    assert [window["level"] for window in house.runners["events"].stage.told("window")] == [0, 0]
+    shed = house.runners["events"].stage.events("shed")
+    assert [(event["step"], event["level"]) for event in shed] == [("fewer_frames", 1)]
+    assert [window["level"] for window in house.runners["events"].stage.events("window")] == [0, 0]
     assert house.registry.get_sample_value("omni_shedding_level", {"camera": "door"}) == 1
 
 
@@ -467,15 +467,15 @@ def test_a_stage_learns_the_level_with_the_listeners_news(build):
 def test_a_camera_hears_of_the_level_when_it_changes_and_once_per_window(build, clock: ManualClock):
     house = build({"speaker": Ear()}, (SPOKEN, PLAYED, LEVELS))
     session = house.open("door", paced=True, ladder=STEPS)
-    told = house.senders[LEVELS]._link = Sink()
+    sink = house.senders[LEVELS]._link = Sink()
     runner = house.runners["speaker"]
     runner.step()
     for now_s, level in ((0.3, 0), (0.6, 1), (0.7, 1), (1.2, 1), (1.7, 1)):
         clock.now_ns = round(now_s * NS_PER_S)
         session.level.update(clock.now_ns, level)
         runner.replica.out.send_all(runner.replica.open[DOOR], [ack_chunk(DOOR, Ack(clock.now_ns), level)])
-    assert [chunk.attrs["level"] for chunk in told.chunks] == [1, 1]
-    assert [chunk.start_ns for chunk in told.chunks] == [600_000_000, 1_700_000_000]
+    assert [chunk.attrs["level"] for chunk in sink.chunks] == [1, 1]
+    assert [chunk.start_ns for chunk in sink.chunks] == [600_000_000, 1_700_000_000]
 
 
 def test_pictures_that_are_shed_are_accounted_for(build, clock: ManualClock):
@@ -665,7 +665,7 @@ def test_each_window_is_told_once_at_the_end_of_its_way(build):
     house = whole(build)
     house.open("door")
     house.run()
-    windows = house.runners["events"].stage.told("window")
+    windows = house.runners["events"].stage.events("window")
     assert [window["index"] for window in windows] == list(range(20))
     assert {window["missing"] for window in windows} == {""}
     assert len({window["digest"] for window in windows}) == 20
@@ -678,7 +678,7 @@ def test_equal_input_gives_equal_digests(build):
         house = whole(build, limit=Limit(limit))
         house.open("door")
         house.run()
-        digests.append([window["digest"] for window in house.runners["events"].stage.told("window")])
+        digests.append([window["digest"] for window in house.runners["events"].stage.events("window")])
     assert digests[0] == digests[1]
 
 
@@ -785,7 +785,7 @@ def test_a_stage_without_windows_takes_each_chunk_as_it_comes(build, clock: Manu
     house = build({"events": notes}, (NOTED,))
     house.open("door")
     house.take(Chunk(DOOR, "events", 5, attrs={"type": "barge_in"}), NOTED)
-    assert notes.told("barge_in") == [{"type": "barge_in"}]
+    assert notes.events("barge_in") == [{"type": "barge_in"}]
     assert house.account(NOTED).delivered == 1
     house.take(end_of_stream(DOOR, "events", 9), NOTED)
     house.runners["events"].step()
@@ -796,7 +796,7 @@ def test_the_last_words_of_a_stage_come_before_its_end(build):
     house = whole(build, num_windows=2)
     house.open("door")
     house.run()
-    assert house.runners["events"].stage.told("goodbye") == [{"type": "goodbye"}]
+    assert house.runners["events"].stage.events("goodbye") == [{"type": "goodbye"}]
 
 
 class Slow(Echo):
@@ -828,7 +828,7 @@ def test_what_is_left_to_say_at_the_end_has_windows_of_its_own_and_they_are_not_
     ear, notes = house.runners["speaker"].stage, house.runners["events"].stage
     assert [len(unit.chunks.get(TEXT, ())) for unit in ear.units] == [1] * 6
     assert [unit.is_afterword for unit in slow.units] == [False] * 3 + [True] * 3
-    assert [told["index"] for told in notes.told("window")] == [0, 1, 2]
+    assert [event["index"] for event in notes.events("window")] == [0, 1, 2]
 
 
 def test_in_real_time_such_a_window_leaves_at_its_end(build, clock: ManualClock):
@@ -858,7 +858,7 @@ def test_for_a_listener_who_hears_nothing_a_stage_waits_five_windows_and_no_more
     house.run()
     assert [unit.is_afterword for unit in deaf.units] == [False] * 2 + [True] * 5
     notes = house.runners["events"].stage
-    assert notes.told("unit_failed") == [{"type": "unit_failed", "window": 6, "stage": "llm", "reason": UNSAID}]
+    assert notes.events("unit_failed") == [{"type": "unit_failed", "window": 6, "stage": "llm", "reason": UNSAID}]
     assert house.registry.get_sample_value("omni_stage_unsaid_total", {"stage": "llm"}) == 1
 
 

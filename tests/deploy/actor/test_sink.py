@@ -23,12 +23,12 @@ def rows_of(digests: list[str]) -> list[object]:
     """Of windows 0, 1, 2 … with these digests: the indices of those that have a row."""
     meter = Counting()
     end = WindowEnd("speaker", session(), None, meter, "events")
-    told: list[Chunk] = []
+    events: list[Chunk] = []
     for index, digest in enumerate(digests):
         of = unit("door", index)
-        told += end.done(of, of.end_ns, Trace(digest=digest), of.end_ns, 1)
-    assert meter.num_windows == end.num_windows == len(told)
-    return [event.attrs["index"] for event in told]
+        events += end.done(of, of.end_ns, Trace(digest=digest), of.end_ns, 1)
+    assert meter.num_windows == end.num_windows == len(events)
+    return [event.attrs["index"] for event in events]
 
 
 def test_a_window_of_the_camera_has_a_row_also_where_it_was_given_up() -> None:

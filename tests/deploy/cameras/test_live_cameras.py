@@ -118,7 +118,7 @@ def test_a_camera_is_added_as_it_is_described_and_removed(start):
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted", "told"),
+    ("name", "config", "message"),
     [
         ("yard", {"source": "gopher://10.0.0.7"}, "sources are not read here"),
         ("yard", {"source": "absent.mp4"}, "absent.mp4"),
@@ -131,19 +131,21 @@ def test_a_camera_is_added_as_it_is_described_and_removed(start):
         ("my yard", PATTERN, "'my yard' is no name"),
     ],
 )
-def test_a_wrong_description_is_refused_and_nothing_is_opened(start, name: str, wanted: dict[str, object], told: str):
+def test_a_wrong_description_is_refused_and_nothing_is_opened(
+    start, name: str, config: dict[str, object], message: str
+):
     pipeline = start()
-    error = refusal(lambda: pipeline.live.add(name, wanted))
+    error = refusal(lambda: pipeline.live.add(name, config))
     assert (error.status, error.retry_after_s) == (422, None)
-    assert told in str(error) and f"camera {name}: " in str(error)
+    assert message in str(error) and f"camera {name}: " in str(error)
     assert not pipeline.opened
     pipeline.live.add("yard", PATTERN)  # its name is free
 
 
 def test_what_credentials_a_source_holds_is_not_told(start):
     source = "rtsp://me:secret@127.0.0.1:9/live"
-    for name, wanted in (("yard", {"source": source, "fps": 0}), (source, PATTERN)):
-        error = refusal(lambda name=name, wanted=wanted: start().live.add(name, wanted))
+    for name, config in (("yard", {"source": source, "fps": 0}), (source, PATTERN)):
+        error = refusal(lambda name=name, config=config: start().live.add(name, config))
         assert "secret" not in str(error)
 
 
@@ -159,8 +161,8 @@ def test_a_source_is_shown_as_it_was_written_where_it_was_resolved(start):
 
 @pytest.mark.parametrize("template", [7, None, "two\nlines", "rtsp://me:Hunter2@127.0.0.1:9/live"])
 def test_what_is_to_be_shown_in_its_place_holds_no_password_either(start, template: object):
-    wanted = {"source": "rtsp://me:Hunter2@127.0.0.1:9/live", "masked_source": template}
-    assert start().live.add("yard", wanted).source == "rtsp://***@127.0.0.1:9/live"
+    config = {"source": "rtsp://me:Hunter2@127.0.0.1:9/live", "masked_source": template}
+    assert start().live.add("yard", config).source == "rtsp://***@127.0.0.1:9/live"
 
 
 def test_a_live_camera_that_does_not_answer_is_told_and_looked_for(start):
@@ -377,7 +379,7 @@ def test_a_view_is_added_to_a_camera_that_is_watched_and_taken_away(start):
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted", "status", "told"),
+    ("name", "config", "status", "message"),
     [
         ("yard/back", PATTERN, 404, "there is no camera yard; there are: door"),
         ("door/Back", PATTERN, 422, "'Back' is no name"),
@@ -389,15 +391,15 @@ def test_a_view_is_added_to_a_camera_that_is_watched_and_taken_away(start):
         ("door/back", {**PATTERN, "fps": 2}, 422, "of a view only its source is said; fps is the camera's"),
     ],
 )
-def test_a_wrong_view_is_refused(start, name: str, wanted: dict[str, object], status: int, told: str):
+def test_a_wrong_view_is_refused(start, name: str, config: dict[str, object], status: int, message: str):
     pipeline = start()
-    error = refusal(lambda: pipeline.live.add(name, wanted))
-    assert error.status == status and told in str(error)
+    error = refusal(lambda: pipeline.live.add(name, config))
+    assert error.status == status and message in str(error)
     assert pipeline.views == {}
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("/x", "camera /x: there is no camera ''; there are: door"),
         ("door/", "camera door/: camera door has no view ''; it has: one source only"),
@@ -405,9 +407,9 @@ def test_a_wrong_view_is_refused(start, name: str, wanted: dict[str, object], st
         ("porch", "camera porch: there is none of this name; there are: door"),
     ],
 )
-def test_what_is_not_there_is_not_removed_and_told_by_its_name(start, name: str, told: str):
+def test_what_is_not_there_is_not_removed_and_told_by_its_name(start, name: str, message: str):
     error = refusal(lambda: start().live.remove(name))
-    assert (error.status, str(error)) == (404, told)
+    assert (error.status, str(error)) == (404, message)
 
 
 def test_a_view_without_which_the_camera_is_nothing_stays(start):

@@ -58,18 +58,18 @@ def test_files_are_asked_while_dead_cameras_keep_silent():
 def test_cameras_that_have_not_answered_after_a_while_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("deploy.cameras.sources.SLOW_S", 0.0)
     said = threading.Event()
-    told: list[list[str]] = []
+    calls: list[list[str]] = []
 
     def ask(camera: CameraSpec, is_over: Callable[[], bool]) -> Probed:
         assert said.wait(PATIENCE_S)
         return "", True
 
     def say(silent: Sequence[str]) -> None:
-        told.append(list(silent))
+        calls.append(list(silent))
         said.set()
 
     assert probe_all(live(2), ask, say=say) == dict.fromkeys(live(2), ("", True))
-    assert told == [["door0", "door1"]]
+    assert calls == [["door0", "door1"]]
 
 
 def test_live_cameras_share_one_deadline(monkeypatch: pytest.MonkeyPatch):

@@ -162,8 +162,8 @@ def test_a_plan_is_for_cameras_like_those_described():
 def test_a_camera_of_many_views_is_refused_where_one_of_one_view_is_admitted(tmp_path: Path):
     slow = profile(vision_encoder=StageCost(0, 300 * NS_PER_MS))
     admit(admitting(tmp_path, slow), cameras(2))
-    told = r"1 camera with 4 pictures in a window can't be served on time, 2 with one picture each can \(admission"
-    with pytest.raises(CapacityError, match=told):
+    message = r"1 camera with 4 pictures in a window can't be served on time, 2 with one picture each can \(admission"
+    with pytest.raises(CapacityError, match=message):
         admit(admitting(tmp_path, slow), cameras(1, 4))
 
 
@@ -191,12 +191,12 @@ def test_the_command_tells_the_plan_or_how_many_fit(tmp_path: Path):
     path.write_text(profile(llm=StageCost(100 * NS_PER_MS, 60 * NS_PER_MS)).as_json())
     fitting = CliRunner().invoke(cli.app, ["plan", "--profile", str(path), "--json"])
     assert fitting.exit_code == 0
-    told = json.loads(fitting.stdout)
-    assert told["cameras"] >= 1 and told["fits"]
-    assert 1 <= told["served"]["0.99"] <= told["served"]["0.9"]
-    assert {each["sessions"] for each in told["foreseen"]} >= {1, told["served"]["0.99"], told["served"]["0.9"]}
-    asked = ["plan", "--profile", str(path), "--cameras", "20", *(text for one in ON_GPU for text in ("--set", one))]
-    planned = CliRunner().invoke(cli.app, asked)
+    report = json.loads(fitting.stdout)
+    assert report["cameras"] >= 1 and report["fits"]
+    assert 1 <= report["served"]["0.99"] <= report["served"]["0.9"]
+    assert {each["sessions"] for each in report["foreseen"]} >= {1, report["served"]["0.99"], report["served"]["0.9"]}
+    args = ["plan", "--profile", str(path), "--cameras", "20", *(text for one in ON_GPU for text in ("--set", one))]
+    planned = CliRunner().invoke(cli.app, args)
     assert planned.exit_code == 0
     assert "20 cameras: a window takes" in planned.stdout and "saturates first" in planned.stdout
     assert "on time" in planned.stdout
@@ -207,13 +207,13 @@ def test_what_is_too_much_to_be_foreseen_is_reckoned_and_that_is_told(tmp_path: 
     path = tmp_path / "p.json"
     path.write_text(profile().as_json())
     on_gpu = [text for one in ON_GPU for text in ("--set", one)]
-    for asked, reason in (
+    for arguments, reason in (
         (["--cameras", "300"], "more than 256"),
         (["--set", FOUR_VIEWS, "--cameras", "2"], "several"),
     ):
-        told = CliRunner().invoke(cli.app, ["plan", "--profile", str(path), *asked, *on_gpu])
-        assert told.exit_code == 0 and "saturates first" in told.stdout and "on time" not in told.stdout
-        assert "nothing is foreseen" in told.stderr and reason in told.stderr
+        result = CliRunner().invoke(cli.app, ["plan", "--profile", str(path), *arguments, *on_gpu])
+        assert result.exit_code == 0 and "saturates first" in result.stdout and "on time" not in result.stdout
+        assert "nothing is foreseen" in result.stderr and reason in result.stderr
 
 
 def test_a_plan_is_applied_to_what_is_described():

@@ -70,9 +70,9 @@ def test_sessions_open_together_stage_by_stage_and_begin_when_all_are_open(
 
 
 def test_that_a_stage_is_ready_is_told_with_what_it_computes_with(cluster: FakeCluster, tmp_path: Path):
-    told: list[str] = []
-    started(cluster, tmp_path, told=told)
-    assert {"  llm.0 ready (cpu)", "  tts.0 ready"} <= set(told)
+    lines: list[str] = []
+    started(cluster, tmp_path, lines=lines)
+    assert {"  llm.0 ready (cpu)", "  tts.0 ready"} <= set(lines)
 
 
 def test_replicas_share_the_sessions(coordinator: Coordinator, cluster: FakeCluster):
@@ -455,14 +455,14 @@ def test_one_that_comes_while_others_run_is_in_its_first_window_at_once(coordina
 def test_a_session_at_which_a_stage_has_failed_too_often_is_reported_once_and_its_sources_end(
     cluster: FakeCluster, tmp_path: Path
 ):
-    told: list[str] = []
-    coordinator = started(cluster, tmp_path, told=told)
+    lines: list[str] = []
+    coordinator = started(cluster, tmp_path, lines=lines)
     coordinator.open_sessions(sessions("a", "b"))
     reason = "stage vision_encoder failed three times in a row: ValueError: no such picture"
     cluster.actors["vision_encoder.0"].given_up = {SessionId("a"): reason}
     for _ in range(3):
         look(coordinator)
-    assert told.count(f"camera a: closed: {reason}") == 1
+    assert lines.count(f"camera a: closed: {reason}") == 1
     ended = [(stage, session) for _, stage, (session,) in of(cluster.calls, "end_session")]
     assert sorted(ended) == [("camera", "a"), ("microphone", "a")]
     (event,) = [arguments for _, stage, arguments in of(cluster.calls, "tell")]
@@ -470,28 +470,28 @@ def test_a_session_at_which_a_stage_has_failed_too_often_is_reported_once_and_it
 
 
 def test_a_session_goes_on_without_a_side_branch_that_has_failed_at_it_too_often(cluster: FakeCluster, tmp_path: Path):
-    told: list[str] = []
-    coordinator = started(cluster, tmp_path, told=told)
+    lines: list[str] = []
+    coordinator = started(cluster, tmp_path, lines=lines)
     coordinator.open_sessions(sessions("a"))
     reason = "stage counter failed three times in a row: ValueError: no such picture"
     cluster.actors["vision_encoder.0"].given_up_aside = {SessionId("a"): reason}
     for _ in range(3):
         look(coordinator)
-    assert told.count(f"camera a: {reason}; the camera goes on without vision_encoder") == 1
+    assert lines.count(f"camera a: {reason}; the camera goes on without vision_encoder") == 1
     assert of(cluster.calls, "end_session") == []
 
 
 def test_a_session_that_was_given_up_and_has_ended_before_anybody_looked_is_reported(
     cluster: FakeCluster, tmp_path: Path
 ):
-    told: list[str] = []
-    coordinator = started(cluster, tmp_path, told=told)
+    lines: list[str] = []
+    coordinator = started(cluster, tmp_path, lines=lines)
     coordinator.open_sessions(sessions("a", "b"))
     cluster.actors["vision_encoder.0"].given_up_aside = {SessionId("a"): "stage x failed three times in a row: why"}
     cluster.actors["llm.0"].given_up_before = {SessionId("b"): "stage y failed three times in a row: why"}
     coordinator.end()
     coordinator.end()
-    assert [line for line in told if line.startswith("camera ")] == [
+    assert [line for line in lines if line.startswith("camera ")] == [
         "camera a: stage x failed three times in a row: why; the camera goes on without vision_encoder",
         "camera b: closed: stage y failed three times in a row: why",
     ]

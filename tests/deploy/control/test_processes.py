@@ -37,12 +37,12 @@ PATIENCE_S = 60.0
 
 @contextmanager
 def running(folder: Path) -> Iterator[tuple[Coordinator, Processes, list[str]]]:
-    told: list[str] = []
+    lines: list[str] = []
     processes = Processes()
-    coordinator = Coordinator(written_spec(USES, SAID), Path("none"), folder, processes, told.append)
+    coordinator = Coordinator(written_spec(USES, SAID), Path("none"), folder, processes, lines.append)
     try:
         coordinator.start()
-        yield coordinator, processes, told
+        yield coordinator, processes, lines
     finally:
         coordinator.stop()
         processes.close()
@@ -109,14 +109,14 @@ def test_a_session_for_which_a_stage_has_no_room_is_refused_in_its_words(folder:
 
 
 def test_an_actor_that_is_killed_is_started_again_and_its_sessions_go_on_there(folder: Path) -> None:
-    with running(folder) as (coordinator, _, told):
+    with running(folder) as (coordinator, _, lines):
         coordinator.open_sessions([make_session("hall", out=folder / "out", window_ns=100_000_000)])
         until(lambda: len(counted(folder)) > 2, coordinator)
         killed = coordinator.actors["counter.0"].pid
         os.kill(killed, signal.SIGKILL)
         until(lambda: any(row["pid"] != killed for row in counted(folder)), coordinator)
         assert coordinator.actors["counter.0"].pid != killed
-        assert any("counter.0" in line and "killed by signal 9" in line for line in told)
+        assert any("counter.0" in line and "killed by signal 9" in line for line in lines)
         before = max(row["window"] for row in counted(folder) if row["pid"] == killed)
         after = [row["window"] for row in counted(folder) if row["pid"] != killed]
         assert after[0] > before and after == list(range(after[0], after[0] + len(after)))

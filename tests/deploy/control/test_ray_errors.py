@@ -83,11 +83,11 @@ deploy.process.packages.PackageCollision: two packages called 'graph'"""
     ],
 )
 def test_a_failure_of_ray_is_one_line_with_its_cause(error: BaseException, reason: str) -> None:
-    told = ray_reason(error)
-    assert reason in told
-    assert len(told.splitlines()) == 1
-    assert len(told) <= MAX_REASON + 1
-    assert "Hunter2" not in told
+    line = ray_reason(error)
+    assert reason in line
+    assert len(line.splitlines()) == 1
+    assert len(line) <= MAX_REASON + 1
+    assert "Hunter2" not in line
 
 
 def test_no_known_secret_comes_with_rays_words() -> None:

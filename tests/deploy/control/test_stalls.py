@@ -24,13 +24,13 @@ def cluster() -> FakeCluster:
 
 
 @pytest.fixture
-def told() -> list[str]:
+def lines() -> list[str]:
     return []
 
 
 @pytest.fixture
-def coordinator(cluster: FakeCluster, tmp_path: Path, told: list[str]) -> Coordinator:
-    return started(cluster, tmp_path, "stages.llm.replicas=2", told=told)
+def coordinator(cluster: FakeCluster, tmp_path: Path, lines: list[str]) -> Coordinator:
+    return started(cluster, tmp_path, "stages.llm.replicas=2", lines=lines)
 
 
 def poll_until(coordinator: Coordinator, cluster: FakeCluster, is_so: Callable[[], object]) -> None:
@@ -79,7 +79,7 @@ def test_it_is_asked_once_however_often_is_polled(coordinator: Coordinator, clus
 
 
 def test_one_that_takes_no_call_for_long_is_replaced_like_a_dead_one(
-    coordinator: Coordinator, cluster: FakeCluster, told: list[str]
+    coordinator: Coordinator, cluster: FakeCluster, lines: list[str]
 ):
     coordinator.open_sessions(sessions("a", "b"))
     stopped, began_s = cluster.actors["llm.0"], cluster.clock.now_s
@@ -87,7 +87,7 @@ def test_one_that_takes_no_call_for_long_is_replaced_like_a_dead_one(
     poll_until(coordinator, cluster, lambda: coordinator.problem)
     assert STALL_S <= cluster.clock.now_s - began_s <= STALL_S + 1
     assert stopped in cluster.killed
-    assert f"llm.0 has not answered for {STALL_S:g} s" in told
+    assert f"llm.0 has not answered for {STALL_S:g} s" in lines
     settle(coordinator, cluster)
     assert (cluster.peers, replicas_at(coordinator, "llm")) == (["llm.0-1"], {"a": 1, "b": 1})
 
@@ -238,7 +238,7 @@ def test_a_neighbour_that_hangs_holds_up_no_session_that_does_not_need_it(
 
 
 def test_a_restart_that_takes_longer_than_a_start_may_is_tried_again_and_the_run_goes_on(
-    coordinator: Coordinator, cluster: FakeCluster, told: list[str]
+    coordinator: Coordinator, cluster: FakeCluster, lines: list[str]
 ):
     coordinator.open_sessions(sessions("a"))
     cluster.starts_at_once = False
@@ -247,7 +247,7 @@ def test_a_restart_that_takes_longer_than_a_start_may_is_tried_again_and_the_run
     poll_until(coordinator, cluster, lambda: len(cluster.peers) == 4)
     assert cluster.clock.now_s - began_s > 3 * START_TIMEOUT_S
     line = f"tts.0 has not answered for {START_TIMEOUT_S:g} s"
-    assert told.count(line) == 3, "once for each try"
+    assert lines.count(line) == 3, "once for each try"
     cluster.actors["tts.0"].is_up = True
     settle(coordinator, cluster)
     assert coordinator.sessions == ["a"]
@@ -266,7 +266,7 @@ def test_between_two_tries_there_is_an_ever_longer_pause(coordinator: Coordinato
 
 
 def test_a_stage_that_can_not_be_brought_up_is_tried_again_after_ever_longer_pauses(
-    coordinator: Coordinator, cluster: FakeCluster, told: list[str]
+    coordinator: Coordinator, cluster: FakeCluster, lines: list[str]
 ):
     coordinator.open_sessions(sessions("a"))
     replace = cluster.replace
@@ -279,7 +279,7 @@ def test_a_stage_that_can_not_be_brought_up_is_tried_again_after_ever_longer_pau
     cluster.replace = broken  # type: ignore[method-assign, assignment]
     cluster.actors["tts.0"].is_dead = True
     poll_until(coordinator, cluster, lambda: len(cluster.peers) == 6)
-    pauses = [line.rpartition(" in ")[2] for line in told if "tried again" in line]
+    pauses = [line.rpartition(" in ")[2] for line in lines if "tried again" in line]
     assert pauses[:5] == ["1 s", "5 s", "15 s", "60 s", "60 s"]
     assert (coordinator.sessions, coordinator.problem) == (["a"], "tts.0 started again after it has died")
 
@@ -296,7 +296,7 @@ def works_on(cluster: FakeCluster, folder: Path, name: str, *sessions: str, stag
 
 
 def test_a_stage_that_takes_long_is_named_with_what_it_is_at_and_again_seldom(
-    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, told: list[str]
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, lines: list[str]
 ):
     coordinator.open_sessions(sessions("hall", "yard"))
     works_on(cluster, tmp_path, "tts.0", "hall", "yard")
@@ -305,20 +305,20 @@ def test_a_stage_that_takes_long_is_named_with_what_it_is_at_and_again_seldom(
     for _ in range(200):
         coordinator.poll()
         seen += [what for _, what in coordinator.slow.values()]
-    assert [line for line in told if "stage tts has" in line] == [
+    assert [line for line in lines if "stage tts has" in line] == [
         f"stage tts has been at window 2 of hall, window 2 of yard for {seconds} s" for seconds in (5, 10, 20)
     ]
     assert seen and coordinator.slow == {}, "it is taken for dead by now"
-    (dead,) = [line for line in told if f"has not answered for {STALL_S:g} s" in line]
+    (dead,) = [line for line in lines if f"has not answered for {STALL_S:g} s" in line]
     assert dead.endswith("; stage tts was at window 2 of hall, window 2 of yard")
 
 
-def test_one_that_is_slow_on_another_machine_is_named(coordinator: Coordinator, cluster: FakeCluster, told: list[str]):
+def test_one_that_is_slow_on_another_machine_is_named(coordinator: Coordinator, cluster: FakeCluster, lines: list[str]):
     coordinator.open_sessions(sessions("hall"))
     cluster.actors["tts.0"].is_stopped = True
     for _ in range(40):
         coordinator.poll()
-    assert told[-1] == "tts.0 has not answered for 5 s"
+    assert lines[-1] == "tts.0 has not answered for 5 s"
 
 
 def dies_of(cluster: FakeCluster, folder: Path, name: str, *working_on: str, stage: str = "") -> None:
@@ -328,7 +328,7 @@ def dies_of(cluster: FakeCluster, folder: Path, name: str, *working_on: str, sta
 
 
 def test_a_camera_whose_data_kill_a_stage_twice_in_a_row_is_closed_and_the_others_go_on(
-    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, told: list[str]
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, lines: list[str]
 ):
     coordinator.open_sessions(sessions("good", "bad"))
     for _ in range(2):
@@ -336,7 +336,7 @@ def test_a_camera_whose_data_kill_a_stage_twice_in_a_row_is_closed_and_the_other
         settle(coordinator, cluster)
     assert coordinator.sessions == ["good"]
     line = "camera bad: its session is over: tts died twice in a row while it worked on its data"
-    assert told.count(line) == 1
+    assert lines.count(line) == 1
     (event,) = [call for _, _, call in of(cluster.calls, "tell") if call[1] == "session_closed"]
     assert event[0] == "bad"
     closed = [stage for _, stage, (session,) in of(cluster.calls, "close_session") if session == "bad"]
@@ -347,14 +347,14 @@ def test_a_camera_whose_data_kill_a_stage_twice_in_a_row_is_closed_and_the_other
 
 
 def test_a_camera_whose_data_kill_a_stage_behind_which_no_window_ends_goes_on_without_it(
-    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, told: list[str]
+    coordinator: Coordinator, cluster: FakeCluster, tmp_path: Path, lines: list[str]
 ):
     coordinator.open_sessions(sessions("good", "bad"))
     for _ in range(2):
         dies_of(cluster, tmp_path, "io.0", "bad", stage="events")
         settle(coordinator, cluster)
     assert coordinator.sessions == ["good", "bad"]
-    assert not any("its session is over" in line for line in told)
+    assert not any("its session is over" in line for line in lines)
     given_up = {(s, plan.session.id): plan.given_up for _, s, (plan, _) in of(cluster.calls, "resume_session")}
     assert {place: reason for place, reason in given_up.items() if reason} == {
         ("events", "bad"): "io died twice in a row while it worked on its data"

@@ -21,13 +21,13 @@ bytearray(128 << 20)
 
 
 def test_what_is_waited_for_is_said_after_five_seconds_and_after_twice_as_many_each_time():
-    told: list[str] = []
+    lines: list[str] = []
     clock = Clock()
-    waiting = Waiting("load", told.append, clock)
+    waiting = Waiting("load", lines.append, clock)
     for _ in range(48):
         waiting.look(["llm.0", "tts.0"])
         clock.advance(0.25)
-    assert told == ["  waiting for llm.0, tts.0 to load (5 s)", "  waiting for llm.0, tts.0 to load (10 s)"]
+    assert lines == ["  waiting for llm.0, tts.0 to load (5 s)", "  waiting for llm.0, tts.0 to load (10 s)"]
 
 
 def test_a_process_gets_as_much_memory_as_it_may_take_and_no_more():

@@ -68,9 +68,9 @@ def test_the_measures_have_the_keys_of_the_promise() -> None:
 
 def test_the_table_has_a_column_per_ablation_and_says_what_went_wrong() -> None:
     lines = report({"whole": RESULT, "audio-late": RESULT})
-    found = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
-    assert ["reach", "whole", "audio-late"] in found
-    assert ["events remarked", ">= 95 %", "50.0 %", "50.0 %"] in found
-    assert ["questions answered right", ">= 90 %", "-", "-"] in found
-    assert ["scene", "cat_in", "0 of 1", "0 of 1"] in found
-    assert ["1", "scene", "cat_in", "a cat came in", "the cat left"] in found
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+    assert ["reach", "whole", "audio-late"] in rows
+    assert ["events remarked", ">= 95 %", "50.0 %", "50.0 %"] in rows
+    assert ["questions answered right", ">= 90 %", "-", "-"] in rows
+    assert ["scene", "cat_in", "0 of 1", "0 of 1"] in rows
+    assert ["1", "scene", "cat_in", "a cat came in", "the cat left"] in rows

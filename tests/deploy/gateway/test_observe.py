@@ -156,10 +156,10 @@ def test_processes_are_scraped_side_by_side_so_that_none_waits_for_one_that_hang
     pipeline: FakePipeline, stack: ExitStack
 ) -> None:
     """Each answers once all have been asked."""
-    asked = threading.Barrier(NUM_HANGING)
+    all_requested = threading.Barrier(NUM_HANGING)
 
     def answer(connection: socket.socket) -> None:
-        asked.wait()
+        all_requested.wait()
         connection.recv(1 << 16)
         connection.sendall(page(""))
 

@@ -62,8 +62,8 @@ def test_what_the_callback_of_a_weak_reference_swallows_is_raised_a_moment_later
 
 
 def test_what_others_could_not_raise_is_told_as_before(monkeypatch: pytest.MonkeyPatch):
-    told: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    raised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(unraisable.exc_value))
 
     class Broken:
         def __del__(self) -> None:
@@ -71,7 +71,7 @@ def test_what_others_could_not_raise_is_told_as_before(monkeypatch: pytest.Monke
 
     with Interrupts():
         del (broken := [Broken()])[0]
-    assert [str(error) for error in told] == ["gone"] and broken == []
+    assert [str(error) for error in raised] == ["gone"] and broken == []
 
 
 def test_while_sessions_run_the_first_is_counted_and_the_second_raised():

@@ -22,7 +22,7 @@ def test_another_distribution_s_package_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_a_package_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    found = {name: ModuleSpec(name, None, origin=str(tmp_path / name / "__init__.py")) for name in PACKAGES}
-    monkeypatch.setattr(packages, "find_spec", lambda name: (found | {"stages": None})[name])
+    specs = {name: ModuleSpec(name, None, origin=str(tmp_path / name / "__init__.py")) for name in PACKAGES}
+    monkeypatch.setattr(packages, "find_spec", lambda name: (specs | {"stages": None})[name])
     with pytest.raises(PackageCollision, match="'stages' comes from None"):
         check_packages()

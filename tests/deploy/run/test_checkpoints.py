@@ -40,8 +40,8 @@ def lacking(**parts: None) -> Checkpoint:
 
 
 def test_a_whole_checkpoint_changes_nothing():
-    asked = spec()
-    assert checkpoint().fit(asked) is asked
+    requested = spec()
+    assert checkpoint().fit(requested) is requested
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_a_whole_checkpoint_changes_nothing():
     ],
 )
 def test_what_a_checkpoint_lacks_is_switched_off_with_what_then_has_nothing_to_do(part: str, off: set[str]):
-    asked = spec()
-    fitted = lacking(**{part: None}).fit(asked)
-    assert asked.stages.keys() - fitted.stages.keys() == off
+    requested = spec()
+    fitted = lacking(**{part: None}).fit(requested)
+    assert requested.stages.keys() - fitted.stages.keys() == off
     assert not off & {stage for edge in fitted.edges for stage in (edge.source.stage, edge.target.stage)}
 
 
@@ -65,8 +65,8 @@ def test_the_official_switches_of_a_checkpoint_are_obeyed(tiny: Tiny, tmp_path: 
     folder = shutil.copytree(tiny.path, tmp_path / "deaf")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"init_vision": False, "init_tts": False}))
-    asked = spec(f"model={folder}")
-    fitted = open_checkpoint(asked, lambda line: None).fit(asked)
+    requested = spec(f"model={folder}")
+    fitted = open_checkpoint(requested, lambda line: None).fit(requested)
     assert set(fitted.stages) == {"microphone", "audio_encoder", "llm", "events"}
 
 
@@ -132,11 +132,11 @@ def test_speech_without_a_voice_is_refused_before_anything_starts():
 
 def test_the_tiny_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    told: list[str] = []
-    first = open_checkpoint(spec(), told.append)
-    again = open_checkpoint(spec(), told.append)
+    lines: list[str] = []
+    first = open_checkpoint(spec(), lines.append)
+    again = open_checkpoint(spec(), lines.append)
     assert first.path == again.path == cache_folder() / "tiny"
-    assert told == [f"making the tiny checkpoint in {first.path}", *[f"model tiny: {UNTRAINED}"] * 2]
+    assert lines == [f"making the tiny checkpoint in {first.path}", *[f"model tiny: {UNTRAINED}"] * 2]
     assert set(first.bytes_of) == {"vision_encoder", "audio_encoder", "llm", "tts", "vocoder"}
     assert not first.trained
 
@@ -145,10 +145,10 @@ def test_nano_is_what_is_shipped_and_its_line_says_what_it_knows(tiny: Tiny, tmp
     folder = shutil.copytree(tiny.path, tmp_path / "trained")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"untrained": False, "nano": True}))
-    told: list[str] = []
-    opened = open_checkpoint(spec(f"model={folder}"), told.append)
+    lines: list[str] = []
+    opened = open_checkpoint(spec(f"model={folder}"), lines.append)
     assert opened.trained
-    assert told == [f"model {folder}: {OF_THE_ROOM}"]
+    assert lines == [f"model {folder}: {OF_THE_ROOM}"]
 
 
 def test_weights_count_in_the_type_they_are_computed_with():
@@ -170,15 +170,15 @@ def test_a_checkpoint_that_claims_to_be_the_released_one_is_compared_with_it(tin
     folder = shutil.copytree(tiny.path, tmp_path / "claims")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"untrained": False}))
-    told: list[str] = []
-    open_checkpoint(spec(f"model={folder}"), told.append)
-    assert told[:3] == [
+    lines: list[str] = []
+    open_checkpoint(spec(f"model={folder}"), lines.append)
+    assert lines[:3] == [
         f"model {folder}",
         f"not as released: llm.vocab_size is {TINY.llm.vocab_size}, released: 151748",
         "not as released: llm.hidden_size is 128, released: 4096",
     ]
-    assert len(told) == 1 + MAX_DIFFERENCES_SHOWN + 1
-    assert re.fullmatch(r"not as released: \d+ more", told[-1])
+    assert len(lines) == 1 + MAX_DIFFERENCES_SHOWN + 1
+    assert re.fullmatch(r"not as released: \d+ more", lines[-1])
 
 
 def test_without_a_home_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyPatch):

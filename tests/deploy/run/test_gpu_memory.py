@@ -56,9 +56,9 @@ def plan(
     num_cameras: int | None = 1,
     config: ModelConfig = RELEASED,
 ) -> GpuPlan:
-    found = gpu_plan(spec(*overrides, share=share), config, gpu_bytes, num_cameras)
-    assert found is not None
-    return found
+    result = gpu_plan(spec(*overrides, share=share), config, gpu_bytes, num_cameras)
+    assert result is not None
+    return result
 
 
 def advised(problem: str) -> list[str]:
@@ -90,9 +90,9 @@ def test_each_process_has_a_context_and_all_of_one_gpu_add_up() -> None:
 
 def test_sessions_take_what_they_keep_and_no_more_fit_than_there_is_room_for() -> None:
     large = ("stages.llm.kv_memory=68GiB", "stages.tts.kv_memory=22GiB")
-    found = plan(*large, num_cameras=88)
-    assert found.most_sessions == 35 and {pool.num_sessions for pool in found.pools.values()} == {88, 92}
-    (problem,) = found.problems
+    planned = plan(*large, num_cameras=88)
+    assert planned.most_sessions == 35 and {pool.num_sessions for pool in planned.pools.values()} == {88, 92}
+    (problem,) = planned.problems
     assert "GPU 0 would hold" in problem
     assert plan(*large, num_cameras=35).problems == []
     assert plan(*large, num_cameras=36).problems != []
@@ -100,9 +100,9 @@ def test_sessions_take_what_they_keep_and_no_more_fit_than_there_is_room_for() -
 
 def test_the_talkers_pool_of_4_gib_bounds_the_sessions_to_16() -> None:
     """273 pages, 17 for the longest turn, one for nobody: whoever comes then is refused when it opens."""
-    found = plan("stages.llm.kv_memory=60GiB", num_cameras=40)
-    assert (found.most_sessions, found.pools["tts"].num_sessions) == (16, 16)
-    (problem,) = found.problems
+    planned = plan("stages.llm.kv_memory=60GiB", num_cameras=40)
+    assert (planned.most_sessions, planned.pools["tts"].num_sessions) == (16, 16)
+    (problem,) = planned.problems
     assert "KV cache of tts has room for 16 sessions, not 40" in problem
     better = plan("stages.llm.kv_memory=60GiB", *advised(problem), num_cameras=40)
     assert better.problems == [] and better.most_sessions == 40
@@ -216,9 +216,9 @@ def test_keys_and_values_in_fp8_leave_room_for_twice_the_sessions() -> None:
 
 @pytest.mark.parametrize(("attention", "pages"), [("varlen", 17), ("flash", 17), ("sdpa", 129)])
 def test_the_talker_has_its_pool_whatever_its_attention_is(attention: str, pages: int) -> None:
-    found = plan(f"stages.tts.attention={attention}")
-    assert (found.gpus[0][3].kv_pool, found.gpus[0][3].each) == (4 * GIB, 0)
-    assert found.pools["tts"].session_pages == pages
+    planned = plan(f"stages.tts.attention={attention}")
+    assert (planned.gpus[0][3].kv_pool, planned.gpus[0][3].each) == (4 * GIB, 0)
+    assert planned.pools["tts"].session_pages == pages
 
 
 @pytest.mark.parametrize("setting", ["llm.attention=sdpa", "llm.kv_dtype=fp8", "tts.attention=sdpa"])
@@ -253,9 +253,9 @@ def test_up_refuses_what_does_not_fit_on_the_gpus_here(monkeypatch: pytest.Monke
     check_gpu_memory(spec(), RELEASED, 1)  # who starts a stage there says it
 
 
-@pytest.mark.parametrize(("told", "num_bytes"), [("h200", 141_000 * 10**6), ("H100", 80 * GIB), ("24GiB", 24 * GIB)])
-def test_gpus_are_known_by_name_or_by_memory(told: str, num_bytes: int) -> None:
-    assert gpu_bytes_of(told) == num_bytes
+@pytest.mark.parametrize(("text", "num_bytes"), [("h200", 141_000 * 10**6), ("H100", 80 * GIB), ("24GiB", 24 * GIB)])
+def test_gpus_are_known_by_name_or_by_memory(text: str, num_bytes: int) -> None:
+    assert gpu_bytes_of(text) == num_bytes
 
 
 def test_another_gpu_is_told_with_those_that_are_known() -> None:
@@ -264,9 +264,9 @@ def test_another_gpu_is_told_with_those_that_are_known() -> None:
 
 
 def test_a_person_is_told_which_process_takes_what() -> None:
-    told = "\n".join(lines_of(plan("stages.llm.kv_memory=8GiB", num_cameras=2)))
-    assert "llm.0" in told and "16.4 GB" in told and "8.6 GB" in told
-    assert "so 10 sessions fit" in told
+    text = "\n".join(lines_of(plan("stages.llm.kv_memory=8GiB", num_cameras=2)))
+    assert "llm.0" in text and "16.4 GB" in text and "8.6 GB" in text
+    assert "so 10 sessions fit" in text
 
 
 # ---- pipeline plan ---------------------------------------------------------------------------------------------------
@@ -282,28 +282,28 @@ def run(*arguments: str, overrides: list[str]) -> tuple[int, str]:
 
 def test_plan_tells_the_memory_of_a_gpu_that_is_elsewhere_without_a_profile() -> None:
     overrides = [*sets(), RELEASE, "stages.llm.kv_memory=8GiB"]
-    code, told = run("--gpu", "h200", "--cameras", "8", "--json", overrides=overrides)
-    memory = json.loads(told[told.index("{") :])["memory"]
+    code, output = run("--gpu", "h200", "--cameras", "8", "--json", overrides=overrides)
+    memory = json.loads(output[output.index("{") :])["memory"]
     assert code == 0 and memory["fits"] and memory["sessions"] == 8
     assert memory["gpus"][0]["llm.0"]["kv_pool"] == 8 * GIB
-    code, told = run("--gpu", "16GiB", "--cameras", "8", overrides=overrides)
-    assert code == EXIT_VIOLATED and "GPU 0 would hold" in told
+    code, output = run("--gpu", "16GiB", "--cameras", "8", overrides=overrides)
+    assert code == EXIT_VIOLATED and "GPU 0 would hold" in output
 
 
 def test_plan_without_anything_to_plan_with_says_what_it_needs() -> None:
-    code, told = run(overrides=[])
-    assert code == EXIT_USAGE and "--profile" in told and "--gpu" in told
+    code, output = run(overrides=[])
+    assert code == EXIT_USAGE and "--profile" in output and "--gpu" in output
 
 
 @pytest.mark.parametrize("cameras", ["-3", "0"])
 def test_plan_takes_no_fewer_than_one_camera(cameras: str) -> None:
-    code, told = run("--gpu", "h200", "--cameras", cameras, overrides=[*sets(), RELEASE])
-    assert code == EXIT_USAGE and "--cameras" in told
+    code, output = run("--gpu", "h200", "--cameras", cameras, overrides=[*sets(), RELEASE])
+    assert code == EXIT_USAGE and "--cameras" in output
 
 
 def test_plan_without_a_number_of_cameras_tells_how_many_fit() -> None:
-    code, told = run("--gpu", "h200", overrides=[*sets(), RELEASE, "stages.llm.kv_memory=60GiB"])
-    assert code == 0 and "with 16 sessions of a replica" in told and "so 16 sessions fit" in told
+    code, output = run("--gpu", "h200", overrides=[*sets(), RELEASE, "stages.llm.kv_memory=60GiB"])
+    assert code == 0 and "with 16 sessions of a replica" in output and "so 16 sessions fit" in output
 
 
 def profile_of(path: Path, gpu: str | None) -> str:
@@ -313,15 +313,15 @@ def profile_of(path: Path, gpu: str | None) -> str:
 
 
 def test_plan_with_a_gpus_profile_and_stages_without_one_says_what_to_set(tmp_path: Path) -> None:
-    asked = ("--profile", profile_of(tmp_path / "gpu.json", "H200"), "--cameras", "2")
-    code, told = run(*asked, overrides=[])
-    assert code == 0 and "no stage here has one" in told and "cores are busy" in told
-    suggested = re.findall(r"--set (\S+)", told)
+    arguments = ("--profile", profile_of(tmp_path / "gpu.json", "H200"), "--cameras", "2")
+    code, output = run(*arguments, overrides=[])
+    assert code == 0 and "no stage here has one" in output and "cores are busy" in output
+    suggested = re.findall(r"--set (\S+)", output)
     assert sorted(suggested) == sorted(sets())
-    code, told = run(*asked, "--gpu", "h200", overrides=[*suggested, RELEASE, "stages.llm.kv_memory=8GiB"])
-    assert code == 0 and "1 GPUs, 2.0 sessions each" in told and "no stage here" not in told
+    code, output = run(*arguments, "--gpu", "h200", overrides=[*suggested, RELEASE, "stages.llm.kv_memory=8GiB"])
+    assert code == 0 and "1 GPUs, 2.0 sessions each" in output and "no stage here" not in output
 
 
 def test_plan_with_the_profile_of_a_machine_without_a_gpu_says_nothing_of_gpus(tmp_path: Path) -> None:
-    code, told = run("--profile", profile_of(tmp_path / "cpu.json", None), "--cameras", "2", overrides=[])
-    assert code == 0 and "GPU" not in told
+    code, output = run("--profile", profile_of(tmp_path / "cpu.json", None), "--cameras", "2", overrides=[])
+    assert code == 0 and "GPU" not in output

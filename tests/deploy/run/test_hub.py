@@ -57,8 +57,8 @@ def python(home: Path, environment: dict[str, str], *arguments: str) -> tuple[in
 
 @pytest.mark.parametrize("environment", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
 def test_a_pinned_commit_in_the_cache_is_taken_without_asking(home: Path, environment: dict[str, str]) -> None:
-    told = python(home, environment, "-c", FETCH, f"owner/name@{COMMIT}")
-    assert told == (0, [str(storage(home) / "snapshots" / COMMIT)])
+    result = python(home, environment, "-c", FETCH, f"owner/name@{COMMIT}")
+    assert result == (0, [str(storage(home) / "snapshots" / COMMIT)])
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_a_branch_in_the_cache_is_taken_when_the_hub_is_away_and_that_is_told(
     home: Path, environment: dict[str, str], reason: str
 ) -> None:
     folder = storage(home) / "snapshots" / COMMIT
-    code, (told, printed) = python(home, environment, "-c", FETCH, "owner/name")
+    code, (notice, printed) = python(home, environment, "-c", FETCH, "owner/name")
     assert (code, printed) == (0, str(folder))
-    assert told.startswith(f"# model owner/name@main: the hub does not give it ({reason}")
-    assert told.endswith(f"taking {folder} from the cache")
+    assert notice.startswith(f"# model owner/name@main: the hub does not give it ({reason}")
+    assert notice.endswith(f"taking {folder} from the cache")
 
 
 @pytest.mark.parametrize("revision", ["main", COMMIT])
@@ -121,9 +121,9 @@ def test_a_checkpoint_that_does_not_speak_needs_no_vocoder(tiny: Tiny, tmp_path:
 def test_neither_code_nor_other_formats_are_downloaded() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = ["config.json", "model-00001-of-00004.safetensors", "assets/token2wav/flow.pt", "merges.txt"]
+    required = ["config.json", "model-00001-of-00004.safetensors", "assets/token2wav/flow.pt", "merges.txt"]
     others = ["modeling_minicpmo.py", "pytorch_model.bin", "assets/demo.mp4", "README.md"]
-    assert list(filter_repo_objects([*wanted, *others], allow_patterns=list(ALLOWED))) == wanted
+    assert list(filter_repo_objects([*required, *others], allow_patterns=list(ALLOWED))) == required
 
 
 @pytest.mark.parametrize("model", ["owner/name", "owner/name@v1.0", f"openbmb/MiniCPM-o-4_5@{COMMIT}"])
@@ -145,14 +145,14 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub's HTTP as a download takes: owner/name, whose main branch is COMMIT, has a folder's files."""
 
     folder: Path
-    asked: list[str]
+    paths: list[str]
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        self.asked.append(path)
+        self.paths.append(path)
         files = sorted(file for file in self.folder.rglob("*") if file.is_file())
         if path.startswith("/api/models/owner/name/revision/"):
             self.answer(json.dumps({"id": "owner/name", "sha": COMMIT}).encode())
@@ -180,7 +180,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tiny: Tiny, tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
-    Hub.folder, Hub.asked = Path(shutil.copytree(tiny.path, tmp_path / "served")), []
+    Hub.folder, Hub.paths = Path(shutil.copytree(tiny.path, tmp_path / "served")), []
     (Hub.folder / "modeling_minicpmo.py").write_text("raise SystemExit")
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever).start()
@@ -194,11 +194,11 @@ def test_a_download_is_whole_has_no_code_and_tells_its_commit(
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
     folder = storage(tmp_path) / "snapshots" / COMMIT
     code, lines = python(tmp_path, environment, "-c", FETCH, "owner/name")
-    told = f"# model owner/name@main is commit {COMMIT}; pin it with owner/name@{COMMIT}"
-    assert (code, lines[:2]) == (0, [told, str(folder)])
+    notice = f"# model owner/name@main is commit {COMMIT}; pin it with owner/name@{COMMIT}"
+    assert (code, lines[:2]) == (0, [notice, str(folder)])
     assert missing_files(folder) == []
     assert inspect(folder) == inspect(tiny.path)
-    assert not any(str(name).endswith(".py") for name in [*folder.iterdir(), *Hub.asked])
+    assert not any(str(name).endswith(".py") for name in [*folder.iterdir(), *Hub.paths])
     # Then: without a hub it is there, by its branch and by its commit.
     for revision in ("main", COMMIT):
         assert python(tmp_path, OFFLINE, "-c", FETCH, f"owner/name@{revision}")[1][-1] == str(folder)
@@ -239,7 +239,7 @@ def test_what_the_hub_does_not_have_is_told(hub: ThreadingHTTPServer, tmp_path: 
 def test_a_setting_that_the_library_can_not_use_is_one_line_that_names_it(
     tmp_path: Path, variable: str, value: str
 ) -> None:
-    code, told = python(
+    code, lines = python(
         tmp_path,
         {variable: value},
         "-m",
@@ -251,30 +251,30 @@ def test_a_setting_that_the_library_can_not_use_is_one_line_that_names_it(
         "a=test://pattern",
     )
     assert code == 1
-    (line,) = told
+    (line,) = lines
     assert line.startswith("pipeline: model owner/name@main: the hub can't be asked (")
     assert variable in line
     assert "Hunter2" not in line
 
 
 def test_with_such_a_setting_a_whole_cache_is_taken(home: Path) -> None:
-    code, told = python(home, {"ALL_PROXY": "socks://127.0.0.1:1080"}, "-c", FETCH, "owner/name@main")
+    code, lines = python(home, {"ALL_PROXY": "socks://127.0.0.1:1080"}, "-c", FETCH, "owner/name@main")
     assert code == 0
-    assert told[-1].endswith(COMMIT)
-    assert "taking" in told[0]
+    assert lines[-1].endswith(COMMIT)
+    assert "taking" in lines[0]
 
 
 class OutOfOrder(Hub):
     """A hub that is there and can't serve."""
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.paths.append(self.path)
         self.send_error(503)
 
 
 def test_a_hub_that_is_out_of_order_is_asked_once(tiny: Tiny, tmp_path: Path) -> None:
     """The library's own look-ups would try again for half a minute."""
-    OutOfOrder.folder, OutOfOrder.asked = tiny.path, []
+    OutOfOrder.folder, OutOfOrder.paths = tiny.path, []
     with ThreadingHTTPServer(("127.0.0.1", 0), OutOfOrder) as server:
         threading.Thread(target=server.serve_forever).start()
         endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
@@ -282,6 +282,6 @@ def test_a_hub_that_is_out_of_order_is_asked_once(tiny: Tiny, tmp_path: Path) ->
         server.shutdown()
     assert code == 1
     assert "503" in "\n".join(lines)
-    assert [path for path in OutOfOrder.asked if path.startswith("/api/models/")] == [
+    assert [path for path in OutOfOrder.paths if path.startswith("/api/models/")] == [
         "/api/models/owner/name/revision/main"
     ]

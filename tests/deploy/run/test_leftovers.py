@@ -70,8 +70,8 @@ def test_where_nothing_ever_ran_no_folder_is_made(state: StateFolder, tmp_path: 
 def test_down_ends_them_and_ps_names_them(state: StateFolder, start: Start, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start("ray::DashboardAgent", state.path)
-    told = CliRunner().invoke(app, ["ps"])
-    assert told.exit_code == 1 and "a killed one has left processes of Ray, which `pipeline down` ends" in told.stderr
+    shown = CliRunner().invoke(app, ["ps"])
+    assert shown.exit_code == 1 and "a killed one has left processes of Ray, which `pipeline down` ends" in shown.stderr
     ended = CliRunner().invoke(app, ["down"])
     assert (ended.exit_code, ended.stderr) == (
         0,

@@ -134,8 +134,8 @@ def test_a_run_is_found_and_kept_apart_whatever_the_temporary_folder_of_who_asks
     state: StateFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with running(tmp_path / "project", TMPDIR="/tmp") as process:
-        found = state.read()
-        assert found is not None and found.pid == process.pid
+        running_state = state.read()
+        assert running_state is not None and running_state.pid == process.pid
         with pytest.raises(StateError, match=f"pid {process.pid}"), state.hold():
             raise AssertionError("held twice")
 

@@ -117,7 +117,7 @@ def test_a_seed_happens_the_same_each_time(spec: PipelineSpec):
 
 
 def test_a_seed_happens_the_same_in_any_process():
-    def told(hash_seed: str) -> dict[str, object]:
+    def report_of(hash_seed: str) -> dict[str, object]:
         result = subprocess.run(
             [sys.executable, "-m", "deploy", "simulate", "storm", "--seeds", "0:2", "--json"],
             env=os.environ | {"PYTHONHASHSEED": hash_seed},
@@ -127,7 +127,7 @@ def test_a_seed_happens_the_same_in_any_process():
         )
         return {key: value for key, value in json.loads(result.stdout).items() if key != "cpu_s"}
 
-    assert told("1") == told("2")
+    assert report_of("1") == report_of("2")
 
 
 def test_with_replicas_and_without_pictures_or_speech_all_holds_too(spec: PipelineSpec):
@@ -491,8 +491,8 @@ def test_a_wrong_scenario_is_told_with_those_there_are():
 def test_the_command_prints_json_and_exits_with_3_when_something_did_not_hold(broken: pytest.MonkeyPatch):
     arguments = ["simulate", "steady", "--seeds", "0:2", "--json"]
     result = CliRunner().invoke(cli.app, arguments)
-    told = json.loads(result.stdout)
-    assert (result.exit_code, told["violations"], told["windows"], told["seeds"]) == (0, [], 64, "0:2")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["violations"], report["windows"], report["seeds"]) == (0, [], 64, "0:2")
     broken.setattr(Ledger, "deliver", lambda self, number=1: None)
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 3

@@ -16,5 +16,5 @@ class Views(Stage):
     def _tell(self, unit: Unit) -> Chunk:
         views = [picture.view for picture in unit.of(self.frames)]
         lately = {picture.view for picture in unit.of(self.lately)}
-        told = {"window": unit.index, "views": ",".join(views), "lately": ",".join(sorted(lately))}
-        return self.seen.event(unit.session, unit.start_ns, "views", **told)
+        fields = {"window": unit.index, "views": ",".join(views), "lately": ",".join(sorted(lately))}
+        return self.seen.event(unit.session, unit.start_ns, "views", **fields)
