@@ -73,36 +73,36 @@ def write(folder: Path, name: str, content: Any) -> None:
 
 
 def change_texts(folder: Path, rng: random.Random) -> None:
-    model, told = read(folder, "tokenizer.json")["model"], read(folder, "tokenizer_cases.json")
+    model, recorded = read(folder, "tokenizer.json")["model"], read(folder, "tokenizer_cases.json")
     letters = "etaoinshrdlu"
     texts = [" ".join("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(12)) for _ in range(9)]
-    told["encode"] = [{"text": text, "ids": plain.bpe(text, model["vocab"], model["merges"])} for text in texts]
-    write(folder, "tokenizer_cases.json", told)
+    recorded["encode"] = [{"text": text, "ids": plain.bpe(text, model["vocab"], model["merges"])} for text in texts]
+    write(folder, "tokenizer_cases.json", recorded)
 
 
 def change_slicing(folder: Path, rng: random.Random) -> None:
-    told = read(folder, "image_slicing.json")
+    recorded = read(folder, "image_slicing.json")
     num, image_id = 5, 12
-    told |= {"image_feature_size": num, "image_idx_in_placeholder": image_id, "rows": []}
+    recorded |= {"image_feature_size": num, "image_idx_in_placeholder": image_id, "rows": []}
     for limit in (1, 3, 5, 6, 8):
         for _ in range(7):
             row = plain.slicing(rng.randint(20, 2600), rng.randint(20, 2600), limit)
             row["placeholder_rle"] = plain.placeholder(row["grid"], f"{{unk*{num}}}", image_id)
             row["placeholder_noid_rle"] = plain.placeholder(row["grid"], f"{{unk*{num}}}", None)
-            told["rows"].append(row)
-    write(folder, "image_slicing.json", told)
+            recorded["rows"].append(row)
+    write(folder, "image_slicing.json", recorded)
 
 
 def change_pixels(folder: Path) -> None:
     """New pictures first, then the official ones, as the vision encoder saw some of them."""
-    told = read(folder, "image_pixels.json")
+    recorded = read(folder, "image_pixels.json")
     with np.load(folder / "image_pixels.npz") as stored:
-        official = [(stored[f"img{index}_input"], image["max_slice_nums"]) for index, image in enumerate(told)]
+        official = [(stored[f"img{index}_input"], image["max_slice_nums"]) for index, image in enumerate(recorded)]
     source = np.random.default_rng(SEED)
     images = [
         (source.integers(0, 256, (height, width, 3), dtype=np.uint8), limit) for height, width, limit in NEW_PICTURES
     ]
-    told, arrays = [], {}
+    recorded, arrays = [], {}
     for index, (image, most) in enumerate([*images, *official]):
         row = plain.slicing(image.shape[1], image.shape[0], most)
         patches = plain.patches(image, row)
@@ -112,9 +112,9 @@ def change_pixels(folder: Path) -> None:
         arrays |= {f"img{index}_patch{j}_f32_head": value[..., :28] for j, value in enumerate(values)}
         patch_rows = [patch_row(value) for value in values]
         kept = {key: row[key] for key in ("size", "max_slice_nums", "tgt_sizes")}
-        told.append(kept | {"patches": patch_rows})
+        recorded.append(kept | {"patches": patch_rows})
     np.savez_compressed(folder / "image_pixels.npz", **arrays)
-    write(folder, "image_pixels.json", told)
+    write(folder, "image_pixels.json", recorded)
 
 
 def patch_row(values: Any) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def patch_row(values: Any) -> dict[str, Any]:
 
 def change_vision(folder: Path, rng: random.Random) -> None:
     """The official pictures in other groups, under other names, and with rubbish in the padding."""
-    told, tensors = read(folder, "vision.json"), load_file(folder / "vision.safetensors")
+    recorded, tensors = read(folder, "vision.json"), load_file(folder / "vision.safetensors")
     size = read(folder, "config.json")["vision_batch_size"]
-    pictures = [(name, index) for name, case in told.items() for index in range(len(case["tgt_sizes"]))]
+    pictures = [(name, index) for name, case in recorded.items() for index in range(len(case["tgt_sizes"]))]
     rng.shuffle(pictures)
     groups = {"one": pictures[:1], "few": pictures[1:5], "rest": pictures[5:]}
     new = {key: value for key, value in tensors.items() if key.startswith("resampler_pos_embed_")}
@@ -140,11 +140,11 @@ def change_vision(folder: Path, rng: random.Random) -> None:
             new[f"img{int(match[1]) + len(NEW_PICTURES)}.{match[2]}"] = value
     cases = {}
     for group, members in ((group, members) for group, members in groups.items() if members):
-        sizes = [told[name]["tgt_sizes"][index] for name, index in members]
-        rows = [i for i, (name, index) in enumerate(members) if index in told[name]["resampler_out_rows"]]
+        sizes = [recorded[name]["tgt_sizes"][index] for name, index in members]
+        rows = [i for i, (name, index) in enumerate(members) if index in recorded[name]["resampler_out_rows"]]
         cases[group] = {"tgt_sizes": sizes, "n_vpm_calls": -(-len(members) // size), "resampler_out_rows": rows}
         new[f"{group}.tgt_sizes"] = torch.tensor(sizes, dtype=torch.int32)
-        outs = [recorded_embeds(told, tensors, *members[row]) for row in rows]
+        outs = [recorded_embeds(recorded, tensors, *members[row]) for row in rows]
         new[f"{group}.resampler_out"] = torch.stack(outs) if outs else no_embeds(tensors)
         longest = max(height * width for height, width in sizes)
         for i, (name, index) in enumerate(members):
@@ -163,8 +163,8 @@ def no_embeds(tensors: dict[str, Tensor]) -> Tensor:
     return next(value for key, value in tensors.items() if key.endswith(".resampler_out"))[:0]
 
 
-def recorded_embeds(told: dict[str, Any], tensors: dict[str, Tensor], name: str, index: int) -> Tensor:
-    return tensors[f"{name}.resampler_out"][told[name]["resampler_out_rows"].index(index)]
+def recorded_embeds(recorded: dict[str, Any], tensors: dict[str, Tensor], name: str, index: int) -> Tensor:
+    return tensors[f"{name}.resampler_out"][recorded[name]["resampler_out_rows"].index(index)]
 
 
 def recorded_tower(tensors: dict[str, Tensor], name: str, index: int, size: int) -> tuple[Tensor, Tensor]:
@@ -180,14 +180,14 @@ def change_mel(folder: Path, rng: random.Random) -> None:
     time = np.arange(int(5.7 * RATE_HZ)) / RATE_HZ
     sound = 0.3 * np.sin(2 * np.pi * 300 * time * time) * np.sin(time) ** 2 + 0.002 * source.standard_normal(len(time))
     signal = sound.astype(np.float32)
-    told: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     tensors = {"sigA": torch.from_numpy(signal)}
     tensors["mel_filters"] = load_file(folder / "mel.safetensors")["mel_filters"]
     seconds = {"chunk_ms": 1000, "first_chunk_ms": 1035, "cnn_redundancy_ms": 20, "slides": (6, 2)}
-    add_stream(told, tensors, "sliding seconds", seconds, [16480, *[16000] * 11])
+    add_stream(recorded, tensors, "sliding seconds", seconds, [16480, *[16000] * 11])
     odd = {"chunk_ms": 300, "first_chunk_ms": 438, "cnn_redundancy_ms": 10, "slides": None}
-    add_stream(told, tensors, "odd", odd, [rng.randint(500, 9000) for _ in range(25)])
-    add_stream(told, tensors, "odd end", odd, [7000, 4800, 4800, 4800, 900], last=True)
+    add_stream(recorded, tensors, "odd", odd, [rng.randint(500, 9000) for _ in range(25)])
+    add_stream(recorded, tensors, "odd end", odd, [7000, 4800, 4800, 4800, 900], last=True)
     extract = WhisperFeatureExtractor(feature_size=plain.N_MELS)
 
     def offline(clip: plain.Samples) -> Tensor:
@@ -196,22 +196,22 @@ def change_mel(folder: Path, rng: random.Random) -> None:
 
     for name, num_samples in (("short", 1111), ("whole", len(signal))):
         tensors[f"{name}.mel"] = offline(signal[:num_samples]).contiguous()
-        told[name] = {"n_samples": num_samples, "lens": [[-(-num_samples // plain.HOP)]]}
+        recorded[name] = {"n_samples": num_samples, "lens": [[-(-num_samples // plain.HOP)]]}
     slices = [[100, 9000], [0, 30000], [7, 12345]]
     mels = [offline(signal[start:stop]) for start, stop in slices]
     longest = max(mel.shape[1] for mel in mels)
     tensors["three.mel"] = torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in mels])
-    told["three"] = {"slices": slices, "lens": [[mel.shape[1] for mel in mels]]}
+    recorded["three"] = {"slices": slices, "lens": [[mel.shape[1] for mel in mels]]}
     clip = np.concatenate([signal[:12000], np.zeros(8000, np.float32), signal[12000:24000]])
     fixed = plain.whole_mel(np.pad(clip, (0, 30 * RATE_HZ - len(clip))), dynamic=False)[:, : len(clip) // plain.HOP]
     tensors |= {"leak_fresh.mel": offline(clip).contiguous(), "leak_after_stream.mel": fixed.contiguous()}
-    told["leak"] = {"n_samples": len(clip), "max_abs_diff": float((offline(clip) - fixed).abs().max())}
-    write(folder, "mel.json", told)
+    recorded["leak"] = {"n_samples": len(clip), "max_abs_diff": float((offline(clip) - fixed).abs().max())}
+    write(folder, "mel.json", recorded)
     save_file(tensors, folder / "mel.safetensors")
 
 
 def add_stream(
-    told: dict[str, Any],
+    recorded: dict[str, Any],
     tensors: dict[str, Tensor],
     name: str,
     mode: dict[str, Any],
@@ -244,16 +244,16 @@ def add_stream(
         "trigger_seconds": float(trigger),
         "slide_seconds": float(stride),
     }
-    told[name] = {"mode": {"mode": "exact"}, "config": config, "infos": infos}
+    recorded[name] = {"mode": {"mode": "exact"}, "config": config, "infos": infos}
 
 
 def change_audio(folder: Path) -> None:
     """The official sessions, cut short, and the official clips in another order."""
-    told, tensors = read(folder, "audio.json"), load_file(folder / "audio.safetensors")
-    lens = list(itertools.chain.from_iterable(told["off_lens"]))
+    recorded, tensors = read(folder, "audio.json"), load_file(folder / "audio.safetensors")
+    lens = list(itertools.chain.from_iterable(recorded["off_lens"]))
     order = [*range(1, len(lens)), 0]
-    num = {key: sum(key in row for row in told["rows"]) for key in ("chunk", "plain")}
-    rows = [row for row in told["rows"] if all(row[key] < num[key] * 3 // 4 for key in num if key in row)]
+    num = {key: sum(key in row for row in recorded["rows"]) for key in ("chunk", "plain")}
+    rows = [row for row in recorded["rows"] if all(row[key] < num[key] * 3 // 4 for key in num if key in row)]
     kept = {name for row in rows for name in tensor_names(row)} & tensors.keys()
     new = {name: tensors[name] for name in kept}
     for name, tensor in tensors.items():
@@ -276,18 +276,18 @@ def tensor_names(row: dict[str, Any]) -> list[str]:
 
 def write_manifest(folder: Path) -> None:
     listed = read(folder, "manifest.json")
-    for name, told in listed.items():
+    for name, entry in listed.items():
         content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() == told["sha256"]:
+        if hashlib.sha256(content).hexdigest() == entry["sha256"]:
             continue
-        told |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        if "tensors" in told:
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        if "tensors" in entry:
             stored = load_file(folder / name)
             spelled = {torch.float32: "F32", torch.int32: "I32"}
-            told["tensors"] = {key: [spelled[value.dtype], *value.shape] for key, value in stored.items()}
-        if "arrays" in told:
+            entry["tensors"] = {key: [spelled[value.dtype], *value.shape] for key, value in stored.items()}
+        if "arrays" in entry:
             with np.load(folder / name) as stored_arrays:
-                told["arrays"] = {
+                entry["arrays"] = {
                     key: [str(stored_arrays[key].dtype), *stored_arrays[key].shape] for key in stored_arrays.files
                 }
     write(folder, "manifest.json", listed)

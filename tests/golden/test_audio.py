@@ -30,7 +30,7 @@ KINDS = {"chunk": "stream", "plain": "plain"}  # a row's key: the name of its te
 class Row:
     """One chunk of a session, and what the official code made of it."""
 
-    told: dict[str, Any]
+    entry: dict[str, Any]
     chunk: MelChunk
     hidden: Tensor
     embeds: Tensor
@@ -61,24 +61,29 @@ def encoder() -> AudioEncoder:
 def rows(key: str) -> list[Row]:
     tensors, name = read_tensors(TENSORS), KINDS[key]
     return [
-        Row(told, chunk_of(told), tensors[f"{name}.apm_last_hidden.{told[key]}"], tensors[f"{name}.embeds.{told[key]}"])
-        for told in read_json(JSON)["rows"]
-        if key in told
+        Row(
+            entry,
+            chunk_of(entry),
+            tensors[f"{name}.apm_last_hidden.{entry[key]}"],
+            tensors[f"{name}.embeds.{entry[key]}"],
+        )
+        for entry in read_json(JSON)["rows"]
+        if key in entry
     ]
 
 
-def chunk_of(told: dict[str, Any]) -> MelChunk:
+def chunk_of(entry: dict[str, Any]) -> MelChunk:
     tensors = read_tensors(TENSORS)
-    if "chunk" in told:
-        frames = tensors[f"stream.mel.{told['chunk']}"]
-        assert frames.shape[1] == told["mel_frames"]
-        return MelChunk(frames, 0, told["prefix_extra_frames"], told["suffix_extra_frames"])
-    match = re.fullmatch(r"(\S+)\[:, :(\d+)\]", told["mel"])
-    assert match, f"audio.json: which frames are {told['mel']!r}?"
+    if "chunk" in entry:
+        frames = tensors[f"stream.mel.{entry['chunk']}"]
+        assert frames.shape[1] == entry["mel_frames"]
+        return MelChunk(frames, 0, entry["prefix_extra_frames"], entry["suffix_extra_frames"])
+    match = re.fullmatch(r"(\S+)\[:, :(\d+)\]", entry["mel"])
+    assert match, f"audio.json: which frames are {entry['mel']!r}?"
     frames = tensors[match[1]][:, : int(match[2])]
-    assert set(told["kw"]) <= {"cnn_min_length"}
+    assert set(entry["kw"]) <= {"cnn_min_length"}
     # Officially silence behind the piece, whose frames are cut off after the convolutions.
-    short = max(0, told["kw"].get("cnn_min_length", 0) - frames.shape[1])
+    short = max(0, entry["kw"].get("cnn_min_length", 0) - frames.shape[1])
     return MelChunk(F.pad(frames, (0, short)), 0, 0, short // 2 * 2)
 
 
@@ -95,8 +100,8 @@ def run(key: str) -> tuple[list[Step], AudioState]:
 
 
 def row_ids(key: str) -> list[str]:
-    told = read_json(JSON)["rows"]
-    return [f"{KINDS[key]}.{index}" for index in range(sum(key in row for row in told))]
+    entries = read_json(JSON)["rows"]
+    return [f"{KINDS[key]}.{index}" for index in range(sum(key in row for row in entries))]
 
 
 def names(pattern: str) -> list[str]:
@@ -110,8 +115,8 @@ def test_a_chunk_gives_the_official_embeddings(case: str) -> None:
     key = next(key for key, kind in KINDS.items() if kind == name)
     row, step = rows(key)[int(index)], run(key)[0][int(index)]
 
-    assert (step.after, len(step.embeds)) == (row.told["kv_after"], row.told["n_tokens"])
-    assert step.past == row.told.get("past_before", step.past)
+    assert (step.after, len(step.embeds)) == (row.entry["kv_after"], row.entry["n_tokens"])
+    assert step.past == row.entry.get("past_before", step.past)
     close(step.hidden, row.hidden)
     close(step.embeds, row.embeds)
 
@@ -151,7 +156,7 @@ def test_a_sessions_embeddings_do_not_depend_on_its_company(case: str) -> None:
         for session, embeds in zip(present, together, strict=True):
             row = session.rows[session.num_done]
             session.num_done += 1
-            assert session.state.num_frames == row.told["kv_after"]
+            assert session.state.num_frames == row.entry["kv_after"]
             close(embeds, row.embeds)
 
 
@@ -159,8 +164,8 @@ def test_a_sessions_embeddings_do_not_depend_on_its_company(case: str) -> None:
 
 
 def chunk_lengths() -> list[str]:
-    found = (re.fullmatch(r"off\.chunk(.+)\.embeds\.\d+", name) for name in names(r"off\.chunk.+\.embeds\.\d+"))
-    return sorted({match[1] for match in found if match})
+    matches = (re.fullmatch(r"off\.chunk(.+)\.embeds\.\d+", name) for name in names(r"off\.chunk.+\.embeds\.\d+"))
+    return sorted({match[1] for match in matches if match})
 
 
 def clip_lens() -> list[int]:

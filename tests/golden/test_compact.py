@@ -34,8 +34,8 @@ def stored(file: str) -> bytes:
 
 def cut_from_here() -> list[str]:
     """The files, where the folder in use is the one that the compact part was cut from."""
-    whole = {file: told["whole"]["sha256"] for file, told in listed().items()}
-    here = {file: told["sha256"] for file, told in read_json(MANIFEST).items()}
+    whole = {file: entry["whole"]["sha256"] for file, entry in listed().items()}
+    here = {file: entry["sha256"] for file, entry in read_json(MANIFEST).items()}
     return list(whole) if here == whole else []
 
 
@@ -59,7 +59,7 @@ def test_a_file_of_the_compact_part_is_as_listed(file: str) -> None:
     assert (len(content), hashlib.sha256(content).hexdigest()) == (listed()[file]["bytes"], listed()[file]["sha256"])
 
 
-@pytest.mark.parametrize("file", [file for file, told in listed().items() if "tensors" in told["whole"]])
+@pytest.mark.parametrize("file", [file for file, row in listed().items() if "tensors" in row["whole"]])
 def test_of_every_file_there_is_a_tensor(file: str) -> None:
     assert listed()[file].get("tensors") or listed()[file].get("arrays")
 

@@ -72,7 +72,7 @@ def test_a_file_is_as_listed(case: str) -> None:
 def test_a_file_holds_the_listed_tensors(case: str) -> None:
     file = case.removeprefix("the tensors of ")
     read = read_npz if file.endswith(".npz") else read_header
-    assert read(golden.FOLDER / file) == {name: spelled(told) for name, told in tensors_of(file).items()}
+    assert read(golden.FOLDER / file) == {name: spelled(entry) for name, entry in tensors_of(file).items()}
 
 
 @cases(MANIFEST, ["the folder"])
@@ -92,8 +92,8 @@ def read_npz(file: Path) -> dict[str, list[Any]]:
         return {name: spelled([str(opened[name].dtype), *opened[name].shape]) for name in opened.files}
 
 
-def spelled(told: list[Any]) -> list[Any]:
-    return [NUMPY_NAMES.get(told[0], told[0]), *told[1:]]
+def spelled(entry: list[Any]) -> list[Any]:
+    return [NUMPY_NAMES.get(entry[0], entry[0]), *entry[1:]]
 
 
 @pytest.mark.parametrize("file", tensor_files())
@@ -106,5 +106,5 @@ def test_every_tensor_was_looked_at(file: str, whole_suite: pytest.Session) -> N
 def test_every_entry_has_a_case(file: str, whole_suite: pytest.Session) -> None:
     markers = (item.get_closest_marker("golden") for item in whole_suite.items)
     num_cases = Counter(marker.args[0] for marker in markers if marker)[file]
-    wanted = max(1, golden.num_records(read_json(file)))
-    assert num_cases >= wanted, f"{file}: {num_cases} cases, but {wanted} entries in its lists"
+    expected = max(1, golden.num_records(read_json(file)))
+    assert num_cases >= expected, f"{file}: {num_cases} cases, but {expected} entries in its lists"

@@ -96,8 +96,8 @@ def test_a_component_is_there_when_the_config_switches_it_on(case: str) -> None:
 
 
 def component_of(name: str) -> str:
-    (found,) = [component for component in COMPONENTS if name.startswith(PREFIXES[component])]
-    return found
+    (owner,) = [component for component in COMPONENTS if name.startswith(PREFIXES[component])]
+    return owner
 
 
 def weights_of(component: str) -> dict[str, Tensor]:

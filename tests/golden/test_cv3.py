@@ -83,8 +83,8 @@ def _inference() -> Iterator[None]:
 
 
 def config() -> HiftConfig:
-    told = read_json(JSON)
-    return hift_config(told["config"], told["f0_cond_channels"], causal=True)
+    recorded = read_json(JSON)
+    return hift_config(recorded["config"], recorded["f0_cond_channels"], causal=True)
 
 
 def parts() -> list[str]:
@@ -179,8 +179,8 @@ def test_a_size_is_the_official_one(case: str) -> None:
 @cases(JSON, (f"limits.{name}" for name in read_json(JSON)["limits"]))
 def test_a_limit_of_the_bounded_stream_is_the_official_one(case: str) -> None:
     """How far a sample looks back and ahead is the model's; how much is synthesised at once is the official choice."""
-    told, hift = read_json(JSON)["limits"], sizes_only()
-    block, ahead = told["internal_chunk_frames"], hift.lookahead + 1
+    recorded, hift = read_json(JSON)["limits"], sizes_only()
+    block, ahead = recorded["internal_chunk_frames"], hift.lookahead + 1
     mel, source = hift.num_history + hift.delay_frames, hift.num_history + ahead
     expected = {
         "f0_left_frames": F0_HISTORY,
@@ -198,7 +198,7 @@ def test_a_limit_of_the_bounded_stream_is_the_official_one(case: str) -> None:
         "phase_values": hift.config.nb_harmonics + 1,
     }
     name = case.removeprefix("limits.")
-    assert told[name] == expected[name]
+    assert recorded[name] == expected[name]
 
 
 @cases(TENSORS, parts())

@@ -263,7 +263,7 @@ class Watch:
     fed: list[tuple[int, Tensor]] = field(default_factory=list)  # position, embeddings
     decided: list[tuple[DecisionRule, Tensor, list[int], Choice]] = field(default_factory=list)
     drawn: list[tuple[Tensor, int]] = field(default_factory=list)
-    asked: list[tuple[ChunkRequest, int, int]] = field(default_factory=list)  # with the cache before and after
+    requested: list[tuple[ChunkRequest, int, int]] = field(default_factory=list)  # with the cache before and after
     sounded: list[Tensor] = field(default_factory=list)  # what codes were drawn from
 
     def feed(self, _module: Any, args: tuple[KvCache, list[SequenceInput]]) -> None:
@@ -333,7 +333,7 @@ class Alone(Desk):
         def watched_chunks(batch: Any, sampling: Sampling, window: int | None = None) -> list[Spoken]:
             before = [_length(state) for state, _ in batch]
             spoken = generate_chunks(batch, sampling, window)
-            desk.watch.asked += [
+            desk.watch.requested += [
                 (request, past, _length(state)) for (state, request), past in zip(batch, before, strict=True)
             ]
             return spoken
@@ -552,7 +552,7 @@ def test_the_talker_is_given_the_official_words(case: str):
     assert output.token_ids == unit["tts_hidden_token_ids"]
     if f"{case}.tts_hidden" in KEYS:
         near(output.hidden, f"{case}.tts_hidden", tolerance)
-    conditions = [request.condition for request, *_ in seen.watch.asked]
+    conditions = [request.condition for request, *_ in seen.watch.requested]
     assert len(conditions) == (unit["tts"] is not None)
     for condition in conditions:
         near(condition, f"{case}.tts_condition", tolerance)
@@ -561,7 +561,7 @@ def test_the_talker_is_given_the_official_words(case: str):
 @cases("duplex.json", SPOKEN)
 def test_the_talker_says_the_official_codes(case: str):
     seen, name, unit = seen_in(case)
-    official, ((request, before, after),) = unit["tts"], seen.watch.asked
+    official, ((request, before, after),) = unit["tts"], seen.watch.requested
     assert seen.outcome is not None
     assert seen.outcome.codes == official["tokens"]
     assert len(seen.outcome.codes) == unit["result"]["n_tts_tokens"]
@@ -761,11 +761,11 @@ def written(seen: Seen) -> str:
 def margins_of(case: str, unit: dict[str, Any]) -> list[float]:
     """Ours, of the choices whose margins were recorded."""
     seen, _, _ = seen_in(case)
-    found: list[float] = []
+    margins: list[float] = []
     for (rule, logits, recent, _), step in zip(seen.watch.decided, unit["decode_steps"], strict=True):
         shaped = rule.shape(logits[None].float(), [recent])[0]
-        found += [margin_of(logits), margin_of(shaped)][: len(step["argmax_margins"])]
-    return found
+        margins += [margin_of(logits), margin_of(shaped)][: len(step["argmax_margins"])]
+    return margins
 
 
 def check_final_k(name: str, keys: dict[int, Tensor]) -> None:

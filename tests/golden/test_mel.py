@@ -60,12 +60,12 @@ def table() -> dict[str, Any]:
 
 
 def streams() -> list[str]:
-    return [name for name, told in table().items() if "infos" in told]
+    return [name for name, recorded in table().items() if "infos" in recorded]
 
 
 def clips() -> list[str]:
     """Offline recordings: of one clip (`n_samples`) or of several (`slices`)."""
-    return [name for name, told in table().items() if "lens" in told]
+    return [name for name, recorded in table().items() if "lens" in recorded]
 
 
 def leaks() -> list[str]:
@@ -90,7 +90,7 @@ def settings_of(config: dict[str, Any]) -> MelSettings:
     )
 
 
-def asked_for_the_rest(info: dict[str, Any], redundancy: int) -> bool:
+def is_last(info: dict[str, Any], redundancy: int) -> bool:
     """Whether a piece was told to be the last: its frames came out although their right side wasn't stable."""
     return info["emitted_frames"] > 0 and info["stable_T_global"] < info["core_end"] + redundancy
 
@@ -105,7 +105,7 @@ def run(name: str) -> Run:
     steps = []
     for info, end in zip(infos, ends, strict=True):
         start = mel.snapshot().core_end
-        last = asked_for_the_rest(info, config["cnn_redundancy_frames"])
+        last = is_last(info, config["cnn_redundancy_frames"])
         chunks = mel.process(sound[end - info["n_samples_in"] : end], last=last)
         after = mel.snapshot()
         steps.append(Step(joined(chunks), start, after.core_end, after.base_frame, len(after.buffer)))
@@ -119,8 +119,8 @@ def joined(chunks: list[Any]) -> Tensor:
 @cases(JSON, (f"{name}.{index}" for name in streams() for index in range(len(table()[name]["infos"]))))
 def test_a_piece_of_a_stream_gives_the_official_frames(case: str) -> None:
     name, index = case.rsplit(".", 1)
-    told, info, step = table()[name], table()[name]["infos"][int(index)], run(name).steps[int(index)]
-    chunk_frames = told["config"]["chunk_ms"] * RATE_HZ // 1000 // HOP
+    recorded, info, step = table()[name], table()[name]["infos"][int(index)], run(name).steps[int(index)]
+    chunk_frames = recorded["config"]["chunk_ms"] * RATE_HZ // 1000 // HOP
 
     assert step.frames.shape == (N_MELS, info["emitted_frames"])
     assert step.num_buffered == info["buffer_len_samples"]
@@ -137,9 +137,9 @@ def test_a_piece_of_a_stream_gives_the_official_frames(case: str) -> None:
 @cases(JSON, (f"{name}.config" for name in streams()))
 def test_a_stream_is_cut_by_its_settings(case: str) -> None:
     name = case.removesuffix(".config")
-    told = table()[name]
-    assert run(name).first_chunk_samples * 1000 / RATE_HZ == told["config"]["effective_first_chunk_ms"]
-    assert [info["chunk_number"] for info in told["infos"]] == list(range(1, len(run(name).steps) + 1))
+    recorded = table()[name]
+    assert run(name).first_chunk_samples * 1000 / RATE_HZ == recorded["config"]["effective_first_chunk_ms"]
+    assert [info["chunk_number"] for info in recorded["infos"]] == list(range(1, len(run(name).steps) + 1))
 
 
 @cases(JSON, (f"{name}.flush" for name in streams() if f"{name}.flush" in read_tensors(TENSORS)))
@@ -149,12 +149,12 @@ def test_the_end_of_a_stream_gives_the_official_frames(case: str) -> None:
 
 @cases(JSON, clips())
 def test_a_clip_has_the_official_frames(case: str) -> None:
-    told, expected = table()[case], read_tensors(TENSORS)[f"{case}.mel"]
-    slices = told.get("slices", [[0, told.get("n_samples")]])
+    recorded, expected = table()[case], read_tensors(TENSORS)[f"{case}.mel"]
+    slices = recorded.get("slices", [[0, recorded.get("n_samples")]])
 
     mel, lens = offline_mel([signal(stop)[start:] for start, stop in slices])
 
-    assert lens == list(itertools.chain.from_iterable(told["lens"]))
+    assert lens == list(itertools.chain.from_iterable(recorded["lens"]))
     close(mel, expected if expected.dim() == 3 else expected[None], rtol=0, atol=MEL_ATOL)
 
 

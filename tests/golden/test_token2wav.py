@@ -158,8 +158,8 @@ PITCH = "hift.f0_predictor"
 
 
 def config(num_steps: int | None = None) -> VocoderConfig:
-    told = read_json(JSON)
-    return vocoder_config(told["config"], num_steps or told["n_timesteps"])
+    recorded = read_json(JSON)
+    return vocoder_config(recorded["config"], num_steps or recorded["n_timesteps"])
 
 
 def parts() -> list[str]:
@@ -242,8 +242,8 @@ def names(pattern: str) -> list[str]:
 
 
 def sizes() -> dict[str, Any]:
-    told = read_json(JSON)
-    return leaves({"config": told["config"], "n_timesteps": told["n_timesteps"]})
+    recorded = read_json(JSON)
+    return leaves({"config": recorded["config"], "n_timesteps": recorded["n_timesteps"]})
 
 
 # --- sizes and weights ------------------------------------------------------------------------------------------------
@@ -359,8 +359,8 @@ def test_f0_is_the_official_one(case: str) -> None:
 
 
 def draws() -> list[str]:
-    told = read_json(JSON)["hift_draws"]
-    return [f"hift.draw{index}.{kind}" for index, (kind, _) in enumerate(told)]
+    recorded = read_json(JSON)["hift_draws"]
+    return [f"hift.draw{index}.{kind}" for index, (kind, _) in enumerate(recorded)]
 
 
 @cases(TENSORS, draws())
@@ -394,11 +394,11 @@ def test_the_wave_of_a_given_source_is_the_official_one(case: str) -> None:
     if case == "hift.decode_zero_source_wav":
         mel, source = read_tensors(TENSORS)["hift.mel"], torch.zeros_like(expected)
     else:
-        found = re.fullmatch(r"hift\.decode_sine(\d+)_wav", case)
-        assert found is not None, f"{case}: no one knows this source"
+        match = re.fullmatch(r"hift\.decode_sine(\d+)_wav", case)
+        assert match is not None, f"{case}: no one knows this source"
         seconds = torch.arange(expected.shape[1], dtype=torch.float64) / rate_hz
         mel = read_tensors(TENSORS)["off.mel"][..., :num_frames]
-        source = (0.1 * torch.sin(2 * torch.pi * int(found[1]) * seconds)).float()[None]
+        source = (0.1 * torch.sin(2 * torch.pi * int(match[1]) * seconds)).float()[None]
     close(hift().decode(mel, source), expected, rtol=0)
 
 

@@ -24,7 +24,7 @@ NAMED_IDS = {
 PARTS = ("normalizer", "pre_tokenizer", "decoder", "model")
 
 
-def told() -> dict[str, Any]:
+def table() -> dict[str, Any]:
     return read_json("tokenizer_cases.json")
 
 
@@ -45,46 +45,46 @@ def ours() -> Tokenizer:
     return Tokenizer(build_backend(model["vocab"], merges, ["<unk>", *ADDED_TOKENS]))
 
 
-@cases("tokenizer_cases.json", (f"encode{index}" for index in range(len(told()["encode"]))))
+@cases("tokenizer_cases.json", (f"encode{index}" for index in range(len(table()["encode"]))))
 def test_text_has_the_official_ids(case: str, official: Tokenizer, ours: Tokenizer) -> None:
-    recorded = told()["encode"][int(case.removeprefix("encode"))]
+    recorded = table()["encode"][int(case.removeprefix("encode"))]
 
     assert official.encode(recorded["text"]) == recorded["ids"]
     assert ours.encode(recorded["text"]) == recorded["ids"]
     assert official.decode(recorded["ids"], skip_special=False) == unicodedata.normalize("NFC", recorded["text"])
 
 
-@cases("tokenizer_cases.json", told()["special_ids"])
+@cases("tokenizer_cases.json", table()["special_ids"])
 def test_a_special_token_has_its_official_id(case: str, official: Tokenizer, ours: Tokenizer) -> None:
-    assert official.id_of(case) == ours.id_of(case) == told()["special_ids"][case]
-    assert official.encode(case) == [told()["special_ids"][case]]
+    assert official.id_of(case) == ours.id_of(case) == table()["special_ids"][case]
+    assert official.encode(case) == [table()["special_ids"][case]]
 
 
 @cases("tokenizer_cases.json", NAMED_IDS)
 def test_a_role_has_its_official_token(case: str, official: Tokenizer) -> None:
-    assert getattr(official.special, NAMED_IDS[case]) == told()[case]
+    assert getattr(official.special, NAMED_IDS[case]) == table()[case]
 
 
 @cases("tokenizer_cases.json", ["len", "vocab_size_model"])
 def test_there_are_as_many_ids_as_officially(case: str, official: Tokenizer, ours: Tokenizer) -> None:
     sizes = {"len": len(official), "vocab_size_model": load_config(golden.FOLDER).llm.vocab_size}
-    assert sizes[case] == told()[case]
+    assert sizes[case] == table()[case]
     assert len(ours) == len(official)
 
 
 @cases("tokenizer_cases.json", ["all_special_ids"])
 def test_the_same_ids_are_left_out_of_text(case: str, official: Tokenizer, ours: Tokenizer) -> None:
-    assert sorted(official.special_ids) == sorted(ours.special_ids) == sorted(told()[case])
+    assert sorted(official.special_ids) == sorted(ours.special_ids) == sorted(table()[case])
 
 
 @cases("tokenizer_cases.json", ["bad_token_ids"])
 def test_the_forbidden_ids_are_read_and_exist(case: str, tmp_path: Path) -> None:
     shutil.copy(golden.FOLDER / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({case: told()[case]}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({case: table()[case]}))
 
     loaded = Tokenizer.load(tmp_path)
 
-    assert list(loaded.bad_token_ids) == told()[case]
+    assert list(loaded.bad_token_ids) == table()[case]
     assert all(0 <= index < len(loaded) for index in loaded.bad_token_ids)
 
 

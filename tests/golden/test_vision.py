@@ -65,12 +65,12 @@ def place_ids() -> list[str]:
 
 @functools.cache
 def pictures(name: str) -> list[Picture]:
-    told, tensors, size = read_json(JSON)[name], read_tensors(TENSORS), encoder().config.vision_batch_size
-    rows = {row: place for place, row in enumerate(told["resampler_out_rows"])}
-    found = []
-    for index, (height, width) in enumerate(told["tgt_sizes"]):
+    recorded, tensors, size = read_json(JSON)[name], read_tensors(TENSORS), encoder().config.vision_batch_size
+    rows = {row: place for place, row in enumerate(recorded["resampler_out_rows"])}
+    entries = []
+    for index, (height, width) in enumerate(recorded["tgt_sizes"]):
         call, place = divmod(index, size)
-        found.append(
+        entries.append(
             Picture(
                 ImagePatches(tensors[f"{name}.pixel_values.{index}"], height, width),
                 tensors[f"{name}.position_ids.{call}"][place],
@@ -78,7 +78,7 @@ def pictures(name: str) -> list[Picture]:
                 tensors[f"{name}.resampler_out"][rows[index]] if index in rows else None,
             )
         )
-    return found
+    return entries
 
 
 def picture(case: str) -> Picture:
@@ -88,29 +88,29 @@ def picture(case: str) -> Picture:
 
 @cases(JSON, picture_ids())
 def test_a_picture_alone_has_the_official_positions_and_numbers(case: str) -> None:
-    told = picture(case)
-    length = told.patches.rows * told.patches.cols
+    official = picture(case)
+    length = official.patches.rows * official.patches.cols
 
-    batch = encoder().gather([told.patches])
+    batch = encoder().gather([official.patches])
 
-    assert batch.positions[0].tolist() == told.positions[:length].tolist()
-    assert not told.positions[length:].any()
-    close(encoder().vpm(batch)[0], told.hidden)
-    if told.embeds is not None:
-        close(encoder().encode_batch(batch)[0], told.embeds)
+    assert batch.positions[0].tolist() == official.positions[:length].tolist()
+    assert not official.positions[length:].any()
+    close(encoder().vpm(batch)[0], official.hidden)
+    if official.embeds is not None:
+        close(encoder().encode_batch(batch)[0], official.embeds)
 
 
 @cases(JSON, case_names())
 def test_pictures_in_one_batch_have_the_official_numbers(case: str) -> None:
-    told, recorded, size = pictures(case), read_json(JSON)[case], encoder().config.vision_batch_size
+    official, recorded, size = pictures(case), read_json(JSON)[case], encoder().config.vision_batch_size
 
-    embeds = encoder().encode([one.patches for one in told])
+    embeds = encoder().encode([one.patches for one in official])
 
-    assert recorded["n_vpm_calls"] == math.ceil(len(told) / size)
+    assert recorded["n_vpm_calls"] == math.ceil(len(official) / size)
     assert read_tensors(TENSORS)[f"{case}.tgt_sizes"].tolist() == recorded["tgt_sizes"]
-    for start in range(0, len(told), size):
-        batch = encoder().gather([one.patches for one in told[start : start + size]])
-        for one, hidden in zip(told[start : start + size], encoder().vpm(batch), strict=True):
+    for start in range(0, len(official), size):
+        batch = encoder().gather([one.patches for one in official[start : start + size]])
+        for one, hidden in zip(official[start : start + size], encoder().vpm(batch), strict=True):
             close(hidden[: len(one.hidden)], one.hidden)
     close(embeds[recorded["resampler_out_rows"]], read_tensors(TENSORS)[f"{case}.resampler_out"])
 
@@ -145,10 +145,10 @@ def test_a_camera_picture_goes_through_processor_and_model(case: str) -> None:
 
 @cases(TENSORS, place_ids())
 def test_the_resampler_adds_the_official_places(case: str) -> None:
-    told = read_tensors(TENSORS)[case]
-    rows, cols, width = told.shape
+    places = read_tensors(TENSORS)[case]
+    rows, cols, width = places.shape
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    close(grid_embedding(row, col, width, max(rows, cols)), told, rtol=0, atol=1e-6)
+    close(grid_embedding(row, col, width, max(rows, cols)), places, rtol=0, atol=1e-6)
 
 
 @cases(BUCKETS, read_json(BUCKETS)["table"])

@@ -110,8 +110,8 @@ def test_the_manifest_tells_every_file_and_every_tensor(split: Path) -> None:
     assert files == {*manifest, "manifest.json"}
     for name, record in manifest.items():
         assert record.num_bytes == (split / name).stat().st_size
-    told = manifest[VISION].tensors
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in told.items()} == {
+    tensors = manifest[VISION].tensors
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} == {
         name: ("F32", tuple(tensor.shape)) for name, tensor in load_file(split / VISION).items()
     }
 
@@ -141,9 +141,9 @@ def test_a_changed_tensor_is_named(split: Path) -> None:
     query = load_file(split / VISION)["resampler.query"].clone()
     query[0, 0] += 1
     rewrite(split / VISION, {"resampler.query": query})
-    told = what_is_wrong(split)
-    assert "vision.safetensors: changed" in told
-    assert told.endswith(" 1 tensors changed: resampler.query.")
+    message = what_is_wrong(split)
+    assert "vision.safetensors: changed" in message
+    assert message.endswith(" 1 tensors changed: resampler.query.")
 
 
 def test_a_single_flipped_bit_is_named(split: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_single_flipped_bit_is_named(split: Path) -> None:
 def test_a_cut_off_file_names_the_tensors_that_it_lacks(split: Path) -> None:
     content = (split / VISION).read_bytes()
     (split / VISION).write_bytes(content[:-4])
-    told = what_is_wrong(split)
-    assert f"vision.safetensors: changed, {len(content) - 4} bytes instead of {len(content)}." in told
-    assert f"1 tensors cut off: {max(read_manifest(split)[VISION].tensors)}." in told
+    message = what_is_wrong(split)
+    assert f"vision.safetensors: changed, {len(content) - 4} bytes instead of {len(content)}." in message
+    assert f"1 tensors cut off: {max(read_manifest(split)[VISION].tensors)}." in message
     with pytest.raises(ModelError, match=r"vision\.safetensors: not a whole safetensors file"):
         load_shard(split, "vision")
 
@@ -173,22 +173,22 @@ def test_a_missing_an_extra_and_a_reshaped_tensor_are_named(split: Path) -> None
         "vpm.post_layernorm.weight": bias.half(),
     }
     rewrite(split / VISION, changes)
-    told = what_is_wrong(split)
-    assert "1 tensors missing: resampler.query." in told
-    assert "1 tensors extra: vpm.surprise." in told
-    assert "vpm.post_layernorm.bias is F32 (1, 32) instead of F32 (32,)" in told
-    assert "vpm.post_layernorm.weight is F16 (32,) instead of F32 (32,)" in told
-    assert "audio" not in told
+    message = what_is_wrong(split)
+    assert "1 tensors missing: resampler.query." in message
+    assert "1 tensors extra: vpm.surprise." in message
+    assert "vpm.post_layernorm.bias is F32 (1, 32) instead of F32 (32,)" in message
+    assert "vpm.post_layernorm.weight is F16 (32,) instead of F32 (32,)" in message
+    assert "audio" not in message
 
 
 def test_missing_and_extra_files_are_named(split: Path) -> None:
     (split / "shards" / "llm.safetensors").unlink()
     (split / "shards" / "more.safetensors").write_bytes(b"")
     (split / "config.json").write_text(json.dumps(json.loads((split / "config.json").read_text())))
-    told = what_is_wrong(split)
-    assert "1 files missing: shards/llm.safetensors." in told
-    assert "1 files extra: shards/more.safetensors." in told
-    assert "config.json: changed, " in told
+    message = what_is_wrong(split)
+    assert "1 files missing: shards/llm.safetensors." in message
+    assert "1 files extra: shards/more.safetensors." in message
+    assert "config.json: changed, " in message
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'])

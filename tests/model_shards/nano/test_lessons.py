@@ -44,8 +44,8 @@ def test_sound_is_embedded_as_the_stream_is_also_beyond_the_encoders_reset(audio
 
 def test_what_is_to_be_said_are_the_oracles_words_in_the_engines_tokens(senses: Senses):
     lesson, oracle = teach(busy(senses), senses, TOKENIZER), Oracle()
-    wanted = [to_tokens(oracle.step(window), TOKENIZER) for window in lesson.windows]
-    assert list(lesson.labels) == wanted
+    expected = [to_tokens(oracle.step(window), TOKENIZER) for window in lesson.windows]
+    assert list(lesson.labels) == expected
     assert any(label[0] == SPECIAL.speak for label in lesson.labels)
 
 

@@ -57,8 +57,8 @@ def test_what_happens_during_speech_is_said_next():
 
 
 def test_an_answer_is_said_before_remarks_but_interrupts_nothing():
-    asked = window(4, DOG_CAME, requests=["door_open"])
-    outputs = say(window(3, RED_CAME), asked, *map(window, range(5, 12)))
+    request = window(4, DOG_CAME, requests=["door_open"])
+    outputs = say(window(3, RED_CAME), request, *map(window, range(5, 12)))
     assert texts(outputs) == ["a person in red came in", "no the door is closed", "a dog came in"]
 
 
@@ -68,9 +68,11 @@ def test_remarks_of_one_window_come_in_the_order_of_what_is_seen_then_what_is_he
 
 
 def test_a_standing_request_is_honoured_once():
-    asked = window(3, requests=["await_dog"])
+    request = window(3, requests=["await_dog"])
     windows = [window(6, Change("cat_in", place="left")), *map(window, range(7, 9)), window(9, DOG_CAME)]
-    outputs = say(asked, window(4), window(5), *windows, *map(window, range(10, 14)), window(14, DOG_CAME), window(15))
+    outputs = say(
+        request, window(4), window(5), *windows, *map(window, range(10, 14)), window(14, DOG_CAME), window(15)
+    )
     assert texts(outputs) == ["okay i will tell you", "a cat came in", "as you asked a dog came in", "a dog came in"]
 
 
@@ -145,8 +147,8 @@ def test_a_stop_that_was_not_obeyed_still_holds():
 
 
 def test_following_the_label_and_saying_nothing_of_it_are_the_same():
-    told, silent = begun(RED_CAME), begun(RED_CAME)
+    following, silent = begun(RED_CAME), begun(RED_CAME)
     label: Output = Speak(("a", "person", "in", "red", "came"), False)
     for index in range(4, 9):
-        label = told.step(window(index), label)
+        label = following.step(window(index), label)
         assert silent.step(window(index)) == label

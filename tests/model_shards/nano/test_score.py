@@ -33,13 +33,13 @@ DOG_IN = due("scene", "dog_in", 10, DOG)
 
 
 def test_a_remark_in_time_is_a_hit_and_its_reaction_is_until_the_first_word_sounds() -> None:
-    found = summary([score(truth(DOG_IN), [said(10, DOG)])])
-    assert (found["recall"], found["precision"], found["reaction_p95_s"]) == (1.0, 1.0, 1.3)
+    totals = summary([score(truth(DOG_IN), [said(10, DOG)])])
+    assert (totals["recall"], totals["precision"], totals["reaction_p95_s"]) == (1.0, 1.0, 1.3)
 
 
 def test_a_remark_too_late_is_missed_and_false() -> None:
-    found = score(truth(DOG_IN), [said(13, DOG)])
-    assert (found.hit("scene"), found.false_remarks) == (0, 1)
+    judged = score(truth(DOG_IN), [said(13, DOG)])
+    assert (judged.hit("scene"), judged.false_remarks) == (0, 1)
 
 
 def test_a_remark_before_its_cause_is_false() -> None:
@@ -47,8 +47,8 @@ def test_a_remark_before_its_cause_is_false() -> None:
 
 
 def test_the_same_remark_twice_is_once_true_and_once_false() -> None:
-    found = score(truth(DOG_IN), [said(10, DOG), said(12, DOG)])
-    assert (found.true_remarks, found.false_remarks) == (1, 1)
+    judged = score(truth(DOG_IN), [said(10, DOG), said(12, DOG)])
+    assert (judged.true_remarks, judged.false_remarks) == (1, 1)
 
 
 def test_two_events_alike_want_two_remarks() -> None:
@@ -63,8 +63,8 @@ def test_half_a_sentence_is_a_false_remark() -> None:
 
 def test_what_the_end_of_the_episode_cuts_off_is_neither_met_nor_missed() -> None:
     late = due("scene", "dog_in", 58, DOG)
-    found = score(truth(late), [said(59, "a dog", ended=False)])
-    assert (found.total("scene"), found.false_remarks, found.true_remarks) == (0, 0, 0)
+    judged = score(truth(late), [said(59, "a dog", ended=False)])
+    assert (judged.total("scene"), judged.false_remarks, judged.true_remarks) == (0, 0, 0)
 
 
 def test_what_is_not_due_before_the_end_is_not_missed() -> None:
@@ -73,15 +73,15 @@ def test_what_is_not_due_before_the_end_is_not_missed() -> None:
 
 def test_a_wrong_answer_uses_the_question_up_and_is_no_false_remark() -> None:
     question = due("question", "how_many", 20, "two people")
-    found = score(truth(question), [said(20, "one person"), said(22, "two people")])
-    assert (found.hit("question"), found.total("question"), found.false_remarks) == (0, 1, 1)
-    assert found.mistakes[0] == Mistake("question", "how_many", 20, "two people", "one person")
+    judged = score(truth(question), [said(20, "one person"), said(22, "two people")])
+    assert (judged.hit("question"), judged.total("question"), judged.false_remarks) == (0, 1, 1)
+    assert judged.mistakes[0] == Mistake("question", "how_many", 20, "two people", "one person")
 
 
 def test_an_answer_that_nobody_asked_for_is_a_false_remark() -> None:
-    found = summary([score(truth(), [said(20, "two people")])])
-    assert found["precision"] == 0.0
-    assert found["question_accuracy"] is None
+    totals = summary([score(truth(), [said(20, "two people")])])
+    assert totals["precision"] == 0.0
+    assert totals["question_accuracy"] is None
 
 
 def test_a_remark_instead_of_the_promised_one_is_true_and_remarked_but_does_not_honour_the_request() -> None:
@@ -95,32 +95,32 @@ def test_a_remark_instead_of_the_promised_one_is_true_and_remarked_but_does_not_
 def test_stop_is_obeyed_when_no_word_comes_in_a_later_window_and_its_sentence_is_let_go() -> None:
     promise = due("standing", "dog_in", 30, PROMISE, half=DOG)
     obeyed = Utterance(((30, "as you asked"),), 31 * NS_PER_S, last_window=31)
-    found = score(truth(promise, stops=(31,)), [obeyed])
-    assert (found.stops, found.stops_obeyed, found.total("standing"), found.false_remarks) == (1, 1, 0, 0)
+    judged = score(truth(promise, stops=(31,)), [obeyed])
+    assert (judged.stops, judged.stops_obeyed, judged.total("standing"), judged.false_remarks) == (1, 1, 0, 0)
 
 
 def test_who_goes_on_after_stop_has_not_obeyed() -> None:
     promise = due("standing", "dog_in", 30, PROMISE, half=DOG)
-    found = score(truth(promise, stops=(31,)), [said(30, PROMISE, at_once=2)])
-    assert (found.stops, found.stops_obeyed, found.hit("standing")) == (1, 0, 1)
-    assert found.mistakes == (Mistake("stop", "stop", 31, "", PROMISE),)
+    judged = score(truth(promise, stops=(31,)), [said(30, PROMISE, at_once=2)])
+    assert (judged.stops, judged.stops_obeyed, judged.hit("standing")) == (1, 0, 1)
+    assert judged.mistakes == (Mistake("stop", "stop", 31, "", PROMISE),)
 
 
 def test_stop_in_silence_and_after_the_last_word_does_not_count() -> None:
     ended = Utterance(((10, DOG),), 11 * NS_PER_S, last_window=11)
-    found = score(truth(DOG_IN, stops=(11, 20)), [ended])
-    assert (found.stops, found.hit("scene")) == (0, 1)
+    judged = score(truth(DOG_IN, stops=(11, 20)), [ended])
+    assert (judged.stops, judged.hit("scene")) == (0, 1)
 
 
 def test_only_false_speech_in_quiet_windows_counts_as_such() -> None:
-    found = score(truth(DOG_IN), [said(11, CAT), said(40, CAT)])
-    assert (found.quiet_windows, found.quiet_false, found.false_remarks) == (60 - 3 - 3, 1, 2)
-    assert summary([found])["false_per_10min"] == pytest.approx(600 / 54)
+    judged = score(truth(DOG_IN), [said(11, CAT), said(40, CAT)])
+    assert (judged.quiet_windows, judged.quiet_false, judged.false_remarks) == (60 - 3 - 3, 1, 2)
+    assert summary([judged])["false_per_10min"] == pytest.approx(600 / 54)
 
 
 def test_what_was_said_instead_is_told() -> None:
-    found = score(truth(DOG_IN), [said(11, CAT)])
-    assert found.mistakes == (Mistake("scene", "dog_in", 10, DOG, CAT),)
+    judged = score(truth(DOG_IN), [said(11, CAT)])
+    assert judged.mistakes == (Mistake("scene", "dog_in", 10, DOG, CAT),)
 
 
 def test_kinds_are_told_apart() -> None:
@@ -156,29 +156,29 @@ SAID = st.lists(st.tuples(st.integers(0, 59), TEXTS, st.booleans()), max_size=12
 def test_everything_said_is_true_false_wrong_or_let_go_once(
     dues: list[Due], stops: tuple[int, ...], spoken: list[Utterance]
 ) -> None:
-    found = score(truth(*dues, stops=stops), spoken)
-    num_hits = sum(found.hits.values())
-    assert found.true_remarks + found.false_remarks <= len(spoken)
-    assert num_hits <= min(len(spoken), sum(found.totals.values()))
-    assert all(found.hits[cause] <= found.totals[cause] for cause in found.hits)
-    assert found.quiet_false <= found.false_remarks
-    assert found.stops_obeyed <= found.stops <= len(spoken)
-    assert len(found.reactions_ns) == found.true_remarks
+    judged = score(truth(*dues, stops=stops), spoken)
+    num_hits = sum(judged.hits.values())
+    assert judged.true_remarks + judged.false_remarks <= len(spoken)
+    assert num_hits <= min(len(spoken), sum(judged.totals.values()))
+    assert all(judged.hits[cause] <= judged.totals[cause] for cause in judged.hits)
+    assert judged.quiet_false <= judged.false_remarks
+    assert judged.stops_obeyed <= judged.stops <= len(spoken)
+    assert len(judged.reactions_ns) == judged.true_remarks
 
 
 @given(st.sets(st.integers(0, 18), max_size=12), st.data())
 def test_who_says_what_is_due_when_it_is_due_makes_no_mistake(slots: set[int], data: st.DataObject) -> None:
     dues = [due("scene", "it", 3 + 3 * slot, data.draw(TEXTS)) for slot in sorted(slots)]
     spoken = [said(one.first_window + data.draw(st.integers(0, 2)), one.sentences[0], at_once=9) for one in dues]
-    found = score(truth(*dues), spoken)
-    assert (found.hit("scene"), found.total("scene"), found.mistakes) == (len(dues), len(dues), ())
+    judged = score(truth(*dues), spoken)
+    assert (judged.hit("scene"), judged.total("scene"), judged.mistakes) == (len(dues), len(dues), ())
 
 
 @given(DUES, STOPS)
 def test_silence_meets_nothing_and_is_never_false(dues: list[Due], stops: tuple[int, ...]) -> None:
-    found = score(truth(*dues, stops=stops), [])
-    assert (found.hits, found.false_remarks, found.stops) == ({}, 0, 0)
-    assert sum(found.totals.values()) == sum(one.last_window < 60 for one in dues)
+    judged = score(truth(*dues, stops=stops), [])
+    assert (judged.hits, judged.false_remarks, judged.stops) == ({}, 0, 0)
+    assert sum(judged.totals.values()) == sum(one.last_window < 60 for one in dues)
 
 
 @given(DUES, STOPS, SAID)

@@ -72,8 +72,8 @@ def test_the_engine_feeds_a_listening_session_the_same_sequence():
 def test_targets_are_the_sampled_tokens_and_each_unit_is_decided_at_its_last_sound():
     dog = TOKENIZER.id_of("Ġdog")
     batch = collate([units(2, [SPECIAL.speak, dog, SPECIAL.chunk_eos])], PROMPT, TOKENIZER, EMBED_DIM)
-    asked = [int(t) for t in batch.targets[0] if t != NO_TARGET]
-    assert asked == 2 * [SPECIAL.speak, dog, SPECIAL.chunk_eos]
+    learnt = [int(t) for t in batch.targets[0] if t != NO_TARGET]
+    assert learnt == 2 * [SPECIAL.speak, dog, SPECIAL.chunk_eos]
     for row, place in batch.decisions.tolist():
         assert batch.ids[row, place] == -1 and batch.ids[row, place + 1] == SPECIAL.speak
         assert batch.targets[row, place] == SPECIAL.speak

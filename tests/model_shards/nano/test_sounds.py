@@ -14,7 +14,7 @@ from model_shards.nano.phrases import SOUNDS, Sound
 from model_shards.nano.sounds import NOISE_SAMPLES, NS_PER_S, RATE_HZ, SPEECH_LEVEL, Samples, Track, effect, noise_loop
 
 BANK = load_bank("room")
-TOLD_BY_PITCH: tuple[Sound, ...] = ("knock", "alarm", "glass")
+KINDS_BY_PITCH: tuple[Sound, ...] = ("knock", "alarm", "glass")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def test_an_effect_is_the_same_for_the_same_seed_only(kind: Sound) -> None:
 
 
 def test_breaking_glass_is_high_and_a_knock_is_low() -> None:
-    knock, alarm, glass = (np.median([mean_hz(effect(kind, seed)) for seed in range(9)]) for kind in TOLD_BY_PITCH)
+    knock, alarm, glass = (np.median([mean_hz(effect(kind, seed)) for seed in range(9)]) for kind in KINDS_BY_PITCH)
     assert knock < 600 < alarm < 2500 < glass
 
 

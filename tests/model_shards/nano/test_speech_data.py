@@ -45,9 +45,9 @@ def test_silence_is_the_lowest_mel():
 def test_the_pitch_of_a_pulse_train_is_found():
     samples = np.zeros(RATE_HZ // 2, dtype=np.float32)
     samples[::120] = 0.5  # 200 Hz
-    found = pitch(samples)
-    assert len(found) == 25
-    np.testing.assert_allclose(found[2:-2], 200, rtol=0.02)
+    pitches = pitch(samples)
+    assert len(pitches) == 25
+    np.testing.assert_allclose(pitches[2:-2], 200, rtol=0.02)
 
 
 def test_noise_and_silence_have_no_pitch():

@@ -55,8 +55,8 @@ def test_in_the_first_windows_nano_listens_and_is_to_listen(model: Behaving, les
 
 def test_what_is_learnt_of_its_own_words_begins_as_the_oracle_would(model: Behaving, lessons: list[Lesson]):
     units, oracle = lived(model, lessons[:1])[0].units(), Oracle(max_tries=1)
-    wanted = [to_tokens(oracle.step(window), TOKENIZER) for window in lessons[0].windows[: NUM_SILENT + 1]]
-    assert units[NUM_SILENT].targets()[0] == wanted[-1][0]
+    labels = [to_tokens(oracle.step(window), TOKENIZER) for window in lessons[0].windows[: NUM_SILENT + 1]]
+    assert units[NUM_SILENT].targets()[0] == labels[-1][0]
 
 
 def test_an_untrained_model_is_judged_and_has_nothing_right(model: Behaving, lessons: list[Lesson]):

@@ -47,9 +47,9 @@ def test_training_and_the_running_encoder_are_one():
 
 
 def test_a_description_is_what_is_seen():
-    told = dict(zip(ATTRIBUTES, describe(Scene(people=(Person("blue", "right", True),), cat="door")), strict=True))
-    assert told["count"] == 1 and told["at_right"] == 2 and told["fallen_right"] == 1
-    assert told["where_blue"] == 3 and told["where_red"] == 0 and told["cat"] == 4 and told["dog"] == 0
+    seen = dict(zip(ATTRIBUTES, describe(Scene(people=(Person("blue", "right", True),), cat="door")), strict=True))
+    assert seen["count"] == 1 and seen["at_right"] == 2 and seen["fallen_right"] == 1
+    assert seen["where_blue"] == 3 and seen["where_red"] == 0 and seen["cat"] == 4 and seen["dog"] == 0
     covered = dict(zip(ATTRIBUTES, describe(Scene(lens_covered=True)), strict=True))
     assert covered.pop("covered") == 1 and set(covered.values()) == {UNKNOWN}
 

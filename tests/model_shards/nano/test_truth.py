@@ -19,7 +19,7 @@ def episode(seed: int, activity: Activity) -> Episode:
 
 def ideal(watched: Episode) -> list[Utterance]:
     """What the oracle says, heard 300 ms after the window."""
-    oracle, found = Oracle(), list[Utterance]()
+    oracle, utterances = Oracle(), list[Utterance]()
     words: list[tuple[int, str]] = []
     for window in watched.windows():
         said = oracle.step(window)
@@ -29,9 +29,9 @@ def ideal(watched: Episode) -> list[Utterance]:
             words.append((window.index, " ".join(said.words)))
         if said.end_of_turn and words:
             heard_ns = (words[0][0] + 1) * NS_PER_S + 300_000_000
-            found.append(Utterance(tuple(words), heard_ns, window.index))
+            utterances.append(Utterance(tuple(words), heard_ns, window.index))
             words = []
-    return found
+    return utterances
 
 
 def judged(watched: Episode) -> Score:
@@ -41,17 +41,17 @@ def judged(watched: Episode) -> Score:
 @pytest.mark.parametrize("activity", ACTIVITIES)
 def test_the_oracle_makes_no_mistake(activity: Activity) -> None:
     scores = [judged(episode(seed, activity)) for seed in range(40)]
-    found = summary(scores)
+    totals = summary(scores)
     assert [mistake for one in scores for mistake in one.mistakes] == []
-    wanted = 1.0 if activity != "quiet" else None
+    perfect = 1.0 if activity != "quiet" else None
     for name in ("recall", "precision", "question_accuracy", "standing_honoured", "stop_obeyed"):
-        assert found[name] in (wanted, None), name
-    assert found["false_per_10min"] == 0.0
+        assert totals[name] in (perfect, None), name
+    assert totals["false_per_10min"] == 0.0
 
 
 def test_the_oracle_reacts_within_the_goal() -> None:
-    found = summary([judged(episode(seed, activity)) for seed in range(40) for activity in ACTIVITIES])
-    assert found["reaction_p95_s"] <= 3.2  # some events come in the middle of a long sentence
+    totals = summary([judged(episode(seed, activity)) for seed in range(40) for activity in ACTIVITIES])
+    assert totals["reaction_p95_s"] <= 3.2  # some events come in the middle of a long sentence
 
 
 def test_the_beginning_of_a_long_episode_is_judged_alike() -> None:

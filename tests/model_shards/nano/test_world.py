@@ -97,11 +97,11 @@ def test_an_activity_is_how_much_there_is_to_say(activity, low, high):
 
 
 def test_hardly_anything_is_told_more_than_one_window_late():
-    found = [one for seed in range(60) for one in expected(plan(seed)) if one.kind != "answer"]
-    late = [one for one in found if one.ideal_window is None or one.ideal_window - one.window > 1]
-    waited = [one for one in found if one.ideal_window is not None and one.ideal_window > one.window]
-    assert len(late) < 0.03 * len(found)
-    assert len(waited) > 0.1 * len(found), "much happens while nano speaks"
+    entries = [one for seed in range(60) for one in expected(plan(seed)) if one.kind != "answer"]
+    late = [one for one in entries if one.ideal_window is None or one.ideal_window - one.window > 1]
+    waited = [one for one in entries if one.ideal_window is not None and one.ideal_window > one.window]
+    assert len(late) < 0.03 * len(entries)
+    assert len(waited) > 0.1 * len(entries), "much happens while nano speaks"
 
 
 def test_everything_that_can_happen_does_and_rare_things_are_not_too_rare():
@@ -137,11 +137,11 @@ def test_what_is_expected_is_what_the_oracle_says(seed):
         label = oracle.step(window)
         if isinstance(label, Speak) and oracle.saying is not None and oracle.saying not in said:
             said.append(oracle.saying)
-    found = expected(episode)
-    assert {(one.text, one.window) for one in found if one.ideal_window is not None} == {
+    entries = expected(episode)
+    assert {(one.text, one.window) for one in entries if one.ideal_window is not None} == {
         (utterance.text, utterance.window) for utterance in said
     }
-    for one in found:
+    for one in entries:
         assert one.text in one.accept
         assert one.window * NS_PER_S <= one.cause_ns < (one.window + 1) * NS_PER_S
         assert one.ideal_window is None or one.ideal_window >= one.window
