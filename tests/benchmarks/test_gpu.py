@@ -79,8 +79,8 @@ classes = {name: stage_class(use).Options for name, use in BUILT_IN.items()}
 said = {"batch": 7, "wait": "3ms", "replicas": 2, "memory": "1GiB", "inputs": {}, "resources": {"a": 1.0}}
 stages = {name: each.model_validate(said) for name, each in classes.items()}
 read = stages | {"window": WindowSpec(), "tail": TailSpec()}
-told = {name: each.model_dump(by_alias=True, exclude={"inputs"}) for name, each in read.items()}
-print(json.dumps([told, [[each.wait_ns, each.replicas, each.memory] for each in stages.values()]]))
+dumped = {name: each.model_dump(by_alias=True, exclude={"inputs"}) for name, each in read.items()}
+print(json.dumps([dumped, [[each.wait_ns, each.replicas, each.memory] for each in stages.values()]]))
 """
 
 
