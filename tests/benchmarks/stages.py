@@ -73,13 +73,13 @@ Samples = dict[str, list[Batch]]
 
 def run() -> list[Row]:
     """A row per model stage."""
-    profile, samples = label(bool(path := option("PROFILE", "")))
+    profile, samples = measure(bool(path := option("PROFILE", "")))
     if path:
         Path(path).write_text(profile.as_json() + "\n", encoding="utf-8")
     return [_row(name, measured) for name, measured in samples.items()]
 
 
-def label(with_views: bool) -> tuple[Profile, Samples]:
+def measure(with_views: bool) -> tuple[Profile, Samples]:
     """with_views: what more pictures cost the LLM, too."""
     sizes = sorted(int(size) for size in option("SIZES", SIZES).split(","))
     model = option("MODEL", "nano")

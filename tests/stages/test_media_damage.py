@@ -446,6 +446,6 @@ def test_a_file_which_fails_for_ever_ends(error, over_holes, num_reads):
 
 
 def test_a_demuxers_want_of_data_is_not_told_as_a_want_of_resources():
-    media_request = Order("file", request("clip.ts"), 10, 4, 0)
-    failed = explain(av.error.BlockingIOError(11, "Resource temporarily unavailable"), media_request)
+    order = Order("file", request("clip.ts"), 10, 4, 0)
+    failed = explain(av.error.BlockingIOError(11, "Resource temporarily unavailable"), order)
     assert failed == Failed("unreadable", "clip.ts is not a media file which can be read: damaged, or of another type")

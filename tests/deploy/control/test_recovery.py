@@ -29,7 +29,7 @@ class Written:
     dead: tuple[str, ...] = ()
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     plans: dict[str, SessionPlan] = field(default_factory=dict)
-    listener_requests: list[str] = field(default_factory=list)  # what they know of the listener
+    requests: list[str] = field(default_factory=list)  # what they know of the listener
 
     def resume(self, resumed: Resumption, plans: Mapping[str, SessionPlan]) -> Reply[None]:
         self.plans |= plans
@@ -37,7 +37,7 @@ class Written:
         return answered("", None)
 
     def listener(self, stage: str, resumed: Resumption) -> Reply[Listener | None]:
-        self.listener_requests.append(stage)
+        self.requests.append(stage)
         if stage in self.dead:
             return failed(ActorDied(stage))
         return answered(stage, None if stage in self.gone else HEARD)
@@ -151,15 +151,12 @@ def test_stages_of_one_process_are_resumed_together_and_send_one_another_nothing
 
 def test_where_the_listener_was_is_dead_those_are_asked_that_have_heard_of_him(spec: PipelineSpec) -> None:
     written = recovered(spec, "events speaker")
-    assert set(written.listener_requests) == {"llm", "tts", "vocoder", "camera"}
+    assert set(written.requests) == {"llm", "tts", "vocoder", "camera"}
     assert written.plans["speaker"].resume_from == HEARD
-    assert recovered(spec, "llm").listener_requests == ["speaker"]
+    assert recovered(spec, "llm").requests == ["speaker"]
     written = Written(dead=("speaker",))  # which nobody has buried yet
     recover(written, spec, "tts", resumption(spec))
-    assert (written.listener_requests[0], set(written.listener_requests[1:])) == (
-        "speaker",
-        {"llm", "vocoder", "camera"},
-    )
+    assert (written.requests[0], set(written.requests[1:])) == ("speaker", {"llm", "vocoder", "camera"})
 
 
 def test_what_the_dead_speaker_had_and_nobody_has_heard_is_cut_off(spec: PipelineSpec) -> None:
