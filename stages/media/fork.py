@@ -30,7 +30,7 @@ REPORT: Final = struct.Struct(
 )  # first the process id, with a pidfd, or minus errno of a fork; then the exit status
 UNKNOWN_STATUS: Final = 255  # of a decoder that ended after its fork server
 PIPE_BYTES: Final = 1 << 18  # a kernel buffer which holds 4 s of sound, or 40 % of a 448x448 frame
-START_S: Final = 60.0  # for a fork server to import what decoders need, on a busy machine; no source is at fault for that
+START_S: Final = 60.0  # for a fork server to import what decoders need; that takes long on a busy machine
 END_S: Final = 5.0  # for a fork server to end with all that it has forked
 
 
