@@ -237,8 +237,8 @@ def lines(foreseen: list[Foreseen]) -> list[str]:
         for each in foreseen
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    told = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    printed = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     if len(foreseen) > 1:
         grades = " and ".join(f"{most_served(foreseen, grade)} with {100 * grade:g} %" for grade in GRADES)
-        told.append(f"foreseen to be served: {grades} of their windows on time")
-    return told
+        printed.append(f"foreseen to be served: {grades} of their windows on time")
+    return printed

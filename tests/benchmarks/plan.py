@@ -13,7 +13,7 @@ knows nothing of others on the machine. There, each 8 sessions have a core, and 
 
 Options: OMNI_BENCH_SESSIONS, the numbers of sessions (default: 4,12,20); OMNI_BENCH_SECONDS, how long each is timed
 (default: 20); OMNI_BENCH_SIMULATED, the numbers of sessions in virtual time (default: 16,64); OMNI_BENCH_CALIBRATED,
-with how many sessions processes are measured (default: 8); OMNI_BENCH_PROFILE, a file to write the profile to, for
+with how many sessions processes are measured (default: 16); OMNI_BENCH_PROFILE, a file to write the profile to, for
 `pipeline plan`; OMNI_BENCH_SIZES and OMNI_BENCH_WINDOWS as for `stages`; OMNI_BENCH_MODEL, a checkpoint (default:
 nano).
 """
@@ -51,7 +51,7 @@ from tests.support.specs import load_spec
 NAME = "plan"
 NUM_SESSIONS = "4,12,20"
 MEASURED_S = "20"
-CALIBRATED = "8"
+CALIBRATED = "16"
 IDLE_S = 5.0
 NUM_SEEDS = 4
 RIVAL = "measured"
