@@ -10,6 +10,7 @@ import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -77,19 +78,30 @@ def test_a_run_of_which_the_only_camera_gave_nothing_is_in_vain(fresh: Place) ->
     assert fresh.leftovers() == []
 
 
+def lacking(windows: list[dict[str, Any]]) -> int:
+    """How many of them lack something, which is their picture and nothing else."""
+    missing = [window["missing"] for window in windows if window["missing"]]
+    assert all(streams == ["image"] for streams in missing)
+    return len(missing)
+
+
+def num_pictures_dropped(run: Run) -> int:
+    """On a busy machine a picture may be too old for the encoder; the ledger names it then."""
+    return sum(run.ledger()["camera.frames->vision_encoder.frames"]["dropped"].values())
+
+
 def test_a_dead_camera_costs_its_own_windows(with_a_dead_decoder: Run) -> None:
     windows = with_a_dead_decoder.windows("door")
     assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
-    # Read ahead before it died. On a busy machine a picture may come too late for the encoder, but not each of them.
-    assert any(window["missing"] == [] for window in windows[:5])
+    assert lacking(windows[:1]) <= num_pictures_dropped(with_a_dead_decoder)
+    # What the decoder had read ahead is over by then.
     assert [window["missing"] for window in windows[-5:]] == [["audio", "image"]] * 5
 
 
 def test_a_dead_camera_costs_nobody_else_anything(with_a_dead_decoder: Run, interrupted: Run) -> None:
     windows = with_a_dead_decoder.windows("yard")
     assert [window["index"] for window in windows] == list(range(NUM_WINDOWS))
-    assert not any("audio" in window["missing"] for window in windows)
-    assert any(window["missing"] == [] for window in windows[-5:]), "its pictures are seen to the end"
+    assert lacking(windows) <= num_pictures_dropped(with_a_dead_decoder)
     elsewhere = interrupted.digests("yard")
     assert len(elsewhere) >= 3
     assert with_a_dead_decoder.digests("yard")[: len(elsewhere)] == elsewhere[:NUM_WINDOWS]
